@@ -1,0 +1,58 @@
+"""Images as evaluation sees them, the same for every backend: optional resize, centre crop, normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pipelines.sources import Source
+from pipelines.views import ViewSpec
+
+
+def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.ndarray:
+    """`(size_px, size_px, 3)` uint8: short side to `resize_px` (bilinear), then the centre. None leaves the size, except
+    that an image smaller than the crop is enlarged to fill it."""
+    short_px = min(image.shape[:2])
+    resize_px = resize_px or max(short_px, size_px)
+    if image.shape[:2] == (size_px, size_px) and resize_px == size_px:
+        return image
+    pil = Image.fromarray(image)
+    if resize_px != short_px:
+        pil = F.resize(pil, resize_px)
+    return np.asarray(F.center_crop(pil, [size_px, size_px]))
+
+
+class PlainImages:
+    """A split in its own order, once: yields `(images (B, 3, H, W), labels (B,))` on the device in the compute dtype."""
+
+    def __init__(
+        self,
+        source: Source,
+        spec: ViewSpec,
+        resize_px: int | None,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self.source, self.size_px, self.resize_px = source, spec.size_px, resize_px
+        self.batch_size, self.device, self.dtype, self.threads = batch_size, device, dtype, threads
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        def read(sample: int) -> np.ndarray:
+            return plain_image(self.source.read(sample), self.size_px, self.resize_px)
+
+        labels = torch.from_numpy(self.source.manifest.labels)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for first in range(0, len(labels), self.batch_size):
+                ids = range(first, min(first + self.batch_size, len(labels)))
+                pixels = torch.from_numpy(np.stack(list(pool.map(read, ids)))).to(self.device)
+                images = (pixels.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+                yield images.to(self.dtype, memory_format=torch.channels_last), labels[ids].to(self.device)

@@ -1,0 +1,82 @@
+"""What a view is: the augmentation as plain numbers, and the batch every backend yields.
+
+RSA's two stages (methods of section 4.1 of the paper, MoCo v2 values): *weak* is crop + flip, *aggressive* is that
+same crop and flip followed by colour jitter, grayscale and blur. Two crops per image give four views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The augmentation of one dataset; every backend applies all of it and adds nothing.
+
+    The defaults are the paper's one value for all datasets (section 4.1, MoCo v2); size, mean and std differ per dataset.
+    """
+
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}
+
+    size_px: int  # side of the square views
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    crop_area: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    flip_p: float = 0.5
+    jitter_p: float = 0.8  # brightness, contrast, saturation, hue in a fresh order per view
+    brightness: float = 0.4  # factor in 1 +- this
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # shift in +- this, in turns
+    grayscale_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)  # not scaled with size_px
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming every field at fault, when a number cannot describe an augmentation."""
+        bad = [
+            f"{name}={getattr(self, name)}: a probability lies in [0, 1]"
+            for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if self.size_px < 1:
+            bad.append(f"size_px={self.size_px}: at least 1")
+        if min(self.std) <= 0:
+            bad.append(f"std={self.std}: positive")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            bad.append(f"crop_area={self.crop_area}: 0 < low <= high <= 1")
+        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
+            bad.append(f"crop_aspect={self.crop_aspect}: 0 < low <= high")
+        if not 0 < self.blur_sigma_px[0] <= self.blur_sigma_px[1]:
+            bad.append(f"blur_sigma_px={self.blur_sigma_px}: 0 < low <= high")
+        bad += [
+            f"{name}={getattr(self, name)}: in [0, 1]"
+            for name in ("brightness", "contrast", "saturation")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if not 0 <= self.hue <= 0.5:
+            bad.append(f"hue={self.hue}: in [0, 0.5] turns")
+        if bad:
+            raise ValueError("not an augmentation: " + "; ".join(bad))
+
+
+@dataclass
+class Batch:
+    """One step's input. Views are `(B, 3, H, W)`, channels_last, normalised, on the device, in the compute dtype.
+
+    `aggressive_i` is `weak_i`'s own crop and flip, then colour, grey and blur; 1 and 2 are independent crops of the same
+    image. A view the method does not read is None and was not computed. `label` is `(B,)` int64, -1 when unlabelled.
+    """
+
+    label: Tensor
+    weak_1: Tensor | None = None
+    weak_2: Tensor | None = None
+    aggressive_1: Tensor | None = None
+    aggressive_2: Tensor | None = None
