@@ -1,0 +1,28 @@
+"""RSA (NeurIPS 2022, Eq. 3-6, Algorithm 1; github.com/tmllab/RSA methods/RSA.py).
+
+BYOL's networks and cost on four views: aggressive views go through the online network only, weak views through the
+target only. Each prediction is drawn to the other crop's weak projection and, weighted by a decaying beta, to the other
+crop's aggressive prediction, so that the noisy aggressive pairs count less as training goes on.
+"""
+
+from __future__ import annotations
+
+from pipelines.views import VIEWS, Batch
+from rsa_fast.methods.byol import Byol, Loss, distance
+from rsa_fast.networks import Encoder
+
+
+class Rsa(Byol):
+    """Reads all four views (multi-stage augmentation, MA)."""
+
+    def __init__(self, encoder: Encoder, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(encoder, hidden_dim, out_dim)
+        self.views = VIEWS
+
+    def forward(self, batch: Batch, beta: float) -> Loss:
+        """Eq. 5, in 0..8. The aggressive targets are the online *predictions*, detached, as in the reference code."""
+        q_1, q_2 = self.predict(batch.aggressive_1), self.predict(batch.aggressive_2)
+        z_1, z_2 = self.project(batch.weak_1), self.project(batch.weak_2)
+        weak = distance(q_1, z_2) + distance(q_2, z_1)
+        aggressive = distance(q_1, q_2.detach()) + distance(q_2, q_1.detach())
+        return Loss((1 - beta) * weak + beta * aggressive, {"weak": weak.detach(), "aggressive": aggressive.detach()})
