@@ -16,6 +16,7 @@ from numba import njit
 
 from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 
+# All kernels stand in this file: numba notices a stale compiled cache by the file a kernel is in, not by what it calls.
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
@@ -42,6 +43,16 @@ def sample_views(image, params, table, weak_1, weak_2, aggressive_1, aggressive_
         if aggressive.shape[0] > 0:
             aggressive_stage(planes, p)
             normalise(planes, table, aggressive)
+
+
+@kernel
+def batch_views(pixels, offsets, sizes, ids, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
+    """`sample_views` of images that lie one after another in `pixels`: image `i` of `sizes[i]` begins at `offsets[i]`."""
+    for b in range(len(ids)):
+        height, width = sizes[ids[b]]
+        first = offsets[ids[b]]
+        image = pixels[first : first + height * width * 3].reshape(height, width, 3)
+        sample_views(image, params[b], table, weak_1[b], weak_2[b], aggressive_1[b], aggressive_2[b])
 
 
 @kernel
@@ -103,23 +114,25 @@ def crop_resize_flip(image, top, left, height, width, flip, planes):
     """The window of `image` `(H, W, 3)` resized to `planes` `(3, S, S)`, then mirrored if `flip`."""
     size = planes.shape[1]
     half = np.int32(1 << (RESIZE_BITS - 1))
+    window = image[top : top + height, left : left + width]
+    if height > size and 2 * width < height + size:  # Pillow 13 resizes such a window down first, older ones never do
+        window = shrink_down(window, size)[:, :]
     first, count, weight = bilinear_taps(width, size)
-    rows = np.empty((3, height, size), np.uint8)
-    for y in range(height):
-        line = image[top + y]
+    rows = np.empty((3, len(window), size), np.uint8)
+    for y in range(len(window)):
+        line = window[y]
         for x in range(size):
             r = g = b = half
             for t in range(count[x]):
                 w = weight[x, t]
-                pixel = left + first[x] + t
-                r += w * np.int32(line[pixel, 0])
-                g += w * np.int32(line[pixel, 1])
-                b += w * np.int32(line[pixel, 2])
+                r += w * np.int32(line[first[x] + t, 0])
+                g += w * np.int32(line[first[x] + t, 1])
+                b += w * np.int32(line[first[x] + t, 2])
             to = size - 1 - x if flip else x
             rows[0, y, to] = r >> RESIZE_BITS  # weights are positive and sum to one: 0..255 without a clip
             rows[1, y, to] = g >> RESIZE_BITS
             rows[2, y, to] = b >> RESIZE_BITS
-    first, count, weight = bilinear_taps(height, size)
+    first, count, weight = bilinear_taps(len(window), size)
     total = np.empty(size, np.int32)
     for c in range(3):
         for y in range(size):
@@ -132,6 +145,27 @@ def crop_resize_flip(image, top, left, height, width, flip, planes):
             out = planes[c, y]
             for x in range(size):
                 out[x] = total[x] >> RESIZE_BITS
+
+
+@kernel
+def shrink_down(window, size):
+    """`(H, W, 3)` to `(size, W, 3)`."""
+    height, width, _ = window.shape
+    first, count, weight = bilinear_taps(height, size)
+    out = np.empty((size, width, 3), np.uint8)
+    total = np.empty(3 * width, np.int32)
+    for y in range(size):
+        total[:] = np.int32(1 << (RESIZE_BITS - 1))
+        for t in range(count[y]):
+            w = weight[y, t]
+            row = window[first[y] + t]
+            for x in range(width):
+                for c in range(3):
+                    total[3 * x + c] += w * np.int32(row[x, c])
+        line = out[y].reshape(3 * width)
+        for i in range(3 * width):
+            line[i] = total[i] >> RESIZE_BITS
+    return out
 
 
 @kernel
@@ -212,17 +246,19 @@ def shift_hue(planes, turns):
 @kernel
 def box_radius(sigma_px):
     """Radius of the box whose three passes have variance sigma squared (BoxBlur.c, Gwosdek et al. 2011)."""
-    variance = sigma_px * sigma_px / BLUR_PASSES
-    whole = math.floor((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    return whole + part / (6 * (variance - (whole + 1) * (whole + 1)))
+    one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)  # float32 throughout, as PIL
+    variance = sigma_px * sigma_px / np.float32(BLUR_PASSES)
+    length = np.float32(math.sqrt(12.0 * variance + 1.0))
+    whole = np.float32(math.floor((length - 1.0) / 2.0))
+    part = (two * whole + one) * (whole * (whole + one) - three * variance)
+    return whole + part / (six * (variance - (whole + one) * (whole + one)))
 
 
 @kernel
 def blur(planes, sigma_px):
     """PIL's GaussianBlur of `(3, S, S)` uint8 in place: three box passes along x, then three along y, edges repeated."""
     size = planes.shape[1]
-    radius = np.float32(box_radius(np.float64(sigma_px)))
+    radius = box_radius(sigma_px)
     whole = int(radius)
     weight = np.uint32(np.float32(1 << 24) / (radius * 2 + 1))
     far_weight = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(weight)) // 2)

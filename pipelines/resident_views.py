@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from pipelines import device_ops
 from pipelines.draws import draw
-from pipelines.host_ops import sample_views
+from pipelines.host_ops import batch_views
 from pipelines.order import Order
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
@@ -105,15 +104,6 @@ class ResidentViews:
             if (name := VIEWS[2 * stage + crop]) in self.reads
         }
         return Batch(device_ops.send(self.labels[ids], self.device), **views)
-
-
-@njit(nogil=True, cache=True)
-def batch_views(pixels, offsets, sizes, ids, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
-    for b in range(len(ids)):
-        height, width = sizes[ids[b]]
-        first = offsets[ids[b]]
-        image = pixels[first : first + height * width * 3].reshape(height, width, 3)
-        sample_views(image, params[b], table, weak_1[b], weak_2[b], aggressive_1[b], aggressive_2[b])
 
 
 def load(source: Source, device: torch.device, pool: ThreadPoolExecutor) -> tuple[np.ndarray, np.ndarray]:

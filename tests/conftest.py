@@ -1,0 +1,65 @@
+"""Images for the tests: synthetic ones always, real ones when they are at hand."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+REAL_DATA = Path(os.environ.get("RSA_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+torch.set_num_threads(2)
+
+
+def natural_image(seed: int, height: int, width: int) -> np.ndarray:
+    """Smooth colour fields with edges and noise, `(H, W, 3)` uint8: enough structure to tell filters apart."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    image = np.asarray(coarse).astype(np.int64) + rng.integers(-12, 13, (height, width, 3))
+    image[height // 4 : height // 2, width // 3 : width // 2] = rng.integers(0, 256, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def write_folder(root: Path, splits: dict[str, int], size: tuple[int, int] = (20, 20), classes: int = 2) -> Path:
+    """An ImageFolder of JPEGs with `splits[name]` images per class."""
+    for split, per_class in splits.items():
+        for label in range(classes):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                image = natural_image(1000 * label + i + (500 if split != "train" else 0), *size)
+                image[..., label] //= 4  # so that the classes can be told apart
+                Image.fromarray(image).save(folder / f"{i:03}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, 20 training and 10 test images each, 20x20 px."""
+    return write_folder(tmp_path_factory.mktemp("folder"), {"train": 20, "test": 10})
+
+
+def real_images(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    archive = REAL_DATA / f"{name}.tar"
+    if not archive.is_file():
+        pytest.skip(f"no {name}.tar: set RSA_FAST_TEST_DATA to a folder that holds it to test on real images")
+    place = tmp_path_factory.mktemp(name)
+    with tarfile.open(archive) as tar:
+        tar.extractall(place, filter="data")
+    return place / name
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real_images(tmp_path_factory, "cifar10-12k")
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real_images(tmp_path_factory, "imagenet-320")

@@ -1,0 +1,147 @@
+"""Every operation of the host and device stages against PIL with the same parameters, in 8-bit levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import natural_image
+from PIL import Image
+
+from pipelines import device_ops
+from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, VIEW_PARAMS, draw
+from pipelines.host_ops import sample_views
+from pipelines.sources import open_source
+from pipelines.torchvision_views import aggressive_view, weak_view
+from pipelines.views import ViewSpec
+
+LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # a table that normalises nothing
+UNREAD = np.empty((0, 0, 3), np.uint8)
+
+
+def host(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weak and aggressive views `(N, S, S, 3)` of `params` `(N,)`."""
+    weak, aggressive = (np.empty((len(images), size, size, 3), np.uint8) for _ in range(2))
+    for i, image in enumerate(images):
+        sample_views(image, params[[i, i]], LEVELS, weak[i], UNREAD, aggressive[i], UNREAD)
+    return weak, aggressive
+
+
+def device(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    weak, aggressive = [], []
+    for i, image in enumerate(images):  # one at a time: real images differ in size
+        levels = device_ops.weak_stage(torch.from_numpy(image)[None], params[[i]], size)
+        weak.append(levels)
+        aggressive.append(device_ops.aggressive_stage(levels, params[[i]]))
+    return tuple(torch.cat(views).permute(0, 2, 3, 1).numpy() for views in (weak, aggressive))
+
+
+def pil(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    weak = [weak_view(Image.fromarray(image), p, size) for image, p in zip(images, params, strict=True)]
+    aggressive = [aggressive_view(view, p) for view, p in zip(weak, params, strict=True)]
+    return np.stack([np.asarray(v) for v in weak]), np.stack([np.asarray(v) for v in aggressive])
+
+
+def whole_window(count: int, size: int) -> np.ndarray:
+    params = np.zeros(count, VIEW_PARAMS)
+    params["height"] = params["width"] = size
+    params["order"], params["factor"] = ORDERS[0], (1, 1, 1, 0)
+    return params
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Mean and largest absolute difference in levels."""
+    gap = np.abs(ours.astype(np.float64) - theirs)
+    return gap.mean(), gap.max()
+
+
+IMAGES_32 = [natural_image(i, 32, 32) for i in range(60)]
+OPERATIONS = {
+    "brightness": (BRIGHTNESS, np.linspace(0.6, 1.4, 60)),
+    "contrast": (CONTRAST, np.linspace(0.6, 1.4, 60)),
+    "saturation": (SATURATION, np.linspace(0.6, 1.4, 60)),
+    "hue": (HUE, np.linspace(-0.1, 0.1, 60)),
+    "hue_half_turn": (HUE, np.linspace(-0.5, 0.5, 60)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0.1)])
+def test_jitter_operation_against_pil(stage, mean_levels, name):
+    operation, factors = OPERATIONS[name]
+    params = whole_window(60, 32)
+    params["jitter"] = True
+    params["factor"][:, operation] = factors
+    ours, theirs = stage(IMAGES_32, params, 32)[1], pil(IMAGES_32, params, 32)[1]
+    mean, largest = difference(ours, theirs)
+    assert mean <= mean_levels and largest <= (6 if mean_levels else 0), (mean, largest)
+    assert difference(ours, np.stack(IMAGES_32))[0] > 1  # the operation did something
+
+
+@pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0)])
+def test_grayscale_against_pil(stage, mean_levels):
+    params = whole_window(60, 32)
+    params["grayscale"] = True
+    ours = stage(IMAGES_32, params, 32)[1]
+    assert difference(ours, pil(IMAGES_32, params, 32)[1])[0] <= mean_levels
+    assert (ours[..., 0] == ours[..., 1]).all() and (ours[..., 0] == ours[..., 2]).all()
+
+
+@pytest.mark.parametrize("largest_sigma_px", [2.0, 9.0])  # beyond the paper's range the box has more taps
+@pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0.5)])
+def test_blur_against_pil(stage, mean_levels, largest_sigma_px):
+    params = whole_window(60, 32)
+    params["blur_sigma_px"] = np.linspace(0.1, largest_sigma_px, 60)
+    ours, theirs = stage(IMAGES_32, params, 32)[1], pil(IMAGES_32, params, 32)[1]
+    assert difference(ours, theirs)[0] <= mean_levels
+
+
+@pytest.mark.parametrize("stage", [host, device])
+def test_an_impulse_spreads_alike_along_both_axes(stage):
+    impulse = np.zeros((33, 33, 3), np.uint8)
+    impulse[16, 16] = 255
+    params = whole_window(1, 33)
+    params["blur_sigma_px"] = 1.5
+    blurred = stage([impulse], params, 33)[1][0, ..., 0]
+    assert blurred[16, 13] > 0 and blurred[13, 16] > 0
+    assert np.abs(blurred.astype(int) - blurred.T.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 40), (90, 33), (31, 100), (200, 180)])
+@pytest.mark.parametrize("stage", [host, device])
+def test_crop_resize_and_flip_against_pil(stage, size):
+    images = [natural_image(i, *size) for i in range(40)]
+    params = draw(0, 0, np.arange(40), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.tile(size, (40, 1)))[:, 0]
+    mean, largest = difference(stage(images, params, 32)[0], pil(images, params, 32)[0])
+    # the device always resizes across first, PIL a tall window down first, which moves some pixels by one level
+    assert mean <= (0 if stage is host else 0.1) and largest <= 1, (mean, largest)
+
+
+@pytest.mark.parametrize("stage", [host, device])
+def test_aggressive_equals_weak_when_colour_grey_and_blur_are_off(stage):
+    spec = ViewSpec(32, (0, 0, 0), (1, 1, 1), jitter_p=0, grayscale_p=0, blur_p=0)
+    params = draw(0, 0, np.arange(60), spec, np.full((60, 2), 32))[:, 0]
+    weak, aggressive = stage(IMAGES_32, params, 32)
+    assert (weak == aggressive).all()
+    assert len({image.tobytes() for image in weak}) == 60
+
+
+@pytest.mark.parametrize("stage", [host, device])
+@pytest.mark.parametrize(("data", "size"), [("cifar", 32), ("imagenet", 224)])
+def test_views_of_real_images_against_pil(stage, data, size, request):
+    """Whole views: the host's equal PIL's, the device's are close."""
+    source = open_source(request.getfixturevalue(data), "train")
+    ids = np.arange(0, len(source.manifest), len(source.manifest) // 40)[:40]
+    images = [source.read(i) for i in ids]
+    params = draw(0, 0, ids, ViewSpec(size, (0, 0, 0), (1, 1, 1)), source.manifest.sizes[ids])[:, 0]
+    (weak, aggressive), (weak_pil, aggressive_pil) = stage(images, params, size), pil(images, params, size)
+    assert difference(weak, weak_pil)[0] <= (0 if stage is host else 0.1)
+    assert difference(aggressive, aggressive_pil)[0] <= (0 if stage is host else 0.4)
+
+
+def test_images_on_the_device_are_left_as_they_are():
+    levels = torch.from_numpy(np.stack(IMAGES_32)).permute(0, 3, 1, 2).float()
+    before = levels.clone()
+    params = draw(0, 0, np.arange(60), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.full((60, 2), 32))[:, 0]
+    assert not torch.equal(device_ops.aggressive_stage(levels, params), before)
+    assert torch.equal(levels, before)
