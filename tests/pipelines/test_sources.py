@@ -152,7 +152,7 @@ def test_cifar_s_binary_files_are_read(cifar10_files):
 def test_a_damaged_binary_file_is_an_error(cifar10_files):
     path = cifar10_files / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="CIFAR10 under .* is incomplete or corrupt"):
+    with pytest.raises(ValueError, match=r"CIFAR10 under .* is incomplete or corrupt"):
         open_source(cifar10_files, "pretrain")
 
 

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from rsa_fast import checkpoint
+from rsa_fast.cli import main
+
+TINY = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def train(folder, out, *more):
+    sets = [part for item in TINY for part in ("--set", item)]
+    names = ("--dataset", "cifar10", "--method", "rsa", "--epochs", 2, "--batch-size", 8)
+    return run("train", "--data", folder, "--out", out, *names, *sets, *more)
+
+
+def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp_path):
+    result = train(folder, tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert {"images_per_s", "step_ms", "wait_pct", "knn_top1", "linear_top1"} <= last.keys()
+    assert result.stdout.count("\n") == 1 and "peak_lr" in result.stderr
+    newest = checkpoint.listed(tmp_path / "run" / "checkpoints")[-1]
+    for protocol, key in (("knn", "knn_top1"), ("linear", "linear_top1")):
+        scored = run("eval", protocol, "--checkpoint", newest, "--data", folder)
+        assert scored.exit_code == 0, scored.output
+        assert json.loads(scored.stdout)[key] == pytest.approx(last[key])
+
+
+def test_a_run_s_recipe_starts_the_same_run(folder, tmp_path):
+    train(folder, tmp_path / "one")
+    again = run("train", "--data", folder, "--out", tmp_path / "two", "--config", tmp_path / "one" / "recipe.yaml")
+    assert again.exit_code == 0, again.output
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert one["linear_top1"] == two["linear_top1"] and one["knn_top1"] == two["knn_top1"]
+
+
+def test_dry_run_prints_the_plan_and_trains_nothing(folder, tmp_path):
+    result = train(folder, tmp_path / "run", "--dry-run")
+    assert json.loads(result.stdout.splitlines()[-1])["total_steps"] == 10
+    assert "beta_base: 0.3" in result.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "bata_base=1"), "did you mean 'beta_base'?"),
+        (("--backend", "dahli"), "no backend 'dahli'"),
+        (("--batch-size", 1000), "do not fill one batch of 1000"),
+        (("--resume",), "no whole checkpoint"),
+        (("--resume", "--overwrite"), "exclude each other"),
+        (("--method", "boyl"), "did you mean 'byol'?"),
+        (("--data", "/nowhere"), "no folder /nowhere"),
+        (("--download", "--dataset", "tinyimagenet"), "--download knows cifar10, cifar100, stl10"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(folder, tmp_path, arguments, message):
+    result = train(folder, tmp_path / "run", *arguments)
+    assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
+
+
+def test_help_imports_no_torch():
+    code = "import sys, rsa_fast.cli as c; c.main(['train', '-h'], standalone_mode=False); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "False"
+
+
+def test_the_module_runs_as_the_command():
+    out = subprocess.run([sys.executable, "-m", "rsa_fast", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "train" in out and "eval" in out

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pipelines.views import VIEWS, Batch
+from rsa_fast import checkpoint
+from rsa_fast.engine import Meter, build_run, choose_dtype, train, train_step
+from rsa_fast.methods import Loss
+from rsa_fast.metrics import read_metrics
+from rsa_fast.recipes import Recipe, build_recipe
+
+TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
+
+
+def tiny(method: str = "rsa", **overrides) -> Recipe:
+    return build_recipe("cifar10", method, overrides={**TINY, **overrides})
+
+
+def weights(out) -> dict:
+    return checkpoint.load_latest(out / "checkpoints")["method"]
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("backend", ["resident", "resident-device", "torchvision"])
+@pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path, backend, stop):
+    recipe = tiny(backend=backend)
+    train(recipe, folder, tmp_path / "whole")
+    train(recipe, folder, tmp_path / "parts", stop_at_step=stop)
+    assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == stop
+    train(recipe, folder, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    one, other = (checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
+    momenta = [state["optimizer"]["state"] for state in (one, other)]
+    assert all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "lars")])
+def test_resuming_is_exact_in_every_precision(folder, tmp_path, precision, optimizer):
+    recipe = tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1)
+    train(recipe, folder, tmp_path / "whole")
+    train(recipe, folder, tmp_path / "parts", stop_at_step=3)
+    train(recipe, folder, tmp_path / "parts", resume=True)
+    one, other = (checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
+    assert same(one["method"], other["method"]) and one["scaler"] == other["scaler"]
+
+
+def test_a_run_folder_is_complete(folder, tmp_path):
+    result = train(tiny(knn_every_epochs=1), folder, tmp_path / "run")
+    records = read_metrics(tmp_path / "run")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [2, 4, 6, 8, 10, 12, 14, 15]
+    for record in steps:
+        names = {"loss", "weak", "aggressive", "beta", "tau", "lr", "step_ms", "images_per_s", "wait_pct"}
+        assert names <= record.keys()
+        mixed = (1 - record["beta"]) * record["weak"] + record["beta"] * record["aggressive"]
+        assert record["loss"] == pytest.approx(mixed, abs=0.05)  # means over two steps of a slowly changing beta
+    assert steps[0]["lr"] == pytest.approx(tiny().base_lr * 8 / 256, rel=0.02) and steps[-1]["tau"] == 1
+    assert [record["epoch"] for record in records if "knn_top1" in record] == [0, 1, 2, 3]
+    assert result["knn_top1"] is not None and 0 <= result["linear_top1"] <= 100
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == tiny(knn_every_epochs=1)
+    assert "torch" in json.loads((tmp_path / "run" / "env.json").read_text())["packages"]
+    assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) == 2  # keep_last
+
+
+def test_training_lowers_the_loss_and_evaluation_changes_nothing(folder, tmp_path):
+    train(tiny(epochs=12, log_every_steps=5), folder, tmp_path / "quiet")
+    train(tiny(epochs=12, log_every_steps=5, knn_every_epochs=1), folder, tmp_path / "watched")
+    losses = [record["loss"] for record in read_metrics(tmp_path / "quiet") if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
+    assert same(weights(tmp_path / "quiet"), weights(tmp_path / "watched"))
+
+
+def test_a_folder_in_use_is_refused_until_told_what_to_do(folder, tmp_path):
+    out = tmp_path / "run"
+    train(tiny(epochs=1), folder, out)
+    with pytest.raises(FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"):
+        train(tiny(epochs=1), folder, out)
+    (out / "notes.txt").write_text("mine")
+    train(tiny(epochs=1, seed=5), folder, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert {record["step"] for record in read_metrics(out)} == {2, 4, 5}
+
+
+def test_a_changed_recipe_or_dataset_is_refused_with_the_difference(folder, tmp_path):
+    train(tiny(), folder, tmp_path / "run", stop_at_step=4)
+    with pytest.raises(ValueError, match=r"beta_base: 0\.3 in the checkpoint, 0\.4 now"):
+        train(tiny(beta_base=0.4), folder, tmp_path / "run", resume=True)
+    from conftest import write_folder
+
+    with pytest.raises(ValueError, match="the training images are not the ones"):
+        train(tiny(), write_folder(tmp_path / "other", {"train": 19, "test": 1}), tmp_path / "run", resume=True)
+    train(tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True)  # neither changes the result
+
+
+def test_metrics_after_the_resumed_step_are_forgotten(folder, tmp_path):
+    train(tiny(), folder, tmp_path / "run", stop_at_step=6)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 8, "loss": 9}\n{"step": 9, "lo')  # killed after its last checkpoint
+    train(tiny(), folder, tmp_path / "run", resume=True)
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 15]
+
+
+def test_init_from_takes_the_weights_and_nothing_else(folder, tmp_path):
+    train(tiny(epochs=1), folder, tmp_path / "first")
+    (path,) = checkpoint.listed(tmp_path / "first" / "checkpoints")
+    train(tiny(base_lr=1e-9, tau_base=1, weight_decay=0), folder, tmp_path / "second", init_from=path, stop_at_step=1)
+    second = checkpoint.load_latest(tmp_path / "second" / "checkpoints")
+    first = weights(tmp_path / "first")
+    assert second["step"] == 1
+    for key, value in second["method"].items():
+        if "weight" in key:
+            torch.testing.assert_close(value, first[key], atol=1e-6, rtol=1e-4)
+
+
+def test_unlabelled_data_trains_without_evaluation(folder, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate((folder / "train").rglob("*.jpg")):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    result = train(tiny(epochs=1), flat, tmp_path / "run")
+    assert result["knn_top1"] is None and result["step"] == 5
+    assert "no kNN or linear evaluation in this run" in capsys.readouterr().err
+
+
+def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
+    run = build_run(tiny(precision="bf16"), 40)
+    views = {v: torch.randn(8, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last) for v in VIEWS}
+    loss = train_step(run, Batch(torch.zeros(8, dtype=torch.long), **views))
+    assert loss.total.dtype == torch.float32 and all(p.dtype == torch.float32 for p in run.method.parameters())
+    convolutions = [p for p in run.method.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    meter = Meter(8)
+    meter.add(Loss(torch.tensor(float("nan")), {}))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        meter.read(torch.device("cpu"))
+
+
+def test_the_meter_counts_the_wait_and_averages_the_parts():
+    meter = Meter(8)
+    for value in meter.waiting(iter([1.0, 3.0])):
+        meter.add(Loss(torch.tensor(value), {"weak": torch.tensor(2 * value)}))
+    read = meter.read(torch.device("cpu"))
+    assert (read["loss"], read["weak"]) == (2, 4) and 0 <= read["wait_pct"] <= 100
+    assert read["images_per_s"] == pytest.approx(8 / read["step_ms"] * 1e3)
+
+
+def test_precisions_are_chosen_by_name():
+    cpu = torch.device("cpu")
+    assert [choose_dtype(name, cpu) for name in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
+    assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)

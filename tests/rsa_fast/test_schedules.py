@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from rsa_fast.schedules import beta, cosine_ramp, learning_rate, tau
+
+
+def test_tau_at_literals():
+    """CIFAR at 200 epochs: K = 39,000."""
+    assert tau(1, 39_000, 0.99) == pytest.approx(0.99 + 1.6e-11, abs=1e-12)
+    assert tau(19_500, 39_000, 0.99) == pytest.approx(0.995)
+    assert tau(39_000, 39_000, 0.99) == 1
+
+
+def test_beta_at_literals():
+    assert beta(0, 100, 0.3, "cosine") == pytest.approx(0.3)
+    assert beta(50, 100, 0.3, "cosine") == pytest.approx(0.15)
+    assert beta(25, 100, 0.3, "cosine") == pytest.approx(0.3 * 0.8535533906)
+    assert beta(100, 100, 0.3, "cosine") == 0
+    assert {beta(k, 100, 0.5, "fixed") for k in (0, 50, 100)} == {0.5}
+
+
+def test_learning_rate_at_literals():
+    """ImageNet-1K, 200 epochs: 625 steps per epoch, ten warm-up epochs, peak 4.8."""
+    total, warmup = 125_000, 6_250
+    assert learning_rate(0, total, warmup, 4.8) == 0
+    assert learning_rate(3_125, total, warmup, 4.8) == pytest.approx(2.4)
+    assert learning_rate(6_250, total, warmup, 4.8) == pytest.approx(4.8)
+    assert learning_rate(6_250 + 59_375, total, warmup, 4.8) == pytest.approx(2.4)
+    assert learning_rate(125_000, total, warmup, 4.8) == pytest.approx(0)
+    assert learning_rate(0, 100, 0, 0.1) == pytest.approx(0.1)
+
+
+def test_ramps_stay_at_their_end():
+    assert cosine_ramp(150, 100) == 0
+    assert tau(101, 100, 0.99) == 1 and beta(200, 100, 0.4, "cosine") == 0
