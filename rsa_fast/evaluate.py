@@ -15,6 +15,7 @@ from pipelines.order import epoch_order
 from pipelines.plain import PlainImages
 from pipelines.sources import open_source
 from rsa_fast.recipes import Recipe
+from rsa_fast.schedules import cosine_ramp
 
 KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}  # k, temperature: InstDis/MoCo/RSA code; DINO/solo-learn
 KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
@@ -76,10 +77,10 @@ def fit_linear(x: Tensor, labels: Tensor, classes: int, lrs: tuple[float, ...]) 
     for epoch in range(PROBE_EPOCHS):
         order = torch.from_numpy(epoch_order(len(x), 1, epoch)).to(x.device)
         for step, rows in enumerate(order.split(PROBE_BATCH)):
-            done = (epoch + step / batches) / PROBE_EPOCHS
+            ramp = cosine_ramp(epoch + step / batches, PROBE_EPOCHS)
             error = torch.softmax(x[rows] @ weight, -1) - target[rows]  # (L, B, C)
             momentum.mul_(0.9).add_(x[rows].T @ error / len(rows))
-            weight.sub_(momentum * lr * (0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)))))
+            weight.sub_(momentum * lr * ramp)
     return weight
 
 

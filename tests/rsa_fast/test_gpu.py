@@ -1,0 +1,83 @@
+"""The CUDA path. On a GPU: its numbers. Without one: the same code under a fake CUDA runtime that finds host syncs.
+
+The fake runtime is a launcher `ghost PYTHON script` named by RSA_FAST_GHOST; its kernels compute nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from pipelines import VIEWS, Order, open_source, open_views
+from rsa_fast.engine import build_run, train_step
+from rsa_fast.recipes import build_recipe
+
+GHOST = Path(os.environ.get("RSA_FAST_GHOST", ROOT.parent / "shared" / "tools" / "gpuless" / "ghost" / "ghost"))
+
+STEPS_WITHOUT_SYNC = """
+import ctypes, sys
+import torch
+from pipelines import Order, open_source, open_views
+from rsa_fast.engine import build_run, train_step
+from rsa_fast.recipes import build_recipe
+
+method, optimizer, precision, folder = sys.argv[1:]
+fields = {"optimizer": optimizer, "precision": precision, "batch_size": 8, "width": 8, "views.size_px": 16, "device": "cuda"}
+source = open_source(folder, "pretrain")
+run = build_run(build_recipe("cifar10", method, overrides=fields), 40)
+order = Order(40, 8, 0)
+with open_views(source, run.recipe.views, run.method.reads, order, device=run.device, dtype=run.dtype) as loader:
+    batches = loader.batches(0)
+    train_step(run, next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        total += train_step(run, batch).total.detach()
+    torch.cuda.set_sync_debug_mode("default")
+views = [getattr(batch, name) for name in run.method.reads]
+assert all(v.is_cuda and v.dtype == run.dtype and v.is_contiguous(memory_format=torch.channels_last) for v in views)
+assert run.step == 5
+print("no sync", ctypes.CDLL(None).ghost_count(0), "kernels")
+"""
+
+
+@pytest.mark.parametrize("method", ["rsa", "byol"])
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp16"), ("lars", "fp16"), ("lars", "bf16"), ("sgd", "fp32")])
+def test_views_and_step_never_wait_for_the_device(folder, method, optimizer, precision):
+    if not GHOST.is_file():
+        pytest.skip("no fake CUDA runtime: set RSA_FAST_GHOST to its launcher")
+    command = [str(GHOST), sys.executable, "-c", STEPS_WITHOUT_SYNC, method, optimizer, precision, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0 and "no sync" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_views_on_a_gpu_equal_those_of_a_cpu(folder):
+    source = open_source(folder, "pretrain")
+    spec = build_recipe("cifar10", "rsa").views
+    batches = []
+    for device in ("cpu", "cuda"):
+        with open_views(source, spec, frozenset(VIEWS), Order(40, 8, 0), device=device, backend="resident-device") as loader:
+            batches.append(next(loader.batches(0)))
+    for name in VIEWS:
+        gap = (getattr(batches[0], name) - getattr(batches[1], name).cpu()).abs() * 0.2 * 255
+        assert gap.mean() < 0.05, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_float32_step_on_a_gpu_equals_one_on_a_cpu(folder):
+    source = open_source(folder, "pretrain")
+    losses = []
+    for device in ("cpu", "cuda"):
+        fields = {"device": device, "precision": "fp32", "batch_size": 8, "width": 8}
+        run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 40)
+        views = {"device": run.device, "dtype": run.dtype, "backend": "resident-device"}
+        with open_views(source, run.recipe.views, run.method.reads, Order(40, 8, 0), **views) as loader:
+            losses.append([train_step(run, batch).total.item() for batch in loader.batches(0)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

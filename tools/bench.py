@@ -1,0 +1,158 @@
+"""Speed of the views and of the training step, as ratios within one run: machines and their noise differ, ratios less.
+
+    python -m tools.bench views     resident backend against torchvision/PIL, four views at 32 px
+    python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
+
+Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
+medians over the turns. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import VIEWS, Batch, Order, Source, open_views
+from pipelines.draws import draw
+from pipelines.manifest import array_manifest
+from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train_step
+from rsa_fast.recipes import build_recipe
+
+CIFAR = build_recipe("cifar10", "rsa").views
+
+
+def images(count: int, size_px: int) -> Source:
+    """`count` smooth colour images in memory: no file is read, and the content does not change the work."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+    pixels = np.stack([np.asarray(Image.fromarray(c).resize((size_px, size_px), Image.BICUBIC)) for c in coarse])
+    return Source(array_manifest(Path("."), "pretrain", pixels, np.zeros(count, np.int64), ("none",)), pixels.__getitem__)
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> None:
+    table = Table("", "median (lowest to highest)", title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    click.echo(json.dumps({key: round(value, 4) for key, value in result.items()}))
+
+
+def spread(values: list[float], unit: str) -> str:
+    return f"{statistics.median(values):,.1f} {unit} ({min(values):,.1f} to {max(values):,.1f})"
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks; run them alone on the machine."""
+
+
+@main.command()
+@click.option("--batch-size", default=256, show_default=True)
+@click.option("--turns", default=5, show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+def views(batch_size: int, turns: int, dtype: str) -> None:
+    """Source images per second, each with four views, by 2 threads or worker processes."""
+    source = images(40 * batch_size, CIFAR.size_px)
+    order = Order(len(source.manifest), batch_size, seed=0)
+    rates: dict[str, list[float]] = {"torchvision": [], "resident": [], "resident-device": []}
+    loaders = {
+        name: open_views(source, CIFAR, frozenset(VIEWS), order, backend=name, threads=2, dtype=getattr(torch, dtype))
+        for name in rates
+    }
+    for turn in range(turns):
+        for name, loader in loaders.items():
+            rates[name].append(batch_size * rate(loader.batches(turn)))
+    ids, sizes = np.arange(256), np.full((256, 2), 32)
+    draw_ms = [1e3 * timed(lambda: draw(0, 0, ids, CIFAR, sizes)) for _ in range(100)]
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    rows = [(f"{name}, four views, {dtype}", spread(values, "images/s")) for name, values in rates.items()]
+    rows.append(("drawing 2 x 256 views, one core", spread(draw_ms, "ms")))
+    result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in middle.items()}
+    result["resident_host_ratio"] = middle["resident"] / middle["torchvision"]
+    result["resident_device_ratio"] = middle["resident-device"] / middle["torchvision"]
+    show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
+
+
+def rate(batches: Iterator[Batch], warm_up: int = 8) -> float:
+    """Batches per second after the workers have started and the batches they made meanwhile are gone."""
+    for _ in range(warm_up):
+        next(batches)
+    began = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return count / (time.perf_counter() - began)
+
+
+@main.command()
+@click.option("--width", default=64, show_default=True, help="Channels of ResNet-18's first stage.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--turns", default=7, show_default=True)
+def step(width: int, batch_size: int, turns: int) -> None:
+    """Training steps of ResNet-18 at 32 px."""
+    source = images(20 * batch_size, CIFAR.size_px)
+    order = Order(len(source.manifest), batch_size, seed=0)
+
+    def run_of(method: str, precision: str = "auto") -> Run:
+        fields = {"width": width, "batch_size": batch_size, "precision": precision}
+        return build_run(build_recipe("cifar10", method, overrides=fields), len(source.manifest))
+
+    rsa, byol, looped, contiguous = run_of("rsa"), run_of("byol"), run_of("rsa"), run_of("rsa", "fp32")
+    contiguous.method.to(memory_format=torch.contiguous_format)
+    with open_views(source, CIFAR, frozenset(VIEWS), order, device=rsa.device, dtype=rsa.dtype) as loader:
+        ready = next(loader.batches(0))
+        plain = {name: getattr(ready, name).float().contiguous() for name in VIEWS}
+        plain_batch = Batch(ready.label, **plain)
+        endless = (batch for epoch in range(10**6) for batch in loader.batches(epoch))
+        variants = {
+            "RSA step, ready batch": lambda: train_step(rsa, ready),
+            "BYOL step (AA), ready batch": lambda: train_step(byol, ready),
+            "RSA step with the loop's views": lambda: train_step(looped, next(endless)),
+            "RSA step, fp32 contiguous": lambda: train_step(contiguous, plain_batch),
+        }
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(turns + 2):
+            for name, work in variants.items():
+                elapsed_ms = 1e3 * timed(lambda work=work: synchronised(work, rsa.device))
+                if turn >= 2:  # the first two warm up
+                    times[name].append(elapsed_ms)
+    ready_ms, byol_ms, loop_ms, contiguous_ms = times.values()
+    result = {
+        "loop_efficiency": ratio(ready_ms, loop_ms),
+        "rsa_over_byol": ratio(ready_ms, byol_ms),
+        "bf16_channels_last_speedup": ratio(contiguous_ms, ready_ms),
+        "step_ms": statistics.median(ready_ms),
+        "images_per_s": 1e3 * batch_size / statistics.median(ready_ms),
+    }
+    precision = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
+    title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless said"
+    show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
+
+
+def synchronised(work: Callable[[], object], device: torch.device) -> None:
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median over the turns of one / other, each pair taken close in time."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+if __name__ == "__main__":
+    main()

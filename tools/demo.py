@@ -1,0 +1,121 @@
+"""`make demo`: from no data to a table of accuracies, a figure of curves and a sheet of views, on two CPU cores.
+
+    python -m tools.demo --out runs/demo
+
+Trains RSA and BYOL with the `demo` recipe at the same budget on tools/make_demo.py's images and scores both beside a
+randomly initialised network and raw pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import VIEWS, Order, Source, open_source, open_views
+from pipelines.draws import draw
+from rsa_fast.engine import build_run, train
+from rsa_fast.evaluate import Evaluation
+from rsa_fast.metrics import read_metrics
+from rsa_fast.recipes import Recipe, build_recipe
+from tools.make_demo import make_demo
+
+METHODS = ("rsa", "byol")
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
+def main(out: Path, data: Path) -> None:
+    """Make the data, train, evaluate, draw."""
+    began = time.perf_counter()
+    make_demo(data)
+    recipes = {method: build_recipe("demo", method) for method in METHODS}
+    scores = baselines(recipes["rsa"], data)
+    draw_views(recipes["rsa"], open_source(data, "pretrain"), out / "views.png")
+    for method in METHODS:
+        scores[method] = train(recipes[method], data, out / method, overwrite=True)
+    draw_curves(out, scores, out / "curves.png")
+    report(scores, out, time.perf_counter() - began)
+
+
+def baselines(recipe: Recipe, data: Path) -> dict[str, dict]:
+    """Scores of raw pixels and of the network before training."""
+    run = build_run(recipe, len(open_source(data, "pretrain").manifest))
+    evaluation = Evaluation(data, recipe, run.device, run.dtype)
+    chance = 100 / evaluation.classes
+    return {
+        "chance": dict.fromkeys(("knn_top1", "knn20_top1", "linear_top1"), chance),
+        "raw pixels": evaluation.score(torch.nn.Flatten()),
+        "random network": evaluation.score(run.method.encoder),
+    }
+
+
+def report(scores: dict[str, dict], out: Path, seconds: float) -> None:
+    table = Table("top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture")
+    columns = ("knn_top1", "knn20_top1", "linear_top1")
+    for name, score in scores.items():
+        table.add_row(name, *(f"{score[column]:.1f}" for column in columns))
+    Console().print(table)
+    click.echo(f"curves: {out / 'curves.png'}   views: {out / 'views.png'}   {seconds / 60:.1f} minutes")
+    click.echo(json.dumps({name: {column: score[column] for column in columns} for name, score in scores.items()}))
+
+
+def draw_curves(out: Path, scores: dict[str, dict], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method, colour in zip(METHODS, ("tab:red", "tab:blue"), strict=True):
+        records = read_metrics(out / method)
+        losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        accuracies = [(r["epoch"], r["knn_top1"]) for r in records if "knn_top1" in r]
+        left.plot(*zip(*losses, strict=True), color=colour, label=method.upper())
+        right.plot(*zip(*accuracies, strict=True), color=colour, marker="o", label=method.upper())
+    right.axhline(scores["raw pixels"]["knn_top1"], color="gray", linestyle="--", label="raw pixels")
+    right.axhline(scores["chance"]["knn_top1"], color="black", linestyle=":", label="chance")
+    left.set(xlabel="step", ylabel="loss", title="training loss (each method's own scale)")
+    right.set(xlabel="epoch", ylabel="top-1 %", title="kNN, k=200", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_views(recipe: Recipe, source: Source, path: Path, rows: int = 8) -> None:
+    """Sources with both crop windows, and the four views training makes of them in its first step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = Order(len(source.manifest), rows, recipe.seed)
+    ids = order.ids(0, 0)
+    params = draw(recipe.seed, 0, ids, recipe.views, source.manifest.sizes[ids])
+    with open_views(source, recipe.views, frozenset(VIEWS), order) as loader:
+        batch = next(loader.batches(0))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (recipe.views.mean, recipe.views.std))
+    figure, axes = plt.subplots(rows, 5, figsize=(7, 1.45 * rows), layout="constrained")
+    for row, sample, pair in zip(axes, range(rows), params, strict=True):
+        row[0].imshow(source.read(ids[sample]))
+        for p, colour in zip(pair, ("tab:red", "tab:blue"), strict=True):
+            corner = (p["left"] - 0.5, p["top"] - 0.5)
+            row[0].add_patch(Rectangle(corner, p["width"], p["height"], fill=False, edgecolor=colour, linewidth=1.5))
+        for cell, name in zip(row[1:], VIEWS, strict=True):
+            pixels = (getattr(batch, name)[sample] * std + mean).clamp(0, 1)
+            cell.imshow(np.transpose(pixels.numpy(), (1, 2, 0)))
+    for cell, title in zip(axes[0], ("source: crops 1, 2", *VIEWS), strict=True):
+        cell.set_title(title, fontsize=9)
+    for cell in axes.flat:
+        cell.set_axis_off()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Demo images: a small labelled JPEG ImageFolder, drawn the same on every machine.
+
+    python -m tools.make_demo data/demo
+
+Ten classes, each a shape filled with a texture; every shape and every texture occurs in two classes, so that neither
+tells the class alone. Colours, position, size, rotation, lighting, background and JPEG quality vary within a class: raw
+pixels say little, and what is left under crops, flips, colour changes and blur is shape and texture.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image, ImageFilter
+
+VERSION = 1  # of the drawing: another one makes other images
+SHAPES = ("disc", "square", "triangle", "star", "cross")
+TEXTURES = ("stripes", "dots", "checks", "rings", "blotches")
+CLASSES = [(i, j % 5) for i in range(5) for j in (i, i + 1)]  # (shape, texture)
+TEST_SHARE = 0.2
+OVERSAMPLING = 2  # drawn larger and reduced, for smooth edges
+
+Array = np.ndarray
+
+
+def shape_mask(shape: str, x: Array, y: Array) -> Array:
+    """Where the shape is, on coordinates in which it fills about the unit circle."""
+    radius, angle = np.hypot(x, y), np.arctan2(y, x)
+    if shape == "disc":
+        return radius < 0.9
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) < 0.8
+    if shape == "triangle":
+        return np.maximum(abs(x) * 0.866 + y * 0.5, -y) < 0.55
+    if shape == "star":
+        return radius < 0.68 + 0.32 * np.cos(5 * angle)
+    return (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 0.95)
+
+
+def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """The share of the second colour at each pixel, on coordinates in which a period is one unit."""
+    if texture == "stripes":
+        return np.sin(2 * np.pi * x) > 0
+    if texture == "dots":
+        return np.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.33
+    if texture == "checks":
+        return (np.floor(2 * x) + np.floor(2 * y)) % 2 > 0
+    if texture == "rings":
+        return np.sin(2 * np.pi * np.hypot(x, y)) > 0
+    return noise(x.shape[0], x.shape[0] // 12, rng) > 0.5
+
+
+def noise(size: int, cells: int, rng: np.random.Generator) -> Array:
+    """`(size, size)` smooth noise in 0..1 with `cells` independent values along each side."""
+    coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
+    return np.asarray(coarse.resize((size, size), Image.BICUBIC)) / 255
+
+
+def colour(rng: np.random.Generator) -> Array:
+    return rng.uniform(0.05, 0.95, 3)
+
+
+def background(size: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """`(size, size, 3)`: two colours mixed by noise of two scales and a gradient, with a few straight strokes."""
+    share = 0.6 * noise(size, 4, rng) + 0.4 * noise(size, 16, rng) + 0.3 * (x * rng.normal() + y * rng.normal())
+    canvas = mixed(colour(rng), colour(rng), share)
+    for _ in range(rng.integers(0, 4)):
+        angle, offset = rng.uniform(0, np.pi), rng.uniform(-1, 1)
+        canvas[abs(x * np.cos(angle) + y * np.sin(angle) - offset) < rng.uniform(0.02, 0.08)] = colour(rng)
+    return canvas
+
+
+def mixed(first: Array, second: Array, share: Array) -> Array:
+    share = np.clip(share, 0, 1)[..., None]
+    return first * (1 - share) + second * share
+
+
+def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
+    """One image of a class."""
+    size = size_px * OVERSAMPLING
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    shape, texture = SHAPES[CLASSES[label][0]], TEXTURES[CLASSES[label][1]]
+    extent = rng.uniform(0.5, 0.9)
+    centre_x, centre_y = rng.uniform(-1, 1, 2) * (1 - extent) * 1.1
+    angle = rng.uniform(0, 2 * np.pi)
+    u = ((x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)) / extent
+    v = ((y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)) / extent
+    period = rng.uniform(0.4, 0.55)  # of the texture, in extents: 6 to 15 px of 64
+    phase = rng.uniform(0, 1, 2) if texture != "rings" else (0, 0)
+    first = colour(rng)
+    second = np.clip(first + rng.choice([-1, 1], 3) * rng.uniform(0.3, 0.6, 3), 0, 1)
+    share = texture_share(texture, u / period + phase[0], v / period + phase[1], rng)
+    canvas = background(size, x, y, rng)
+    canvas = np.where(shape_mask(shape, u, v)[..., None], mixed(first, second, share), canvas)
+    light = 1 + rng.uniform(0, 0.4) * (x * np.cos(angle) + y * np.sin(angle))  # from one side
+    canvas = (canvas * light[..., None] - 0.5) * rng.uniform(0.7, 1.2) + 0.5 + rng.uniform(-0.12, 0.12)
+    image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8)).resize((size_px, size_px), Image.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
+    grain = rng.normal(0, rng.uniform(2, 9), (size_px, size_px, 3))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+
+
+def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0) -> dict:
+    """Write `root/train` and `root/test`, or leave them if they are already there; returns what lies there.
+
+    An interrupted run leaves nothing under `root`. Raises ValueError when `root` holds something else.
+    """
+    settings = {"version": VERSION, "per_class": per_class, "size_px": size_px, "seed": seed}
+    test = round(per_class * TEST_SHARE)
+    result = {"root": str(root), "classes": len(CLASSES), "train": (per_class - test) * 10, "test": test * 10}
+    record = root / "demo.json"
+    if record.is_file() and json.loads(record.read_text()) == settings:
+        return result
+    if root.exists():
+        raise ValueError(f"{root} exists and is not the demo data asked for: remove it, or name another folder")
+    partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for label, (shape, texture) in enumerate(CLASSES):
+        name = f"{SHAPES[shape]}_{TEXTURES[texture]}"
+        for split in ("train", "test"):
+            (partial / split / name).mkdir(parents=True)
+        for index in range(per_class):
+            rng = np.random.default_rng([seed, label, index])
+            path = partial / ("test" if index < test else "train") / name / f"{index:04}.jpg"
+            render(label, size_px, rng).save(path, quality=int(rng.integers(85, 96)))
+    (partial / "demo.json").write_text(json.dumps(settings))
+    partial.rename(root)
+    return result
+
+
+@click.command()
+@click.argument("root", type=click.Path(path_type=Path))
+@click.option("--per-class", default=300, show_default=True, help="Images of each class; a fifth is the test split.")
+@click.option("--size-px", default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(root: Path, per_class: int, size_px: int, seed: int) -> None:
+    """Draw the demo's ImageFolder under ROOT."""
+    try:
+        click.echo(json.dumps(make_demo(root, per_class, size_px, seed)))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
