@@ -23,16 +23,13 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
-    """Crop, resize and flip `(B, H, W, 3)` uint8 to levels `(B, 3, S, S)`, antialiased as PIL's bilinear resize."""
+    """Crop, resize and flip `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)`, antialiased as PIL's bilinear resize."""
     fields = np.stack([params[name] for name in ("top", "left", "height", "width", "flip")]).astype(np.float32)
     top, left, height, width, flip = send(fields, images.device)
-    across = triangle_weights(left, width, images.shape[2], size_px, flip)
-    down = triangle_weights(top, height, images.shape[1], size_px, torch.zeros_like(flip))
-    batch, height_px, width_px, _ = images.shape
-    levels = images.permute(0, 3, 1, 2).float().reshape(batch, 3 * height_px, width_px)
-    rows = round_level(levels.bmm(across.mT)).view(batch, 3, height_px, size_px)
-    columns = rows.transpose(1, 2).reshape(batch, height_px, 3 * size_px)
-    return round_level(down.bmm(columns)).view(batch, size_px, 3, size_px).transpose(1, 2).contiguous()
+    across = triangle_weights(left, width, images.shape[3], size_px, flip)
+    down = triangle_weights(top, height, images.shape[2], size_px, torch.zeros_like(flip))
+    rows = round_level(images.float().flatten(1, 2).bmm(across.mT))  # (B, 3 H, S)
+    return round_level(down[:, None] @ rows.unflatten(1, images.shape[1:3]))
 
 
 def triangle_weights(start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor) -> Tensor:
@@ -100,15 +97,17 @@ def shift_hue(levels: Tensor, shift: Tensor) -> Tensor:
     r, g, b = levels.unbind(1)
     v = levels.amax(1)
     spread = v - levels.amin(1)
-    rise = torch.where(r == v, g - b, torch.where(g == v, b - r, r - g)) / spread.clamp(min=1)
-    sextant = rise + torch.where(r == v, 6.0, torch.where(g == v, 8.0, 10.0))  # one turn up, so that it is positive
-    hue = ((sextant * (1 / 6)).frac_() * 255).floor_().add_(shift)
-    hue -= (hue * (1 / 256)).floor_() * 256
-    chroma = (spread / v.clamp(min=1) * 255).floor_() * v / 255
-    offset = torch.arange(5, 0, -2, device=levels.device).view(3, 1, 1)
-    k = (hue * (6 / 255))[:, None] + offset
-    k = torch.where(k >= 6, k - 6, k)  # a channel is v - chroma max(0, min(k, 4 - k, 1))
-    return round_level(v[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1))
+    # Levels are whole, so these are 1 where red (green) is the largest and 0 elsewhere; torch.where is slower on a CPU
+    is_red, is_green = (r - v).add_(1).clamp_(min=0), (g - v).add_(1).clamp_(min=0)
+    rise = (r - g).lerp_(b - r, is_green).lerp_(g - b, is_red).div_(spread.clamp(min=1))
+    sextant = rise.add_(is_green.mul_(-2).add_(10).lerp_(torch.full_like(v, 6), is_red))  # one turn up: positive
+    hue = sextant.mul_(1 / 6).frac_().mul_(255).floor_().add_(shift)
+    hue -= (hue * (1 / 256)).floor_().mul_(256)
+    chroma = (spread.mul_(255) / v.clamp(min=1)).floor_().mul_(v).mul_(1 / 255)
+    # A channel is v - chroma * clamp(2 - d, 0, 1), d the distance of its sextant from 2 on a circle of 6
+    offset = torch.arange(0, -6, -2, device=levels.device).view(3, 1, 1)
+    distance = (hue.mul_(6 / 255)[:, None] + offset).abs_().sub_(3).abs_()
+    return round_level(v[:, None] - chroma[:, None] * distance.neg_().add_(2).clamp_(0, 1))
 
 
 def blur(levels: Tensor, sigma_px: np.ndarray) -> Tensor:

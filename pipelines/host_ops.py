@@ -20,7 +20,9 @@ from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
+HALF = np.int32(1 << (RESIZE_BITS - 1))
 BLUR_PASSES = 3
+BLOCK = 2048  # pixels whose sums stay in the first-level cache
 
 
 @kernel
@@ -87,84 +89,92 @@ def normalise(planes, table, out):
 
 @kernel
 def bilinear_taps(size_in, size_out):
-    """PIL's antialiased bilinear filter: first tap `(size_out,)` and fixed-point weights `(size_out, taps)`."""
+    """PIL's antialiased bilinear filter in fixed point: first tap `(size_out,)` and weights `(taps, size_out)`.
+
+    Every output has the same number of taps, some of weight 0: a loop over the outputs then has no branch.
+    """
     scale = size_in / size_out
     support = max(scale, 1.0)  # the triangle widens when it shrinks the image
-    taps = math.ceil(support) * 2 + 1
-    first = np.zeros(size_out, np.int64)
-    count = np.zeros(size_out, np.int64)
-    fixed = np.zeros((size_out, taps), np.int32)
-    weights = np.zeros(taps, np.float64)
+    taps = min(math.ceil(2 * support), size_in)
+    first = np.empty(size_out, np.int64)
+    fixed = np.zeros((taps, size_out), np.int32)
+    weights = np.empty(taps, np.float64)
     for out in range(size_out):
         centre = (out + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
-        high = min(int(centre + support + 0.5), size_in)
+        high = min(int(centre + support + 0.5), size_in, low + taps)
+        first[out] = min(low, size_in - taps)
         total = 0.0
-        for t in range(high - low):
-            weights[t] = max(1.0 - abs((t + low - centre + 0.5) / support), 0.0)
-            total += weights[t]
-        for t in range(high - low):
-            fixed[out, t] = np.int32(0.5 + weights[t] / total * (1 << RESIZE_BITS))
-        first[out], count[out] = low, high - low
-    return first, count, fixed
+        for i in range(low, high):
+            weights[i - low] = max(1.0 - abs((i - centre + 0.5) / support), 0.0)
+            total += weights[i - low]
+        for i in range(low, high):
+            fixed[i - first[out], out] = np.int32(0.5 + weights[i - low] / total * (1 << RESIZE_BITS))
+    return first, fixed
 
 
 @kernel
 def crop_resize_flip(image, top, left, height, width, flip, planes):
     """The window of `image` `(H, W, 3)` resized to `planes` `(3, S, S)`, then mirrored if `flip`."""
     size = planes.shape[1]
-    half = np.int32(1 << (RESIZE_BITS - 1))
-    window = image[top : top + height, left : left + width]
+    pixels = image.reshape(image.shape[0], image.shape[1] * 3)
     if height > size and 2 * width < height + size:  # Pillow 13 resizes such a window down first, older ones never do
-        window = shrink_down(window, size)[:, :]
-    first, count, weight = bilinear_taps(width, size)
-    rows = np.empty((3, len(window), size), np.uint8)
-    for y in range(len(window)):
-        line = window[y]
-        for x in range(size):
-            r = g = b = half
-            for t in range(count[x]):
-                w = weight[x, t]
-                r += w * np.int32(line[first[x] + t, 0])
-                g += w * np.int32(line[first[x] + t, 1])
-                b += w * np.int32(line[first[x] + t, 2])
-            to = size - 1 - x if flip else x
-            rows[0, y, to] = r >> RESIZE_BITS  # weights are positive and sum to one: 0..255 without a clip
-            rows[1, y, to] = g >> RESIZE_BITS
-            rows[2, y, to] = b >> RESIZE_BITS
-    first, count, weight = bilinear_taps(len(window), size)
-    total = np.empty(size, np.int32)
+        pixels, top, left, height = resize_down(pixels, top, 3 * left, height, 3 * width, size), 0, 0, size
+    rows = resize_across(pixels, top, left, height, width, flip, size)
+    resized = resize_down(rows, 0, 0, height, 3 * size, size)
     for c in range(3):
         for y in range(size):
-            total[:] = half
-            for t in range(count[y]):
-                w = weight[y, t]
-                row = rows[c, first[y] + t]
-                for x in range(size):
-                    total[x] += w * np.int32(row[x])
-            out = planes[c, y]
+            row, out = resized[y][c * size :][:size], planes[c, y]
             for x in range(size):
-                out[x] = total[x] >> RESIZE_BITS
+                out[x] = row[x]
 
 
 @kernel
-def shrink_down(window, size):
-    """`(H, W, 3)` to `(size, W, 3)`."""
-    height, width, _ = window.shape
-    first, count, weight = bilinear_taps(height, size)
-    out = np.empty((size, width, 3), np.uint8)
-    total = np.empty(3 * width, np.int32)
+def resize_across(pixels, top, left, height, width, flip, size):
+    """A window of interleaved rows `(H, 3 * W)` to `(height, 3 * size)` uint8, in which red, green and blue stand apart."""
+    first, weights = bilinear_taps(width, size)
+    taps = len(weights)
+    byte = np.empty(size, np.uint64)  # of each output's first tap; unsigned, for which numba asks not whether it is negative
+    weight = np.empty((taps, size), np.int32)
+    for x in range(size):
+        out = size - 1 - x if flip else x
+        byte[out] = 3 * first[x]
+        for t in range(taps):
+            weight[t, out] = weights[t, x]
+    rows = np.empty((height, 3 * size), np.uint8)
+    total = np.empty(3 * size, np.int32)
+    red, green, blue = total[:size], total[size:][:size], total[2 * size :][:size]
+    for y in range(height):
+        line = pixels[top + y][3 * left :]
+        total[:] = HALF
+        for t in range(taps):
+            w, pixel = weight[t], line[3 * t :]
+            for x in range(size):
+                at = byte[x]
+                red[x] += w[x] * np.int32(pixel[at])
+                green[x] += w[x] * np.int32(pixel[at + np.uint64(1)])
+                blue[x] += w[x] * np.int32(pixel[at + np.uint64(2)])
+        row = rows[y]
+        for i in range(3 * size):
+            row[i] = total[i] >> RESIZE_BITS  # weights are positive and sum to one: 0..255 without a clip
+    return rows
+
+
+@kernel
+def resize_down(pixels, top, left, height, width, size):
+    """A window of `(H, W)` uint8 to `(size, width)`."""
+    first, weights = bilinear_taps(height, size)
+    out = np.empty((size, width), np.uint8)
+    total = np.empty(width, np.int32)
     for y in range(size):
-        total[:] = np.int32(1 << (RESIZE_BITS - 1))
-        for t in range(count[y]):
-            w = weight[y, t]
-            row = window[first[y] + t]
+        total[:] = HALF
+        for t in range(len(weights)):
+            weight, row = weights[t, y], pixels[top + first[y] + t][left:][:width]
             for x in range(width):
-                for c in range(3):
-                    total[3 * x + c] += w * np.int32(row[x, c])
-        line = out[y].reshape(3 * width)
-        for i in range(3 * width):
-            line[i] = total[i] >> RESIZE_BITS
+                total[x] += weight * np.int32(row[x])
+        line = out[y]
+        for x in range(width):
+            line[x] = total[x] >> RESIZE_BITS
     return out
 
 
@@ -212,35 +222,54 @@ def blend_gray(planes, factor):
 
 @kernel
 def shift_hue(planes, turns):
-    """torchvision's adjust_hue: to 8-bit HSV, add to H modulo 256, back (Convert.c's rgb2hsv and hsv2rgb)."""
+    """torchvision's adjust_hue: to 8-bit HSV, add to H modulo 256, back; equal to Convert.c for every colour and shift."""
     shift = int(np.float64(turns) * 255)  # toward zero
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
-    for i in range(r.size):
-        red, green, blue = np.float32(r[i]), np.float32(g[i]), np.float32(b[i])
-        v = max(red, max(green, blue))
-        spread = v - min(red, min(green, blue))
-        over = max(spread, np.float32(1))  # a gray pixel gets hue 0 and saturation 0, as in Convert.c
-        rc, gc, bc = (v - red) / over, (v - green) / over, (v - blue) / over
-        sextant = bc - gc
-        if red != v:
-            sextant = np.float32(2.0 + np.float64(rc) - np.float64(bc))
-            if green != v:
-                sextant = np.float32(4.0 + np.float64(gc) - np.float64(rc))
-        turn = np.float64(sextant) * (1.0 / 6.0) + 1.0
-        turn = np.float64(np.float32(turn - 1.0 if turn >= 1.0 else turn))
-        hue = (np.int32(turn * 255.0) + shift) & 255
-        saturation = np.int32(np.float64(spread / max(v, np.float32(1))) * 255.0)
-        sector = (hue * 6 * 257 + 257) >> 16  # hue * 6 // 255
-        f = np.float32(hue * 6 - sector * 255) / np.float32(255)
-        fs = np.float32(saturation) / np.float32(255)
-        p = np.uint8(v * (np.float32(1) - fs) + np.float32(0.5))
-        q = np.uint8(np.float64(v) * (1.0 - np.float64(fs * f)) + 0.5)
-        t = np.uint8(np.float64(v) * (1.0 - np.float64(fs) * (1.0 - np.float64(f))) + 0.5)
-        level = np.uint8(v)
-        sector = sector % 6
-        r[i] = level if sector == 0 or sector == 5 else (q if sector == 1 else (t if sector == 4 else p))
-        g[i] = t if sector == 0 else (level if sector <= 2 else (q if sector == 3 else p))
-        b[i] = p if sector <= 1 else (t if sector == 2 else (level if sector <= 4 else q))
+    hue, saturation = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint8)
+    value = np.empty(BLOCK, np.uint8)
+    for start in range(0, r.size, BLOCK):
+        count = min(BLOCK, r.size - start)
+        red, green, blue = r[start:][:count], g[start:][:count], b[start:][:count]
+        for i in range(count):
+            hue[i], saturation[i], value[i] = hsv(np.int32(red[i]), np.int32(green[i]), np.int32(blue[i]))
+        for i in range(count):  # a loop of its own: one loop for both keeps too much at hand to be vectorised well
+            red[i], green[i], blue[i] = rgb((np.int32(hue[i]) + shift) & 255, np.float32(saturation[i]), np.float32(value[i]))
+
+
+@kernel
+def hsv(red, green, blue):
+    """Convert.c's rgb2hsv: hue, saturation and value in levels."""
+    value, low = max(red, max(green, blue)), min(red, min(green, blue))
+    spread = value - low
+    # Convert.c divides three distances from the value by the spread; two of the quotients are 0 and 1, this is the third
+    part = np.float32(2 * value + low - red - green - blue) / np.float32(max(spread, 1))
+    if red == value:
+        sextant = np.float32(1) - part if blue == low else part - np.float32(1)
+    elif green == value:
+        sextant = np.float32(3) - part if red == low else np.float32(1) + part
+    else:
+        sextant = np.float32(5) - part if green == low else np.float32(3) + part
+    turn = np.float64(sextant if spread > 0 else np.float32(0)) * (1.0 / 6.0) + 1.0
+    turn = turn - 1.0 if turn >= 1.0 else turn
+    hue = np.int32(np.float32(turn) * np.float32(255))
+    return hue, np.int32(np.float32(spread * 255) / np.float32(max(value, 1))), value
+
+
+@kernel
+def rgb(hue, saturation, value):
+    """Convert.c's hsv2rgb, from a whole hue and float32 levels."""
+    sector = (hue * 6 * 257 + 257) >> 16  # hue * 6 // 255
+    fraction = np.float32(hue * 6 - sector * 255)  # of 255
+    chroma = value * saturation
+    p = np.uint8(value - chroma * np.float32(1 / 255) + np.float32(0.5))
+    q = np.uint8(value - chroma * fraction * np.float32(1 / 255**2) + np.float32(0.5))
+    t = np.uint8(value - chroma * (np.float32(255) - fraction) * np.float32(1 / 255**2) + np.float32(0.5))
+    v = np.uint8(value)
+    sector = sector % 6
+    red = v if sector == 0 or sector == 5 else (q if sector == 1 else (t if sector == 4 else p))
+    green = t if sector == 0 else (v if sector <= 2 else (q if sector == 3 else p))
+    blue = p if sector <= 1 else (t if sector == 2 else (v if sector <= 4 else q))
+    return red, green, blue
 
 
 @kernel
@@ -262,44 +291,55 @@ def blur(planes, sigma_px):
     whole = int(radius)
     weight = np.uint32(np.float32(1 << 24) / (radius * 2 + 1))
     far_weight = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(weight)) // 2)
-    a, b = np.empty((size, 3, size), np.uint8), np.empty((size, 3, size), np.uint8)  # the blurred axis comes first
-    for x in range(size):
-        for c in range(3):
-            for y in range(size):
-                a[x, c, y] = planes[c, y, x]
-    three_boxes(a, b, whole, weight, far_weight)
+    edge = whole + 1
+    side = size + 2 * edge
+    framed, other = np.empty((side, 3, side), np.uint8), np.empty((side, 3, side), np.uint8)
     for y in range(size):
         for c in range(3):
+            row, inner = planes[c, y], framed[edge + y, c][edge:][:size]
             for x in range(size):
-                a[y, c, x] = b[x, c, y]
-    three_boxes(a, b, whole, weight, far_weight)
+                inner[x] = row[x]
+    for _ in range(BLUR_PASSES):
+        for y in range(edge, edge + size):
+            for c in range(3):
+                for e in range(edge):
+                    framed[y, c, e] = framed[y, c, edge]
+                    framed[y, c, edge + size + e] = framed[y, c, edge + size - 1]
+        box_pass(framed, other, 1, whole, weight, far_weight)
+        framed, other = other, framed
+    for _ in range(BLUR_PASSES):
+        for e in range(edge):
+            for c in range(3):
+                for x in range(side):
+                    framed[e, c, x] = framed[edge, c, x]
+                    framed[edge + size + e, c, x] = framed[edge + size - 1, c, x]
+        box_pass(framed, other, 3 * side, whole, weight, far_weight)
+        framed, other = other, framed
     for y in range(size):
         for c in range(3):
-            planes[c, y] = b[y, c]
+            row, inner = planes[c, y], framed[edge + y, c][edge:][:size]
+            for x in range(size):
+                row[x] = inner[x]
 
 
 @kernel
-def three_boxes(a, b, whole, weight, far_weight):
-    """Three box passes along the first axis of `a`, into `b`; `a` is scratch afterwards."""
-    box_pass(a, b, whole, weight, far_weight)
-    box_pass(b, a, whole, weight, far_weight)
-    box_pass(a, b, whole, weight, far_weight)
+def box_pass(source, out, step, whole, weight, far_weight):
+    """One box over pixels `step` apart in memory: `2 * whole + 1` full taps and a fractional one at each end.
 
-
-@kernel
-def box_pass(source, out, whole, weight, far_weight):
-    """One box along the first axis of `(S, 3, S)`: `2 * whole + 1` full taps and a fractional one at each end."""
-    size = source.shape[0]
-    source, out = source.reshape(size, 3 * size), out.reshape(size, 3 * size)
-    total = np.empty(3 * size, np.uint32)
-    for y in range(size):
-        far_low, far_high = source[max(y - whole - 1, 0)], source[min(y + whole + 1, size - 1)]
-        for i in range(3 * size):
-            total[i] = far_weight * (np.uint32(far_low[i]) + np.uint32(far_high[i])) + np.uint32(1 << 23)
-        for near in range(y - whole, y + whole + 1):
-            tap = source[min(max(near, 0), size - 1)]
-            for i in range(3 * size):
+    Runs along the memory of the whole framed plane, the frame included: long loops that the compiler vectorises.
+    """
+    source, out = source.reshape(-1), out.reshape(-1)
+    reach = (whole + 1) * step
+    total = np.empty(BLOCK, np.uint32)
+    for start in range(reach, source.size - reach, BLOCK):
+        count = min(BLOCK, source.size - reach - start)
+        low, high = source[start - reach :][:count], source[start + reach :][:count]
+        for i in range(count):
+            total[i] = far_weight * (np.uint32(low[i]) + np.uint32(high[i])) + np.uint32(1 << 23)
+        for t in range(-whole, whole + 1):
+            tap = source[start + t * step :][:count]
+            for i in range(count):
                 total[i] += weight * np.uint32(tap[i])
-        line = out[y]
-        for i in range(3 * size):
+        line = out[start:][:count]
+        for i in range(count):
             line[i] = total[i] >> np.uint32(24)

@@ -54,7 +54,8 @@ class ResidentViews:
                 raise ValueError(
                     f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: the resident backend on a device needs one size"
                 )
-            self.pixels = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3).to(device)
+            images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)
+            self.pixels = images.permute(0, 3, 1, 2).contiguous().to(device)
             self.make = self.device_views
             self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines import device_ops
 from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, VIEW_PARAMS, draw
-from pipelines.host_ops import sample_views
+from pipelines.host_ops import sample_views, shift_hue
 from pipelines.sources import open_source
 from pipelines.torchvision_views import aggressive_view, weak_view
 from pipelines.views import ViewSpec
@@ -30,7 +30,7 @@ def host(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.nd
 def device(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     weak, aggressive = [], []
     for i, image in enumerate(images):  # one at a time: real images differ in size
-        levels = device_ops.weak_stage(torch.from_numpy(image)[None], params[[i]], size)
+        levels = device_ops.weak_stage(torch.from_numpy(image).permute(2, 0, 1)[None], params[[i]], size)
         weak.append(levels)
         aggressive.append(device_ops.aggressive_stage(levels, params[[i]]))
     return tuple(torch.cat(views).permute(0, 2, 3, 1).numpy() for views in (weak, aggressive))
@@ -76,6 +76,18 @@ def test_jitter_operation_against_pil(stage, mean_levels, name):
     mean, largest = difference(ours, theirs)
     assert mean <= mean_levels and largest <= (6 if mean_levels else 0), (mean, largest)
     assert difference(ours, np.stack(IMAGES_32))[0] > 1  # the operation did something
+
+
+@pytest.mark.parametrize("shift", [-128, -26, 1, 25])
+def test_hue_of_every_colour_against_pil(shift):
+    """Host kernels do in float32 what PIL does in part in float64: all 2^24 colours show that no level differs."""
+    every = np.indices((256, 256, 256), np.uint8).reshape(3, 4096, 4096)
+    ours = every.copy()
+    shift_hue(ours, np.float32((shift + 0.5) / 255 if shift > 0 else (shift - 0.5) / 255))
+    h, s, v = Image.fromarray(np.moveaxis(every, 0, -1)).convert("HSV").split()
+    shifted = h.point(lambda level: (level + shift) % 256)
+    theirs = np.asarray(Image.merge("HSV", (shifted, s, v)).convert("RGB"))
+    assert (ours == np.moveaxis(theirs, -1, 0)).all()
 
 
 @pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0)])
