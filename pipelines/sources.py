@@ -30,10 +30,11 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class Source:
-    """One split: its manifest and a reader of one image, `read(id) -> (H, W, 3) uint8`; the reader is thread-safe."""
+    """One split: its manifest, and thread-safe readers of one image by its id."""
 
     manifest: Manifest
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int], np.ndarray]  # (H, W, 3) uint8, decoded by PIL
+    encoded: Callable[[int], bytes] | None = None  # the image file as stored; None where pixels are stored
 
 
 def open_source(data: str | Path, split: str, cache: str | Path | None = None) -> Source:
@@ -52,7 +53,11 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
             return binary_source(data, dataset, split)
     paths, labels, classes = list_images(data, split)
     manifest = file_manifest(data, split, paths, labels, classes, cache)
-    return Source(manifest, lambda sample: read_rgb(data / manifest.paths[sample]))
+
+    def path(sample: int) -> Path:  # made when asked for: a million Path objects take a quarter of a gigabyte
+        return data / manifest.paths[sample]
+
+    return Source(manifest, lambda sample: read_rgb(path(sample)), lambda sample: path(sample).read_bytes())
 
 
 def download(data: str | Path, dataset: str) -> None:
