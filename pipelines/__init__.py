@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import torch
 
+from pipelines.loading import Job, Loader
 from pipelines.order import Order
 from pipelines.sources import Source, open_source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
-BACKENDS = ("auto", "resident", "resident-device", "torchvision")
+BACKENDS = ("auto", "resident", "native", "torchvision")
+AGGRESSIVE_ON = ("auto", "host", "device")
 
-__all__ = ["BACKENDS", "VIEWS", "Batch", "Order", "Source", "ViewSpec", "open_source", "open_views"]
+__all__ = ["AGGRESSIVE_ON", "BACKENDS", "VIEWS", "Batch", "Order", "Source", "ViewSpec", "open_source", "open_views"]
 
 
 def open_views(
@@ -26,24 +28,41 @@ def open_views(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     threads: int = 2,
-):
+    prefetch_batches: int = 2,
+    aggressive_on: str = "auto",
+) -> Loader:
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
     The loader is a context manager; `len()` is the steps per epoch, `batches(epoch, step)` yields from there on.
-    Backends: `resident` holds the images in memory (numba kernels on a CPU, tensor operations on a GPU),
-    `resident-device` uses the tensor operations on a CPU too, `torchvision` is the PIL reference with worker processes.
-    `threads` never changes a view. Raises ValueError for an unknown backend or view.
+    Backends: `resident` holds the images in memory, `native` decodes files on a pool of threads, `torchvision` is the PIL
+    reference with worker processes. The aggressive stage runs by numba kernels on the host or by tensor operations on the
+    device; `auto` is the device on a GPU. `threads`, `prefetch_batches` and, but for rounding, `aggressive_on` never
+    change a view. Raises ValueError for an unknown backend or view.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}: choose from {', '.join(BACKENDS)}")
+    if aggressive_on not in AGGRESSIVE_ON:
+        raise ValueError(f"no aggressive_on {aggressive_on!r}: choose from {', '.join(AGGRESSIVE_ON)}")
     if not reads or not reads <= set(VIEWS):
         raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(VIEWS)}")
-    if backend == "torchvision":
-        from pipelines.torchvision_views import TorchvisionViews
+    if aggressive_on == "auto":
+        aggressive_on = "device" if device.type == "cuda" else "host"
+    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on)
+    match backend if backend != "auto" else choose_backend(source, device):
+        case "resident":
+            from pipelines.resident_views import ResidentViews
 
-        return TorchvisionViews(source, spec, reads, order, device, dtype, threads)
-    from pipelines.resident_views import ResidentViews
+            return ResidentViews(job)
+        case "native":
+            from pipelines.native_views import NativeViews
 
-    ops = "device" if backend == "resident-device" or device.type == "cuda" else "host"
-    return ResidentViews(source, spec, reads, order, device, dtype, ops, threads)
+            return NativeViews(job)
+        case "torchvision":
+            from pipelines.torchvision_views import TorchvisionViews
+
+            return TorchvisionViews(job)
+
+
+def choose_backend(source: Source, device: torch.device) -> str:
+    return "resident"

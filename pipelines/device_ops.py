@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.draws import BRIGHTNESS, CONTRAST, HUE
+from pipelines.views import ViewSpec
 
 BLUR_PASSES = 3  # PIL's GaussianBlur
 
@@ -135,6 +136,13 @@ def round_level(levels: Tensor) -> Tensor:
     return levels.add_(0.5).floor_()
 
 
-def normalise(levels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Levels `(B, 3, S, S)` to the normalised, channels_last view in the compute dtype; mean and std of RGB in [0, 1]."""
-    return ((levels / 255 - mean) / std).to(dtype, memory_format=torch.channels_last)
+def affine(spec: ViewSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(1, 3, 1, 1)` scale and bias that take a channel's 8-bit level to its normalised value."""
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+def normalise(levels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Levels `(B, 3, S, S)` to the normalised, channels_last view in the compute dtype, in one pass over memory."""
+    out = torch.empty(levels.shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last)
+    return torch.addcmul(bias, levels, scale, out=out)

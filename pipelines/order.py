@@ -39,11 +39,14 @@ class Order:
     def __len__(self) -> int:
         return self.count // self.batch_size
 
+    @property
+    def batch_per_rank(self) -> int:
+        return self.batch_size // self.world_size
+
     def ids(self, epoch: int, step: int) -> np.ndarray:
-        """The sample ids `(batch_size // world_size,)` this rank reads at `step` of `epoch`."""
-        per_rank = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * per_rank
-        return epoch_order(self.count, self.seed, epoch)[first : first + per_rank]
+        """The sample ids `(batch_per_rank,)` this rank reads at `step` of `epoch`."""
+        first = step * self.batch_size + self.rank * self.batch_per_rank
+        return epoch_order(self.count, self.seed, epoch)[first : first + self.batch_per_rank]
 
 
 @lru_cache(maxsize=2)

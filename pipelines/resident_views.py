@@ -12,108 +12,72 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipelines import device_ops
-from pipelines.draws import draw
 from pipelines.host_ops import batch_views
-from pipelines.order import Order
+from pipelines.loading import Job, Landing, Loader, finish_on_device
 from pipelines.sources import Source
-from pipelines.views import VIEWS, Batch, ViewSpec
+from pipelines.views import Batch
 
 
-class ResidentViews:
-    """Loader over images in memory; see `pipelines.open_views` for the arguments.
+class ResidentViews(Loader):
+    """Loader over images in memory; `aggressive_on` says where all of a view is made, not only its aggressive stage.
 
-    `ops` is `host` (numba, CPU only) or `device` (batched tensor operations on `device`). Raises ValueError when the
-    images do not fit in memory or, for `device`, are not all of one size.
+    Raises ValueError when the images do not fit in memory or, on the device, are not all of one size.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        spec: ViewSpec,
-        reads: frozenset[str],
-        order: Order,
-        device: torch.device,
-        dtype: torch.dtype,
-        ops: str,
-        threads: int,
-    ) -> None:
-        self.spec, self.reads, self.order, self.device, self.dtype = spec, reads, order, device, dtype
-        self.sizes, self.labels = source.manifest.sizes, source.manifest.labels
-        self.pool = ThreadPoolExecutor(threads)
-        self.threads = threads
-        pixels, self.offsets = load(source, device, self.pool)
-        if ops == "host":
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.sizes = job.source.manifest.sizes
+        self.pool = ThreadPoolExecutor(job.threads)
+        pixels, self.offsets = load(job.source, job.device, self.pool)
+        if job.aggressive_on == "host":
             self.pixels, self.make = pixels, self.host_views
-            self.table = level_table(spec, dtype)
-        else:
-            if (self.sizes != self.sizes[0]).any():
-                low, high = self.sizes.min(0), self.sizes.max(0)
-                raise ValueError(
-                    f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: the resident backend on a device needs one size"
-                )
-            images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)
-            self.pixels = images.permute(0, 3, 1, 2).contiguous().to(device)
-            self.make = self.device_views
-            self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+            self.landing = Landing(job)
+            return
+        if (self.sizes != self.sizes[0]).any():
+            low, high = self.sizes.min(0), self.sizes.max(0)
+            raise ValueError(
+                f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: the resident backend on a device needs one size"
+            )
+        images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)
+        self.pixels, self.make = images.permute(0, 3, 1, 2).contiguous().to(job.device), self.device_views
+        self.affine = device_ops.affine(job.spec, job.device)
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __enter__(self) -> ResidentViews:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.pool.shutdown()
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from `step` on."""
         for s in range(step, len(self)):
-            yield self.make(epoch, self.order.ids(epoch, s))
+            yield self.make(epoch, self.job.order.ids(epoch, s))
 
     def host_views(self, epoch: int, ids: np.ndarray) -> Batch:
-        params = draw(self.order.seed, epoch, ids, self.spec, self.sizes[ids])
-        size = self.spec.size_px
-        views = {name: torch.empty((len(ids), size, size, 3), dtype=self.dtype) for name in VIEWS if name in self.reads}
-        unread = np.empty((len(ids), 0, 0, 3), self.table.dtype)
-        outputs = [bits(views[name]) if name in views else unread for name in VIEWS]
-        edges = np.linspace(0, len(ids), self.threads + 1).astype(int)
+        params = self.job.params(epoch, ids)
+        slot = self.landing.slot(len(ids))
+        outputs = self.landing.arrays(slot)
+        edges = np.linspace(0, len(ids), self.job.threads + 1).astype(int)
 
         def work(part: int) -> None:
             chunk = slice(edges[part], edges[part + 1])
             source = (self.pixels, self.offsets, self.sizes, ids[chunk])
-            batch_views(*source, params[chunk], self.table, *(out[chunk] for out in outputs))
+            batch_views(*source, params[chunk], self.landing.table, *(out[chunk] for out in outputs))
 
-        list(self.pool.map(work, range(self.threads)))
-        label = torch.from_numpy(self.labels[ids])
-        return Batch(label, **{name: view.permute(0, 3, 1, 2) for name, view in views.items()})
+        list(self.pool.map(work, range(self.job.threads)))
+        return self.landing.batch(slot, ids, params)
 
     def device_views(self, epoch: int, ids: np.ndarray) -> Batch:
-        params = draw(self.order.seed, epoch, ids, self.spec, self.sizes[ids])
-        crops = [crop for crop in (0, 1) if {VIEWS[crop], VIEWS[2 + crop]} & self.reads]
-        params = np.concatenate([params[:, crop] for crop in crops])
-        images = self.pixels.index_select(0, device_ops.send(np.tile(ids, len(crops)), self.device))
-        stages = [device_ops.weak_stage(images, params, self.spec.size_px)]
-        if self.reads & set(VIEWS[2:]):
-            stages.append(device_ops.aggressive_stage(stages[0], params))
-        views = {
-            name: device_ops.normalise(levels, self.mean, self.std, self.dtype)
-            for stage, both in enumerate(stages)
-            for crop, levels in zip(crops, both.split(len(ids)), strict=True)
-            if (name := VIEWS[2 * stage + crop]) in self.reads
-        }
-        return Batch(device_ops.send(self.labels[ids], self.device), **views)
+        job = self.job
+        params = np.concatenate([job.params(epoch, ids)[:, crop] for crop in job.crops])
+        images = self.pixels.index_select(0, device_ops.send(np.tile(ids, len(job.crops)), job.device))
+        weak = device_ops.weak_stage(images, params, job.spec.size_px)
+        return Batch(job.labels(ids), **finish_on_device(job, weak, params, self.affine))
 
 
 def load(source: Source, device: torch.device, pool: ThreadPoolExecutor) -> tuple[np.ndarray, np.ndarray]:
     """All images in one flat uint8 array, and where each begins `(N,)`."""
     lengths = source.manifest.sizes.astype(np.int64).prod(1) * 3
     offsets = np.concatenate([[0], lengths.cumsum()])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
+    free = free_bytes(device)
     if offsets[-1] > 0.8 * free:
         raise ValueError(
             f"{len(lengths)} images take {offsets[-1] / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB are free on {device}: "
@@ -134,13 +98,7 @@ def load(source: Source, device: torch.device, pool: ThreadPoolExecutor) -> tupl
     return pixels, offsets[:-1]
 
 
-def level_table(spec: ViewSpec, dtype: torch.dtype) -> np.ndarray:
-    """`(3, 256)`: the bits of each channel's normalised value at each 8-bit level, rounded to `dtype` by torch."""
-    level = torch.arange(256, dtype=torch.float32) / 255
-    mean, std = (torch.tensor(x).view(3, 1) for x in (spec.mean, spec.std))
-    return bits(((level - mean) / std).to(dtype))
-
-
-def bits(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor as integers, for kernels that only move values of types numpy may not know (bfloat16)."""
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+def free_bytes(device: torch.device) -> int:
+    """Memory free for the images: the host's, and the GPU's if that is less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free

@@ -10,10 +10,8 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
-from pipelines.draws import draw
-from pipelines.order import Order
-from pipelines.sources import Source
-from pipelines.views import VIEWS, Batch, ViewSpec
+from pipelines.loading import Loader
+from pipelines.views import VIEWS, Batch
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)  # by draws' operation numbers
 
@@ -37,57 +35,31 @@ def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
     return weak
 
 
-class TorchvisionViews:
-    """Loader with worker processes, one batch per worker; see `pipelines.open_views` for the arguments."""
-
-    def __init__(
-        self,
-        source: Source,
-        spec: ViewSpec,
-        reads: frozenset[str],
-        order: Order,
-        device: torch.device,
-        dtype: torch.dtype,
-        threads: int,
-    ) -> None:
-        self.source, self.spec, self.reads, self.order = source, spec, reads, order
-        self.device, self.dtype, self.threads = device, dtype, threads
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __enter__(self) -> TorchvisionViews:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass  # the workers belong to one epoch's iterator and end with it
+class TorchvisionViews(Loader):
+    """Loader with worker processes, one batch per worker; the workers belong to one epoch's iterator and end with it."""
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from `step` on."""
-        keys = [(epoch, self.order.ids(epoch, s)) for s in range(step, len(self))]
-        for batch in DataLoader(self, sampler=keys, batch_size=None, num_workers=self.threads):
-            moved = {name: getattr(batch, name) for name in ("label", *self.reads)}
-            yield Batch(**{name: tensor.to(self.device, non_blocking=True) for name, tensor in moved.items()})
+        keys = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
+        for batch in DataLoader(self, sampler=keys, batch_size=None, num_workers=self.job.threads):
+            moved = {name: getattr(batch, name) for name in ("label", *self.job.reads)}
+            yield Batch(**{name: tensor.to(self.job.device, non_blocking=True) for name, tensor in moved.items()})
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch:
         epoch, ids = key
-        manifest = self.source.manifest
-        params = draw(self.order.seed, epoch, ids, self.spec, manifest.sizes[ids])
-        views = {name: [] for name in VIEWS if name in self.reads}
-        for sample, pair in zip(ids, params, strict=True):
-            image = Image.fromarray(self.source.read(sample))
-            for crop, p in enumerate(pair, start=1):
-                if not {f"weak_{crop}", f"aggressive_{crop}"} & self.reads:
-                    continue
-                weak = weak_view(image, p, self.spec.size_px)
-                if f"weak_{crop}" in self.reads:
-                    views[f"weak_{crop}"].append(self.to_tensor(weak))
-                if f"aggressive_{crop}" in self.reads:
-                    views[f"aggressive_{crop}"].append(self.to_tensor(aggressive_view(weak, p)))
+        job = self.job
+        views: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS if name in job.reads}
+        for sample, pair in zip(ids, job.params(epoch, ids), strict=True):
+            image = Image.fromarray(job.source.read(sample))
+            for crop in job.crops:
+                weak = weak_view(image, pair[crop], job.spec.size_px)
+                if VIEWS[crop] in views:
+                    views[VIEWS[crop]].append(self.to_tensor(weak))
+                if VIEWS[2 + crop] in views:
+                    views[VIEWS[2 + crop]].append(self.to_tensor(aggressive_view(weak, pair[crop])))
         stacked = {
-            name: torch.stack(tensors).to(self.dtype, memory_format=torch.channels_last) for name, tensors in views.items()
+            name: torch.stack(tensors).to(job.dtype, memory_format=torch.channels_last) for name, tensors in views.items()
         }
-        return Batch(torch.from_numpy(manifest.labels[ids]), **stacked)
+        return Batch(torch.from_numpy(job.source.manifest.labels[ids]), **stacked)
 
     def to_tensor(self, view: Image.Image) -> torch.Tensor:
-        return F.normalize(F.to_tensor(view), self.spec.mean, self.spec.std)
+        return F.normalize(F.to_tensor(view), self.job.spec.mean, self.job.spec.std)

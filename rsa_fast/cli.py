@@ -39,7 +39,7 @@ def main(debug: bool) -> None:
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
 @click.option("--epochs", type=int, default=None, help="Override the recipe's epochs.")
 @click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
-@click.option("--backend", default=None, help="auto, resident, resident-device or torchvision.")
+@click.option("--backend", default=None, help="auto, resident, native or torchvision.")
 @click.option("--seed", type=int, default=None, help="Seed of initialisation, order and views.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")

@@ -25,11 +25,10 @@ from rsa_fast.evaluate import Evaluation
 from rsa_fast.methods import Loss, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import build_optimizer
-from rsa_fast.recipes import Plan, Recipe, dump_yaml, resolve
+from rsa_fast.recipes import RECORD_FIELDS, SPEED_FIELDS, Plan, Recipe, dump_yaml, resolve
 from rsa_fast.schedules import beta, learning_rate, tau
 
 RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "checkpoints", ".rsa-fast")
-NOT_RESULT = {"backend", "threads", "device", "log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "keep_last"}
 
 
 @dataclass
@@ -114,7 +113,7 @@ def train(
 
     stop = min(stop_at_step or run.plan.total_steps, run.plan.total_steps)
     per_epoch = run.plan.steps_per_epoch
-    loading = {"device": run.device, "dtype": run.dtype, "backend": recipe.backend, "threads": recipe.threads}
+    loading = {name: getattr(recipe, name) for name in SPEED_FIELDS} | {"device": run.device, "dtype": run.dtype}
     with (
         open_views(source, recipe.views, run.method.reads, order, **loading) as loader,
         Metrics(out, run.plan.total_steps, run.step) as metrics,
@@ -228,7 +227,7 @@ def save(run: Run, out: Path, fingerprint: str) -> Path:
 def restore(run: Run, state: dict[str, Any], fingerprint: str) -> None:
     """Put a checkpoint into a fresh run. Raises ValueError with the difference when recipe or data are not the same."""
     now, then = run.recipe.model_dump(mode="json"), state["recipe"]
-    differ = [key for key in now if key not in NOT_RESULT and now[key] != then.get(key)]
+    differ = [key for key in now if key not in (*SPEED_FIELDS, *RECORD_FIELDS) and now[key] != then.get(key)]
     if differ:
         rows = "\n".join(f"  {key}: {then.get(key)!r} in the checkpoint, {now[key]!r} now" for key in differ)
         raise ValueError(f"the recipe is not the one this run was started with:\n{rows}")

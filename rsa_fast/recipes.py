@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipelines.views import ViewSpec
 
 METHODS = ("rsa", "byol")
+# Fields in which a resumed run may differ from its start: those of speed, and those of what is recorded.
+SPEED_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "device")
+RECORD_FIELDS = ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "keep_last")
 
 
 class Recipe(BaseModel):
@@ -55,6 +58,8 @@ class Recipe(BaseModel):
     # --- changes only speed
     backend: str = "auto"
     threads: int = Field(2, ge=1)  # of the loader, per rank
+    prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
+    aggressive_on: Literal["auto", "host", "device"] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # --- changes only what is recorded

@@ -72,7 +72,12 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     order = Order(len(source.manifest), batch_size, seed=0)
     rates: dict[str, list[float]] = {"torchvision": [], "resident": [], "resident-device": []}
     loaders = {
-        name: open_views(source, CIFAR, frozenset(VIEWS), order, backend=name, threads=2, dtype=getattr(torch, dtype))
+        name: open_views(
+            *(source, CIFAR, frozenset(VIEWS), order),
+            backend=name.removesuffix("-device"),
+            aggressive_on="device" if name.endswith("-device") else "host",
+            dtype=getattr(torch, dtype),
+        )
         for name in rates
     }
     for turn in range(turns):

@@ -7,33 +7,34 @@ import pytest
 import torch
 from conftest import write_folder
 
-from pipelines import BACKENDS, VIEWS, Order, ViewSpec, open_source, open_views
+from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-NAMED = [name for name in BACKENDS if name != "auto"]
+EVERY = [("resident", "host"), ("resident", "device"), ("native", "host"), ("native", "device"), ("torchvision", "host")]
+every_backend = pytest.mark.parametrize(("backend", "aggressive_on"), EVERY)
 
 
-def batches(folder, backend, reads=VIEWS, epoch=0, step=0, rank=0, world_size=1, **options):
+def batches(folder, backend, aggressive_on="host", reads=VIEWS, epoch=0, step=0, rank=0, world_size=1, **options):
     source = open_source(folder, "pretrain")
     order = Order(len(source.manifest), 8, 5, rank, world_size)
-    with open_views(source, SPEC, frozenset(reads), order, backend=backend, **options) as loader:
+    with open_views(source, SPEC, frozenset(reads), order, backend=backend, aggressive_on=aggressive_on, **options) as loader:
         return list(loader.batches(epoch, step))
 
 
-@pytest.mark.parametrize("backend", NAMED)
-def test_views_equal_the_reference(folder, backend):
-    for ours, theirs in zip(batches(folder, backend), batches(folder, "torchvision"), strict=True):
+@every_backend
+def test_views_equal_the_reference(folder, backend, aggressive_on):
+    for ours, theirs in zip(batches(folder, backend, aggressive_on), batches(folder, "torchvision"), strict=True):
         assert torch.equal(ours.label, theirs.label)
         for name in VIEWS:
             gap = (getattr(ours, name) - getattr(theirs, name)).abs() * 0.2 * 255  # in levels
-            assert gap.mean() < (0.4 if backend == "resident-device" else 1e-4), name
+            assert gap.mean() < (0.4 if aggressive_on == "device" else 1e-4), name
 
 
-@pytest.mark.parametrize("backend", NAMED)
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_layout_and_rounding(folder, backend, dtype):
-    exact = batches(folder, backend)[0]
-    batch = batches(folder, backend, dtype=dtype)[0]
+def test_dtype_layout_and_rounding(folder, backend, aggressive_on, dtype):
+    exact = batches(folder, backend, aggressive_on)[0]
+    batch = batches(folder, backend, aggressive_on, dtype=dtype)[0]
     assert batch.label.dtype == torch.int64 and batch.label.shape == (8,)
     for name in VIEWS:
         view = getattr(batch, name)
@@ -42,10 +43,10 @@ def test_dtype_layout_and_rounding(folder, backend, dtype):
         assert torch.equal(view, getattr(exact, name).to(dtype))
 
 
-@pytest.mark.parametrize("backend", NAMED)
+@every_backend
 @pytest.mark.parametrize("reads", [("aggressive_1", "aggressive_2"), ("aggressive_1", "weak_2"), ("weak_1",)])
-def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, reads):
-    every, some = batches(folder, backend)[1], batches(folder, backend, reads)[1]
+def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, aggressive_on, reads):
+    every, some = batches(folder, backend, aggressive_on)[1], batches(folder, backend, aggressive_on, reads)[1]
     for name in VIEWS:
         if name in reads:
             assert torch.equal(getattr(some, name), getattr(every, name))
@@ -53,27 +54,27 @@ def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, rea
             assert getattr(some, name) is None
 
 
-@pytest.mark.parametrize("backend", NAMED)
-def test_starting_at_a_step_is_a_jump(folder, backend):
-    whole, rest = batches(folder, backend, epoch=2), batches(folder, backend, epoch=2, step=3)
+@every_backend
+def test_starting_at_a_step_is_a_jump(folder, backend, aggressive_on):
+    whole, rest = batches(folder, backend, aggressive_on, epoch=2), batches(folder, backend, aggressive_on, epoch=2, step=3)
     assert len(whole) == 5 and len(rest) == 2
     for one, other in zip(whole[3:], rest, strict=True):
         assert torch.equal(one.aggressive_2, other.aggressive_2) and torch.equal(one.label, other.label)
-    assert not torch.equal(whole[0].weak_1, batches(folder, backend, epoch=3)[0].weak_1)
+    assert not torch.equal(whole[0].weak_1, batches(folder, backend, aggressive_on, epoch=3)[0].weak_1)
 
 
-@pytest.mark.parametrize("backend", NAMED)
-def test_ranks_see_together_what_one_rank_sees(folder, backend):
-    whole = batches(folder, backend)
-    ranks = [batches(folder, backend, rank=rank, world_size=2) for rank in (0, 1)]
+@every_backend
+def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on):
+    whole = batches(folder, backend, aggressive_on)
+    ranks = [batches(folder, backend, aggressive_on, rank=rank, world_size=2) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         for name in VIEWS:
             assert torch.equal(getattr(batch, name), torch.cat([getattr(rank[step], name) for rank in ranks]))
 
 
-@pytest.mark.parametrize("backend", NAMED)
-def test_threads_do_not_change_a_view(folder, backend):
-    one, two = batches(folder, backend, threads=1), batches(folder, backend, threads=2)
+@every_backend
+def test_threads_do_not_change_a_view(folder, backend, aggressive_on):
+    one, two = batches(folder, backend, aggressive_on, threads=1), batches(folder, backend, aggressive_on, threads=2)
     assert all(torch.equal(a.aggressive_1, b.aggressive_1) for a, b in zip(one, two, strict=True))
 
 
@@ -85,7 +86,7 @@ def test_images_of_many_sizes_are_resident_on_the_host_and_refused_on_the_device
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one.aggressive_1, other.aggressive_1, atol=1e-6)
     with pytest.raises(ValueError, match="30x25 to 61x44 px"):
-        batches(tmp_path / "a", "resident-device")
+        batches(tmp_path / "a", "resident", "device")
 
 
 def test_a_dataset_larger_than_memory_is_refused(folder, monkeypatch):

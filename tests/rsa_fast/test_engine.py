@@ -28,10 +28,13 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("backend", ["resident", "resident-device", "torchvision"])
+@pytest.mark.parametrize(
+    ("backend", "aggressive_on"),
+    [("resident", "host"), ("resident", "device"), ("native", "host"), ("native", "device"), ("torchvision", "host")],
+)
 @pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path, backend, stop):
-    recipe = tiny(backend=backend)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path, backend, aggressive_on, stop):
+    recipe = tiny(backend=backend, aggressive_on=aggressive_on)
     train(recipe, folder, tmp_path / "whole")
     train(recipe, folder, tmp_path / "parts", stop_at_step=stop)
     assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == stop

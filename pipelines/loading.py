@@ -1,0 +1,166 @@
+"""What every backend shares: the job it is given, and the way of its views from the host to a batch on the device.
+
+Three ways end in the same batch: the host makes all views in the compute dtype (a CPU trains), the host makes all views
+as 8-bit levels, or the host makes the weak crops as 8-bit levels and the device does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import device_ops
+from pipelines.draws import draw
+from pipelines.order import Order
+from pipelines.sources import Source
+from pipelines.views import VIEWS, Batch, ViewSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to load and how; `reads` are names of `VIEWS`. Everything from `threads` on changes only speed."""
+
+    source: Source
+    spec: ViewSpec
+    reads: frozenset[str]
+    order: Order
+    device: torch.device
+    dtype: torch.dtype
+    threads: int  # of one rank
+    prefetch_batches: int  # made ahead of the one in use
+    aggressive_on: str  # host or device
+
+    @property
+    def crops(self) -> list[int]:
+        """Which of the two crops, 0 and 1, any view needs."""
+        return [crop for crop in (0, 1) if {VIEWS[crop], VIEWS[2 + crop]} & self.reads]
+
+    def params(self, epoch: int, ids: np.ndarray) -> np.ndarray:
+        """`(B, 2)` of `draws.VIEW_PARAMS`."""
+        return draw(self.order.seed, epoch, ids, self.spec, self.source.manifest.sizes[ids])
+
+    def labels(self, ids: np.ndarray) -> Tensor:
+        return device_ops.send(self.source.manifest.labels[ids], self.device)
+
+
+class Loader:
+    """One rank's loader: `len()` is the steps per epoch, `batches(epoch, step)` yields from there on.
+
+    A context manager; leaving it joins what the loader started.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __len__(self) -> int:
+        return len(self.job.order)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+
+class Slot:
+    """Memory for one batch's views from the host, `(B, S, S, 3)` each, and the event that says the device has read it."""
+
+    def __init__(self, views: dict[str, Tensor]) -> None:
+        self.views = views
+        self.read = None
+
+    def wait(self) -> None:
+        """Return when the slot may be written; called by the threads that write, never by the one that trains."""
+        if self.read is not None:
+            self.read.synchronize()
+
+
+class Landing:
+    """Where host code writes a batch's views, and how they become a `Batch`.
+
+    `names` are the views the host makes, `table` `(3, 256)` what it writes for each channel's 8-bit level.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.finished = job.device.type == "cpu" and job.aggressive_on == "host"  # the host writes what the batch holds
+        made = job.reads if job.aggressive_on == "host" else {VIEWS[crop] for crop in job.crops}
+        self.names = [name for name in VIEWS if name in made]
+        self.table = level_table(job.spec, job.dtype) if self.finished else np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        self.stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self.ring: list[Slot] = []
+        self.used = 0
+        self.affine = None if self.finished else device_ops.affine(job.spec, job.device)
+
+    def slot(self, count: int) -> Slot:
+        """Memory for `count` samples: on a GPU the next of a ring of pinned buffers, on a CPU memory of its own."""
+        shape = (count, self.job.spec.size_px, self.job.spec.size_px, 3)
+        if self.stream is None:
+            dtype = self.job.dtype if self.finished else torch.uint8
+            return Slot({name: torch.empty(shape, dtype=dtype) for name in self.names})
+        depth = self.job.prefetch_batches + 2
+        if len(self.ring) < depth:
+            self.ring.append(Slot({name: torch.empty(shape, dtype=torch.uint8).pin_memory() for name in self.names}))
+        self.used += 1
+        return self.ring[(self.used - 1) % depth]
+
+    def arrays(self, slot: Slot) -> list[np.ndarray]:
+        """The slot's memory for `host_ops`, in the order of `VIEWS`, of the table's dtype, empty where nothing is made."""
+        unread = np.empty((self.job.order.batch_per_rank, 0, 0, 3), self.table.dtype)
+        return [bits(slot.views[name]) if name in slot.views else unread for name in VIEWS]
+
+    def batch(self, slot: Slot, ids: np.ndarray, params: np.ndarray) -> Batch:
+        """The batch of a written slot. On a GPU nothing waits: copies and the device's stages run on a stream of their own."""
+        if self.stream is None:
+            views = {name: view.permute(0, 3, 1, 2) for name, view in slot.views.items()}
+            return Batch(self.job.labels(ids), **(views if self.finished else self.finish(views, params)))
+        main = torch.cuda.current_stream(self.job.device)
+        with torch.cuda.stream(self.stream):
+            copies = {name: view.to(self.job.device, non_blocking=True) for name, view in slot.views.items()}
+            slot.read = torch.cuda.Event()
+            slot.read.record()
+            views = self.finish({name: copy.permute(0, 3, 1, 2) for name, copy in copies.items()}, params)
+            label = self.job.labels(ids)
+        main.wait_stream(self.stream)
+        for tensor in (label, *views.values()):
+            tensor.record_stream(main)
+        return Batch(label, **views)
+
+    def finish(self, levels: dict[str, Tensor], params: np.ndarray) -> dict[str, Tensor]:
+        """The views read, of 8-bit levels `(B, 3, S, S)` on the device."""
+        if self.job.aggressive_on == "host":
+            return {name: device_ops.normalise(view, *self.affine, self.job.dtype) for name, view in levels.items()}
+        crops = self.job.crops
+        weak = torch.cat([levels[VIEWS[crop]] for crop in crops]).float().contiguous()
+        return finish_on_device(self.job, weak, np.concatenate([params[:, crop] for crop in crops]), self.affine)
+
+
+def finish_on_device(job: Job, weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The views read, of the weak levels `(C * B, 3, S, S)` of all crops that are needed; `params` `(C * B,)`."""
+    stages = [weak]
+    if job.reads & set(VIEWS[2:]):
+        stages.append(device_ops.aggressive_stage(weak, params))
+    return {
+        name: device_ops.normalise(levels, *affine, job.dtype)
+        for stage, both in enumerate(stages)
+        for crop, levels in zip(job.crops, both.chunk(len(job.crops)), strict=True)
+        if (name := VIEWS[2 * stage + crop]) in job.reads
+    }
+
+
+def level_table(spec: ViewSpec, dtype: torch.dtype) -> np.ndarray:
+    """`(3, 256)`: the bits of each channel's normalised value at each 8-bit level, rounded to `dtype` by torch."""
+    level = torch.arange(256, dtype=torch.float32) / 255
+    mean, std = (torch.tensor(x).view(3, 1) for x in (spec.mean, spec.std))
+    return bits(((level - mean) / std).to(dtype))
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor as integers, for kernels that only move values of types numpy may not know (bfloat16)."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
