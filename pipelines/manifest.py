@@ -1,22 +1,56 @@
 """What a dataset split is: count, classes, labels, the size of every image, and a fingerprint.
 
 Written once by a scan of the headers, cached in `.rsa-fast/` beside the data (or in `cache`), read by every
-backend and rank. The cache holds for as long as the listing of names, bytes and modification times is unchanged.
+backend and rank. Of the processes that open a split at once, one checks the data and the rest wait for it and read.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import TextIO
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
-VERSION = 1
+VERSION = 2  # of the cache
+CHUNK = 4096  # files at a time: few enough to hold as Python objects, enough to spare a million futures
+
+
+class Paths(Sequence[str]):
+    """A million paths in one buffer: a third of the memory of as many strings. Immutable; indexes, slices, iterates."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        paths, parts = iter(paths), []
+        while chunk := list(islice(paths, CHUNK)):
+            parts.append(os.fsencode("\0".join(chunk)))  # the one character no file name has
+        self.text = b"\0".join(parts)
+        ends = np.flatnonzero(np.frombuffer(self.text, np.uint8) == 0)
+        self.bounds = np.concatenate([[-1], ends, [len(self.text)]]) if parts else np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            if len(chosen) > 1 and chosen.step == 1:
+                return os.fsdecode(self.text[self.bounds[chosen[0]] + 1 : self.bounds[chosen[-1] + 1]]).split("\0")
+            return [self[i] for i in chosen]
+        i = range(len(self))[index]  # negative ones count from the end; IndexError beyond it
+        return os.fsdecode(self.text[self.bounds[i] + 1 : self.bounds[i + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
 
 
 @dataclass(frozen=True)
@@ -28,7 +62,7 @@ class Manifest:
     labels: np.ndarray
     sizes: np.ndarray
     fingerprint: str  # of names, labels, bytes and sizes; the same wherever the data lies
-    paths: tuple[str, ...] = ()  # relative to the data folder; empty for binary files
+    paths: Sequence[str] = ()  # relative to the data folder; empty for binary files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,36 +81,88 @@ def array_manifest(data: Path, split: str, pixels: np.ndarray, labels: np.ndarra
 
 
 def file_manifest(
-    data: Path, split: str, paths: list[str], labels: np.ndarray, classes: tuple[str, ...], cache: str | Path | None = None
+    data: Path, split: str, paths: Paths, labels: np.ndarray, classes: tuple[str, ...], cache: str | Path | None = None
 ) -> Manifest:
     """The manifest of image files `paths` (relative to `data`), scanned or read from the cache.
 
+    The cache holds while names, labels, bytes and modification times are unchanged, which takes a stat of every file. A
+    process that finds another one at that waits for it, then reads what it verified and compares the names alone: a file
+    replaced under its old name in those moments is noticed at the next opening, not at this one.
     Raises ValueError naming the files that are no whole images.
     """
-    stats = [os.stat(data / path) for path in paths]
-    lines = [f"{path}\t{label}\t{stat.st_size}" for path, label, stat in zip(paths, labels, stats, strict=True)]
-    listing = hashlib.sha256("\n".join([str(VERSION), *lines, *(str(s.st_mtime_ns) for s in stats)]).encode()).hexdigest()
+    labels = np.asarray(labels, np.int64)
+    names = digest(json.dumps([VERSION, classes]).encode(), labels, paths.text)
     name = "test.npz" if split == "test" else "train.npz"
     places = [Path(place) / ".rsa-fast" / name for place in (data, cache) if place]
+    lock, waited = take_turn(places)
+    with lock:
+        verified = lock.read() if waited else ""
+        stored = read_cache(places, names, verified) if verified else None
+        if stored is None:
+            lock.truncate(0)  # should this process fail, those who wait must not take an older word for its own
+            stats = by_threads(lambda path: file_stat(f"{data}/{path}"), paths, np.int64)
+            listing = digest(names.encode(), stats)
+            stored = read_cache(places, names, listing)
+            if stored is None:
+                sizes = scan(data, paths)
+                stored = sizes, fingerprint(paths, labels, classes, stats[:, 0], sizes)
+                write_cache(places, names, listing, *stored)
+            lock.write(listing)
+    return Manifest(split, classes, labels, *stored, paths)
+
+
+def take_turn(places: list[Path]) -> tuple[TextIO, bool]:
+    """The lock beside the first cache that can have one, held until closed, and whether another process had to be waited
+    for. What a holder verified is the lock file's text. Read-only and some network disks have no locks: nobody waits."""
     for place in places:
-        if (sizes := cached_sizes(place, listing)) is not None:
-            break
-    else:
-        sizes = scan(data, paths)
-        write_cache(places, listing, sizes)
-    content = hashlib.sha256("\n".join([*classes, *lines]).encode() + sizes.tobytes()).hexdigest()
-    return Manifest(split, classes, np.asarray(labels, np.int64), sizes, content, tuple(paths))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = place.with_suffix(".lock").open("a+")
+            lock.seek(0)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                return lock, True
+            return lock, False
+        except OSError:
+            continue
+    return io.StringIO(), False
 
 
-def scan(data: Path, paths: list[str]) -> np.ndarray:
-    """`(N, 2)` int32 heights and widths from the files' headers. Raises ValueError naming every file at fault."""
+def by_threads(work: Callable[[str], tuple[int, int]], paths: Paths, dtype: type) -> np.ndarray:
+    """`(N, 2)`: `work` of every path, on threads, which hide a network disk's latency."""
+
+    def rows(start: int) -> np.ndarray:
+        return np.array([work(path) for path in paths[start : start + CHUNK]], dtype)
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        results = list(pool.map(lambda path: header_size(data / path), paths, chunksize=256))
-    bad = [f"  {path}: {found}" for path, found in zip(paths, results, strict=True) if isinstance(found, str)]
-    if bad:
-        shown = "\n".join(bad[:20] + (["  ..."] if len(bad) > 20 else []))
-        raise ValueError(f"{len(bad)} of {len(paths)} files under {data} are no whole images; replace or delete them:\n{shown}")
-    return np.array(results, np.int32).reshape(-1, 2)
+        return np.concatenate([np.empty((0, 2), dtype), *pool.map(rows, range(0, len(paths), CHUNK))])
+
+
+def file_stat(path: str) -> tuple[int, int]:
+    """Bytes and modification time in nanoseconds."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def scan(data: Path, paths: Paths) -> np.ndarray:
+    """`(N, 2)` int32 heights and widths from the files' headers. Raises ValueError naming every file at fault."""
+    faults: dict[str, str] = {}
+
+    def size(path: str) -> tuple[int, int]:
+        found = header_size(data / path)
+        if isinstance(found, str):
+            faults[path] = found
+            return 0, 0
+        return found
+
+    sizes = by_threads(size, paths, np.int32)
+    if faults:
+        shown = "\n".join([f"  {path}: {faults[path]}" for path in sorted(faults)[:20]] + ["  ..."] * (len(faults) > 20))
+        found = f"{len(faults)} of {len(paths)} files under {data} are no whole images"
+        raise ValueError(f"{found}; replace or delete them:\n{shown}")
+    return sizes
 
 
 def header_size(path: Path) -> tuple[int, int] | str:
@@ -85,7 +171,7 @@ def header_size(path: Path) -> tuple[int, int] | str:
         with Image.open(path) as image:
             width, height = image.size
             if image.format == "JPEG":
-                image.fp.seek(-min(64, path.stat().st_size), os.SEEK_END)  # some writers pad after the marker
+                image.fp.seek(max(0, image.fp.seek(0, os.SEEK_END) - 64))  # some writers pad after the marker
                 if b"\xff\xd9" not in image.fp.read():
                     return "truncated JPEG (no end marker)"
             return height, width
@@ -93,22 +179,46 @@ def header_size(path: Path) -> tuple[int, int] | str:
         return "empty file" if path.stat().st_size == 0 else f"{type(error).__name__}: {str(error).split(' <')[0]}"
 
 
-def cached_sizes(place: Path, listing: str) -> np.ndarray | None:
-    try:
-        with np.load(place, allow_pickle=False) as stored:
-            return stored["sizes"] if json.loads(str(stored["meta"]))["listing"] == listing else None
-    except (OSError, ValueError, KeyError):
-        return None
+def digest(*parts: bytes | np.ndarray) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return total.hexdigest()
 
 
-def write_cache(places: list[Path], listing: str, sizes: np.ndarray) -> None:
+def fingerprint(paths: Paths, labels: np.ndarray, classes: tuple[str, ...], lengths: np.ndarray, sizes: np.ndarray) -> str:
+    """SHA-256 of the classes and of a line per file, joined by newlines, then of the sizes; `lengths` is in bytes."""
+    lines = chain(classes, map("{}\t{}\t{}".format, paths, labels.tolist(), lengths.tolist()))
+    total, joint = hashlib.sha256(), b""
+    while chunk := list(islice(lines, CHUNK)):
+        total.update(joint + "\n".join(chunk).encode("utf-8", "surrogateescape"))
+        joint = b"\n"
+    total.update(sizes.tobytes())
+    return total.hexdigest()
+
+
+def read_cache(places: list[Path], names: str, listing: str) -> tuple[np.ndarray, str] | None:
+    """Sizes and fingerprint from the first cache of these names and this listing."""
+    for place in places:
+        try:
+            with np.load(place, allow_pickle=False) as stored:
+                meta = json.loads(str(stored["meta"]))
+                if (meta["names"], meta["listing"]) == (names, listing):
+                    return stored["sizes"], meta["fingerprint"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            continue
+    return None
+
+
+def write_cache(places: list[Path], names: str, listing: str, sizes: np.ndarray, fingerprint: str) -> None:
     """Write to the first place that takes it, by rename; a read-only dataset without `cache` is scanned each time."""
+    meta = json.dumps({"names": names, "listing": listing, "fingerprint": fingerprint})
     for place in places:
         partial = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                np.savez_compressed(file, sizes=sizes, meta=json.dumps({"listing": listing}))
+                np.savez(file, sizes=sizes, meta=meta)
             partial.replace(place)
             return
         except OSError:

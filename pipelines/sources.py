@@ -1,4 +1,4 @@
-"""Where images come from: image folders and the binary files of CIFAR and STL-10, read as uint8 RGB.
+"""Where images come from: image folders, FFCV's .beton, tar shards and the files of CIFAR and STL-10, read as uint8 RGB.
 
     source = open_source("data/cifar10", split="pretrain")   ->  source.manifest, source.read(17) -> (H, W, 3) uint8
 
@@ -9,6 +9,7 @@ They differ only for STL-10, whose pre-training set is 5k labelled + 100k unlabe
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -17,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.manifest import Manifest, array_manifest, file_manifest
+from pipelines.manifest import Manifest, Paths, array_manifest, file_manifest
 
 SPLITS = ("pretrain", "train", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 BINARY_FOLDERS = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10"}
 LAYOUT = (
     "wanted: train/<class>/*.jpg with val/<class>/*.jpg or test/<class>/*.jpg, one flat folder of images, "
-    f"or torchvision's {', '.join(BINARY_FOLDERS)}"
+    f"torchvision's {', '.join(BINARY_FOLDERS)}, "
+    "FFCV's train*.beton or *.ffcv with val* or test*, or tar shards train/shard-*.tar with val/ or test/"
 )
 
 
@@ -35,13 +37,15 @@ class Source:
     manifest: Manifest
     read: Callable[[int], np.ndarray]  # (H, W, 3) uint8, decoded by PIL
     encoded: Callable[[int], bytes] | None = None  # the image file as stored; None where pixels are stored
+    beton: Path | None = None  # the FFCV file all of it lies in
 
 
 def open_source(data: str | Path, split: str, cache: str | Path | None = None) -> Source:
     """The images under `data`, in whichever layout lies there.
 
     `cache` is a folder for the manifest when `data` is read-only. Raises FileNotFoundError when the folder or the split
-    is missing, ValueError for an empty class, unreadable images (each named) or a corrupt binary file.
+    is missing, ValueError for an empty class, unreadable images (each named), a corrupt binary file, or a split that is
+    there in two packed forms. A .beton file or tar shards go before an image folder.
     """
     data = Path(data)
     if split not in SPLITS:
@@ -51,6 +55,11 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
     for folder, dataset in BINARY_FOLDERS.items():
         if (data / folder).is_dir():
             return binary_source(data, dataset, split)
+    if packed := packed_place(data, split):
+        from pipelines.beton import beton_source  # both build on this file
+        from pipelines.shards import shard_source
+
+        return beton_source(packed, split) if packed.is_file() else shard_source(data, split)
     paths, labels, classes = list_images(data, split)
     manifest = file_manifest(data, split, paths, labels, classes, cache)
 
@@ -58,6 +67,16 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
         return data / manifest.paths[sample]
 
     return Source(manifest, lambda sample: read_rgb(path(sample)), lambda sample: path(sample).read_bytes())
+
+
+def packed_place(data: Path, split: str) -> Path | None:
+    """The .beton file or the folder of tar shards of a split, if there is one. Raises ValueError when there are more."""
+    names = ("val", "test") if split == "test" else ("train",)
+    patterns = [f"{name}{end}" for name in names for end in ("*.beton", "*.ffcv", "/shard-*.tar")]
+    found = sorted({path.parent if path.suffix == ".tar" else path for pattern in patterns for path in data.glob(pattern)})
+    if len(found) > 1:
+        raise ValueError(f"{data} holds {', '.join(path.name for path in found)} for one split: keep one, move the others away")
+    return found[0] if found else None
 
 
 def download(data: str | Path, dataset: str) -> None:
@@ -89,26 +108,27 @@ def binary_source(data: Path, dataset: str, split: str) -> Source:
     return Source(manifest, pixels.__getitem__)
 
 
-def list_images(data: Path, split: str) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+def list_images(data: Path, split: str) -> tuple[Paths, np.ndarray, tuple[str, ...]]:
     """Paths relative to `data` (sorted), labels (-1: none) and class names of an image folder's split."""
     root = split_folder(data, split)
     if (root / "val_annotations.txt").is_file():  # Tiny ImageNet's validation folder: one flat folder and a table
         rows = [line.split("\t")[:2] for line in (root / "val_annotations.txt").read_text().splitlines()]
-        classes = tuple(sorted({wnid for _, wnid in rows}))
-        paths = [str((root / "images" / name).relative_to(data)) for name, _ in rows]
-        return paths, np.array([classes.index(wnid) for _, wnid in rows], np.int64), classes
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+        label = {wnid: i for i, wnid in enumerate(sorted({wnid for _, wnid in rows}))}
+        paths = Paths(str((root / "images" / name).relative_to(data)) for name, _ in rows)
+        return paths, np.array([label[wnid] for _, wnid in rows], np.int64), tuple(label)
+    with os.scandir(root) as entries:
+        folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     if not folders:
-        paths = images_below(root, data)
+        paths = Paths(images_below(root, data))
         if not paths:
             raise FileNotFoundError(f"no images in {root}: {LAYOUT}")
         return paths, np.full(len(paths), -1, np.int64), ()
-    by_class = {folder.name: images_below(folder, data) for folder in folders}
+    by_class = {name: Paths(images_below(root / name, data)) for name in folders}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
         raise ValueError(f"no images in {len(empty)} class folder(s) of {root}: {', '.join(empty[:10])}. Fill or remove them")
     counts = [len(paths) for paths in by_class.values()]
-    return list(chain(*by_class.values())), np.repeat(np.arange(len(counts)), counts), tuple(by_class)
+    return Paths(chain.from_iterable(by_class.values())), np.repeat(np.arange(len(counts)), counts), tuple(by_class)
 
 
 def split_folder(data: Path, split: str) -> Path:
@@ -122,7 +142,18 @@ def split_folder(data: Path, split: str) -> Path:
 
 
 def images_below(folder: Path, data: Path) -> list[str]:
-    return sorted(str(p.relative_to(data)) for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """Paths relative to `data` of the images in `folder` and below, sorted. Linked folders are followed, hidden ones not."""
+    found, waiting = [], [(os.fspath(folder), "".join(f"{part}/" for part in folder.relative_to(data).parts))]
+    while waiting:
+        place, prefix = waiting.pop()
+        with os.scandir(place) as entries:
+            for entry in entries:  # no stat: the listing says what a folder is
+                name = entry.name
+                if name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not entry.is_dir(follow_symlinks=False):
+                    found.append(prefix + name)
+                elif not name.startswith(".") and entry.is_dir():
+                    waiting.append((entry.path, f"{prefix}{name}/"))
+    return sorted(found)
 
 
 def read_rgb(path: Path) -> np.ndarray:

@@ -1,0 +1,105 @@
+"""Images packed in a few big files: each is one range of bytes, read by its position, from any thread.
+
+What FFCV's .beton and tar shards have in common once their own tables are read (`beton.py`, `shards.py`): one array of
+`ENTRY` records, no object per image, so that a million images open in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.manifest import Manifest
+from pipelines.sources import Source, to_rgb
+
+VERSION = 1  # of the description written beside a packed split
+ENTRY = np.dtype(
+    [
+        ("file", "<i4"),  # index into the files
+        ("offset", "<i8"),  # of the first byte in that file
+        ("size", "<i8"),  # in bytes
+        ("label", "<i8"),
+        ("height", "<i4"),  # in pixels
+        ("width", "<i4"),
+        ("raw", "?"),  # pixels (H, W, 3) uint8; else a JPEG
+    ]
+)
+
+
+class Packed:
+    """The images of one split: `entries` `(N,)` of `ENTRY` into `files`, each opened once and read by position.
+
+    Raises ValueError naming a file that ends before its last image, FileNotFoundError for a missing one.
+    """
+
+    def __init__(self, files: Sequence[Path], entries: np.ndarray) -> None:
+        self.paths, self.entries = tuple(files), entries
+        self.files = [path.open("rb", buffering=0) for path in files]
+        ends = np.zeros(len(files), np.int64)
+        np.maximum.at(ends, entries["file"], entries["offset"] + entries["size"])
+        for path, file, end in zip(files, self.files, ends, strict=True):
+            if (found := os.fstat(file.fileno()).st_size) < end:
+                raise ValueError(f"{path} is truncated: {found:,} bytes, its images end at {end:,}. Copy or convert it again")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def stored(self, sample: int) -> bytes:
+        """The bytes of one image as stored: a JPEG or, where the entry says raw, its pixels."""
+        entry = self.entries[sample]
+        data = os.pread(self.files[entry["file"]].fileno(), int(entry["size"]), int(entry["offset"]))
+        if len(data) != entry["size"]:
+            raise ValueError(f"{self.name(sample)}: {len(data)} of {entry['size']} bytes: the file was cut since it was opened")
+        return data
+
+    def decode(self, sample: int, data: bytes) -> np.ndarray:
+        """`(H, W, 3)` uint8 from what `stored` gave. Raises ValueError when that is no image of the entry's size."""
+        entry = self.entries[sample]
+        shape = (int(entry["height"]), int(entry["width"]), 3)
+        try:
+            if entry["raw"]:
+                return np.frombuffer(data, np.uint8).reshape(shape).copy()
+            pixels = to_rgb(Image.open(io.BytesIO(data)))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot decode {self.name(sample)}: {error}. Convert the data again") from error
+        if pixels.shape != shape:
+            raise ValueError(f"{self.name(sample)} is {pixels.shape}, its table says {shape}. Convert the data again")
+        return pixels
+
+    def read(self, sample: int) -> np.ndarray:
+        return self.decode(sample, self.stored(sample))
+
+    def name(self, sample: int) -> str:
+        return f"image {sample} of {self.paths[self.entries['file'][sample]]}"
+
+    def source(self, split: str, classes: tuple[str, ...]) -> Source:
+        """The split as a `Source`. `encoded` is there only when every image is a JPEG: pixels have no file to hand out."""
+        sizes = np.stack([self.entries["height"], self.entries["width"]], -1)
+        labels = np.ascontiguousarray(self.entries["label"])
+        digest = hashlib.sha256("\n".join(classes).encode())
+        digest.update(self.entries)
+        manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
+        return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
+
+
+def read_description(path: Path, form: str, count: int) -> dict:
+    """The description written beside a split by the converters, of `form` "beton" or "shards" and `count` images.
+
+    Raises FileNotFoundError when there is none, ValueError naming it when it belongs to something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["version"] != VERSION:
+            raise ValueError(f"version {found['version']}, this code reads {VERSION}")
+        if (found["format"], found["count"]) != (form, count):
+            raise ValueError(f"it describes {found['count']} images as {found['format']}, beside {count} as {form}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe the images beside it ({error}): remove it, or convert again") from error
+    return found
