@@ -12,7 +12,7 @@ from pipelines.order import Order
 from pipelines.sources import Source, open_source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
-BACKENDS = ("auto", "resident", "native", "torchvision")
+BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
 AGGRESSIVE_ON = ("auto", "host", "device")
 
 __all__ = ["AGGRESSIVE_ON", "BACKENDS", "VIEWS", "Batch", "Order", "Source", "ViewSpec", "open_source", "open_views"]
@@ -30,6 +30,7 @@ def open_views(
     threads: int = 2,
     prefetch_batches: int = 2,
     aggressive_on: str = "auto",
+    decode_on: str = "gpu",
 ) -> Loader:
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
@@ -48,7 +49,7 @@ def open_views(
         raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(VIEWS)}")
     if aggressive_on == "auto":
         aggressive_on = "device" if device.type == "cuda" else "host"
-    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on)
+    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on, decode_on)
     match backend if backend != "auto" else choose_backend(source, device):
         case "resident":
             from pipelines.resident_views import ResidentViews
@@ -58,6 +59,14 @@ def open_views(
             from pipelines.native_views import NativeViews
 
             return NativeViews(job)
+        case "dali":
+            from pipelines.dali_views import DaliViews
+
+            return DaliViews(job)
+        case "ffcv":
+            from pipelines.ffcv_views import FfcvViews
+
+            return FfcvViews(job)
         case "torchvision":
             from pipelines.torchvision_views import TorchvisionViews
 

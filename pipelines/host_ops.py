@@ -343,3 +343,25 @@ def box_pass(source, out, step, whole, weight, far_weight):
         line = out[start:][:count]
         for i in range(count):
             line[i] = total[i] >> np.uint32(24)
+
+
+@kernel
+def finish_views(first, second, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
+    """All views of ready weak crops `(B, S, S, 3)` uint8, as `batch_views`; an unread crop is empty."""
+    for b in range(len(params)):
+        for crop in range(2):
+            levels, weak, aggressive = (first, weak_1, aggressive_1) if crop == 0 else (second, weak_2, aggressive_2)
+            size = levels.shape[1]
+            if size == 0:
+                continue
+            planes = np.empty((3, size, size), np.uint8)
+            for c in range(3):
+                for y in range(size):
+                    row, out = levels[b, y], planes[c, y]
+                    for x in range(size):
+                        out[x] = row[x, c]
+            if weak.shape[1] > 0:
+                normalise(planes, table, weak[b])
+            if aggressive.shape[1] > 0:
+                aggressive_stage(planes, params[b, crop])
+                normalise(planes, table, aggressive[b])

@@ -6,6 +6,7 @@ as 8-bit levels, or the host makes the weak crops as 8-bit levels and the device
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ class Job:
     threads: int  # of one rank
     prefetch_batches: int  # made ahead of the one in use
     aggressive_on: str  # host or device
+    decode_on: str  # gpu or cpu, of the dali backend on a GPU
 
     @property
     def crops(self) -> list[int]:
@@ -120,13 +122,23 @@ class Landing:
         if self.stream is None:
             views = {name: view.permute(0, 3, 1, 2) for name, view in slot.views.items()}
             return Batch(self.job.labels(ids), **(views if self.finished else self.finish(views, params)))
-        main = torch.cuda.current_stream(self.job.device)
-        with torch.cuda.stream(self.stream):
+
+        def receive(_: torch.cuda.Stream) -> dict[str, Tensor]:
             copies = {name: view.to(self.job.device, non_blocking=True) for name, view in slot.views.items()}
             slot.read = torch.cuda.Event()
             slot.read.record()
-            views = self.finish({name: copy.permute(0, 3, 1, 2) for name, copy in copies.items()}, params)
-            label = self.job.labels(ids)
+            return copies
+
+        return self.on_stream(receive, ids, params)
+
+    def on_stream(
+        self, receive: Callable[[torch.cuda.Stream], dict[str, Tensor]], ids: np.ndarray, params: np.ndarray
+    ) -> Batch:
+        """The batch of the levels `(B, S, S, 3)` that `receive(stream)` brings to the GPU, made on the landing's stream."""
+        main = torch.cuda.current_stream(self.job.device)
+        with torch.cuda.stream(self.stream):
+            levels = {name: view.permute(0, 3, 1, 2) for name, view in receive(self.stream).items()}
+            views, label = self.finish(levels, params), self.job.labels(ids)
         main.wait_stream(self.stream)
         for tensor in (label, *views.values()):
             tensor.record_stream(main)

@@ -20,7 +20,7 @@ from pipelines.views import ViewSpec
 
 METHODS = ("rsa", "byol")
 # Fields in which a resumed run may differ from its start: those of speed, and those of what is recorded.
-SPEED_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "device")
+SPEED_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on", "device")
 RECORD_FIELDS = ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "keep_last")
 
 
@@ -60,6 +60,7 @@ class Recipe(BaseModel):
     threads: int = Field(2, ge=1)  # of the loader, per rank
     prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
     aggressive_on: Literal["auto", "host", "device"] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
+    decode_on: Literal["gpu", "cpu"] = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # --- changes only what is recorded
