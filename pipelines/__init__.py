@@ -5,6 +5,10 @@ Every backend yields the same `Batch` from the same dice; this file is the only 
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+
+import numpy as np
 import torch
 
 from pipelines.loading import Job, Loader
@@ -14,6 +18,7 @@ from pipelines.views import VIEWS, Batch, ViewSpec
 
 BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
 AGGRESSIVE_ON = ("auto", "host", "device")
+RESIDENT_BYTES = 8 * 2**30  # decoded: all the small datasets, and no ImageNet
 
 __all__ = ["AGGRESSIVE_ON", "BACKENDS", "VIEWS", "Batch", "Order", "Source", "ViewSpec", "open_source", "open_views"]
 
@@ -35,10 +40,11 @@ def open_views(
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
     The loader is a context manager; `len()` is the steps per epoch, `batches(epoch, step)` yields from there on.
-    Backends: `resident` holds the images in memory, `native` decodes files on a pool of threads, `torchvision` is the PIL
-    reference with worker processes. The aggressive stage runs by numba kernels on the host or by tensor operations on the
-    device; `auto` is the device on a GPU. `threads`, `prefetch_batches` and, but for rounding, `aggressive_on` never
-    change a view. Raises ValueError for an unknown backend or view.
+    Backends: `resident` holds the images in memory, `native` decodes files on a pool of threads, `dali` by NVIDIA DALI (on
+    the GPU, or `decode_on` the cpu), `ffcv` reads .beton files, `torchvision` is the PIL reference with worker processes;
+    `auto` says on stderr what it chose and why. The aggressive stage runs by numba kernels on the host or by tensor
+    operations on the device; `auto` is the device on a GPU. `threads`, `prefetch_batches` and, but for rounding,
+    `aggressive_on` never change a view. Raises ValueError for an unknown backend or view, or a missing library.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
@@ -50,7 +56,10 @@ def open_views(
     if aggressive_on == "auto":
         aggressive_on = "device" if device.type == "cuda" else "host"
     job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on, decode_on)
-    match backend if backend != "auto" else choose_backend(source, device):
+    if backend == "auto":
+        backend, reason = choose_backend(source, device)
+        print(f"backend {backend}: {reason}", file=sys.stderr)
+    match backend:
         case "resident":
             from pipelines.resident_views import ResidentViews
 
@@ -73,5 +82,16 @@ def open_views(
             return TorchvisionViews(job)
 
 
-def choose_backend(source: Source, device: torch.device) -> str:
-    return "resident"
+def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
+    """The backend for a source on a device, and why."""
+    from pipelines.resident_views import free_bytes
+
+    sizes = source.manifest.sizes
+    pixels = 3 * int(sizes.astype(np.int64).prod(1).sum())
+    if pixels <= min(RESIDENT_BYTES, free_bytes(device) // 2) and (device.type == "cpu" or (sizes == sizes[0]).all()):
+        return "resident", f"the images take {pixels / 2**30:.2f} GiB decoded and stay in memory"
+    if source.beton and find_spec("ffcv"):
+        return "ffcv", f"{source.beton.name} is FFCV's"
+    if device.type == "cuda" and find_spec("nvidia.dali") and source.encoded:
+        return "dali", "it decodes on the GPU"
+    return "native", "the fastest decoder of files on a CPU" if device.type == "cpu" else "DALI is not installed"

@@ -63,3 +63,16 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return real_images(tmp_path_factory, "imagenet-320")
+
+
+@pytest.fixture(scope="session")
+def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`folder` as .beton files of raw pixels: a JPEG would be decoded by FFCV's own libjpeg settings."""
+    from click.testing import CliRunner
+
+    from tools.to_ffcv import main
+
+    place = tmp_path_factory.mktemp("beton")
+    done = CliRunner().invoke(main, [str(folder), str(place), "--write-mode", "raw", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    return place

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import natural_image, write_folder
+from PIL import Image
 
-from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
+from pipelines import VIEWS, Order, ViewSpec, choose_backend, open_source, open_views
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-EVERY = [("resident", "host"), ("resident", "device"), ("native", "host"), ("native", "device"), ("torchvision", "host")]
+DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
+EVERY = [
+    *[(backend, place) for backend in ("resident", "native") for place in ("host", "device")],
+    *[pytest.param("dali", place, marks=DALI) for place in ("host", "device")],
+    ("torchvision", "host"),
+]
 every_backend = pytest.mark.parametrize(("backend", "aggressive_on"), EVERY)
+# DALI's resize rounds otherwise than PIL's and looks one pixel beyond the window, which shows on images as small as these
+RESIZE_LEVELS = {"dali": 0.6}
 
 
 def batches(folder, backend, aggressive_on="host", reads=VIEWS, epoch=0, step=0, rank=0, world_size=1, **options):
@@ -27,7 +37,8 @@ def test_views_equal_the_reference(folder, backend, aggressive_on):
         assert torch.equal(ours.label, theirs.label)
         for name in VIEWS:
             gap = (getattr(ours, name) - getattr(theirs, name)).abs() * 0.2 * 255  # in levels
-            assert gap.mean() < (0.4 if aggressive_on == "device" else 1e-4), name
+            allowed = RESIZE_LEVELS.get(backend, 1e-4) + (0.4 if aggressive_on == "device" and "aggressive" in name else 0)
+            assert gap.mean() < allowed + (0.1 if backend == "resident" and aggressive_on == "device" else 0), name
 
 
 @every_backend
@@ -82,9 +93,10 @@ def test_images_of_many_sizes_are_resident_on_the_host_and_refused_on_the_device
     write_folder(tmp_path / "a", {"train": 8}, size=(30, 44))
     for path in write_folder(tmp_path / "b", {"train": 8}, size=(61, 25)).rglob("*.jpg"):
         path.rename(tmp_path / "a" / "train" / path.parent.name / f"tall_{path.name}")
-    ours, theirs = batches(tmp_path / "a", "resident"), batches(tmp_path / "a", "torchvision")
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(one.aggressive_1, other.aggressive_1, atol=1e-6)
+    ours, files, theirs = (batches(tmp_path / "a", backend) for backend in ("resident", "native", "torchvision"))
+    for one, another, reference in zip(ours, files, theirs, strict=True):
+        assert torch.allclose(one.aggressive_1, reference.aggressive_1, atol=1e-6)
+        assert torch.equal(one.aggressive_1, another.aggressive_1)
     with pytest.raises(ValueError, match="30x25 to 61x44 px"):
         batches(tmp_path / "a", "resident", "device")
 
@@ -108,3 +120,55 @@ def test_a_resident_loader_joins_its_threads(folder):
         next(loader.batches(0))
     with pytest.raises(RuntimeError, match="shutdown"):
         loader.make(0, np.arange(8))
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
+def test_an_iterator_left_early_leaves_nothing_behind(folder, backend):
+    source = open_source(folder, "pretrain")
+    with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5), backend=backend) as loader:
+        first = next(iter(loader.batches(0)))
+        for _ in zip(range(2), loader.batches(1), strict=False):
+            pass
+        again = list(loader.batches(0))
+    assert len(again) == 5 and torch.equal(again[0].aggressive_1, first.aggressive_1)
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
+def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
+    write_folder(tmp_path, {"train": 4})
+    source = open_source(tmp_path, "pretrain")
+    damaged = tmp_path / "train" / "class_1" / "002.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with (
+        open_views(source, SPEC, frozenset(VIEWS), Order(8, 8, 0), backend=backend) as loader,
+        pytest.raises(ValueError, match=r"cannot read image .*class_1.*002\.jpg"),
+    ):
+        list(loader.batches(0))
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
+def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend):
+    rgb = Image.fromarray(natural_image(1, 40, 30))
+    saved = {"a.png": rgb, "gray.jpg": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "palette.png": rgb.quantize(32)}
+    saved |= {"alpha.png": rgb.convert("RGBA"), "b.gif": rgb, "c.webp": rgb, "d.bmp": rgb}
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+    (ours,), (theirs,) = batches(tmp_path, backend), batches(tmp_path, "torchvision")
+    for one, other in zip(ours.weak_1, theirs.weak_1, strict=True):
+        assert (one - other).abs().mean() * 0.2 * 255 < RESIZE_LEVELS.get(backend, 1e-4)
+
+
+def test_auto_says_what_it_chose_and_why(folder, beton, capsys, monkeypatch):
+    source, packed = open_source(folder, "pretrain"), open_source(beton, "pretrain")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
+    with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5)):
+        assert "backend resident: the images take 0.00 GiB decoded" in capsys.readouterr().err
+    monkeypatch.setattr("pipelines.RESIDENT_BYTES", 0)
+    installed = {"ffcv", "nvidia.dali"}
+    monkeypatch.setattr("pipelines.find_spec", lambda name: name in installed or None)
+    assert [choose_backend(source, d)[0] for d in (cpu, gpu)] == ["native", "dali"]
+    assert [choose_backend(packed, d)[0] for d in (cpu, gpu)] == ["ffcv", "ffcv"]
+    installed.clear()
+    assert choose_backend(source, gpu) == ("native", "DALI is not installed")
+    assert choose_backend(packed, gpu)[0] == "native"

@@ -1,0 +1,70 @@
+"""DALI's graph for the GPU, checked on a host without one, and its CPU twin, whose pixels are checked in test_loaders."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from pipelines import VIEWS, Order, open_source
+from pipelines.loading import Job
+from pipelines.views import ViewSpec
+
+pytestmark = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]"
+)
+
+
+def job(folder, reads=VIEWS, decode_on="gpu"):
+    source = open_source(folder, "pretrain")
+    spec = ViewSpec(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    order = Order(len(source.manifest), 8, 0)
+    return Job(source, spec, frozenset(reads), order, torch.device("cpu"), torch.float32, 2, 2, "device", decode_on)
+
+
+def operators(pipe) -> list[tuple[str, str, dict[str, str]]]:
+    """(name, device, other arguments) of each operator of the serialised graph; serialising checks every argument."""
+    pipe.serialize()
+    found = []
+    for operator in pipe._ops:
+        lines = [line.strip() for line in str(operator.spec).splitlines()]
+        arguments = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("OpSpec"))
+        name = lines[0].split("OpSpec for ")[1].rstrip(":")
+        found.append((name, arguments.pop("device"), arguments))
+    return found
+
+
+@pytest.mark.parametrize("decode_on", ["gpu", "cpu"])
+def test_every_operator_of_the_gpu_graph_has_its_kernel(folder, decode_on):
+    from nvidia.dali import backend
+
+    from pipelines.dali_views import build_graph
+
+    found = operators(build_graph(job(folder, decode_on=decode_on), "gpu", None))
+    for name, device, _ in found:
+        assert device in backend.GetSchema(name).GetSupportedBackends(), name
+    places = [device for name, device, _ in found if "Image" in name]
+    assert places == ["mixed" if decode_on == "gpu" else "cpu"]
+    assert [device for name, device, _ in found if name == "Resize"] == ["gpu", "gpu"]
+
+
+def test_the_cpu_graph_is_the_gpu_s_twin(folder):
+    from pipelines.dali_views import build_graph
+
+    gpu, cpu = (operators(build_graph(job(folder), device, None)) for device in ("gpu", "cpu"))
+    assert [name for name, *_ in gpu] == [name for name, *_ in cpu]
+    only_gpu = {"preallocate_width_hint", "preallocate_height_hint", "jpeg_fancy_upsampling"}
+    for (name, _, on_gpu), (_, _, on_cpu) in zip(gpu, cpu, strict=True):
+        differ = {key for key in on_gpu.keys() | on_cpu.keys() if on_gpu.get(key) != on_cpu.get(key) and key[0] != "_"}
+        assert differ <= only_gpu, (name, differ)
+
+
+def test_one_decode_and_only_the_crops_that_are_read(folder):
+    from pipelines.dali_views import build_graph
+
+    for reads, crops in ((VIEWS, 2), (("aggressive_1", "weak_2"), 2), (("weak_2",), 1)):
+        names = [name for name, *_ in operators(build_graph(job(folder, reads), "cpu", None))]
+        assert sum("Image" in name for name in names) == 1 and names.count("Resize") == crops
+    arguments = str(operators(build_graph(job(folder), "gpu", None)))
+    assert "adjust_orientation': 'False" in arguments or "adjust_orientation': '0" in arguments

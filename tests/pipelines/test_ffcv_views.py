@@ -1,0 +1,109 @@
+"""FFCV's loader with our kernels: exact views, nothing overwritten, nothing of the process changed, threads joined."""
+
+from __future__ import annotations
+
+import threading
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
+
+pytestmark = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def open_loader(data, backend="ffcv", reads=VIEWS, rank=0, world_size=1, **options):
+    source = open_source(data, "pretrain")
+    order = Order(len(source.manifest), 8, 5, rank, world_size)
+    return open_views(source, SPEC, frozenset(reads), order, backend=backend, **options)
+
+
+@pytest.fixture(scope="module")
+def loader(beton):
+    with open_loader(beton) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def reference(beton):
+    with open_loader(beton, "torchvision", threads=1) as opened:
+        return list(opened.batches(0))
+
+
+def equal(ours, theirs, reads=VIEWS):
+    same = [torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-6) for name in reads]
+    return all(same) and torch.equal(ours.label, theirs.label)
+
+
+def test_views_equal_the_reference_and_are_never_overwritten(loader, reference):
+    kept = list(loader.batches(0))  # five batches kept, of a loader that makes two ahead
+    assert len(kept) == 5 and all(equal(ours, theirs) for ours, theirs in zip(kept, reference, strict=True))
+    assert all(getattr(batch, name).is_contiguous(memory_format=torch.channels_last) for batch in kept for name in VIEWS)
+
+
+def test_starting_at_a_step_is_a_jump_and_leaving_early_leaves_nothing(loader, reference):
+    for _ in zip(range(2), loader.batches(1), strict=False):
+        pass
+    rest = list(loader.batches(0, 3))
+    assert len(rest) == 2 and all(equal(ours, theirs) for ours, theirs in zip(rest, reference[3:], strict=True))
+    assert not any("EpochIterator" in type(thread).__name__ for thread in threading.enumerate())
+
+
+def test_torch_keeps_its_threads(loader):
+    before = torch.get_num_threads()
+    next(iter(loader.batches(0)))
+    assert torch.get_num_threads() == before == 2
+
+
+def test_ranks_see_together_what_one_rank_sees_and_read_only_what_they_are_asked(beton, reference):
+    reads = ("aggressive_1", "weak_2")
+    ranks = []
+    for rank in (0, 1):
+        with open_loader(beton, reads=reads, rank=rank, world_size=2, threads=1, dtype=torch.bfloat16) as opened:
+            ranks.append(list(opened.batches(0)))
+    for step, whole in enumerate(reference):
+        for name in reads:
+            halves = torch.cat([getattr(rank[step], name) for rank in ranks])
+            assert torch.equal(halves, getattr(whole, name).to(torch.bfloat16))
+        assert ranks[0][step].weak_1 is None and ranks[0][step].aggressive_2 is None
+
+
+def test_the_device_makes_the_aggressive_views_of_the_same_weak_ones(beton, reference):
+    with open_loader(beton, aggressive_on="device", threads=1) as opened:
+        ours = next(iter(opened.batches(0)))
+    assert equal(ours, reference[0], ("weak_1", "weak_2"))
+    gap = (ours.aggressive_1 - reference[0].aggressive_1).abs().mean() * 0.2 * 255
+    assert 0 < gap < 0.4
+
+
+def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
+    from click.testing import CliRunner
+
+    from pipelines.beton import open_beton
+    from tools.to_ffcv import main
+
+    assert (
+        CliRunner().invoke(main, [str(folder), str(tmp_path), "--write-mode", "passthrough", "--workers", "1"]).exit_code == 0
+    )
+    path = tmp_path / "train.beton"
+    entry = open_beton(path).entries[11]
+    content = bytearray(path.read_bytes())
+    content[entry["offset"] : entry["offset"] + entry["size"]] = bytes(int(entry["size"]))
+    path.write_bytes(content)
+    named = pytest.raises(ValueError, match=r"cannot decode image 11 of .*train\.beton")
+    with open_loader(tmp_path, threads=1) as opened, named:
+        list(opened.batches(0))
+
+
+def test_other_data_are_refused(folder):
+    with pytest.raises(ValueError, match=r"backend ffcv reads \.beton files: convert"):
+        open_loader(folder)
+
+
+def test_the_dice_are_those_of_the_sample_whatever_came_before(loader, reference):
+    list(loader.batches(4))
+    assert equal(next(iter(loader.batches(0))), reference[0])
+    assert np.unique(loader.decoder.row).size == 40
