@@ -167,6 +167,7 @@ class FfcvViews(Loader):
         self.decoder.params[: len(ids)], self.decoder.row[ids] = params, np.arange(len(ids))
         memory = Memory(self.landing, job.order.batch_per_rank)
         self.loader.traversal_order.sample_order = lambda _: ids  # a class of ours is refused by a fault of 1.0.2
+        self.loader.first_traversal_order = ids  # the loader cuts every order to the length of its first
         node = next(iter(self.loader.graph.root_nodes)).id
         views = tuple(memory.view(index) for index in range(len(VIEWS)))
         self.loader.graph.allocate_memory = lambda *_: {"operation": {node: views}, "shared": {node: None}}
@@ -179,8 +180,9 @@ class FfcvViews(Loader):
                 chunk = slice(first, first + job.order.batch_per_rank)
                 yield self.landing.batch(memory.slots.popleft(), ids[chunk], params[chunk])
         finally:
-            running.close()
+            running.iter_ixes = iter(())  # no batch after the one at work; its own signal is heeded by a full queue only
             while running.is_alive():  # its last act is to put a None, for which a full queue has no room
                 while not running.output_queue.empty():
                     running.output_queue.get_nowait()
                 running.join(0.01)
+            running.close()

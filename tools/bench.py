@@ -1,6 +1,7 @@
 """Speed of the views and of the training step, as ratios within one run: machines and their noise differ, ratios less.
 
     python -m tools.bench views     resident backend against torchvision/PIL, four views at 32 px
+    python -m tools.bench backends  every backend at 224 px from files, against torchvision/PIL and the decode limit
     python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
 
 Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
@@ -10,9 +11,14 @@ medians over the turns. Nothing else should run on the machine.
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -21,12 +27,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines import VIEWS, Batch, Order, Source, open_views
+from pipelines import VIEWS, Batch, Order, Source, open_source, open_views
 from pipelines.draws import draw
 from pipelines.manifest import array_manifest
 from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train_step
 from rsa_fast.recipes import build_recipe
+from tools.to_ffcv import main as to_ffcv
 
 CIFAR = build_recipe("cifar10", "rsa").views
 
@@ -94,13 +102,92 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
 
 
-def rate(batches: Iterator[Batch], warm_up: int = 8) -> float:
-    """Batches per second after the workers have started and the batches they made meanwhile are gone."""
+def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) -> float:
+    """Batches per second, for some seconds or to the end of the epoch, once what was made ahead at the start is gone."""
     for _ in range(warm_up):
         next(batches)
-    began = time.perf_counter()
-    count = sum(1 for _ in batches)
-    return count / (time.perf_counter() - began)
+    began, count = time.perf_counter(), 0
+    for _ in batches:
+        count += 1
+        if time.perf_counter() - began > seconds:
+            break
+    elapsed = time.perf_counter() - began
+    batches.close()
+    return count / elapsed
+
+
+@main.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--turns", default=3, show_default=True)
+@click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
+def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> None:
+    """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
+    source = open_source(data, "train")
+    spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
+    every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        sources = {"": source}
+        for name, mode in (("ffcv500", ["jpg", "--max-resolution", "500"]), ("ffcv_passthrough", ["passthrough"])):
+            to_ffcv([str(data), f"{folder}/{name}", "--write-mode", *mode], standalone_mode=False)
+            sources[name] = open_source(f"{folder}/{name}", "train")
+        rows = {
+            "torchvision": ("torchvision", "", every),
+            "native": ("native", "", every),
+            "native_byol": ("native", "", byol),
+            "ffcv500": ("ffcv", "ffcv500", every),
+            "ffcv_passthrough": ("ffcv", "ffcv_passthrough", every),
+            "dali_cpu_weak": ("dali", "", weak),
+            "dali_cpu": ("dali", "", every),
+        }
+        order = Repeated(len(source.manifest), min(batch_size, len(source.manifest)), seed=0)
+        loaders = {
+            name: opened.enter_context(
+                open_views(sources[which], spec, reads, order, backend=backend, threads=2, dtype=getattr(torch, dtype))
+            )
+            for name, (backend, which, reads) in rows.items()
+        }
+        files = [source.encoded(i) for i in range(len(source.manifest))]
+        rates: dict[str, list[float]] = {"decode_limit": [], **{name: [] for name in rows}}
+        for turn in range(turns):
+            rates["decode_limit"].append(decode_rate(files, seconds))
+            for name, loader in loaders.items():
+                rates[name].append(order.batch_size * rate(loader.batches(turn), seconds=seconds))
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    result = {f"{name}_images_per_s": value for name, value in middle.items()}
+    result |= {f"{name}_ratio": middle[name] / middle["torchvision"] for name in rows if name != "torchvision"}
+    result["native_of_decode_limit"] = middle["native"] / middle["decode_limit"]
+    title = f"{size} px, batch {order.batch_size}, {dtype}; four views unless named weak (two) or byol (two aggressive)"
+    show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
+
+
+class Repeated(Order):
+    """An order with many steps per epoch over few images, so that what starts and ends with an epoch weighs nothing."""
+
+    def __len__(self) -> int:
+        return 500
+
+    def ids(self, epoch: int, step: int) -> np.ndarray:
+        epochs, step = divmod(step, super().__len__())
+        return super().ids(len(self) * epoch + epochs, step)
+
+
+def decode_rate(files: list[bytes], seconds: float) -> float:
+    """Images per second of nothing but decoding JPEGs to RGB, by two threads."""
+    images = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file[:2] == b"\xff\xd8"]
+    deadline = time.perf_counter() + seconds
+
+    def work(part: int) -> int:
+        done = 0
+        while time.perf_counter() < deadline:
+            decode_jpeg(images[(2 * done + part) % len(images)], ImageReadMode.RGB)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(work, range(2))) / seconds
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -29,3 +30,16 @@ def test_the_last_line_is_one_json_object(arguments, keys):
 
 def test_ratios_pair_measurements_of_the_same_turn():
     assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2  # a slow turn slows both
+
+
+@pytest.mark.skipif(not (find_spec("ffcv") and find_spec("nvidia.dali")), reason="needs FFCV and DALI: make setup")
+def test_backends_are_compared_on_files(folder):
+    arguments = ("backends", "--data", str(folder), "--size", "16", "--batch-size", "8", "--turns", "1", "--seconds", "0.05")
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    ratios = {"native_ratio", "native_of_decode_limit", "ffcv500_ratio", "ffcv_passthrough_ratio"}
+    assert ratios | {"dali_cpu_weak_ratio", "dali_cpu_ratio"} <= figures.keys()
+    assert figures["native_ratio"] == pytest.approx(
+        figures["native_images_per_s"] / figures["torchvision_images_per_s"], abs=1e-3
+    )
