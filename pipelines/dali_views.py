@@ -25,7 +25,6 @@ from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch
 
 INSTALL = "pip install nvidia-dali-cuda120 (for CUDA 12; nvidia-dali-cuda130 for CUDA 13)"
-QUEUE_DEPTH = 2  # batches inside DALI; deeper measured no faster
 
 
 def build_graph(job: Job, device: str, device_id: int | None):
@@ -38,7 +37,7 @@ def build_graph(job: Job, device: str, device_id: int | None):
         batch_size=job.order.batch_per_rank,
         num_threads=job.threads,
         device_id=device_id,
-        prefetch_queue_depth=QUEUE_DEPTH,
+        prefetch_queue_depth=job.prefetch_batches,
     )
     tallest, widest = (int(px) for px in job.source.manifest.sizes.max(0))
     # EXIF rotation is not applied: the manifest's sizes, and PIL, know nothing of it
@@ -83,14 +82,15 @@ class DaliViews(Loader):
         device_id = (job.device.index or 0) if self.on_gpu else None
         self.pipe = build_graph(job, "gpu" if self.on_gpu else "cpu", device_id)
         self.pipe.build()
-        # DALI's first scheduled run is QUEUE_DEPTH runs. Blank images go first, so that from then on one call is one batch.
+        # DALI's first scheduled run is a run for each place of its queue. Blank images go first, so that from then on one
+        # call is one batch.
         blank = np.frombuffer(png(np.zeros((8, 8, 3), np.uint8)), np.uint8)
         whole = np.zeros(job.order.batch_per_rank, VIEW_PARAMS)
         whole["height"] = whole["width"] = 8
-        for _ in range(QUEUE_DEPTH):
+        for _ in range(job.prefetch_batches):
             self.feed([blank] * len(whole), np.stack([whole, whole], 1))
         self.pipe.schedule_run()
-        for _ in range(QUEUE_DEPTH):
+        for _ in range(job.prefetch_batches):
             self.drop()
 
     def close(self) -> None:
@@ -107,11 +107,11 @@ class DaliViews(Loader):
                 ids = self.job.order.ids(epoch, s)
                 reading.append((ids, [self.pool.submit(encoded, self.job.source, i) for i in ids]))
 
-        for _ in range(QUEUE_DEPTH + self.job.prefetch_batches):
+        for _ in range(2 * self.job.prefetch_batches):
             read_next()
         try:
             while reading or running:
-                while reading and len(running) < QUEUE_DEPTH:
+                while reading and len(running) < self.job.prefetch_batches:
                     ids, files = reading.popleft()
                     running.append((ids, self.run(epoch, ids, [file.result() for file in files])))
                     read_next()
@@ -121,8 +121,9 @@ class DaliViews(Loader):
             for _, files in reading:
                 for file in files:
                     file.cancel()
-            for _ in running:  # an iterator left early leaves nothing behind for the next one
-                self.drop()
+            if self.pipe is not None:
+                for _ in running:  # an iterator left early leaves nothing behind for the next one
+                    self.drop()
 
     def drop(self) -> None:
         self.pipe.share_outputs()
@@ -144,6 +145,7 @@ class DaliViews(Loader):
         try:
             outputs = self.pipe.share_outputs()
         except RuntimeError as error:  # the pipeline is dead for good; say which image did it
+            self.pipe = None
             for sample in ids:
                 self.job.source.read(sample)  # raises ValueError with the file's name
             raise ValueError(f"DALI cannot decode one of the images {ids.tolist()}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 
 import numpy as np
@@ -75,9 +76,10 @@ def test_starting_at_a_step_is_a_jump(folder, backend, aggressive_on):
 
 
 @every_backend
-def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on, world_size):
     whole = batches(folder, backend, aggressive_on)
-    ranks = [batches(folder, backend, aggressive_on, rank=rank, world_size=2) for rank in (0, 1)]
+    ranks = [batches(folder, backend, aggressive_on, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         for name in VIEWS:
             assert torch.equal(getattr(batch, name), torch.cat([getattr(rank[step], name) for rank in ranks]))
@@ -136,12 +138,12 @@ def test_an_iterator_left_early_leaves_nothing_behind(folder, backend):
 @pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
 def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
     write_folder(tmp_path, {"train": 4})
-    source = open_source(tmp_path, "pretrain")
-    damaged = tmp_path / "train" / "class_1" / "002.jpg"
+    source, order = open_source(tmp_path, "pretrain"), Order(8, 4, 0)
+    damaged = tmp_path / source.manifest.paths[order.ids(0, 0)[1]]  # in the first of two batches that are under way
     damaged.write_bytes(damaged.read_bytes()[:200])
     with (
-        open_views(source, SPEC, frozenset(VIEWS), Order(8, 8, 0), backend=backend) as loader,
-        pytest.raises(ValueError, match=r"cannot read image .*class_1.*002\.jpg"),
+        open_views(source, SPEC, frozenset(VIEWS), order, backend=backend) as loader,
+        pytest.raises(ValueError, match=f"cannot read image {re.escape(str(damaged))}"),
     ):
         list(loader.batches(0))
 
@@ -172,3 +174,18 @@ def test_auto_says_what_it_chose_and_why(folder, beton, capsys, monkeypatch):
     installed.clear()
     assert choose_backend(source, gpu) == ("native", "DALI is not installed")
     assert choose_backend(packed, gpu)[0] == "native"
+
+
+@pytest.mark.parametrize("aggressive_on", ["host", "device"])
+@pytest.mark.parametrize(("backend", "weak_levels"), [("native", 1e-4), pytest.param("dali", 0.3, marks=DALI)])
+def test_views_of_photographs_at_224_px_against_pil(imagenet, backend, weak_levels, aggressive_on):
+    source = open_source(imagenet, "train")
+    spec = ViewSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    views = []
+    for name, place in ((backend, aggressive_on), ("torchvision", "host")):
+        with open_views(source, spec, frozenset(VIEWS), Order(320, 32, 0), backend=name, aggressive_on=place) as loader:
+            views.append(next(iter(loader.batches(0))))
+    for name in VIEWS:
+        gap = (getattr(views[0], name) - getattr(views[1], name)).abs() * torch.tensor(spec.std).view(3, 1, 1) * 255
+        allowed = weak_levels + (0.4 if aggressive_on == "device" and "aggressive" in name else 0)
+        assert gap.mean() < allowed, name

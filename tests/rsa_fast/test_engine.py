@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,17 +29,26 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
+FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+
+
+@pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
 @pytest.mark.parametrize(
     ("backend", "aggressive_on"),
-    [("resident", "host"), ("resident", "device"), ("native", "host"), ("native", "device"), ("torchvision", "host")],
+    [
+        *[(backend, place) for backend in ("resident", "native") for place in ("host", "device")],
+        pytest.param("dali", "host", marks=DALI),
+        pytest.param("ffcv", "host", marks=FFCV),
+        ("torchvision", "host"),
+    ],
 )
-@pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, tmp_path, backend, aggressive_on, stop):
-    recipe = tiny(backend=backend, aggressive_on=aggressive_on)
-    train(recipe, folder, tmp_path / "whole")
-    train(recipe, folder, tmp_path / "parts", stop_at_step=stop)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, beton, tmp_path, backend, aggressive_on, stop):
+    recipe, data = tiny(backend=backend, aggressive_on=aggressive_on), beton if backend == "ffcv" else folder
+    train(recipe, data, tmp_path / "whole")
+    train(recipe, data, tmp_path / "parts", stop_at_step=stop)
     assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == stop
-    train(recipe, folder, tmp_path / "parts", resume=True)
+    train(recipe, data, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     one, other = (checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
     momenta = [state["optimizer"]["state"] for state in (one, other)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from rsa_fast.recipes import build_recipe
 
 GHOST = Path(os.environ.get("RSA_FAST_GHOST", ROOT.parent / "shared" / "tools" / "gpuless" / "ghost" / "ghost"))
 
+FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+
 STEPS_WITHOUT_SYNC = """
 import ctypes, sys
 import torch
@@ -27,12 +30,13 @@ from pipelines import Order, open_source, open_views
 from rsa_fast.engine import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
-method, optimizer, precision, folder = sys.argv[1:]
+method, optimizer, precision, backend, folder = sys.argv[1:]
 fields = {"optimizer": optimizer, "precision": precision, "batch_size": 8, "width": 8, "views.size_px": 16, "device": "cuda"}
 source = open_source(folder, "pretrain")
 run = build_run(build_recipe("cifar10", method, overrides=fields), 40)
 order = Order(40, 8, 0)
-with open_views(source, run.recipe.views, run.method.reads, order, device=run.device, dtype=run.dtype) as loader:
+options = {"device": run.device, "dtype": run.dtype, "backend": backend}
+with open_views(source, run.recipe.views, run.method.reads, order, **options) as loader:
     batches = loader.batches(0)
     train_step(run, next(batches))
     torch.cuda.set_sync_debug_mode("error")
@@ -50,9 +54,18 @@ print("no sync", ctypes.CDLL(None).ghost_count(0), "kernels")
 @pytest.mark.parametrize("method", ["rsa", "byol"])
 @pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp16"), ("lars", "fp16"), ("lars", "bf16"), ("sgd", "fp32")])
 def test_views_and_step_never_wait_for_the_device(folder, method, optimizer, precision):
+    run_without_sync(method, optimizer, precision, "resident", folder)
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("ffcv", marks=FFCV)])
+def test_pinned_buffers_and_the_side_stream_never_make_the_host_wait(folder, beton, backend):
+    run_without_sync("rsa", "lars", "fp16", backend, beton if backend == "ffcv" else folder)
+
+
+def run_without_sync(*arguments: object) -> None:
     if not GHOST.is_file():
         pytest.skip("no fake CUDA runtime: set RSA_FAST_GHOST to its launcher")
-    command = [str(GHOST), sys.executable, "-c", STEPS_WITHOUT_SYNC, method, optimizer, precision, str(folder)]
+    command = [str(GHOST), sys.executable, "-c", STEPS_WITHOUT_SYNC, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0 and "no sync" in done.stdout, done.stderr[-3000:]
 
