@@ -252,6 +252,8 @@ def announce(run: Run, count: int) -> None:
     numbers = {"images": count, **asdict(run.plan), "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch.")}
     numbers["parameters"] = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
     print("  ".join(f"{key} {value}" for key, value in numbers.items()), file=sys.stderr)
+    if run.plan.warmup_steps >= run.plan.total_steps:
+        print(f"the learning rate only warms up: warmup_epochs is {run.recipe.warmup_epochs}", file=sys.stderr)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -24,7 +24,10 @@ def beta(k: int, total_steps: int, beta_base: float, schedule: str) -> float:
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """Linear from 0 over the warm-up, then a cosine to 0 (reference code: train_multi.py, adjust_learning_rate)."""
+    """Linear from 0 over the warm-up, then a cosine to 0 (reference code: train_multi.py, adjust_learning_rate).
+
+    A run that is shorter than its warm-up, such as one epoch to try things out, ends on the way up.
+    """
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
-    return peak_lr * cosine_ramp(step - warmup_steps, total_steps - warmup_steps)
+    return peak_lr * cosine_ramp(step - warmup_steps, max(total_steps - warmup_steps, 1))
