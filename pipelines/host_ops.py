@@ -17,7 +17,8 @@ from numba import njit
 from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 
 # All kernels stand in this file: numba notices a stale compiled cache by the file a kernel is in, not by what it calls.
-kernel = njit(nogil=True, cache=True, error_model="numpy")
+# fastmath is named since a kernel first compiled for a caller with fastmath, as FFCV's are, would inherit and cache it.
+kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
