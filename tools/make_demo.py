@@ -3,9 +3,9 @@
     python -m tools.make_demo data/demo
 
 Ten classes, each a shape filled with a texture; every shape and every texture occurs in two classes, so that neither
-tells the class alone. Colours, position, size, rotation, lighting, background and JPEG quality vary within a class: raw
-pixels say little. What tells one image from another is mostly what the views' crops, flips and colour changes take away,
-and what they leave is shape and texture. (With vivid colours, fine textures and any rotation, the first version, neither
+tells the class alone. Colours, position, size, rotation, lighting, background and JPEG quality vary within a class. What
+tells one image from another is mostly what the views' crops, flips and colour changes take away, and what they leave is
+shape and texture. (With vivid colours, fine textures and any rotation, the first version, neither
 method left chance: an image was known by its colours.)
 """
 
@@ -85,12 +85,12 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     size = size_px * OVERSAMPLING
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     shape, texture = SHAPES[CLASSES[label][0]], TEXTURES[CLASSES[label][1]]
-    extent = rng.uniform(0.8, 1.1)  # of the half image: what a crop shows has the texture in it
-    centre_x, centre_y = rng.uniform(-0.45, 0.45, 2)
-    angle = rng.uniform(-0.8, 0.8)
+    extent = rng.uniform(0.9, 1.15)  # of the half image: what a crop shows has the texture in it
+    centre_x, centre_y = rng.uniform(-0.25, 0.25, 2)
+    angle = rng.uniform(-0.3, 0.3)
     u = ((x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)) / extent
     v = ((y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)) / extent
-    period = rng.uniform(0.55, 0.65)  # of the texture, in extents: 14 to 23 px of 64, coarse enough to outlast a blur
+    period = rng.uniform(0.55, 0.65)  # of the texture, in extents: 16 to 24 px of 64, coarse enough to outlast a blur
     phase = rng.uniform(0, 1, 2) if texture != "rings" else (0, 0)
     grey, step = rng.uniform(0.15, 0.85), rng.uniform(0.45, 0.6)
     first, second = tint(grey, rng), tint(grey + (step if grey < 0.5 else -step), rng)
