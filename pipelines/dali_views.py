@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipelines.draws import VIEW_PARAMS
 from pipelines.host_ops import finish_views
-from pipelines.loading import Job, Landing, Loader
+from pipelines.loading import Job, Landing, Loader, in_parts
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch
 
@@ -176,20 +176,17 @@ class DaliViews(Loader):
         outputs = self.landing.arrays(slot)
         unread = np.empty((len(ids), 0, 0, 3), np.uint8)
         weak = [levels.get(crop, unread) for crop in (0, 1)]
-        edges = np.linspace(0, len(ids), self.job.threads + 1).astype(int)
 
-        def work(part: int) -> None:
-            chunk = slice(edges[part], edges[part + 1])
+        def work(chunk: slice) -> None:
             finish_views(*(crop[chunk] for crop in weak), params[chunk], self.landing.table, *(out[chunk] for out in outputs))
 
-        list(self.pool.map(work, range(self.job.threads)))
+        in_parts(self.pool, self.job.threads, len(ids), work)
         return self.landing.batch(slot, ids, params)
 
 
 def encoded(source: Source, sample: int) -> np.ndarray:
     """The bytes for DALI's decoder: a JPEG as it is, anything else as a PNG of its RGB pixels."""
-    data = source.encoded(sample) if source.encoded else b""
-    return np.frombuffer(data if data[:2] == b"\xff\xd8" else png(source.read(sample)), np.uint8)
+    return np.frombuffer(source.jpeg(sample) or png(source.read(sample)), np.uint8)
 
 
 def png(image: np.ndarray) -> bytes:

@@ -7,6 +7,7 @@ as 8-bit levels, or the host makes the weak crops as 8-bit levels and the device
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,12 @@ class Loader:
 
     def close(self) -> None:
         pass
+
+
+def in_parts(pool: ThreadPoolExecutor, parts: int, count: int, work: Callable[[slice], None]) -> None:
+    """Run `work` on `count` samples cut into equal slices, one per thread, and wait."""
+    edges = np.linspace(0, count, parts + 1).astype(int)
+    list(pool.map(lambda part: work(slice(edges[part], edges[part + 1])), range(parts)))
 
 
 class Slot:

@@ -66,8 +66,7 @@ class NativeViews(Loader):
 
 def decode(source: Source, sample: int) -> np.ndarray:
     """`(H, W, 3)` uint8, equal to `source.read(sample)`."""
-    data = source.encoded(sample) if source.encoded else b""
-    if data[:2] != b"\xff\xd8":
+    if not (data := source.jpeg(sample)):
         return source.read(sample)
     try:
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)

@@ -15,7 +15,7 @@ import torch
 
 from pipelines import device_ops
 from pipelines.host_ops import batch_views
-from pipelines.loading import Job, Landing, Loader, finish_on_device
+from pipelines.loading import Job, Landing, Loader, finish_on_device, in_parts
 from pipelines.sources import Source
 from pipelines.views import Batch
 
@@ -55,14 +55,12 @@ class ResidentViews(Loader):
         params = self.job.params(epoch, ids)
         slot = self.landing.slot(len(ids))
         outputs = self.landing.arrays(slot)
-        edges = np.linspace(0, len(ids), self.job.threads + 1).astype(int)
 
-        def work(part: int) -> None:
-            chunk = slice(edges[part], edges[part + 1])
+        def work(chunk: slice) -> None:
             source = (self.pixels, self.offsets, self.sizes, ids[chunk])
             batch_views(*source, params[chunk], self.landing.table, *(out[chunk] for out in outputs))
 
-        list(self.pool.map(work, range(self.job.threads)))
+        in_parts(self.pool, self.job.threads, len(ids), work)
         return self.landing.batch(slot, ids, params)
 
     def device_views(self, epoch: int, ids: np.ndarray) -> Batch:

@@ -39,6 +39,11 @@ class Source:
     encoded: Callable[[int], bytes] | None = None  # the image file as stored; None where pixels are stored
     beton: Path | None = None  # the FFCV file all of it lies in
 
+    def jpeg(self, sample: int) -> bytes | None:
+        """The stored bytes of an image that is a JPEG, by its first two."""
+        data = self.encoded(sample) if self.encoded else b""
+        return data if data[:2] == b"\xff\xd8" else None
+
 
 def open_source(data: str | Path, split: str, cache: str | Path | None = None) -> Source:
     """The images under `data`, in whichever layout lies there.
