@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
+import click
 import numpy as np
+from click.testing import CliRunner
 from conftest import natural_image
 from PIL import Image
 
@@ -41,3 +44,10 @@ def digests(root: Path) -> dict[str, str]:
     """Of every file below `root` but the scan's cache."""
     files = (path for path in root.rglob("*") if path.is_file() and ".rsa-fast" not in path.parts)
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def converted(tool: click.Command, src: Path, dst: Path, *options: object) -> dict:
+    """What `tool` says it wrote of the train split."""
+    result = CliRunner().invoke(tool, [str(src), str(dst), "--workers", "1", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])["train"]

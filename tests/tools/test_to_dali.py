@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import io
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from mixed import digests, kept_as_they_are, mixed_folder
+from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
 from pipelines.order import epoch_order
@@ -23,10 +22,7 @@ def images(tmp_path_factory) -> Path:
     return mixed_folder(tmp_path_factory.mktemp("images"))
 
 
-def convert(src: Path, dst: Path, *options: object) -> dict:
-    result = CliRunner().invoke(main, [str(src), str(dst), "--workers", "1", *map(str, options)])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])["train"]
+convert = partial(converted, main)
 
 
 def test_jpegs_are_kept_and_shuffled_by_the_seed(images, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT, natural_image, write_folder
-from mixed import digests, kept_as_they_are, mixed_folder
+from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
 from pipelines.beton import open_beton
@@ -27,10 +28,7 @@ def images(tmp_path_factory) -> Path:
     return mixed_folder(tmp_path_factory.mktemp("images"))
 
 
-def convert(src: Path, dst: Path, *options: object) -> dict:
-    result = CliRunner().invoke(main, [str(src), str(dst), "--workers", "1", *map(str, options)])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])["train"]
+convert = partial(converted, main)
 
 
 def reencoded(pixels: np.ndarray, quality: int) -> bytes:
