@@ -29,7 +29,11 @@ def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.nd
 
 
 class PlainImages:
-    """A split in its own order, once: yields `(images (B, 3, H, W), labels (B,))` on the device in the compute dtype."""
+    """A split in its own order, once: yields `(images (B, 3, H, W), labels (B,))` on the device in the compute dtype.
+
+    Of several ranks each reads every `world_size`-th image, from its own number on. Raises ValueError when the images are to
+    be resized to less than the crop.
+    """
 
     def __init__(
         self,
@@ -40,10 +44,21 @@ class PlainImages:
         device: torch.device,
         dtype: torch.dtype,
         threads: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if resize_px and resize_px < spec.size_px:
+            raise ValueError(f"images resized to {resize_px} px do not fill the centre crop of {spec.size_px} px")
         self.source, self.size_px, self.resize_px = source, spec.size_px, resize_px
         self.batch_size, self.device, self.dtype, self.threads = batch_size, device, dtype, threads
+        self.ids = range(rank, len(source.manifest), world_size)
         self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+
+    @property
+    def transform(self) -> str:
+        """What is done to an image before it is normalised, in words."""
+        resize = f"short side to {self.resize_px} px, " if self.resize_px else ""
+        return f"{resize}centre crop {self.size_px} px"
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         def read(sample: int) -> np.ndarray:
@@ -51,8 +66,8 @@ class PlainImages:
 
         labels = torch.from_numpy(self.source.manifest.labels)
         with ThreadPoolExecutor(self.threads) as pool:
-            for first in range(0, len(labels), self.batch_size):
-                ids = range(first, min(first + self.batch_size, len(labels)))
+            for first in range(0, len(self.ids), self.batch_size):
+                ids = self.ids[first : first + self.batch_size]
                 pixels = torch.from_numpy(np.stack(list(pool.map(read, ids)))).to(self.device)
                 images = (pixels.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
                 yield images.to(self.dtype, memory_format=torch.channels_last), labels[ids].to(self.device)

@@ -27,12 +27,13 @@ class Group(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="rsa-fast")
 def main(debug: bool) -> None:
-    """Pre-train ResNets with RSA and BYOL, fast."""
+    """Pre-train ResNets with RSA and the methods it is compared with, fast."""
 
 
 @main.command()
 @click.option("--dataset", default=None, help="Recipe row: cifar10, cifar100, stl10, tinyimagenet, imagenet100, imagenet1k.")
-@click.option("--method", default=None, help="rsa or byol.")
+@click.option("--method", default=None, help="rsa, byol, simsiam, simsiam-rsa, simclr, moco, ressl or supervised.")
+@click.option("--ablation", default=None, help="A row of the paper's Table 1 instead: aa, aw, ma-fixed or ma-decay.")
 @click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
 @click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
 @click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
@@ -70,33 +71,166 @@ def train(data: Path, out: Path, resume: bool, overwrite: bool, init_from: Path 
     click.echo(json.dumps(run(recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from)))
 
 
-def recipe_of(dataset, method, config, sets, **overrides):
-    """The recipe of the command line: row, file, --set, then the options of their own."""
-    from rsa_fast.recipes import build_recipe, parse_set, read_yaml
+def recipe_of(dataset, method, config, sets, ablation=None, **overrides):
+    """The recipe of the command line: row, file, ablation, --set, then the options of their own."""
+    from rsa_fast.recipes import ABLATIONS, build_recipe, nearest, parse_set, read_yaml
 
     named = read_yaml(config) if config else {}
+    fields = {}
+    if ablation:
+        if ablation not in ABLATIONS:
+            raise ValueError(f"no ablation {ablation!r}{nearest(ablation, ABLATIONS)}: choose from {', '.join(ABLATIONS)}")
+        if method and method != ABLATIONS[ablation][0]:
+            raise click.UsageError(f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}")
+        method, fields = ABLATIONS[ablation]
     dataset, method = dataset or named.get("dataset"), method or named.get("method")
     if not (dataset and method):
         raise click.UsageError("give --dataset and --method, or a --config that names both")
     named = {"dataset": dataset, "method": method}
     options = {key: value for key, value in overrides.items() if value is not None}
-    return build_recipe(dataset, method, config, {**named, **parse_set(sets), **options})
+    return build_recipe(dataset, method, config, {**named, **fields, **parse_set(sets), **options})
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or show one with the source of every number: `recipes cifar100`, `recipes cifar100/byol`."""
+    from rsa_fast.recipes import DATASETS, METHODS, build_recipe, row
+
+    if not name:
+        click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}")
+        click.echo(json.dumps([f"{dataset}/{method}" for dataset in DATASETS for method in METHODS]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    dataset, _, method = name.partition("/")
+    recipe = build_recipe(dataset, method or "rsa")
+    sources = row(dataset, recipe.method)
+    table = Table("field", "value", "source", title=f"{dataset}/{recipe.method}")
+    for field, value in recipe:
+        value = ", ".join(f"{key} {number}" for key, number in vars(value).items()) if field == "views" else str(value)
+        table.add_row(field, value, sources[field].source if field in sources else "")
+    Console().print(table)
+    click.echo(recipe.model_dump_json())
 
 
 @main.command("eval")
 @click.argument("protocol", type=click.Choice(["knn", "linear"]))
-@click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt.")
+@click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt, or another project's encoder.")
 @click.option("--data", required=True, type=FOLDER, help="Folder with labelled train and test images.")
-@click.option("--protocol", "variant", type=click.Choice(["fast"]), default="fast", help="Of linear: on cached features.")
-def evaluate(protocol: str, variant: str, checkpoint: Path, data: Path) -> None:
-    """Score a checkpoint's encoder: kNN (k=200 T=.1 and k=20 T=.07) or a linear probe."""
+@click.option("--dataset", default=None, help="Recipe row for size and normalisation, instead of the checkpoint's recipe.")
+@click.option("--resize-px", default=None, metavar="PX", help="Short side of test images before the centre crop, or native.")
+@click.option("--protocol", "variant", type=click.Choice(["fast", "rsa-small", "rsa-large"]), help="Of linear (fast).")
+@click.option("--epochs", type=click.IntRange(1), help="Of rsa-small (100) and rsa-large (40); lr drops stay in proportion.")
+@click.option("--bn", type=click.Choice(["eval", "recalibrate"]), help="Of rsa-small (eval); recalibrate as the RSA code does.")
+@click.option("--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code).")
+def evaluate(
+    protocol: str, variant: str | None, checkpoint: Path, data: Path, dataset: str | None, resize_px: str | None, **given
+):
+    """Score an encoder by kNN (k=200 T=.1 and k=20 T=.07), or by a linear classifier on its features: fast on cached ones,
+    rsa-small and rsa-large on augmented images as the paper does on small datasets and on ImageNet."""
+    if protocol == "knn" and variant:
+        raise click.UsageError("knn has no --protocol")
+    name = "knn" if protocol == "knn" else f"linear-{variant or 'fast'}"
+    takes = {"linear-rsa-small": {"epochs", "bn", "nesterov"}, "linear-rsa-large": {"epochs"}}.get(name, set())
+    options = {key: value for key, value in given.items() if value is not None}
+    if extra := options.keys() - takes:
+        raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
+    from rsa_fast.encoders import load_encoder
     from rsa_fast.engine import choose_device, choose_dtype
-    from rsa_fast.evaluate import Evaluation, load_encoder
+    from rsa_fast.evaluate import Evaluation
+    from rsa_fast.recipes import build_recipe, validate
 
     encoder, recipe = load_encoder(checkpoint)
+    if dataset:
+        recipe = build_recipe(dataset, "rsa")
+    if recipe is None:
+        raise click.UsageError(f"{checkpoint} has no recipe: --dataset says how images are sized and normalised")
+    if resize_px:
+        recipe = validate(recipe.model_dump() | {"eval_resize_px": None if resize_px == "native" else resize_px})
     device = choose_device(recipe.device)
-    scores = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device)).score(encoder.to(device), (protocol,))
+    evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
+    recalibrate = options.pop("bn", "eval") == "recalibrate"
+    scores = evaluation.score(encoder.to(device), (name,), recalibrate, **options)
     click.echo(json.dumps({"checkpoint": str(checkpoint), **scores}))
+
+
+@main.command()
+@click.option("--checkpoint", required=True, type=FILE, help="A ResNet-50: a run's checkpoints/step_*.pt or another project's.")
+@click.option("--data", required=True, type=FOLDER, help="COCO: train2017/, val2017/, annotations/instances_*2017.json.")
+@click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
+@click.option("--schedule", type=click.Choice(["1x", "2x"]), default="1x", help="90,000 steps at lr .02, or 180,000 at .03.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Shorten the schedule; its drops stay in proportion.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, help="Images per step; the learning rate follows it.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of new layers, order, flips, sizes and proposals.")
+@click.option("--workers", type=click.IntRange(0), default=4, help="Processes that read images.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the computation.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+def detect(checkpoint: Path, data: Path, out: Path, resume: bool, overwrite: bool, **given) -> None:
+    """Fine-tune an encoder as Mask R-CNN R50-FPN on COCO; AP, AP50, AP75 of boxes and masks, in percent."""
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    from rsa_fast.detection import detect as run
+
+    click.echo(json.dumps(run(checkpoint, data, out, resume=resume, overwrite=overwrite, **given)))
+
+
+@main.command()
+@click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The PNG to write.")
+@click.option("--dataset", default=None, help="Recipe row; imagenet1k where --config names none.")
+@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+@click.option("--images", type=click.IntRange(1), default=4, help="How many, from the first that training reads.")
+@click.option("--backend", default=None, help="auto, resident, native, dali, ffcv or torchvision.")
+@click.option("--compare", default=None, metavar="BACKEND", help="A second backend, shown below with the difference.")
+@click.option("--epoch", type=click.IntRange(0), default=0, help="Whose views.")
+@click.option("--seed", type=int, default=None, help="Seed of order and views.")
+def preview(data: Path, out: Path, images: int, compare: str | None, epoch: int, dataset: str | None, config, sets, **given):
+    """Draw a sheet of what training sees: sources with both crops, and their four views, labelled with what was drawn."""
+    row = {"dataset": dataset, "method": None} if config else {"dataset": dataset or "imagenet1k", "method": "rsa"}
+    recipe = recipe_of(**row, config=config, sets=sets, **given)
+    from pipelines import open_source
+    from rsa_fast.preview import preview as run
+
+    click.echo(json.dumps(run(recipe, open_source(data, "pretrain"), out, images=images, epoch=epoch, compare=compare)))
+
+
+@main.command()
+@click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt, or another project's.")
+@click.option(
+    "--format",
+    required=True,
+    type=click.Choice(["torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export"]),
+    help="The first three hold the standard network only: 7x7 stem, 64 channels.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File; README.md goes beside it.")
+@click.option("--overwrite", is_flag=True, help="Replace the file, and a README.md that is not this checkpoint's card.")
+def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
+    """Write a checkpoint's encoder for another library, with a model card that says how to load it."""
+    from rsa_fast.export import export as run
+
+    click.echo(json.dumps(run(checkpoint, format, out, overwrite)))
+
+
+@main.command()
+@click.option("--data", default="data", type=FOLDER, help="Folder where the images are or will be.")
+@click.option("--out", default="runs", type=FOLDER, help="Folder where runs are or will be.")
+@click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
+@click.pass_context
+def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
+    """Examine this machine: versions, GPUs, limits and disks, and what to do about each. Exit code 1 if a check fails."""
+    from rsa_fast import doctor
+
+    checks = doctor.diagnose(data, out)
+    if not plain:
+        doctor.show(checks)
+    found = doctor.report(checks)
+    click.echo(json.dumps(found))
+    ctx.exit(0 if found["ok"] else 1)
 
 
 if __name__ == "__main__":

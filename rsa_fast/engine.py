@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from pipelines import Batch, Order, open_source, open_views
 from rsa_fast import checkpoint
 from rsa_fast.evaluate import Evaluation
-from rsa_fast.methods import Loss, build_method
+from rsa_fast.methods import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
-from rsa_fast.optim import build_optimizer
+from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import RECORD_FIELDS, SPEED_FIELDS, Plan, Recipe, dump_yaml, resolve
-from rsa_fast.schedules import beta, learning_rate, tau
 
+COLLAPSE_STD = 0.02  # of embedding_std; healthy runs stay above .1, those whose heads have BatchNorm above .9
+COLLAPSE_FROM_STEP = 200  # heads without BatchNorm start alike
 RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "checkpoints", ".rsa-fast")
 
 
@@ -37,21 +38,16 @@ class Run:
 
     recipe: Recipe
     plan: Plan
-    method: nn.Module
-    optimizer: torch.optim.Optimizer
+    method: Method
+    optimizer: Sgd
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
     step: int = 0
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Learning rate, beta and tau of a step, counted from 0."""
-        recipe, plan, k = self.recipe, self.plan, step + 1
-        return {
-            "lr": learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr),
-            "beta": beta(k, plan.total_steps, recipe.beta_base, recipe.beta_schedule),
-            "tau": tau(k, plan.total_steps, recipe.tau_base),
-        }
+        """What changes with the step, counted from 0: lr, and tau and beta where the method has them."""
+        return self.recipe.schedule(step, self.plan)
 
 
 def build_run(recipe: Recipe, count: int) -> Run:
@@ -69,16 +65,15 @@ def build_run(recipe: Recipe, count: int) -> Run:
 def train_step(run: Run, batch: Batch) -> Loss:
     """One optimiser step; returns the loss on the device. Nothing here waits for the device."""
     now = run.schedule(run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = now["lr"]
+    set_learning_rate(run.optimizer, now["lr"])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss = run.method(batch, now["beta"])
+        loss = run.method(batch, now.get("beta", 0.0))
     run.scaler.scale(loss.total).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    run.method.after_step(run.schedule(run.step)["tau"])  # the next step's tau: see Byol.after_step
+    run.method.after_step(run.schedule(run.step).get("tau", 1.0))  # the next step's tau: see TargetMethod.after_step
     return loss
 
 
@@ -99,6 +94,7 @@ def train(
     empty and neither resumed nor overwritten, ValueError when the recipe or the data of a resumed run changed.
     """
     source = open_source(data, "pretrain", cache=out)
+    recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
     order = Order(len(source.manifest), recipe.batch_size, recipe.seed)
     run = build_run(recipe, len(source.manifest))
     prepare_folder(out, resume, overwrite)
@@ -126,7 +122,9 @@ def train(
             for batch in meter.waiting(loader.batches(epoch, run.step % per_epoch)):
                 meter.add(train_step(run, batch))
                 if run.step % recipe.log_every_steps == 0 or run.step == stop:
-                    metrics.write({"step": run.step, **meter.read(run.device), **run.schedule(run.step - 1)})
+                    record = {"step": run.step, **meter.read(run.device), **run.schedule(run.step - 1)}
+                    metrics.write(record)
+                    warn_of_collapse(record)
                 if run.step == stop:
                     break
             done = run.step // per_epoch
@@ -150,6 +148,7 @@ class Meter:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.reads: list[dict[str, float]] = []
+        self.embedding_std: float | None = None  # at the last read
         self.restart()
 
     def restart(self) -> None:
@@ -170,12 +169,15 @@ class Meter:
         self.names = ("loss", *loss.parts)
         values = torch.stack([loss.total.detach(), *loss.parts.values()])
         self.totals = values if self.totals is None else self.totals + values
+        self.embeddings = loss.embeddings
         self.steps += 1
 
     def read(self, device: torch.device) -> dict[str, float]:
         """Means since the last read. Raises FloatingPointError when the loss is not finite."""
-        means = dict(zip(self.names, (self.totals / self.steps).tolist(), strict=True))  # waits for the device
+        values = torch.cat([self.totals / self.steps, embedding_std(self.embeddings)[None]])
+        means = dict(zip((*self.names, "embedding_std"), values.tolist(), strict=True))  # waits for the device
         step_s = (time.perf_counter() - self.began) / self.steps
+        self.embedding_std = means["embedding_std"]
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the loss is {means['loss']}: lower the learning rate or add warm-up epochs")
         speed = {
@@ -193,7 +195,22 @@ class Meter:
         """Medians over the reads, the first left out when there are more: it holds the warm-up."""
         reads = self.reads[1:] or self.reads
         names = ("images_per_s", "step_ms", "wait_pct")
-        return {name: statistics.median(read[name] for read in reads) if reads else None for name in names}
+        middle = {name: statistics.median(read[name] for read in reads) if reads else None for name in names}
+        return middle | {"embedding_std": self.embedding_std}
+
+
+def embedding_std(embeddings: Tensor) -> Tensor:
+    """Mean over the dimensions of the standard deviation of unit-length rows `(B, D)`, times sqrt(D): near 1 when they
+    spread in all directions, 0 when all are the same (SimSiam section 4.1)."""
+    return embeddings.std(0).mean() * embeddings.shape[1] ** 0.5
+
+
+def warn_of_collapse(record: dict[str, float]) -> None:
+    if record["step"] >= COLLAPSE_FROM_STEP and record["embedding_std"] < COLLAPSE_STD:
+        message = (
+            f"all images are embedded alike at step {record['step']} (embedding_std {record['embedding_std']:.3f}): collapse?"
+        )
+        print(f"{message} Lower the learning rate, or check the recipe", file=sys.stderr)
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:

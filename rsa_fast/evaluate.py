@@ -1,92 +1,82 @@
-"""How good a frozen encoder is: kNN and a linear probe on cached features. Accuracies are top-1 in percent.
+"""How good a frozen encoder is: kNN, and the linear classifiers of `rsa_fast.linear`. Accuracies are top-1 in percent.
 
-Protocols carry a name and a version, which stand in every result: `knn/1` and `linear-fast/1`.
+    scores = Evaluation(data, recipe, device, dtype).score(encoder, ("knn", "linear-rsa-small"), bn="recalibrate")
+
+Protocols carry a name and a version, which stand in every result. Of several ranks each reads its own part of the images,
+and all get the result that one would get.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.order import epoch_order
+from pipelines import Order, open_source, open_views
 from pipelines.plain import PlainImages
-from pipelines.sources import open_source
+from rsa_fast import linear
+from rsa_fast.distributed import gather, rank, world_size
+from rsa_fast.linear import Batches, Features
 from rsa_fast.recipes import Recipe
-from rsa_fast.schedules import cosine_ramp
 
+PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
 KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}  # k, temperature: InstDis/MoCo/RSA code; DINO/solo-learn
 KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
-PROBE_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
-PROBE_EPOCHS = 100
-PROBE_BATCH = 256
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: PlainImages) -> tuple[Tensor, Tensor]:
-    """Float32 features `(N, D)` in eval mode, and labels `(N,)`; the encoder's mode is put back and no buffer changes."""
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Float32 features `(B, D)` of images in the compute dtype."""
+    with torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32):
+        return encoder(images).float()
+
+
+def features(encoder: nn.Module, images: PlainImages) -> Features:
+    """This rank's features `(n, D)` in eval mode, and labels `(n,)`; the encoder's mode is put back."""
     training = encoder.training
     encoder.eval()
-    with torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32):
-        rows = [(encoder(batch).float(), labels) for batch, labels in images]
+    rows = [(embed(encoder, batch), labels) for batch, labels in images]
     encoder.train(training)
     return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Every `world_size`-th row, `(n, ...)`, from all ranks put back in the order of the whole; n differs by 1 at most."""
+    counts = gather(torch.tensor([len(x)], device=x.device))
+    padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, int(counts.max()) - len(x)])
+    return gather(padded).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: counts.sum()]
 
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     """Top-1 of the exact weighted vote of the k nearest by cosine, for each of `KNN_SETTINGS`.
 
-    `bank` `(N, D)`, `queries` `(M, D)`; a neighbour's vote is exp(cos / T) (Wu et al. 2018, InstDis). k is cut to N.
+    Each rank gives its rows of `bank` `(N, D)` and `queries` `(M, D)` and compares all queries with its own part of the
+    bank; only the nearest of each part are gathered. A neighbour's vote is exp(cos / T) (Wu et al. 2018, InstDis). k is cut
+    to N.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    queries, labels = F.normalize(gather_rows(queries), dim=1), gather_rows(labels)
+    lengths = bank.norm(dim=1).clamp(min=1e-12)
+    most = min(max(k for k, _ in KNN_SETTINGS.values()), len(gather_rows(bank_labels)))
     correct = dict.fromkeys(KNN_SETTINGS, 0)
-    most = min(max(k for k, _ in KNN_SETTINGS.values()), len(bank))
     for first in range(0, len(queries), KNN_CHUNK):
-        cosine, index = (queries[first : first + KNN_CHUNK] @ bank.T).topk(most)  # (chunk, most)
+        cosine, index = (queries[first : first + KNN_CHUNK] @ bank.T).div_(lengths).topk(min(most, len(bank)))
+        missing = (0, most - cosine.shape[1])
+        parts = F.pad(cosine, missing, value=-torch.inf).T, F.pad(bank_labels[index], missing).T
+        cosine, owner = (gather(part).T for part in parts)  # (chunk, world_size most)
+        cosine, index = cosine.topk(most)
+        owner = owner.gather(1, index)
         for name, (k, temperature) in KNN_SETTINGS.items():
             votes = torch.zeros(len(cosine), classes, device=bank.device)
-            votes.scatter_add_(1, bank_labels[index[:, :k]], (cosine[:, :k] / temperature).exp())
+            votes.scatter_add_(1, owner[:, :k], (cosine[:, :k] / temperature).exp())
             correct[name] += int((votes.argmax(1) == labels[first : first + KNN_CHUNK]).sum())
     return {name: 100 * hits / len(queries) for name, hits in correct.items()}
-
-
-def linear_fast(train: Tensor, train_labels: Tensor, test: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """A linear classifier on cached features `(N, D)`: the learning rate is chosen on every tenth training image, then the
-    classifier is trained on all of them. Features are standardised by the training set's mean and deviation."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    held = epoch_order(len(train), 0, 0) % 10 == 0
-    held = torch.from_numpy(held).to(train.device)
-    sweep = fit_linear(train[~held], train_labels[~held], classes, PROBE_LRS)
-    scores = [top1(train[held], train_labels[held], weight) for weight in sweep]
-    best_lr = PROBE_LRS[scores.index(max(scores))]
-    (weight,) = fit_linear(train, train_labels, classes, (best_lr,))
-    return {"linear_top1": top1(test, labels, weight), "linear_lr": best_lr}
-
-
-def fit_linear(x: Tensor, labels: Tensor, classes: int, lrs: tuple[float, ...]) -> Tensor:
-    """Softmax regressions `(L, D + 1, C)`, one per learning rate, trained side by side: SGD, momentum .9, cosine, from 0."""
-    x = F.pad(x, (0, 1), value=1)  # the bias
-    weight = torch.zeros(len(lrs), x.shape[1], classes, device=x.device)
-    momentum = torch.zeros_like(weight)
-    lr = torch.tensor(lrs, device=x.device)[:, None, None]
-    target = F.one_hot(labels, classes).float()
-    batches = -(-len(x) // PROBE_BATCH)
-    for epoch in range(PROBE_EPOCHS):
-        order = torch.from_numpy(epoch_order(len(x), 1, epoch)).to(x.device)
-        for step, rows in enumerate(order.split(PROBE_BATCH)):
-            ramp = cosine_ramp(epoch + step / batches, PROBE_EPOCHS)
-            error = torch.softmax(x[rows] @ weight, -1) - target[rows]  # (L, B, C)
-            momentum.mul_(0.9).add_(x[rows].T @ error / len(rows))
-            weight.sub_(momentum * lr * ramp)
-    return weight
-
-
-def top1(x: Tensor, labels: Tensor, weight: Tensor) -> float:
-    predicted = (F.pad(x, (0, 1), value=1) @ weight).argmax(-1)
-    return 100 * float((predicted == labels).float().mean())
 
 
 class Evaluation:
@@ -103,28 +93,77 @@ class Evaluation:
         if train.classes != test.classes:
             differ = sorted(set(train.classes) ^ set(test.classes))
             raise ValueError(f"train and test under {data} do not have the same classes; only one has {', '.join(differ[:10])}")
-        self.classes = len(train.classes)
-        opened = (recipe.views, recipe.eval_resize_px, PROBE_BATCH, device, dtype, recipe.threads)
+        self.classes, self.recipe = len(train.classes), recipe
+        opened = (recipe.views, recipe.eval_resize_px, linear.BATCH_SIZE, device, dtype, recipe.threads, rank(), world_size())
         self.train, self.test = (PlainImages(source, *opened) for source in sources)
 
-    def score(self, encoder: nn.Module, protocols: tuple[str, ...] = ("knn", "linear")) -> dict[str, float | str]:
-        """The results of the protocols named, in one dict."""
-        train, test = features(encoder, self.train), features(encoder, self.test)
-        results: dict[str, float | str] = {}
-        if "knn" in protocols:
-            results |= {"knn_protocol": "knn/1", **knn(*train, *test, self.classes)}
-        if "linear" in protocols:
-            results |= {"linear_protocol": "linear-fast/1", **linear_fast(*train, *test, self.classes)}
+    def score(
+        self,
+        encoder: nn.Module,
+        protocols: tuple[str, ...] = ("knn", "linear-fast"),
+        recalibrate: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The results of the protocols named (of `PROTOCOLS`), in one dict; every rank has to call it.
+
+        The encoder is in eval mode meanwhile, and comes back unchanged. `options` go to the function in `rsa_fast.linear`.
+        `recalibrate` is of linear-rsa-small: the classifier is trained on a copy with BatchNorm in train mode, whose running
+        statistics its images replace, as happens in eval_single.py of github.com/tmllab/RSA. Raises ValueError when there
+        are several ranks to recalibrate on: each would have statistics of its own.
+        """
+        if unknown := set(protocols) - set(PROTOCOLS):
+            raise ValueError(f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}")
+        if recalibrate and world_size() > 1:
+            raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
+        training, before = encoder.training, copy.deepcopy(encoder.state_dict())
+        encoder.eval()
+        test = features(encoder, self.test)
+        train = features(encoder, self.train) if set(protocols) - {"linear-rsa-small"} else None
+        results = {"test_transform": self.test.transform}
+        for protocol in protocols:
+            match protocol:
+                case "knn":
+                    scores = knn(*train, *test, self.classes)
+                case "linear-fast":
+                    scores = linear.fast(whole(train), whole(test), self.classes)
+                case "linear-rsa-small":
+                    scores = self.rsa_small(encoder, whole(test), recalibrate, **options)
+                case "linear-rsa-large":
+                    with self.augmented(encoder) as batches:
+                        plain = whole(train), whole(test)
+                        scores = linear.rsa_large(batches, *plain, self.classes, self.recipe.seed, **options)
+            results |= {f"{protocol.partition('-')[0]}_protocol": f"{protocol}/1", **scores}
+        encoder.train(training)
+        after = encoder.state_dict()  # MoCo's check, main_lincls.py: a frozen network is one that did not change
+        assert all(torch.equal(after[key], value) for key, value in before.items()), "the encoder changed in evaluation"
         return results
 
+    def rsa_small(self, encoder: nn.Module, test: Features, recalibrate: bool, **options: Any) -> dict[str, Any]:
+        learner = copy.deepcopy(encoder).train() if recalibrate else encoder
+        test_now = (lambda: features(learner, self.test)) if recalibrate else (lambda: test)
+        with self.augmented(learner) as batches:
+            scores = linear.rsa_small(batches, test_now, self.classes, self.recipe.seed, **options)
+        return {"linear_bn": "recalibrate" if recalibrate else "eval", **scores}
 
-def load_encoder(path: Path) -> tuple[nn.Module, Recipe]:
-    """The trained encoder of a checkpoint, channels_last on the CPU, and the recipe it was trained by."""
-    from rsa_fast import checkpoint
-    from rsa_fast.methods import build_method
+    @contextmanager
+    def augmented(self, encoder: nn.Module) -> Iterator[Batches]:
+        """Features of the training images, randomly cropped and flipped, an epoch at a time, by the encoder as it stands.
 
-    state = checkpoint.load(path)
-    recipe = Recipe.model_validate(state["recipe"])
-    method = build_method(recipe)
-    method.load_state_dict(state["method"])
-    return method.encoder, recipe
+        The last images of an epoch, that fill no batch, are left out: eval_single.py does so, eval_multi.py does not.
+        """
+        source, count = self.train.source, len(self.train.source.manifest)
+        views = replace(self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5)
+        order = Order(count, min(linear.BATCH_SIZE, count), self.recipe.seed, rank(), world_size())
+        loading = {name: getattr(self.train, name) for name in ("device", "dtype", "threads")}
+        with open_views(source, views, frozenset({"weak_1"}), order, **loading) as loader:
+
+            def batches(epoch: int) -> Iterator[Features]:
+                for batch in loader.batches(epoch):
+                    yield gather(embed(encoder, batch.weak_1)), gather(batch.label)
+
+            yield batches
+
+
+def whole(part: Features) -> Features:
+    """Features and labels of all ranks, in the images' order."""
+    return gather_rows(part[0]), gather_rows(part[1])

@@ -1,8 +1,8 @@
-"""ResNet encoders and the MLP heads of BYOL and RSA.
+"""ResNet encoders, and the way a projector sits on one.
 
 Encoders are torchvision's ResNets without the classifier; the CIFAR stem (3x3 convolution, no max-pool) is used at 32 and
-64 px. Initialisation follows the reference code: the last BatchNorm gain of every block is zero, and the CIFAR stem's
-convolution keeps PyTorch's default initialisation (methods.BYOL in github.com/tmllab/RSA).
+64 px. Initialisation follows the reference code: the CIFAR stem's convolution keeps PyTorch's default initialisation
+(methods.BYOL in github.com/tmllab/RSA).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ STANDARD_WIDTH = 64  # channels of the first stage
 class Encoder(ResNet):
     """`(B, 3, H, W)` to features `(B, feature_dim)`; keys as in torchvision, without `fc`.
 
-    `width` scales every stage (64 is the standard network). Raises ValueError for an unknown `arch` or `stem`.
+    `width` scales every stage (64 is the standard network); `zero_init_residual` starts every block as the identity, the
+    last BatchNorm gain being zero. Raises ValueError for an unknown `arch` or `stem`.
     """
 
-    def __init__(self, arch: str, stem: str = "imagenet", width: int = STANDARD_WIDTH) -> None:
+    def __init__(self, arch: str, stem: str = "imagenet", width: int = STANDARD_WIDTH, zero_init_residual: bool = True) -> None:
         if arch not in LAYERS:
             raise ValueError(f"no arch {arch!r}: choose from {', '.join(LAYERS)}")
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"no stem {stem!r}: choose cifar (3x3, no max-pool) or imagenet (7x7, max-pool)")
         self.width = width
-        super().__init__(*LAYERS[arch], zero_init_residual=True)
+        super().__init__(*LAYERS[arch], zero_init_residual=zero_init_residual)
         self.feature_dim = self.fc.in_features * width // STANDARD_WIDTH
         self.fc = nn.Identity()
         if stem == "cifar":
@@ -44,25 +45,12 @@ class Encoder(ResNet):
         return super()._make_layer(block, planes * self.width // STANDARD_WIDTH, blocks, stride, dilate)
 
 
-class Mlp(nn.Sequential):
-    """`(B, in_dim)` to `(B, out_dim)`: linear, BatchNorm, ReLU, linear without bias and without BatchNorm at the output."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
-        super().__init__(
-            nn.Linear(in_dim, hidden_dim),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, out_dim, bias=False),
-        )
-
-
 class Projected(nn.Module):
-    """An encoder and its projector, `(B, 3, H, W)` to `(B, out_dim)`: what BYOL's target network is a copy of."""
+    """An encoder and its projector, `(B, 3, H, W)` to `(B, out_dim)`: what a target network is a copy of."""
 
-    def __init__(self, encoder: Encoder, hidden_dim: int, out_dim: int) -> None:
+    def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.projector = Mlp(encoder.feature_dim, hidden_dim, out_dim)
+        self.encoder, self.projector = encoder, projector
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.encoder(images))

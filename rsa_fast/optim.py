@@ -11,11 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from rsa_fast.methods import Method
+from rsa_fast.recipes import Recipe
+
 
 class Sgd(torch.optim.SGD):
     """SGD with momentum: mu = m mu + g + wd p; p = p - lr mu. Weight decay on every parameter, as in the reference code."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(self, params: Iterable[nn.Parameter | dict], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         for group in self.param_groups:  # torch leaves them unset until a first step, and uninitialised if that overflows
             for p in group["params"]:
@@ -31,7 +34,7 @@ class Lars(Sgd):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter | dict],
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -57,9 +60,19 @@ class Lars(Sgd):
         super().step()
 
 
-def build_optimizer(recipe, method: nn.Module, peak_lr: float) -> Sgd:
-    """The recipe's optimiser over the parameters that learn; the engine sets the learning rate of every step."""
-    params = [p for p in method.parameters() if p.requires_grad]
+def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Sgd:
+    """The recipe's optimiser over the parameters that learn; `set_learning_rate` sets the rate of every step."""
+    constant = set(method.constant_lr_parameters())
+    learning = [p for p in method.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learning if (p in constant) == flag], "constant_lr": flag} for flag in (False, True)]
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "lars":
-        return Lars(params, peak_lr, recipe.momentum, recipe.weight_decay, recipe.trust_coefficient)
-    return Sgd(params, peak_lr, recipe.momentum, recipe.weight_decay)
+        return Lars(groups, peak_lr, recipe.momentum, recipe.weight_decay, recipe.trust_coefficient)
+    return Sgd(groups, peak_lr, recipe.momentum, recipe.weight_decay)
+
+
+def set_learning_rate(optimizer: Sgd, lr: float) -> None:
+    """For every parameter that does not keep the peak rate."""
+    for group in optimizer.param_groups:
+        if not group["constant_lr"]:
+            group["lr"] = lr

@@ -13,9 +13,9 @@ def cosine_ramp(k: float, total: float) -> float:
     return (1 + math.cos(math.pi * min(k / total, 1))) / 2
 
 
-def tau(k: int, total_steps: int, tau_base: float) -> float:
-    """The target's share in its moving average at step k, from `tau_base` to 1 (BYOL; RSA section 4.1: base .99)."""
-    return 1 - (1 - tau_base) * cosine_ramp(k, total_steps)
+def tau(k: int, total_steps: int, tau_base: float, schedule: str = "cosine") -> float:
+    """The target's share in its moving average at step k: from `tau_base` to 1 (BYOL), or `fixed` (MoCo, ReSSL)."""
+    return tau_base if schedule == "fixed" else 1 - (1 - tau_base) * cosine_ramp(k, total_steps)
 
 
 def beta(k: int, total_steps: int, beta_base: float, schedule: str) -> float:

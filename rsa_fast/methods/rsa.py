@@ -8,7 +8,8 @@ crop's aggressive prediction, so that the noisy aggressive pairs count less as t
 from __future__ import annotations
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast.methods.byol import Byol, Loss, distance
+from rsa_fast.methods.byol import Byol, distance
+from rsa_fast.methods.method import Loss
 from rsa_fast.networks import Encoder
 
 
@@ -25,4 +26,4 @@ class Rsa(Byol):
         z_1, z_2 = self.project(batch.weak_1), self.project(batch.weak_2)
         weak = distance(q_1, z_2) + distance(q_2, z_1)
         aggressive = distance(q_1, q_2.detach()) + distance(q_2, q_1.detach())
-        return Loss((1 - beta) * weak + beta * aggressive, {"weak": weak.detach(), "aggressive": aggressive.detach()})
+        return Loss((1 - beta) * weak + beta * aggressive, q_1, {"weak": weak, "aggressive": aggressive})

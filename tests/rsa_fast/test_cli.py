@@ -68,6 +68,22 @@ def test_bad_input_is_one_line_and_a_failure(folder, tmp_path, arguments, messag
     assert result.exit_code != 0 and message in result.output and "Traceback" not in result.output
 
 
+def test_recipes_are_listed_and_shown_with_sources():
+    listed = CliRunner().invoke(main, ["recipes"])
+    assert listed.exit_code == 0 and "imagenet1k/moco" in json.loads(listed.output.splitlines()[-1])
+    shown = CliRunner().invoke(main, ["recipes", "imagenet100/moco"])
+    fields = json.loads(shown.output.splitlines()[-1])
+    assert fields["queue_size"] == 65536 and "MoCo v2" in shown.output and "PAPER 4.1" in shown.output
+    assert "did you mean 'cifar10'?" in CliRunner().invoke(main, ["recipes", "cifar11"]).output
+
+
+def test_an_ablation_is_a_method_with_its_fields(folder, tmp_path):
+    result = train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "ma-fixed", "--dry-run")
+    assert result.exit_code == 0 and "beta_base: 0.5" in result.output and "beta_schedule: fixed" in result.output
+    assert "is of byol, not of rsa" in train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "aa").output
+    assert "did you mean 'ma-fixed'?" in train(folder, tmp_path / "run", "--ablation", "ma-fix").output
+
+
 def test_help_imports_no_torch():
     code = "import sys, rsa_fast.cli as c; c.main(['train', '-h'], standalone_mode=False); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,19 +1,29 @@
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from click.testing import CliRunner
 from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import transforms
 
+from pipelines.draws import draw
+from pipelines.order import epoch_order
 from pipelines.plain import PlainImages, plain_image
 from pipelines.sources import open_source
+from pipelines.torchvision_views import weak_view
 from pipelines.views import ViewSpec
-from rsa_fast import evaluate
-from rsa_fast.evaluate import Evaluation, features, fit_linear, knn, linear_fast
+from rsa_fast import checkpoint, evaluate, linear
+from rsa_fast.cli import main
+from rsa_fast.distributed import rank, world_size
+from rsa_fast.evaluate import Evaluation, features, gather_rows, knn
+from rsa_fast.methods import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 
@@ -56,32 +66,6 @@ def test_knn_of_a_bank_smaller_than_k_uses_all_of_it():
     assert knn(*bank, *queries, 3) == {"knn_top1": 100.0, "knn20_top1": 100.0}
 
 
-def test_the_linear_probe_learns_what_can_be_learned_and_no_more():
-    assert linear_fast(*clusters(600, 0.2, 0), *clusters(90, 0.2, 1), 3)["linear_top1"] == 100
-    x, labels = clusters(600, 1.0, 2)
-    noise = labels[torch.randperm(600, generator=torch.Generator().manual_seed(3))]
-    assert linear_fast(x, noise, *clusters(300, 1.0, 4), 3)["linear_top1"] < 55
-
-
-def test_side_by_side_fits_equal_torch_s_own_sgd():
-    x, labels = clusters(300, 1.0, 0)
-    sweep = fit_linear(x, labels, 3, (0.03, 0.3))
-    for weight, lr in zip(sweep, (0.03, 0.3), strict=True):
-        layer = torch.nn.Linear(8, 3)
-        torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
-        steps = evaluate.PROBE_EPOCHS * 2  # 300 images in batches of 256
-        for step in range(steps):
-            order = torch.from_numpy(evaluate.epoch_order(300, 1, step // 2))
-            rows = order[:256] if step % 2 == 0 else order[256:]
-            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(layer(x[rows]), labels[rows]).backward()
-            optimizer.step()
-        torch.testing.assert_close(weight[:8].T, layer.weight, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(weight[8], layer.bias, rtol=1e-3, atol=1e-4)
-
-
 def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     torch.manual_seed(0)
     encoder = Encoder("resnet18", "cifar", width=4).train()
@@ -102,7 +86,8 @@ def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     ("size", "resize_px", "reference"),
     [
         ((32, 32), None, transforms.CenterCrop(32)),
-        ((96, 96), None, transforms.CenterCrop(64)),  # STL-10
+        ((96, 96), None, transforms.CenterCrop(64)),  # STL-10, as the reference code
+        ((96, 96), 64, transforms.Resize(64)),  # STL-10, as the paper
         ((375, 500), 256, transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])),  # ImageNet
         ((40, 30), None, transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])),  # too small: filled
     ],
@@ -122,3 +107,146 @@ def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
     write_folder(tmp_path / "b", {"test": 2}, classes=2)
     with pytest.raises(ValueError, match="only one has class_2"):
         Evaluation(tmp_path / "b", recipe, CPU, torch.float32)
+
+
+def test_a_crop_larger_than_the_resized_image_is_refused(folder):
+    with pytest.raises(ValueError, match="resized to 16 px do not fill the centre crop of 32 px"):
+        Evaluation(folder, build_recipe("cifar10", "rsa", overrides={"eval_resize_px": 16}), CPU, torch.float32)
+
+
+def tiny(**overrides):
+    return build_recipe(
+        "cifar10", "rsa", overrides={"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides}
+    )
+
+
+def test_classifiers_are_trained_on_crops_of_8_percent_or_more_and_flips(folder):
+    evaluation = Evaluation(folder, tiny(**{"views.flip_p": 0, "views.crop_area": (0.5, 0.5), "seed": 3}), CPU, torch.float32)
+    spec, source = evaluation.recipe.views, evaluation.train.source
+    spec = ViewSpec(16, spec.mean, spec.std, crop_area=(0.08, 1.0), flip_p=0.5)
+    ids = epoch_order(40, 3, 1)
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    params = draw(3, 1, ids, spec, source.manifest.sizes[ids])[:, 0]
+    views = [to_tensor(weak_view(Image.fromarray(source.read(i)), p, 16)) for i, p in zip(ids, params, strict=True)]
+    with evaluation.augmented(torch.nn.Flatten()) as batches:
+        ((rows, labels),) = batches(1)
+    torch.testing.assert_close(rows, torch.stack(views).flatten(1), rtol=0, atol=1e-5)
+    assert torch.equal(labels, torch.from_numpy(source.manifest.labels[ids]))
+
+
+def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_nothing(folder, monkeypatch):
+    torch.manual_seed(0)
+    evaluation, encoder = Evaluation(folder, tiny(), CPU, torch.float32), Encoder("resnet18", "cifar", width=4)
+    for buffer in (value for name, value in encoder.named_buffers() if name.endswith("running_mean")):
+        buffer.fill_(-0.5)
+    before, twin = copy.deepcopy(encoder.state_dict()), copy.deepcopy(encoder)
+    seen = {}
+
+    def protocol(batches, test, *_):
+        list(batches(0))
+        seen["rows"], _ = test()
+        return {}
+
+    monkeypatch.setattr(linear, "rsa_small", protocol)
+    assert evaluation.score(encoder, ("linear-rsa-small",), recalibrate=True)["linear_bn"] == "recalibrate"
+    with evaluation.augmented(twin.train()) as batches:
+        list(batches(0))
+    torch.testing.assert_close(seen["rows"], features(twin, evaluation.test)[0])
+    recalibrated = seen["rows"]
+    assert evaluation.score(encoder, ("linear-rsa-small",))["linear_bn"] == "eval"
+    assert torch.equal(seen["rows"], features(encoder, evaluation.test)[0])
+    assert (recalibrated - seen["rows"]).abs().mean() > 0.01
+    assert encoder.training and all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+class Drifting(torch.nn.Flatten):
+    """Its buffer moves in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, images):
+        self.count += 1
+        return super().forward(images)
+
+
+def test_an_encoder_that_changes_in_evaluation_is_noticed(folder):
+    with pytest.raises(AssertionError, match="the encoder changed in evaluation"):
+        Evaluation(folder, tiny(), CPU, torch.float32).score(Drifting(), ("knn",))
+
+
+def test_an_unknown_protocol_is_refused(folder):
+    with pytest.raises(ValueError, match="no protocol linear: choose from knn, linear-fast"):
+        Evaluation(folder, tiny(), CPU, torch.float32).score(torch.nn.Flatten(), ("linear",))
+
+
+def results(data) -> dict:
+    """What one rank of any number gets. The features are the pixels: no bit of them depends on the size of a batch."""
+    evaluate.KNN_CHUNK, linear.BATCH_SIZE, linear.FAST_EPOCHS = 7, 8, 5
+    bank, queries = clusters(301, 1.6, 0), clusters(41, 1.6, 1)
+    mine = [part[rank() :: world_size()] for part in (*bank, *queries)]
+    assert torch.equal(gather_rows(mine[0]), bank[0])
+    evaluation = Evaluation(data, tiny(precision="fp32"), CPU, torch.float32)
+    scores = [evaluation.score(torch.nn.Flatten(), ("knn", "linear-fast"))]
+    scores += [evaluation.score(torch.nn.Flatten(), (f"linear-rsa-{size}",), epochs=2) for size in ("small", "large")]
+    if world_size() > 1:
+        with pytest.raises(ValueError, match="takes one process, found 2"):
+            evaluation.score(torch.nn.Flatten(), ("linear-rsa-small",), recalibrate=True)
+    return {"clusters": knn(*mine, 3), "images": scores}
+
+
+def one_of_two(number: int, data, place) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=number, world_size=2)
+    (place / f"{number}.json").write_text(json.dumps(results(data)))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
+    for module, name in ((evaluate, "KNN_CHUNK"), (linear, "BATCH_SIZE"), (linear, "FAST_EPOCHS")):
+        monkeypatch.setattr(module, name, None)  # `results` sets them; they are put back at the end
+    data = write_folder(tmp_path / "data", {"train": 7, "test": 5}, classes=3)  # 21 and 15 images: odd
+    torch.multiprocessing.spawn(one_of_two, (data, tmp_path), nprocs=2)
+    alone = results(data)
+    assert alone["clusters"]["knn_top1"] == pytest.approx(naive_knn(*clusters(301, 1.6, 0), *clusters(41, 1.6, 1), 3, 200, 0.1))
+    assert len({json.dumps(scores) for scores in alone["images"]}) == 3
+    for number in (0, 1):
+        assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
+
+
+def test_the_command_scores_by_every_protocol(folder, tmp_path):
+    torch.manual_seed(0)
+    recipe = tiny(precision="fp32")
+    state = {"step": 1, "recipe": recipe.model_dump(mode="json"), "method": build_method(recipe).state_dict()}
+    path = checkpoint.save(tmp_path, state, 1)
+
+    def run(*arguments: str):
+        return CliRunner().invoke(main, ["eval", *arguments, "--checkpoint", str(path), "--data", str(folder)])
+
+    for arguments, found in [
+        (("knn",), {"knn_protocol": "knn/1", "test_transform": "centre crop 16 px"}),
+        (("knn", "--resize-px", "18"), {"test_transform": "short side to 18 px, centre crop 16 px"}),
+        (("linear",), {"linear_protocol": "linear-fast/1"}),
+        (
+            ("linear", "--protocol", "rsa-small", "--epochs", "2", "--bn", "recalibrate", "--no-nesterov"),
+            {"linear_protocol": "linear-rsa-small/1", "linear_bn": "recalibrate", "linear_nesterov": False},
+        ),
+        (("linear", "--protocol", "rsa-large", "--epochs", "1"), {"linear_protocol": "linear-rsa-large/1", "linear_epochs": 1}),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        last = json.loads(result.stdout.splitlines()[-1])
+        assert found.items() <= last.items() and 0 <= last[f"{arguments[0]}_top1"] <= 100
+        assert last.get("linear_best_top1", 100) >= last.get("linear_top1", 0)
+    for arguments, message in [
+        (("knn", "--epochs", "3"), "knn has no --epochs"),
+        (("knn", "--protocol", "rsa-small"), "knn has no --protocol"),
+        (("linear", "--protocol", "rsa-large", "--bn", "eval"), "linear-rsa-large has no --bn"),
+        (("knn", "--resize-px", "small"), "eval_resize_px = 'small': Input should be a valid integer"),
+    ]:
+        refused = run(*arguments)
+        assert refused.exit_code != 0 and message in refused.output and "Traceback" not in refused.output
+    for more, transform in (((), "short side to 32 px, centre crop 32 px"), (("--resize-px", "native"), "centre crop 32 px")):
+        scored = run("knn", "--dataset", "demo", *more)
+        assert json.loads(scored.stdout.splitlines()[-1])["test_transform"] == transform

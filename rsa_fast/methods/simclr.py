@@ -1,0 +1,47 @@
+"""SimCLR (Chen et al. 2020; github.com/google-research/simclr objective.py): every other image in the batch is a negative."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.views import Batch
+from rsa_fast.distributed import gather, rank
+from rsa_fast.methods.byol import PAIRS
+from rsa_fast.methods.method import Loss, Method, mlp, unit
+from rsa_fast.networks import Encoder, Projected
+
+
+class SimClr(Method):
+    """The projector has one hidden layer of the encoder's width (the RSA paper does not say which head it used)."""
+
+    reads = frozenset(PAIRS["AA"])
+
+    def __init__(self, encoder: Encoder, out_dim: int, temperature: float) -> None:
+        super().__init__()
+        self.online = Projected(encoder, mlp(encoder.feature_dim, encoder.feature_dim, out_dim))
+        self.temperature = temperature
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.online.encoder
+
+    def forward(self, batch: Batch, beta: float) -> Loss:
+        """NT-Xent over the global batch, the mean over its 2B views; `beta` is not used."""
+        z_1, z_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
+        return Loss(nt_xent(z_1, z_2, self.temperature), z_1, {})
+
+
+def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float) -> Tensor:
+    """Mean over this rank's views of the cross-entropy of finding the partner among the 2B - 1 other views of all ranks.
+
+    `z_1`, `z_2` are unit rows `(b, D)`; the gradient flows through the views gathered from other ranks too.
+    """
+    every = torch.cat([gather(z_1), gather(z_2)])  # (2B, D)
+    half = len(every) // 2
+    mine = rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)
+    self_column, partner = torch.cat([mine, mine + half]), torch.cat([mine + half, mine])
+    with torch.autocast(z_1.device.type, enabled=False):
+        logits = torch.cat([z_1, z_2]) @ every.T / temperature  # (2b, 2B)
+    return F.cross_entropy(logits.scatter(1, self_column[:, None], -torch.inf), partner)
