@@ -1,0 +1,115 @@
+"""COCO-format data for detection: images, their objects, and which of them are read at each step.
+
+images = CocoImages(Path("data/coco"), "train2017")
+image, objects = images[17, False]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipelines.draws import keys
+from pipelines.order import Order, epoch_order
+from pipelines.sources import read_rgb
+
+LAYOUT = "wanted: train2017/, val2017/ and annotations/instances_{train,val}2017.json, in COCO's format"
+
+
+class CocoImages(Dataset):
+    """A split of a COCO-format dataset; `self[index, flip]` is an image `(3, H, W)` uint8 and its objects: `boxes` `(N, 4)`
+    x1 y1 x2 y2 in px, `labels` `(N,)` from 1 in the order of `categories` (COCO's ids have gaps), `masks` `(N, H, W)`.
+
+    Raises FileNotFoundError for a missing folder or image, ValueError for annotations that do not describe the images.
+    """
+
+    def __init__(self, data: Path, split: str) -> None:
+        self.folder, path = data / split, data / "annotations" / f"instances_{split}.json"
+        if lacking := [place for place in (self.folder, path) if not place.exists()]:
+            raise FileNotFoundError(f"no {lacking[0]}; {LAYOUT}")
+        self.coco = read_annotations(path)
+        images, categories = self.coco.imgs, self.coco.cats
+        lacking = [image["file_name"] for image in images.values() if not (self.folder / image["file_name"]).is_file()]
+        if lacking:
+            raise FileNotFoundError(f"{path} names {len(lacking)} images that {self.folder} lacks: {', '.join(lacking[:5])}")
+        for entry in self.coco.anns.values():
+            if lacking := {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"} - entry.keys():
+                raise ValueError(f"{path}: annotation {entry['id']} has no {', '.join(sorted(lacking))}; {LAYOUT}")
+            if entry["image_id"] not in images or entry["category_id"] not in categories:
+                raise ValueError(f"{path}: annotation {entry['id']} is of an image or a category that is not there")
+        self.ids = sorted(images)
+        self.categories = {key: categories[key]["name"] for key in sorted(categories)}
+        self.labels = {key: label for label, key in enumerate(self.categories, 1)}
+        if not any(map(self.objects, self.ids)):
+            raise ValueError(f"{path} holds no instances: nothing to learn from or to evaluate on")
+
+    def objects(self, image_id: int) -> list[dict]:
+        """The annotations of an image that are learned: single objects with an area, no crowds."""
+        return [entry for entry in self.coco.imgToAnns[image_id] if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0]
+
+    def portrait(self) -> np.ndarray:
+        """`(len(self),)` bool: which images are higher than wide."""
+        return np.array([self.coco.imgs[key]["height"] > self.coco.imgs[key]["width"] for key in self.ids])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        index, flip = key
+        entry, objects = self.coco.imgs[self.ids[index]], self.objects(self.ids[index])
+        image = torch.from_numpy(read_rgb(self.folder / entry["file_name"])).permute(2, 0, 1)
+        size = entry["height"], entry["width"]
+        if image.shape[1:] != size:
+            raise ValueError(f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, its annotations say {size}")
+        boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4).float()
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64)
+        masks = torch.from_numpy(np.array([self.coco.annToMask(item) for item in objects], np.uint8).reshape(-1, *size))
+        if flip:
+            image, masks = image.flip(-1), masks.flip(-1)
+            boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+        return image, {"boxes": boxes, "labels": labels, "masks": masks}
+
+
+def read_annotations(path: Path) -> Any:
+    """A COCO annotation file as pycocotools' `COCO`. Raises ValueError when it is none, or pycocotools is not installed."""
+    try:
+        from pycocotools.coco import COCO
+    except ImportError as error:
+        raise ValueError(f"detection needs pycocotools ({error}): pip install pycocotools") from error
+    try:
+        with redirect_stdout(sys.stderr):
+            coco = COCO(str(path))
+    except (ValueError, AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no COCO annotation file ({error!r}); {LAYOUT}") from error
+    if lacking := {"images", "annotations", "categories"} - coco.dataset.keys():
+        raise ValueError(f"{path} has no {', '.join(sorted(lacking))}; {LAYOUT}")
+    return coco
+
+
+def reading_plan(order: Order, portrait: np.ndarray, first: int, end: int) -> Iterator[list[tuple[int, bool]]]:
+    """The batches of the steps from `first` up to `end`, each a list of (index, flip): a pure function of seed and step.
+
+    All but one batch of an epoch hold images of one orientation, so that little is padded (detectron2's grouping).
+    """
+    for step in range(first, end):
+        epoch, position = divmod(step, len(order))
+        if position == 0 or step == first:
+            ids = epoch_order(order.count, order.seed, epoch)
+            ids = ids[np.argsort(portrait[ids], kind="stable")]
+            flips = keys(order.seed, epoch, ids) >> np.uint64(63) == 1
+            blocks = epoch_order(len(order), order.seed, epoch)
+        rows = slice(blocks[position] * order.batch_size, (blocks[position] + 1) * order.batch_size)
+        yield list(zip(ids[rows].tolist(), flips[rows].tolist(), strict=True))
+
+
+def open_loader(images: CocoImages, plan: Iterable[list[tuple[int, bool]]], workers: int, device: torch.device) -> DataLoader:
+    return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=list, pin_memory=device.type == "cuda")
