@@ -17,17 +17,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import VIEWS, Order, Source, open_source, open_views
-from pipelines.draws import draw
+from pipelines import open_source
 from rsa_fast.engine import build_run, train
 from rsa_fast.evaluate import Evaluation
 from rsa_fast.metrics import read_metrics
+from rsa_fast.preview import preview
 from rsa_fast.recipes import Recipe, build_recipe
 from tools.make_demo import make_demo
 
@@ -43,7 +41,7 @@ def main(out: Path, data: Path) -> None:
     make_demo(data)
     recipes = {method: build_recipe("demo", method) for method in METHODS}
     scores = baselines(recipes["rsa"], data)
-    draw_views(recipes["rsa"], open_source(data, "pretrain"), out / "views.png")
+    preview(recipes["rsa"], open_source(data, "pretrain"), out / "views.png", images=8)
     for method in METHODS:
         scores[method] = train(recipes[method], data, out / method, overwrite=True)
     draw_curves(out, scores, out / "curves.png")
@@ -87,32 +85,6 @@ def draw_curves(out: Path, scores: dict[str, dict], path: Path) -> None:
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_views(recipe: Recipe, source: Source, path: Path, rows: int = 8) -> None:
-    """Sources with both crop windows, and the four views training makes of them in its first step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    order = Order(len(source.manifest), rows, recipe.seed)
-    ids = order.ids(0, 0)
-    params = draw(recipe.seed, 0, ids, recipe.views, source.manifest.sizes[ids])
-    with open_views(source, recipe.views, frozenset(VIEWS), order) as loader:
-        batch = next(loader.batches(0))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (recipe.views.mean, recipe.views.std))
-    figure, axes = plt.subplots(rows, 5, figsize=(7, 1.45 * rows), layout="constrained")
-    for row, sample, pair in zip(axes, range(rows), params, strict=True):
-        row[0].imshow(source.read(ids[sample]))
-        for p, colour in zip(pair, ("tab:red", "tab:blue"), strict=True):
-            corner = (p["left"] - 0.5, p["top"] - 0.5)
-            row[0].add_patch(Rectangle(corner, p["width"], p["height"], fill=False, edgecolor=colour, linewidth=1.5))
-        for cell, name in zip(row[1:], VIEWS, strict=True):
-            pixels = (getattr(batch, name)[sample] * std + mean).clamp(0, 1)
-            cell.imshow(np.transpose(pixels.numpy(), (1, 2, 0)))
-    for cell, title in zip(axes[0], ("source: crops 1, 2", *VIEWS), strict=True):
-        cell.set_title(title, fontsize=9)
-    for cell in axes.flat:
-        cell.set_axis_off()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -3,14 +3,13 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pipelines.sources import open_source
 from rsa_fast.engine import train
 from rsa_fast.recipes import build_recipe
-from tools.demo import METHODS, baselines, draw_curves, draw_views
+from tools.demo import METHODS, baselines, draw_curves
 from tools.make_demo import make_demo
 
 
-def test_the_demo_scores_its_baselines_and_draws_its_pictures(tmp_path):
+def test_the_demo_scores_its_baselines_and_draws_its_curves(tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     make_demo(data, per_class=15)
     overrides = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 40, "epochs": 2, "precision": "fp32"}
@@ -21,7 +20,5 @@ def test_the_demo_scores_its_baselines_and_draws_its_pictures(tmp_path):
     for method in METHODS:
         train(build_recipe("demo", method, overrides=overrides), data, out / method)
     draw_curves(out, scores, out / "curves.png")
-    draw_views(recipe, open_source(data, "pretrain"), out / "views.png")
-    for name in ("curves.png", "views.png"):
-        picture = np.asarray(Image.open(out / name).convert("RGB"))
-        assert picture.shape[0] > 300 and picture.std() > 20, name  # drawn, not blank
+    picture = np.asarray(Image.open(out / "curves.png").convert("RGB"))
+    assert picture.shape[0] > 300 and picture.std() > 20  # drawn, not blank
