@@ -3,6 +3,7 @@
     python -m tools.bench views     resident backend against torchvision/PIL, four views at 32 px
     python -m tools.bench backends  every backend at 224 px from files, against torchvision/PIL and the decode limit
     python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
+    python -m tools.bench learn     accuracy of every method at the same small budget
 
 Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
 medians over the turns. Nothing else should run on the machine.
@@ -32,8 +33,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipelines import VIEWS, Batch, Order, Source, open_source, open_views
 from pipelines.draws import draw
 from pipelines.manifest import array_manifest
-from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train_step
-from rsa_fast.recipes import build_recipe
+from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train, train_step
+from rsa_fast.evaluate import Evaluation
+from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
 from tools.to_ffcv import main as to_ffcv
 
 CIFAR = build_recipe("cifar10", "rsa").views
@@ -233,6 +235,58 @@ def step(width: int, batch_size: int, turns: int) -> None:
     precision = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
     title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless said"
     show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
+
+
+# Of a narrow ResNet-18 on two CPU cores. BYOL's and RSA's targets follow faster than the paper's, as there are few steps;
+# MoCo's split gives the batches of 16 that BatchNorm has in its CIFAR demo's shuffling, with half as many of them.
+LEARN = {"width": 16, "batch_size": 64, "peak_lr": 0.06, "knn_every_epochs": 0}
+LEARNERS: dict[str, tuple[str, dict]] = {
+    "simclr": ("simclr", {}),
+    "moco": ("moco", {"bn": "split:4"}),
+    "simsiam": ("simsiam", {}),
+    "simsiam-rsa": ("simsiam-rsa", {}),
+    "byol-aa": ("byol", {"tau_base": 0.97, "pairs": "AA"}),
+    "byol-aw": ("byol", {"tau_base": 0.97, "pairs": "AW"}),
+    "ressl": ("ressl", {}),
+    "rsa-fixed": ("rsa", {"tau_base": 0.97, "beta_schedule": "fixed"}),
+    "rsa-decay": ("rsa", {"tau_base": 0.97}),
+    "supervised": ("supervised", {}),
+}
+
+
+@main.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="CIFAR-10, or images like it.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/learn"), show_default=True)
+@click.option("--epochs", default=12, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Some of them; repeatable.")
+def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
+    """Train every method with the same backbone, epochs and data, and score each by kNN and a linear probe.
+
+    A smoke-scale comparison. Stopped, it goes on where it was: finished runs are read, an unfinished one is resumed.
+    """
+    recipes = {
+        name: build_recipe("cifar10", method, overrides={**LEARN, "epochs": epochs, **fields})
+        for name, (method, fields) in LEARNERS.items()
+        if not only or name in only
+    }
+    scores = {"random init": random_init(next(iter(recipes.values())), data)}
+    for name, recipe in recipes.items():
+        result = out / name / "result.json"
+        begun = any((out / name / "checkpoints").glob("*.pt"))
+        # A finished run is resumed too when its recipe is no longer this one: that is refused with the difference.
+        done = result.is_file() and (out / name / "recipe.yaml").read_text() == dump_yaml(recipe)
+        scores[name] = json.loads(result.read_text()) if done else train(recipe, data, out / name, resume=begun)
+    columns = ("knn_top1", "knn20_top1", "linear_top1", "embedding_std", "images_per_s")
+    table = Table("top-1 %", *columns, title=f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}")
+    for name, score in scores.items():
+        table.add_row(name, *("" if score.get(column) is None else f"{score[column]:.2f}" for column in columns))
+    Console().print(table)
+    click.echo(json.dumps({name: {column: score.get(column) for column in columns} for name, score in scores.items()}))
+
+
+def random_init(recipe: Recipe, data: Path) -> dict:
+    run = build_run(recipe, len(open_source(data, "pretrain").manifest))
+    return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 
 
 def synchronised(work: Callable[[], object], device: torch.device) -> None:
