@@ -207,10 +207,8 @@ def embedding_std(embeddings: Tensor) -> Tensor:
 
 def warn_of_collapse(record: dict[str, float]) -> None:
     if record["step"] >= COLLAPSE_FROM_STEP and record["embedding_std"] < COLLAPSE_STD:
-        message = (
-            f"all images are embedded alike at step {record['step']} (embedding_std {record['embedding_std']:.3f}): collapse?"
-        )
-        print(f"{message} Lower the learning rate, or check the recipe", file=sys.stderr)
+        found = f"all images are embedded alike at step {record['step']} (embedding_std {record['embedding_std']:.3f})"
+        print(f"{found}: collapse? Lower the learning rate, or check the recipe", file=sys.stderr)
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
