@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import click
@@ -17,7 +19,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if ctx.params.get("debug"):
                 raise
             raise click.ClickException(str(error)) from error
@@ -42,16 +44,29 @@ def main(debug: bool) -> None:
 @click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
 @click.option("--backend", default=None, help="auto, resident, native or torchvision.")
 @click.option("--seed", type=int, default=None, help="Seed of initialisation, order and views.")
+@click.option("--gpus", type=click.IntRange(1), default=None, help="GPUs of this machine, one process each.")
+@click.option("--nproc", type=click.IntRange(1), default=None, help="Processes on the CPU instead.")
+@click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --gpus or --nproc: when a process dies.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly.")
+@click.option("--force", is_flag=True, help="Resume although recipe or data differ; says in what.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--init-from", type=FILE, default=None, help="Start from another run's weights.")
 @click.option("--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop.")
-def train(data: Path, out: Path, resume: bool, overwrite: bool, init_from: Path | None, download: bool, dry_run: bool, **given):
-    """Pre-train, evaluate by kNN while training and by kNN and a linear probe at the end."""
-    if sum([resume, overwrite, init_from is not None]) > 1:
+@click.pass_context
+def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bool, gpus, nproc, max_restarts: int, **given):
+    """Pre-train, evaluate by kNN while training and by kNN and a linear probe at the end.
+
+    Exit code 75: a signal (TERM, USR1, INT) stopped the run after its checkpoint was written; go on with --resume.
+    """
+    start = {key: given.pop(key) for key in ("resume", "overwrite", "init_from", "force")}
+    if sum(map(bool, (start["resume"], start["overwrite"], start["init_from"]))) > 1:
         raise click.UsageError("--resume, --overwrite and --init-from exclude each other")
-    recipe = recipe_of(**given)
+    if start["force"] and not start["resume"]:
+        raise click.UsageError("--force is of --resume")
+    if gpus and nproc:
+        raise click.UsageError("--gpus and --nproc exclude each other")
+    recipe = recipe_of(**given, device=("cuda" if gpus else None) or ("cpu" if nproc else None))
     from pipelines.sources import download as fetch
     from pipelines.sources import open_source
 
@@ -64,11 +79,22 @@ def train(data: Path, out: Path, resume: bool, overwrite: bool, init_from: Path 
 
         click.echo(dump_yaml(recipe))
         count = len(open_source(data, "pretrain").manifest)
-        click.echo(json.dumps({"images": count, **asdict(resolve(recipe, count))}))
+        click.echo(json.dumps({"images": count, **asdict(resolve(recipe, count, gpus or nproc or 1))}))
         return
-    from rsa_fast.engine import train as run
+    if (processes := gpus or nproc) and "RANK" not in os.environ:
+        from rsa_fast.distributed import launch
 
-    click.echo(json.dumps(run(recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from)))
+        ctx.exit(launch(processes, max_restarts, sys.argv[1:]))
+    from rsa_fast import engine
+    from rsa_fast.distributed import STOPPED_EXIT_CODE
+
+    try:
+        result = engine.train(recipe, data, out, **start)
+    except engine.StoppedError as stopped:
+        click.echo(str(stopped), err=True)
+        ctx.exit(STOPPED_EXIT_CODE)
+    if result:
+        click.echo(json.dumps(result))
 
 
 def recipe_of(dataset, method, config, sets, ablation=None, **overrides):

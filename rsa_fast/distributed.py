@@ -1,10 +1,28 @@
-"""The processes that train together: who this one is, and rows gathered from all of them."""
+"""The processes that train together: how they start, who this one is, what they gather, and which one went silent.
+
+The contract is torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it, that of a SLURM
+step. One process without either is a world of one.
+"""
 
 from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+STOPPED_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, --resume goes on
+BEAT_S = 1.0
+SILENT_S = 30.0  # without a beat: said on stderr
 
 
 def world_size() -> int:
@@ -13,6 +31,91 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's GPUs is this rank's."""
+    return int(environment(os.environ).get("LOCAL_RANK", 0))
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables, from torchrun or else from a SLURM step (srun, one task per GPU); empty for a world of one.
+
+    Raises ValueError when torchrun's are there in part.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in env or "WORLD_SIZE" in env:
+        if missing := [name for name in names if name not in env]:
+            raise ValueError(f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun")
+        return {name: env[name] for name in names}
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000  # the same on all nodes, another for another job
+        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        values = (
+            env["SLURM_PROCID"],
+            env["SLURM_LOCALID"],
+            env["SLURM_STEP_NUM_TASKS"],
+            host,
+            env.get("MASTER_PORT", str(port)),
+        )
+        return dict(zip(names, values, strict=True))
+    return {}
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list: `gpu[03-05,9],cpu1` is gpu03."""
+    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in found.groups())
+
+
+@contextmanager
+def process_group(device: str, timeout_s: float) -> Iterator[None]:
+    """Join the other ranks, if there are any: NCCL between GPUs, gloo between CPUs. A collective that waits longer than
+    `timeout_s` ends the run."""
+    env = environment(os.environ)
+    if not env or dist.is_initialized():
+        yield
+        return
+    os.environ.update(env)
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
+    """Run `rsa-fast` with `arguments` in `processes` processes on this machine, by torch's own launcher on a free port; returns
+    the exit code.
+
+    When one dies, all are started again from the newest checkpoint, `max_restarts` times.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        **{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes, "max_restarts": max_restarts},
+        **{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex},
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    try:
+        elastic_launch(config, sys.executable)("-m", "rsa_fast", *arguments)
+    except SignalException:  # passed on to the ranks, and they have ended
+        return STOPPED_EXIT_CODE
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1  # negative: killed by a signal
+    return 0
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a rank died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def gather(x: Tensor) -> Tensor:
@@ -35,3 +138,62 @@ class Gather(torch.autograd.Function):
         total = grad.contiguous()
         dist.all_reduce(total)  # not reduce-scatter: gloo has none
         return total.chunk(world_size())[rank()]
+
+
+class Heartbeat:
+    """Tells the others what this rank is doing, once a second, and watches the next rank: a context manager.
+
+    A rank that is stopped, gone, or waits for its files keeps all others waiting in a collective, whose own timeout says
+    neither which rank it was nor why.
+    """
+
+    def __init__(self) -> None:
+        self.doing = "starting"
+        self.over = threading.Event()
+        self.store = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        if self.store:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        if self.store:
+            self.thread.join()
+
+    def beat(self) -> None:
+        me, next_rank, beats = rank(), (rank() + 1) % world_size(), 0
+        last, heard, said = "", time.monotonic(), False
+        while not self.over.wait(BEAT_S):
+            beats += 1
+            try:
+                self.store.set(f"beat/{me}", f"{beats} {self.doing}")
+                found = self.store.get(f"beat/{next_rank}").decode() if self.store.check([f"beat/{next_rank}"]) else ""
+            except RuntimeError:  # the store is gone, and with it the job
+                return
+            if found != last:
+                last, heard, said = found, time.monotonic(), False
+            elif not said and time.monotonic() - heard > SILENT_S:
+                said = True
+                print(f"rank {next_rank} has been silent for {SILENT_S:.0f} s; it was {what(found)}", file=sys.stderr)
+
+    def verdict(self) -> str:
+        """Which ranks are silent, or what each is doing, for the error of a collective that failed."""
+        try:
+            first, second = self.heard(), (time.sleep(3 * BEAT_S), self.heard())[1]
+        except RuntimeError:
+            return "rank 0 or its machine is gone"
+        silent = [r for r in second if second[r] == first[r]]
+        if silent:
+            return "; ".join(f"rank {r} is silent, it was {what(second[r])}" for r in silent)
+        return "; ".join(f"rank {r} is {what(second[r])}" for r in second)
+
+    def heard(self) -> dict[int, str]:
+        keys = {r: f"beat/{r}" for r in range(world_size())}
+        return {r: self.store.get(key).decode() if self.store.check([key]) else "" for r, key in keys.items()}
+
+
+def what(beat: str) -> str:
+    return beat.partition(" ")[2] or "not heard yet"

@@ -8,28 +8,36 @@ A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json` and
 from __future__ import annotations
 
 import json
-import math
-import statistics
+import signal
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import Batch, Order, open_source, open_views
 from rsa_fast import checkpoint
+from rsa_fast.distributed import Heartbeat, local_rank, process_group, rank, restarted, world_size
 from rsa_fast.evaluate import Evaluation
+from rsa_fast.meter import Meter, warn_of_collapse
 from rsa_fast.methods import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
-from rsa_fast.recipes import RECORD_FIELDS, SPEED_FIELDS, Plan, Recipe, dump_yaml, resolve
+from rsa_fast.recipes import FREE_FIELDS, LOADING_FIELDS, Plan, Recipe, dump_yaml, resolve
 
-COLLAPSE_STD = 0.02  # of embedding_std; healthy runs stay above .1, those whose heads have BatchNorm above .9
-COLLAPSE_FROM_STEP = 200  # heads without BatchNorm start alike
-RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "checkpoints", ".rsa-fast")
+RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints", ".rsa-fast")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM's pre-emption sends the first two
+
+
+class StoppedError(Exception):
+    """A signal ended the run after its checkpoint was written."""
 
 
 @dataclass
@@ -39,11 +47,13 @@ class Run:
     recipe: Recipe
     plan: Plan
     method: Method
+    forward: nn.Module  # the method, or DDP around it
     optimizer: Sgd
     scaler: torch.amp.GradScaler
     device: torch.device
     dtype: torch.dtype
     step: int = 0
+    skipped: Tensor | None = None  # whether fp16's scaler left the last step out, on the device
 
     def schedule(self, step: int) -> dict[str, float]:
         """What changes with the step, counted from 0: lr, and tau and beta where the method has them."""
@@ -54,12 +64,16 @@ def build_run(recipe: Recipe, count: int) -> Run:
     """A fresh run over `count` images: networks seeded by the recipe, on the device, in training mode."""
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.precision, device)
-    plan = resolve(recipe, count)
+    plan = resolve(recipe, count, world_size())
     torch.manual_seed(recipe.seed)
     method = build_method(recipe).to(device).train()
     optimizer = build_optimizer(recipe, method, plan.peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Run(recipe, plan, method, optimizer, scaler, device, dtype)
+    forward: nn.Module = method
+    if world_size() > 1:  # buffers are not broadcast: each rank has its own statistics, and all the same queue
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+        forward = DistributedDataParallel(method, [device] if device.type == "cuda" else None, **options)
+    return Run(recipe, plan, method, forward, optimizer, scaler, device, dtype)
 
 
 def train_step(run: Run, batch: Batch) -> Loss:
@@ -67,10 +81,12 @@ def train_step(run: Run, batch: Batch) -> Loss:
     now = run.schedule(run.step)
     set_learning_rate(run.optimizer, now["lr"])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss = run.method(batch, now.get("beta", 0.0))
+        loss = run.forward(batch, now.get("beta", 0.0))
     run.scaler.scale(loss.total).backward()
     run.scaler.step(run.optimizer)
+    before = run.scaler._scale.clone() if run.scaler.is_enabled() else None  # get_scale() would wait for the device
     run.scaler.update()
+    run.skipped = None if before is None else run.scaler._scale < before
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.method.after_step(run.schedule(run.step).get("tau", 1.0))  # the next step's tau: see TargetMethod.after_step
@@ -85,130 +101,187 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     init_from: Path | None = None,
+    force: bool = False,
     stop_at_step: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train a recipe on the images under `data` into the folder `out`; returns the result that is also in `result.json`.
 
-    `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped; `init_from` starts a new
-    run from another's weights; `stop_at_step` checkpoints and returns early. Raises FileExistsError when `out` is not
-    empty and neither resumed nor overwritten, ValueError when the recipe or the data of a resumed run changed.
+    `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped; with `force` also where the
+    recipe or the data differ, which is said. `init_from` starts a new run from another's weights; `stop_at_step`
+    checkpoints and returns early. Under torchrun every rank calls this and rank 0 gets the result;
+    what torchrun starts again after a rank died goes on by itself.
+
+    Raises FileExistsError when `out` is not empty and neither resumed nor overwritten, ValueError when the recipe or the
+    data of a resumed run changed, FloatingPointError when the loss is not finite, ConnectionError when a rank stopped
+    answering, and StoppedError when a signal ended the run.
     """
-    source = open_source(data, "pretrain", cache=out)
-    recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
-    order = Order(len(source.manifest), recipe.batch_size, recipe.seed)
-    run = build_run(recipe, len(source.manifest))
-    prepare_folder(out, resume, overwrite)
-    if resume:
-        restore(run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint)
-    elif init_from:
-        run.method.load_state_dict(checkpoint.load(init_from)["method"])
-    (out / "recipe.yaml").write_text(dump_yaml(recipe))
-    (out / "env.json").write_text(json.dumps(environment(), indent=1))
-    evaluation = open_evaluation(data, recipe, run, out)
-    announce(run, len(source.manifest))
+    if restarted():
+        resume = bool(checkpoint.listed(out / "checkpoints"))
+        overwrite = not resume
+    with process_group(recipe.device, recipe.timeout_s):
+        if rank() == 0:
+            prepare_folder(out, resume, overwrite)
+        barrier()
+        source = open_source(data, "pretrain", cache=out)
+        recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
+        run = build_run(recipe, len(source.manifest))
+        if resume:
+            restore(run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force)
+        elif init_from:
+            run.method.load_state_dict(checkpoint.load(init_from)["method"])
+        evaluation = open_evaluation(data, recipe, run, out)
+        if rank() == 0:
+            (out / "recipe.yaml").write_text(dump_yaml(recipe))
+            (out / "env.json").write_text(json.dumps(environment(), indent=1))
+            announce(run, len(source.manifest))
+        order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
+        loading = {name: getattr(recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
+        with (
+            open_views(source, recipe.views, run.method.reads, order, **loading) as loader,
+            Metrics(out, run.plan.total_steps, run.step) as metrics,
+            stop_signals() as asked,
+            Heartbeat() as heartbeat,
+        ):
+            loop = Loop(run, loader, metrics, evaluation, out, source.manifest.fingerprint, asked, heartbeat)
+            try:
+                result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
+            except RuntimeError as error:
+                if world_size() == 1:
+                    raise
+                raise ConnectionError(f"step {run.step} failed between ranks: {heartbeat.verdict()}\n{error}") from error
+        if asked and run.step < run.plan.total_steps:
+            raise StoppedError(f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume")
+        return result if rank() == 0 else None
 
-    stop = min(stop_at_step or run.plan.total_steps, run.plan.total_steps)
-    per_epoch = run.plan.steps_per_epoch
-    loading = {name: getattr(recipe, name) for name in SPEED_FIELDS} | {"device": run.device, "dtype": run.dtype}
-    with (
-        open_views(source, recipe.views, run.method.reads, order, **loading) as loader,
-        Metrics(out, run.plan.total_steps, run.step) as metrics,
-    ):
-        if evaluation and run.step == 0 and recipe.knn_every_epochs:
-            metrics.write({"step": 0, "epoch": 0, **evaluation.score(run.method.encoder, ("knn",))})
-        meter = Meter(recipe.batch_size)
-        while run.step < stop:
-            epoch = run.step // per_epoch
-            for batch in meter.waiting(loader.batches(epoch, run.step % per_epoch)):
-                meter.add(train_step(run, batch))
-                if run.step % recipe.log_every_steps == 0 or run.step == stop:
-                    record = {"step": run.step, **meter.read(run.device), **run.schedule(run.step - 1)}
-                    metrics.write(record)
-                    warn_of_collapse(record)
-                if run.step == stop:
+
+@dataclass
+class Loop:
+    """Steps, and what happens between them: records, checkpoints, evaluation."""
+
+    run: Run
+    loader: Any
+    metrics: Metrics
+    evaluation: Evaluation | None
+    out: Path
+    fingerprint: str
+    asked: list[signal.Signals]
+    heartbeat: Heartbeat
+
+    def run_until(self, end: int) -> dict[str, Any]:
+        """Train up to step `end`, or to where a signal asks to stop; returns the result."""
+        run, recipe, per_epoch = self.run, self.run.recipe, self.run.plan.steps_per_epoch
+        meter = Meter(recipe.batch_size, run.device)
+        if run.step == 0:
+            self.score_knn()
+        meter.restart()
+        while run.step < end:
+            self.heartbeat.doing = f"waiting for the views of step {run.step}"
+            for batch in meter.waiting(self.loader.batches(run.step // per_epoch, run.step % per_epoch)):
+                self.heartbeat.doing = f"in step {run.step}"
+                meter.add(run.step, train_step(run, batch), run.skipped)
+                due = run.step % recipe.log_every_steps == 0 or run.step == end
+                if self.stop_asked(due):
+                    end = run.step
+                if due:
+                    self.record(meter)
+                if run.step == end:
                     break
+                self.heartbeat.doing = f"waiting for the views of step {run.step}"
             done = run.step // per_epoch
-            if run.step == stop or done % recipe.checkpoint_every_epochs == 0:
-                save(run, out, source.manifest.fingerprint)
-            if evaluation and recipe.knn_every_epochs and run.step < stop and done % recipe.knn_every_epochs == 0:
-                metrics.write({"step": run.step, "epoch": done, **evaluation.score(run.method.encoder, ("knn",))})
+            if run.step == end or done % recipe.checkpoint_every_epochs == 0:
+                self.save()
+            if run.step < end and recipe.knn_every_epochs and done % recipe.knn_every_epochs == 0:
+                self.score_knn()
             meter.restart()
-        scores = evaluation.score(run.method.encoder) if evaluation and run.step == run.plan.total_steps else {}
-        if scores:
-            metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
-    result = {"out": str(out), "method": recipe.method, "dataset": recipe.dataset, "step": run.step, **meter.summary()}
-    result |= {"knn_top1": None, "knn20_top1": None, "linear_top1": None, **scores}
-    (out / "result.json").write_text(json.dumps(result))
-    return result
+        scores = {}
+        if self.evaluation and run.step == run.plan.total_steps:
+            self.heartbeat.doing = "evaluating"
+            scores = self.evaluation.score(run.method.encoder)
+            self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
+        result = {"out": str(self.out), "method": recipe.method, "dataset": recipe.dataset, "step": run.step}
+        result |= {**meter.summary(), "knn_top1": None, "knn20_top1": None, "linear_top1": None, **scores}
+        if rank() == 0:
+            (self.out / "result.json").write_text(json.dumps(result))
+        return result
+
+    def record(self, meter: Meter) -> None:
+        """Write the means since the last record. Raises FloatingPointError when training has gone wrong."""
+        run = self.run
+        record = {"step": run.step, **meter.read(), **run.schedule(run.step - 1)}
+        fault = None
+        if run.scaler.is_enabled() and meter.worst_skips >= run.recipe.max_skips:
+            fault = f"fp16 overflowed in {meter.worst_skips} steps in a row, up to step {run.step}"
+        elif not run.scaler.is_enabled() and meter.first_bad is not None:
+            fault = f"the loss of step {meter.first_bad} is not finite"
+        if fault:
+            step = meter.first_bad if meter.first_bad is not None else run.step - 1
+            self.stop_at_fault(step, fault)
+        self.metrics.write(record)
+        warn_of_collapse(record)
+
+    def stop_at_fault(self, step: int, fault: str) -> None:
+        """Leave in nonfinite.json what it takes to make the batch again."""
+        order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
+        epoch, place = divmod(step, len(order))
+        last = checkpoint.listed(self.out / "checkpoints")
+        found = {"step": step, "epoch": epoch, "fault": fault, "checkpoint": str(last[-1]) if last else None}
+        if rank() == 0:
+            (self.out / "nonfinite.json").write_text(json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}))
+        raise FloatingPointError(
+            f"{fault}: lower the learning rate or add warm-up epochs. "
+            f"Last good checkpoint: {found['checkpoint']}; the batch's sample ids: {self.out / 'nonfinite.json'}"
+        )
+
+    def stop_asked(self, due: bool) -> bool:
+        """Whether a signal asks to stop. Several ranks agree when a record is due: it waits for the device anyway."""
+        if world_size() == 1:
+            return bool(self.asked)
+        if not due:
+            return False
+        signals = torch.tensor(self.asked[0] if self.asked else 0, device=self.run.device)
+        dist.all_reduce(signals, dist.ReduceOp.MAX)
+        if int(signals) and not self.asked:
+            self.asked.append(signal.Signals(int(signals)))
+        return bool(self.asked)
+
+    def save(self) -> None:
+        self.heartbeat.doing = "writing a checkpoint"
+        if rank() == 0:
+            save(self.run, self.out, self.fingerprint)
+
+    def score_knn(self) -> None:
+        if self.evaluation and self.run.recipe.knn_every_epochs:
+            self.heartbeat.doing = "evaluating"
+            scores = self.evaluation.score(self.run.method.encoder, ("knn",))
+            self.metrics.write({"step": self.run.step, "epoch": self.run.step // self.run.plan.steps_per_epoch, **scores})
 
 
-class Meter:
-    """Times the loop and averages the loss between two reads, touching the device only when read."""
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collects the signals that ask to stop, so that the step can be finished. A second one takes effect at once."""
+    asked: list[signal.Signals] = []
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.reads: list[dict[str, float]] = []
-        self.embedding_std: float | None = None  # at the last read
-        self.restart()
+    def note(number: int, _: Any) -> None:
+        asked.append(signal.Signals(number))
+        print(f"{asked[0].name}: finishing the step, then saving", file=sys.stderr)
+        signal.signal(number, previous[number])
 
-    def restart(self) -> None:
-        """Forget the time since the last read: evaluation and checkpoints are not steps."""
-        self.began, self.wait_s, self.steps, self.totals = time.perf_counter(), 0.0, 0, None
-
-    def waiting(self, batches):
-        """The batches, with the time spent waiting for each counted."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.wait_s += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, loss: Loss) -> None:
-        self.names = ("loss", *loss.parts)
-        values = torch.stack([loss.total.detach(), *loss.parts.values()])
-        self.totals = values if self.totals is None else self.totals + values
-        self.embeddings = loss.embeddings
-        self.steps += 1
-
-    def read(self, device: torch.device) -> dict[str, float]:
-        """Means since the last read. Raises FloatingPointError when the loss is not finite."""
-        values = torch.cat([self.totals / self.steps, embedding_std(self.embeddings)[None]])
-        means = dict(zip((*self.names, "embedding_std"), values.tolist(), strict=True))  # waits for the device
-        step_s = (time.perf_counter() - self.began) / self.steps
-        self.embedding_std = means["embedding_std"]
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss is {means['loss']}: lower the learning rate or add warm-up epochs")
-        speed = {
-            "step_ms": 1e3 * step_s,
-            "images_per_s": self.batch_size / step_s,
-            "wait_pct": 100 * self.wait_s / (step_s * self.steps),
-        }
-        if device.type == "cuda":
-            speed["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        self.reads.append(speed)
-        self.restart()
-        return {**means, **speed}
-
-    def summary(self) -> dict[str, float | None]:
-        """Medians over the reads, the first left out when there are more: it holds the warm-up."""
-        reads = self.reads[1:] or self.reads
-        names = ("images_per_s", "step_ms", "wait_pct")
-        middle = {name: statistics.median(read[name] for read in reads) if reads else None for name in names}
-        return middle | {"embedding_std": self.embedding_std}
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield asked
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, previous[number])
 
 
-def embedding_std(embeddings: Tensor) -> Tensor:
-    """Mean over the dimensions of the standard deviation of unit-length rows `(B, D)`, times sqrt(D): near 1 when they
-    spread in all directions, 0 when all are the same (SimSiam section 4.1)."""
-    return embeddings.std(0).mean() * embeddings.shape[1] ** 0.5
-
-
-def warn_of_collapse(record: dict[str, float]) -> None:
-    if record["step"] >= COLLAPSE_FROM_STEP and record["embedding_std"] < COLLAPSE_STD:
-        found = f"all images are embedded alike at step {record['step']} (embedding_std {record['embedding_std']:.3f})"
-        print(f"{found}: collapse? Lower the learning rate, or check the recipe", file=sys.stderr)
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
@@ -235,19 +308,31 @@ def save(run: Run, out: Path, fingerprint: str) -> Path:
         "method": run.method.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "world_size": world_size(),
     }
     return checkpoint.save(out / "checkpoints", state, run.recipe.keep_last)
 
 
-def restore(run: Run, state: dict[str, Any], fingerprint: str) -> None:
-    """Put a checkpoint into a fresh run. Raises ValueError with the difference when recipe or data are not the same."""
+def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = False) -> None:
+    """Put a checkpoint into a fresh run. Raises ValueError with the difference when recipe or data are not the same, unless
+    told to `force` it: then the difference is a warning."""
     now, then = run.recipe.model_dump(mode="json"), state["recipe"]
-    differ = [key for key in now if key not in (*SPEED_FIELDS, *RECORD_FIELDS) and now[key] != then.get(key)]
-    if differ:
-        rows = "\n".join(f"  {key}: {then.get(key)!r} in the checkpoint, {now[key]!r} now" for key in differ)
-        raise ValueError(f"the recipe is not the one this run was started with:\n{rows}")
+    rows = [
+        f"  {key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in now | then
+        if key not in FREE_FIELDS and now.get(key) != then.get(key)
+    ]
     if state["data"] != fingerprint:
-        raise ValueError("the training images are not the ones this run was started with (names, labels, bytes or sizes)")
+        rows.append("  the training images are not the ones this run was started with (names, labels, bytes or sizes)")
+    if rows and not force:
+        raise ValueError("this is not the run that was started; --force goes on all the same:\n" + "\n".join(rows))
+    if rows and rank() == 0:
+        print("going on with another run's checkpoint:\n" + "\n".join(rows), file=sys.stderr)
+    if state["world_size"] != world_size() and rank() == 0:
+        ranks = f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on"
+        print(f"{ranks}: the same global batches, {run.plan.batch_per_gpu} images on each", file=sys.stderr)
+        if run.recipe.bn == "local":
+            print("bn is local: BatchNorm now normalises parts of another size", file=sys.stderr)
     run.method.load_state_dict(state["method"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -278,7 +363,7 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = True
-    return torch.device("cuda")
+    return torch.device("cuda", local_rank())
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from importlib.metadata import version
@@ -13,23 +14,27 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rsa_fast.distributed import rank
+
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
 
 
 class Metrics:
     """Appends one JSON object per line to `metrics.jsonl` and shows the run's progress; a context manager.
 
-    On a terminal a bar with ETA, elsewhere one plain line per record, both on stderr.
+    On a terminal a bar with ETA, elsewhere one plain line per record, both on stderr. Only rank 0 writes.
     """
 
     def __init__(self, folder: Path, total_steps: int, step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
         drop_after(self.path, step)
         self.file = self.path.open("a")
         console = Console(stderr=True)
         self.total_steps = total_steps
         columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self.bar = Progress(
+            *columns, TextColumn("{task.description}"), console=console, disable=rank() > 0 or not console.is_terminal
+        )
         self.task = self.bar.add_task("", total=total_steps, completed=step)
 
     def __enter__(self) -> Metrics:
@@ -47,7 +52,7 @@ class Metrics:
         numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         self.bar.update(self.task, completed=record["step"], description=shown)
-        if self.bar.disable:
+        if self.bar.disable and rank() == 0:
             print(f"step {record['step']}/{self.total_steps}  {shown}", file=sys.stderr)
 
 

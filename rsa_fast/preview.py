@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipelines import VIEWS, Order, Source, choose_backend, open_views
 from pipelines.draws import draw
 from rsa_fast.engine import choose_device
-from rsa_fast.recipes import SPEED_FIELDS, Recipe
+from rsa_fast.recipes import LOADING_FIELDS, Recipe
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # by draws' operation numbers
 TILE_PX, GAP_PX, LINE_PX, FRAME_PX = 192, 14, 17, 3  # the widest label fits below a tile of 192 px
@@ -79,7 +79,7 @@ def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backen
 
     Computed in float32, whatever the recipe's precision: 0 to 255, whole numbers but for rounding where the host makes them.
     """
-    loading = {name: getattr(recipe, name) for name in SPEED_FIELDS}
+    loading = {name: getattr(recipe, name) for name in LOADING_FIELDS}
     loading |= {"device": choose_device(recipe.device), "backend": backend}
     with open_views(source, recipe.views, frozenset(VIEWS), order, **loading) as loader:
         batch = next(loader.batches(epoch))

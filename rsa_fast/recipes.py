@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 
-# Fields in which a resumed run may differ from its start: those of speed, and those of what is recorded.
-SPEED_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on", "device")
-RECORD_FIELDS = ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "keep_last")
+LOADING_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on")
+# Fields in which a resumed run may differ from its start.
+FREE_FIELDS = (*LOADING_FIELDS, "device", "timeout_s", "max_skips", "keep_last")
+FREE_FIELDS += ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs")
 
 
 class Recipe(BaseModel):
@@ -66,6 +67,8 @@ class Recipe(BaseModel):
     knn_every_epochs: int = Field(10, ge=0)  # 0: only at the end
     checkpoint_every_epochs: int = Field(1, ge=1)
     keep_last: int = Field(2, ge=1)  # checkpoints kept
+    max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
+    timeout_s: float = Field(600, gt=0)  # that ranks wait for each other before the run stops
 
     @model_validator(mode="after")
     def split_fits(self) -> Recipe:

@@ -8,8 +8,7 @@ import torch
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast import checkpoint
-from rsa_fast.engine import Meter, build_run, choose_dtype, embedding_std, train, train_step, warn_of_collapse
-from rsa_fast.methods import Loss
+from rsa_fast.engine import build_run, choose_dtype, train, train_step
 from rsa_fast.metrics import read_metrics
 from rsa_fast.recipes import Recipe, build_recipe
 
@@ -152,35 +151,6 @@ def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
     assert loss.total.dtype == torch.float32 and all(p.dtype == torch.float32 for p in run.method.parameters())
     convolutions = [p for p in run.method.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    meter = Meter(8)
-    meter.add(Loss(torch.tensor(float("nan")), torch.ones(2, 2), {}))
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
-        meter.read(torch.device("cpu"))
-
-
-def test_the_meter_counts_the_wait_and_averages_the_parts():
-    meter = Meter(8)
-    for value in meter.waiting(iter([1.0, 3.0])):
-        meter.add(Loss(torch.tensor(value), torch.eye(2), {"weak": torch.tensor(2 * value)}))
-    read = meter.read(torch.device("cpu"))
-    assert (read["loss"], read["weak"]) == (2, 4) and 0 <= read["wait_pct"] <= 100
-    assert read["images_per_s"] == pytest.approx(8 / read["step_ms"] * 1e3)
-
-
-def test_collapse_is_seen_and_said(capsys):
-    """Rows spread in all directions have a deviation of 1, equal rows of 0, two opposite ones of sqrt(2) in one dimension."""
-    rows = torch.nn.functional.normalize(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert embedding_std(rows).item() == pytest.approx(1, abs=0.02)
-    assert embedding_std(rows[:1].repeat(8, 1)).item() == pytest.approx(0, abs=1e-6)
-    assert embedding_std(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(2**0.5)
-    warn_of_collapse({"step": 500, "embedding_std": 0.3})
-    warn_of_collapse({"step": 10, "embedding_std": 0.0})
-    assert capsys.readouterr().err == ""
-    warn_of_collapse({"step": 500, "embedding_std": 0.001})
-    assert "all images are embedded alike at step 500" in capsys.readouterr().err
 
 
 def test_precisions_are_chosen_by_name():
