@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test check bench help clean
+.PHONY: setup demo test test-faults check bench help clean
 
 VENV := .venv
 PYTHON ?= python3.11
@@ -19,6 +19,9 @@ demo: setup ## train RSA and BYOL on generated images, evaluate both, draw curve
 test: setup ## the whole fast suite (under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
+test-faults: setup ## inject faults: kills, signals, full disks, silent ranks (under 10 minutes)
+	$(BIN)/python -m pytest tests/faults
+
 check: setup ## lint, format check and the tests: what must pass before a commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,7 +32,7 @@ bench: setup ## speed of the views and of the training step, as ratios
 	$(BIN)/python -m tools.bench step
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
 
 clean: ## remove runs, generated data and caches, not .venv
 	rm -rf runs data .pytest_cache .ruff_cache *.egg-info
