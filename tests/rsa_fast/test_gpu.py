@@ -30,7 +30,6 @@ import torch
 from pipelines import Order, open_source, open_views
 from rsa_fast.engine import build_run, train_step
 from rsa_fast.recipes import build_recipe
-from rsa_fast.syncbn import SyncBatchNorm
 
 method, optimizer, precision, backend, folder = sys.argv[1:]
 fields = {"optimizer": optimizer, "precision": precision, "batch_size": 8, "width": 8, "views.size_px": 16, "device": "cuda"}
