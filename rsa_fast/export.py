@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
 import shlex
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipelines.files import write_whole
 from rsa_fast import checkpoint
 from rsa_fast.encoders import arch_of, load_encoder
 from rsa_fast.networks import Encoder
@@ -133,8 +133,8 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
     section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
     content = encode(encoder, format, facts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, content)
-    write(card, SECTION.join([head, *others, section]).encode())
+    write_whole(out, lambda file: file.write(content))
+    write_whole(card, lambda file: file.write(SECTION.join([head, *others, section]).encode()))
     return {"out": str(out), "format": format, "parameters": facts["parameters"]}
 
 
@@ -221,13 +221,3 @@ class ArrayPickler(pickle.Pickler):
         if isinstance(value, np.ndarray):
             return np.ndarray, (value.shape, value.dtype.str, bytearray(value.tobytes()))
         return NotImplemented
-
-
-def write(path: Path, content: bytes) -> None:
-    """By temporary name, fsync and rename: `path` is whole or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

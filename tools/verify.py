@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from pipelines.files import write_whole
 from pipelines.manifest import Paths, header_size
 from pipelines.sources import BINARY_FOLDERS, Source, images_below, open_source, packed_place, to_rgb
 from tools.convert import in_order, progress
@@ -144,12 +145,8 @@ def replace(data: Path, path: str, repairable: bool, max_pixels: int) -> bool:
     if content is None:
         shutil.move(image, kept)
         return False
-    partial = image.with_name(f".{image.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
     shutil.copy2(image, kept)  # not moved: at no moment is the name without an image
-    partial.replace(image)
+    write_whole(image, lambda file: file.write(content))
     return True
 
 
