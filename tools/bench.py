@@ -35,6 +35,7 @@ from pipelines.draws import draw
 from pipelines.manifest import array_manifest
 from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train, train_step
 from rsa_fast.evaluate import Evaluation
+from rsa_fast.profiling import Repeated, ratio
 from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
 from tools.to_ffcv import main as to_ffcv
 
@@ -165,17 +166,6 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
     show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
 
 
-class Repeated(Order):
-    """An order with many steps per epoch over few images, so that what starts and ends with an epoch weighs nothing."""
-
-    def __len__(self) -> int:
-        return 500
-
-    def ids(self, epoch: int, step: int) -> np.ndarray:
-        epochs, step = divmod(step, super().__len__())
-        return super().ids(len(self) * epoch + epochs, step)
-
-
 def decode_rate(files: list[bytes], seconds: float) -> float:
     """Images per second of nothing but decoding JPEGs to RGB, by two threads."""
     images = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file[:2] == b"\xff\xd8"]
@@ -293,11 +283,6 @@ def synchronised(work: Callable[[], object], device: torch.device) -> None:
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def ratio(one: list[float], other: list[float]) -> float:
-    """Median over the turns of one / other, each pair taken close in time."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 if __name__ == "__main__":
