@@ -18,9 +18,11 @@ from pipelines.views import VIEWS, Batch, ViewSpec
 
 BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
 AGGRESSIVE_ON = ("auto", "host", "device")
+ON_BAD_IMAGE = ("stop", "skip")
 RESIDENT_BYTES = 8 * 2**30  # decoded: all the small datasets, and no ImageNet
 
-__all__ = ["AGGRESSIVE_ON", "BACKENDS", "VIEWS", "Batch", "Order", "Source", "ViewSpec", "open_source", "open_views"]
+__all__ = ["AGGRESSIVE_ON", "BACKENDS", "ON_BAD_IMAGE", "VIEWS", "Batch", "Order"]
+__all__ += ["Source", "ViewSpec", "open_source", "open_views"]
 
 
 def open_views(
@@ -36,6 +38,7 @@ def open_views(
     prefetch_batches: int = 2,
     aggressive_on: str = "auto",
     decode_on: str = "gpu",
+    on_bad_image: str = "stop",
 ) -> Loader:
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
@@ -45,17 +48,22 @@ def open_views(
     `auto` says on stderr what it chose and why. The aggressive stage runs by numba kernels on the host or by tensor
     operations on the device; `auto` is the device on a GPU. `threads`, `prefetch_batches` and, but for rounding,
     `aggressive_on` never change a view. Raises ValueError for an unknown backend or view, or a missing library.
+
+    An image that the backend's decoder and PIL cannot read, or of another size than its manifest says, ends the loading with
+    a ValueError that names it, or (`on_bad_image` skip) is replaced by the next that can be read (`Loader.readable`).
     """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if aggressive_on not in AGGRESSIVE_ON:
         raise ValueError(f"no aggressive_on {aggressive_on!r}: choose from {', '.join(AGGRESSIVE_ON)}")
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"no on_bad_image {on_bad_image!r}: choose from {', '.join(ON_BAD_IMAGE)}")
     if not reads or not reads <= set(VIEWS):
         raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(VIEWS)}")
     if aggressive_on == "auto":
         aggressive_on = "device" if device.type == "cuda" else "host"
-    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on, decode_on)
+    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on, decode_on, on_bad_image)
     if backend == "auto":
         backend, reason = choose_backend(source, device)
         print(f"backend {backend}: {reason}", file=sys.stderr)
@@ -92,6 +100,11 @@ def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
         return "resident", f"the images take {pixels / 2**30:.2f} GiB decoded and stay in memory"
     if source.beton and find_spec("ffcv"):
         return "ffcv", f"{source.beton.name} is FFCV's"
-    if device.type == "cuda" and find_spec("nvidia.dali") and source.encoded:
-        return "dali", "it decodes on the GPU"
-    return "native", "the fastest decoder of files on a CPU" if device.type == "cpu" else "DALI is not installed"
+    missing = "FFCV is not installed; " if source.beton else ""
+    if not source.encoded:
+        return "native", f"{missing}stored pixels need no decoder"
+    if device.type == "cpu":
+        return "native", f"{missing}the fastest decoder of files on a CPU"
+    if find_spec("nvidia") and find_spec("nvidia.dali"):  # the second raises without the first
+        return "dali", f"{missing}it can decode on the GPU"
+    return "native", f"{missing}DALI is not installed"

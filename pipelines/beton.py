@@ -69,10 +69,9 @@ def open_beton(path: Path) -> Packed:
 
 
 def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
-    found = np.fromfile(path, record, int(count), offset=offset) if path.stat().st_size >= offset else ()
-    if len(found) != count:
-        raise ValueError(f"truncated: {len(found)} of {count} records of {record.itemsize} bytes from byte {offset}")
-    return found
+    if (room := max(0, path.stat().st_size - offset) // record.itemsize) < count:
+        raise ValueError(f"truncated: {room} of {count} records of {record.itemsize} bytes from byte {offset}")
+    return np.fromfile(path, record, int(count), offset=offset)
 
 
 def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
@@ -84,6 +83,8 @@ def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
     known[known] = allocations["ptr"][rank[known]] == image["data_ptr"][known]
     if not known.all():
         raise ValueError(f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its allocation table")
+    if not np.isin(image["mode"], (0, RAW)).all():
+        raise ValueError(f"image modes {np.unique(image['mode']).tolist()}: 0 is JPEG, {RAW} plain pixels")
     entries = np.zeros(len(metadata), ENTRY)
     entries["offset"], entries["size"] = image["data_ptr"], allocations["size"][rank]
     entries["height"], entries["width"], entries["raw"] = image["height"], image["width"], image["mode"] == RAW

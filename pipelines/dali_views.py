@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from PIL import Image
 from pipelines.draws import VIEW_PARAMS
 from pipelines.host_ops import finish_views
 from pipelines.loading import Job, Landing, Loader, in_parts
-from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch
 
 INSTALL = "pip install nvidia-dali-cuda120 (for CUDA 12; nvidia-dali-cuda130 for CUDA 13)"
+Encoded = tuple[np.ndarray, np.ndarray, list[np.ndarray]]  # ids, parameters and files of a batch
 
 
 def build_graph(job: Job, device: str, device_id: int | None):
@@ -70,7 +70,11 @@ def regions(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class DaliViews(Loader):
-    """Loader over encoded images. Raises ValueError when DALI is missing, or naming the image that cannot be decoded."""
+    """Loader over encoded images. Raises ValueError when DALI is missing.
+
+    DALI does not reliably say which image it cannot decode, and its pipeline is invalid from then on: PIL then decodes that
+    batch, or finds the bad one, and a new pipeline goes on from there.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -79,6 +83,12 @@ class DaliViews(Loader):
             raise ValueError("aggressive_on: host would bring the crops back from the GPU; use device, or backend native")
         self.pool = ThreadPoolExecutor(job.threads)
         self.landing = Landing(job)
+        self.pipe = None
+        self.start()
+
+    def start(self) -> None:
+        self.shut_down()
+        job = self.job
         device_id = (job.device.index or 0) if self.on_gpu else None
         self.pipe = build_graph(job, "gpu" if self.on_gpu else "cpu", device_id)
         self.pipe.build()
@@ -95,45 +105,75 @@ class DaliViews(Loader):
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        self.pipe = None  # DALI joins its threads when the pipeline is freed
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        if self.pipe is None:
+            return
+        if self.on_gpu:
+            self.landing.stream.synchronize()  # it may yet copy from the pipeline's memory
+        # Left to the garbage collector, in whose cycles it is, it may be finalised in a forked worker, and wait there for
+        # threads that a fork does not copy.
+        self.pipe._shutdown()
+        self.pipe = None
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        reading: deque = deque()  # batches whose files are being read
-        running: deque = deque()  # batches inside DALI
+        reading: deque[list[Future]] = deque()  # batches whose files are being read
+        running: deque[Encoded] = deque()  # batches inside DALI
         pending = iter(range(step, len(self)))
 
         def read_next() -> None:
             if (s := next(pending, None)) is not None:
-                ids = self.job.order.ids(epoch, s)
-                reading.append((ids, [self.pool.submit(encoded, self.job.source, i) for i in ids]))
+                reading.append(self.read(self.job.order.ids(epoch, s), self.encoded))
 
         for _ in range(2 * self.job.prefetch_batches):
             read_next()
         try:
             while reading or running:
                 while reading and len(running) < self.job.prefetch_batches:
-                    ids, files = reading.popleft()
-                    running.append((ids, self.run(epoch, ids, [file.result() for file in files])))
+                    running.append(self.run(self.collect(epoch, reading.popleft())))
                     read_next()
-                ids, params = running.popleft()
-                yield self.take(ids, params)
+                try:
+                    outputs = self.pipe.share_outputs()
+                except RuntimeError:
+                    (ids, *_), *rest = running
+                    running.clear()
+                    self.start()
+                    running.append(self.run(self.collect(epoch, self.read(ids, self.decoded))))
+                    running.extend(map(self.run, rest))
+                    outputs = self.pipe.share_outputs()
+                ids, params, _ = running.popleft()
+                crops = dict(zip(self.job.crops, outputs, strict=True))
+                batch = self.land_gpu(crops, ids, params) if self.on_gpu else self.land_cpu(crops, ids, params)
+                self.pipe.release_outputs()
+                yield batch
         finally:
-            for _, files in reading:
+            for files in reading:
                 for file in files:
                     file.cancel()
-            if self.pipe is not None:
-                for _ in running:  # an iterator left early leaves nothing behind for the next one
+            try:
+                for _ in running if self.pipe else ():  # an iterator left early leaves nothing behind for the next one
                     self.drop()
+            except RuntimeError:  # a bad image in a batch that nobody will ask for
+                self.start()
 
     def drop(self) -> None:
         self.pipe.share_outputs()
         self.pipe.release_outputs()
 
-    def run(self, epoch: int, ids: np.ndarray, files: list[np.ndarray]) -> np.ndarray:
-        params = self.job.params(epoch, ids)
+    def read(self, ids: np.ndarray, read: Callable[[int], np.ndarray]) -> list[Future]:
+        return [self.pool.submit(self.readable, int(sample), read) for sample in ids]
+
+    def collect(self, epoch: int, files: list[Future]) -> Encoded:
+        samples, encoded = zip(*(file.result() for file in files), strict=True)
+        ids = np.array(samples)
+        return ids, self.job.params(epoch, ids), list(encoded)
+
+    def run(self, batch: Encoded) -> Encoded:
+        _, params, files = batch
         self.feed(files, params)
         self.pipe.schedule_run()
-        return params
+        return batch
 
     def feed(self, files: list[np.ndarray], params: np.ndarray) -> None:
         self.pipe.feed_input("encoded", files)
@@ -141,18 +181,14 @@ class DaliViews(Loader):
             for edge, points in zip(("start", "end"), regions(params[:, crop]), strict=True):
                 self.pipe.feed_input(f"{edge}_{crop}", points)
 
-    def take(self, ids: np.ndarray, params: np.ndarray) -> Batch:
-        try:
-            outputs = self.pipe.share_outputs()
-        except RuntimeError as error:  # the pipeline is dead for good; say which image did it
-            self.pipe = None
-            for sample in ids:
-                self.job.source.read(sample)  # raises ValueError with the file's name
-            raise ValueError(f"DALI cannot decode one of the images {ids.tolist()}: {error}") from error
-        crops = dict(zip(self.job.crops, outputs, strict=True))
-        batch = self.land_gpu(crops, ids, params) if self.on_gpu else self.land_cpu(crops, ids, params)
-        self.pipe.release_outputs()
-        return batch
+    def encoded(self, sample: int) -> np.ndarray:
+        """The bytes for DALI's decoder: a JPEG as it is, anything else as `decoded`."""
+        data = self.job.jpeg(sample)
+        return np.frombuffer(data, np.uint8) if data else self.decoded(sample)
+
+    def decoded(self, sample: int) -> np.ndarray:
+        """The bytes of a PNG of the image's RGB pixels by PIL."""
+        return np.frombuffer(png(self.job.read(sample)), np.uint8)
 
     def land_gpu(self, crops: dict, ids: np.ndarray, params: np.ndarray) -> Batch:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -182,11 +218,6 @@ class DaliViews(Loader):
 
         in_parts(self.pool, self.job.threads, len(ids), work)
         return self.landing.batch(slot, ids, params)
-
-
-def encoded(source: Source, sample: int) -> np.ndarray:
-    """The bytes for DALI's decoder: a JPEG as it is, anything else as a PNG of its RGB pixels."""
-    return np.frombuffer(source.jpeg(sample) or png(source.read(sample)), np.uint8)
 
 
 def png(image: np.ndarray) -> bytes:

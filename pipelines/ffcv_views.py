@@ -1,28 +1,25 @@
-"""Views of an FFCV .beton file: one decode per image in FFCV's loader, all views of it by the kernels of `host_ops`.
+"""Views of an FFCV .beton file: one decode per image by FFCV's libjpeg, all views of it by the kernels of `host_ops`.
 
-FFCV reads, decodes and runs the threads. Its random crops, order and augmentations are not used: a decoder operation of
-ours looks up the sample's `ViewParams` and calls `sample_views`. The stock decoder keeps a buffer of the largest image
-for every sample of every batch ahead (65 GiB on ImageNet at full size); this one takes memory per image.
+FFCV opens the file and makes batches ahead on a thread of its own. Its random crops, order and augmentations are not used:
+what it runs for a batch is `FfcvViews.write`. The stock decoder keeps a buffer of the largest image for every sample of
+every batch ahead (65 GiB on ImageNet at full size); this one takes memory per image. FFCV also compiles its code anew for
+each loader, 5.6 s of every opening; `decode_views` is compiled once per process, in 1.5 s.
 
 Written for ffcv 1.0.2, of which some inner parts are replaced; each says why.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import torch
-from numba import carray, types
-from numba.extending import intrinsic
 
-from pipelines.draws import VIEW_PARAMS
-from pipelines.host_ops import sample_views
-from pipelines.loading import Job, Landing, Loader, Slot
-from pipelines.views import VIEWS, Batch
+from pipelines.host_ops import jpeg_size, sample_views
+from pipelines.loading import Job, Landing, Loader, Slot, in_parts
+from pipelines.views import Batch
 
 INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 torch_threads = torch.get_num_threads()
@@ -31,115 +28,66 @@ try:
     from ffcv.libffcv import imdecode
     from ffcv.loader import Loader as FfcvLoader
     from ffcv.loader import OrderOption
-    from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.pipeline_spec import PipelineSpec
 except ImportError as error:
     raise ValueError(f"backend ffcv needs FFCV ({error}): {INSTALL}, or use image files") from error
 torch.set_num_threads(torch_threads)  # importing ffcv sets one
+Compiler.set_num_threads = staticmethod(lambda count: None)  # torch's and numba's, process-wide, at every epoch
+
+JPEG = IMAGE_MODES["jpg"]
+decode_jpeg = numba.njit(nogil=True)(imdecode)
 
 
-def set_loader_threads(count: int) -> None:
-    """FFCV's own also sets torch's threads, for the whole process and whenever an epoch begins."""
-    Compiler.num_threads = count
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+@numba.njit(nogil=True, error_model="numpy")
+def decode_views(ids, metadata, storage, params, table, failed, weak_1, weak_2, aggressive_1, aggressive_2):
+    """The views `(B, S, S, 3)` of the images `ids`, as `sample_views`; `failed` `(B,)` says which to leave out, and becomes
+    those that did not decode as well.
 
-
-Compiler.set_num_threads = staticmethod(set_loader_threads)
-
-PARAMS = types.CPointer(numba.from_dtype(VIEW_PARAMS))
-INTEGERS = types.CPointer(types.int64)
-
-
-@intrinsic
-def params_at(typing_context, address):
-    return PARAMS(types.uintp), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(PARAMS))
-
-
-@intrinsic
-def integers_at(typing_context, address):
-    return INTEGERS(types.uintp), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(INTEGERS))
-
-
-class ViewsDecoder(Operation):
-    """One decode of an image to its views, written to four arrays in the order of `VIEWS`.
-
-    The dice of the epoch lie in memory of a fixed place that the compiled code reads through its address: `params`
-    `(n, 2)`, and `row` `(N,)`, the place in them of each sample of the dataset. `failed` takes the id of an image that
-    libjpeg could not decode.
+    `metadata` and `storage` are FFCV's: a record for every image; the file's bytes, where in it each image starts
+    (sorted), and how many bytes it has.
     """
+    data, starts, sizes = storage
+    for i in range(len(ids)):
+        field = metadata[ids[i]]
+        start, height, width = field["data_ptr"], np.uint32(field["height"]), np.uint32(field["width"])
+        stored = data[start : start + sizes[np.searchsorted(starts, start)]]
+        if failed[i]:
+            continue
+        if field["mode"] == JPEG:
+            image = np.empty((height, width, 3), np.uint8)
+            failed[i] = jpeg_size(stored) != (height, width) or (  # FFCV would leave the rest of the image as it is in memory
+                decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
+            )
+        elif len(stored) == 3 * height * width:
+            image = stored.reshape(height, width, 3)
+        else:
+            failed[i] = True
+        if not failed[i]:
+            sample_views(image, params[i], table, weak_1[i], weak_2[i], aggressive_1[i], aggressive_2[i])
 
-    def __init__(self, landing: Landing, samples: int, samples_per_epoch: int) -> None:
+
+class Decoder(Operation):
+    """What FFCV runs for a batch is `write`, and what that returns is what FFCV yields."""
+
+    def __init__(self, write: Callable) -> None:
         super().__init__()
-        self.landing = landing
-        self.params = np.zeros((samples_per_epoch, 2), VIEW_PARAMS)
-        self.row = np.zeros(samples, np.int64)
-        self.failed = np.full(1, -1, np.int64)
+        self.write = write
 
     def declare_state_and_memory(self, previous_state):
-        dtype = self.landing.table.dtype
-        state = replace(previous_state, jit_mode=True, shape=(1,), dtype=dtype)
-        return state, tuple(AllocationQuery((1,), dtype) for _ in VIEWS)  # `Memory` stands in for what these would give
+        return previous_state, None  # no memory: FFCV writes its own again while batches may be in use, 10 of 15 kept ones
 
     def generate_code(self):
-        jpeg = IMAGE_MODES["jpg"]
-        read, decode_jpeg, table = self.memory_read, Compiler.compile(imdecode), self.landing.table
-        loop = Compiler.get_iterator()
-        params_address, row_address, failed_address = (x.ctypes.data for x in (self.params, self.row, self.failed))
-        params_shape, samples = self.params.shape, len(self.row)
-
-        def decode(batch_indices, views, metadata, storage_state):
-            params = carray(params_at(params_address), params_shape)
-            row = carray(integers_at(row_address), (samples,))
-            failed = carray(integers_at(failed_address), (1,))
-            for i in loop(len(batch_indices)):
-                sample = batch_indices[i]
-                field = metadata[sample]
-                stored = read(field["data_ptr"], storage_state)
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                if field["mode"] == jpeg:
-                    image = np.empty((height, width, 3), np.uint8)
-                    if decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                        failed[0] = sample
-                else:
-                    image = stored.reshape(height, width, 3)
-                sample_views(image, params[row[sample]], table, views[0][i], views[1][i], views[2][i], views[3][i])
-            return views
-
-        decode.is_parallel = True
-        return decode
-
-
-class Memory:
-    """What FFCV indexes by its ring's slot to write a batch: a slot of the landing, new for every batch.
-
-    FFCV's own ring is written again while its batches may be in use; 10 of 15 kept batches were.
-    """
-
-    def __init__(self, landing: Landing, batch_size: int) -> None:
-        self.landing, self.batch_size = landing, batch_size
-        self.slots: deque[Slot] = deque()  # in the order of the batches
-
-    def view(self, index: int) -> Memory.View:
-        return Memory.View(self, index)
-
-    class View:
-        def __init__(self, memory: Memory, index: int) -> None:
-            self.memory, self.index = memory, index
-
-        def __getitem__(self, _: int) -> np.ndarray:
-            memory = self.memory
-            if self.index == 0:
-                slot = memory.landing.slot(memory.batch_size)
-                slot.wait()
-                memory.arrays = memory.landing.arrays(slot)
-                memory.slots.append(slot)
-            return memory.arrays[self.index]
+        return self.write
 
 
 class FfcvViews(Loader):
-    """Loader over a .beton file with fields `image` and `label`. Raises ValueError naming an image that does not decode."""
+    """Loader over a .beton file with fields `image` and `label`. What FFCV cannot decode, PIL does or finds bad.
+
+    A file replaced by rename is read on as it was. FFCV maps the file into memory: one cut in the very moment that a batch is
+    made kills the process (SIGBUS), one cut before is found.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -148,37 +96,64 @@ class FfcvViews(Loader):
                 "backend ffcv reads .beton files: convert with `python -m tools.to_ffcv`, or choose another backend"
             )
         self.landing = Landing(job)
-        per_rank = job.order.batch_per_rank
-        self.decoder = ViewsDecoder(self.landing, len(job.source.manifest), len(job.order) * per_rank)
-        self.loader = FfcvLoader(
-            str(job.source.beton),
-            batch_size=per_rank,
-            num_workers=job.threads,
-            os_cache=True,
-            order=OrderOption.SEQUENTIAL,
-            batches_ahead=job.prefetch_batches,
-            pipelines={"image": PipelineSpec("image", decoder=self.decoder), "label": None},
-        )
+        self.pool = ThreadPoolExecutor(job.threads)
+        self.epoch = 0
+        Compiler.set_enabled(False)  # for this loader: `write` is Python
+        try:
+            self.loader = FfcvLoader(
+                str(job.source.beton),
+                batch_size=job.order.batch_per_rank,
+                num_workers=job.threads,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                batches_ahead=job.prefetch_batches,
+                pipelines={"image": PipelineSpec("image", decoder=Decoder(self.write)), "label": None},
+            )
+        finally:
+            Compiler.set_enabled(True)
+        reader = self.loader.reader  # opened later than the source
+        images = reader.metadata[f"f{reader.field_names.index('image')}"]
+        if not np.array_equal(np.stack([images["height"], images["width"]], 1), job.source.manifest.sizes):
+            raise ValueError(f"{job.source.beton} was replaced while it was opened: start again")
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+    def write(
+        self, ids: np.ndarray, _: None, metadata: np.ndarray, storage: tuple[np.ndarray, ...]
+    ) -> tuple[Slot, np.ndarray, np.ndarray] | Exception:
+        """A batch's slot, written, with its ids and parameters. On FFCV's thread, which an exception would end in silence."""
+        try:
+            params, slot = self.job.params(self.epoch, ids), self.landing.slot(len(ids))
+            views, table = self.landing.arrays(slot), self.landing.table
+            failed = np.full(len(ids), storage[0].base.size() < len(storage[0]))  # a page that was cut off must not be touched
+            slot.wait()
+
+            def work(part: slice) -> None:
+                outputs = (view[part] for view in views)
+                decode_views(ids[part], metadata, storage, params[part], table, failed[part], *outputs)
+
+            in_parts(self.pool, self.job.threads, len(ids), work)
+            for i in np.flatnonzero(failed):
+                ids[i], image = self.readable(int(ids[i]), self.job.read)
+                params[i] = self.job.params(self.epoch, ids[i : i + 1])[0]
+                sample_views(image, params[i], table, *(view[i] for view in views))
+            return slot, ids, params
+        except Exception as error:
+            return error
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        job = self.job
-        ids = np.concatenate([job.order.ids(epoch, s) for s in range(step, len(self))] or [np.zeros(0, np.int64)])
-        params = job.params(epoch, ids)
-        self.decoder.params[: len(ids)], self.decoder.row[ids] = params, np.arange(len(ids))
-        memory = Memory(self.landing, job.order.batch_per_rank)
+        self.epoch = epoch
+        ids = np.concatenate([self.job.order.ids(epoch, s) for s in range(step, len(self))] or [np.zeros(0, np.int64)])
         self.loader.traversal_order.sample_order = lambda _: ids  # a class of ours is refused by a fault of 1.0.2
         self.loader.first_traversal_order = ids  # the loader cuts every order to the length of its first
-        node = next(iter(self.loader.graph.root_nodes)).id
-        views = tuple(memory.view(index) for index in range(len(VIEWS)))
-        self.loader.graph.allocate_memory = lambda *_: {"operation": {node: views}, "shared": {node: None}}
         running = iter(self.loader)
         try:
-            for first in range(0, len(ids), job.order.batch_per_rank):
-                next(running)
-                if (sample := int(self.decoder.failed[0])) >= 0:
-                    raise ValueError(f"cannot decode image {sample} of {job.source.beton}: convert it again")
-                chunk = slice(first, first + job.order.batch_per_rank)
-                yield self.landing.batch(memory.slots.popleft(), ids[chunk], params[chunk])
+            for _ in range(step, len(self)):
+                (made,) = next(running)
+                if isinstance(made, Exception):
+                    raise made
+                yield self.landing.batch(*made)
         finally:
             running.iter_ixes = iter(())  # no batch after the one at work; its own signal is heeded by a full queue only
             while running.is_alive():  # its last act is to put a None, for which a full queue has no room

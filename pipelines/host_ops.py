@@ -59,6 +59,18 @@ def batch_views(pixels, offsets, sizes, ids, params, table, weak_1, weak_2, aggr
 
 
 @kernel
+def jpeg_size(data):
+    """Height and width by the frame header of a JPEG's bytes; 0 and 0 when none is found where it should be."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are tables
+            return data[at + 5] * 256 + data[at + 6], data[at + 7] * 256 + data[at + 8]
+        at += 1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]  # fill bytes, or a segment
+    return 0, 0
+
+
+@kernel
 def aggressive_stage(planes, p):
     """Jitter, grayscale and blur of `(3, S, S)` uint8, in place."""
     if p.jitter:

@@ -6,24 +6,31 @@ as 8-bit levels, or the host makes the weak crops as 8-bit levels and the device
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from pipelines import device_ops
 from pipelines.draws import draw
+from pipelines.host_ops import jpeg_size
 from pipelines.order import Order
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
+Read = TypeVar("Read")
+
 
 @dataclass(frozen=True)
 class Job:
-    """What to load and how; `reads` are names of `VIEWS`. Everything from `threads` on changes only speed."""
+    """What to load and how; `reads` are names of `VIEWS`. `threads` to `decode_on` change only speed."""
 
     source: Source
     spec: ViewSpec
@@ -35,6 +42,7 @@ class Job:
     prefetch_batches: int  # made ahead of the one in use
     aggressive_on: str  # host or device
     decode_on: str  # gpu or cpu, of the dali backend on a GPU
+    on_bad_image: str = "stop"  # or skip: `Loader.readable`
 
     @property
     def crops(self) -> list[int]:
@@ -48,15 +56,34 @@ class Job:
     def labels(self, ids: np.ndarray) -> Tensor:
         return device_ops.send(self.source.manifest.labels[ids], self.device)
 
+    def jpeg(self, sample: int) -> bytes | None:
+        """The stored bytes of a JPEG whose header says the manifest's size; of anything else PIL is the judge (`read`)."""
+        data = self.source.jpeg(sample)
+        return data if data and jpeg_size(np.frombuffer(data, np.uint8)) == self.size(sample) else None
+
+    def read(self, sample: int) -> np.ndarray:
+        """`(H, W, 3)` uint8 by PIL. Raises ValueError when it is damaged, or not of the manifest's size any more, in which its
+        crops are drawn."""
+        image = self.source.read(sample)
+        if image.shape[:2] != self.size(sample):
+            found = f"{image.shape[:2]} px, its manifest says {self.size(sample)}"
+            raise ValueError(f"{found}: the data changed; delete its .rsa-fast folder")
+        return image
+
+    def size(self, sample: int) -> tuple[int, int]:
+        height, width = self.source.manifest.sizes[sample]
+        return int(height), int(width)
+
 
 class Loader:
     """One rank's loader: `len()` is the steps per epoch, `batches(epoch, step)` yields from there on.
 
-    A context manager; leaving it joins what the loader started.
+    A context manager; leaving it joins what the loader started. `skipped` are the bad images met so far: sample id, fault.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.skipped: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.job.order)
@@ -69,6 +96,30 @@ class Loader:
 
     def close(self) -> None:
         pass
+
+    def readable(self, sample: int, read: Callable[[int], Read]) -> tuple[int, Read]:
+        """`sample` and what `read` makes of it; if it is bad, those of the next id of the dataset that can be read.
+
+        The stand-in takes the bad one's place in the batch with the dice and the label of its own, so that the data alone
+        decide what is seen: on every rank, and after a resume. What was bad is not tried again. Where bad images are not
+        skipped, and where none can be read, raises ValueError with the sample id and the file.
+        """
+        manifest = self.job.source.manifest
+        for stand_in in chain(range(sample, len(manifest)), range(sample)):
+            if stand_in not in self.skipped:
+                try:
+                    return stand_in, read(stand_in)
+                except (OSError, ValueError) as error:
+                    fault = f"sample {stand_in}{f', {manifest.paths[stand_in]}' if manifest.paths else ''}: {error}"
+                    if self.job.on_bad_image == "stop":
+                        raise ValueError(f"{fault}. To train on without it: --on-bad-image skip") from error
+                    self.skip(stand_in, fault)
+        raise ValueError(f"none of the {len(manifest)} images can be read; one of them: {self.skipped[sample]}")
+
+    def skip(self, sample: int, fault: str) -> None:
+        """Remember a bad image, and say so once; a worker process leaves that to the one that it works for."""
+        if self.skipped.setdefault(sample, fault) is fault and get_worker_info() is None:
+            sys.stderr.write(f"skipped {fault}\n")  # at once: print() writes the end of a line by itself, and others between
 
 
 def in_parts(pool: ThreadPoolExecutor, parts: int, count: int, work: Callable[[slice], None]) -> None:

@@ -1,7 +1,7 @@
 """What a dataset split is: count, classes, labels, the size of every image, and a fingerprint.
 
 Written once by a scan of the headers, cached in `.rsa-fast/` beside the data (or in `cache`), read by every
-backend and rank. Of the processes that open a split at once, one checks the data and the rest wait for it and read.
+backend and rank. One process at a time opens a split; of the ranks of a run one lists and checks the files, the rest read.
 """
 
 from __future__ import annotations
@@ -11,31 +11,39 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
-VERSION = 2  # of the cache
+from pipelines.npz import read_npz
+
+VERSION = 3  # of the cache
+MAX_PIXELS = 178_956_970  # of an image: beyond it PIL too sees a decompression bomb
+CACHE = {"meta": "|u1", "paths": "|u1", "labels": "<i8", "sizes": "<i4"}
 CHUNK = 4096  # files at a time: few enough to hold as Python objects, enough to spare a million futures
 
 
 class Paths(Sequence[str]):
-    """A million paths in one buffer: a third of the memory of as many strings. Immutable; indexes, slices, iterates."""
+    """A million paths in one buffer: a third of the memory of as many strings. Immutable; indexes, slices, iterates.
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        paths, parts = iter(paths), []
-        while chunk := list(islice(paths, CHUNK)):
-            parts.append(os.fsencode("\0".join(chunk)))  # the one character no file name has
-        self.text = b"\0".join(parts)
+    Made of strings, or of the `text` of another.
+    """
+
+    def __init__(self, paths: Iterable[str] | bytes) -> None:
+        if not isinstance(paths, bytes):
+            rest = iter(paths)
+            chunks = iter(lambda: list(islice(rest, CHUNK)), [])
+            paths = b"\0".join(os.fsencode("\0".join(chunk)) for chunk in chunks)  # the one character no file name has
+        self.text = paths
         ends = np.flatnonzero(np.frombuffer(self.text, np.uint8) == 0)
-        self.bounds = np.concatenate([[-1], ends, [len(self.text)]]) if parts else np.zeros(1, np.int64)
+        self.bounds = np.concatenate([[-1], ends, [len(self.text)]]) if self.text else np.zeros(1, np.int64)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -53,9 +61,16 @@ class Paths(Sequence[str]):
         return chain.from_iterable(self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
 
 
+Listing = tuple[Paths, np.ndarray, tuple[str, ...]]  # paths, their labels (int64), class names
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """One split. `sizes` is `(N, 2)` height and width in pixels, `labels` `(N,)` int64 with -1 for unlabelled."""
+    """One split. `sizes` is `(N, 2)` height and width in pixels, `labels` `(N,)` int64 with -1 for unlabelled.
+
+    Raises ValueError when they do not fit together, for a path that leads out of the data folder, and for an image of more
+    than `MAX_PIXELS`.
+    """
 
     split: str
     classes: tuple[str, ...]
@@ -63,6 +78,20 @@ class Manifest:
     sizes: np.ndarray
     fingerprint: str  # of names, labels, bytes and sizes; the same wherever the data lies
     paths: Sequence[str] = ()  # relative to the data folder; empty for binary files
+
+    def __post_init__(self) -> None:
+        count, sizes = self.labels.size, self.sizes
+        if self.labels.shape != (count,) or sizes.shape != (count, 2) or len(self.paths or self.labels) != count:
+            raise ValueError(f"{self.labels.shape} labels, {sizes.shape} sizes and {len(self.paths)} paths")
+        if not ((self.labels >= -1) & (self.labels < max(1, len(self.classes)))).all():
+            raise ValueError(f"labels up to {self.labels.max()} of {len(self.classes)} classes")
+        if (bad := (sizes < 1).any(1) | (sizes.astype(np.int64).prod(1) > MAX_PIXELS)).any():
+            first = int(bad.argmax())
+            name = self.paths[first] if self.paths else first
+            raise ValueError(f"image {name} is {sizes[first].tolist()} px: images of 1 to {MAX_PIXELS:,} pixels are read")
+        if self.paths and any(part in b"/%b/" % self.paths.text.replace(b"\0", b"/") for part in (b"//", b"/../")):
+            outside = next(path for path in self.paths if {"", ".."} & set(path.split("/")))
+            raise ValueError(f"path {outside!r}: only images below the data folder are read")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,54 +109,68 @@ def array_manifest(data: Path, split: str, pixels: np.ndarray, labels: np.ndarra
     return Manifest(split, classes, np.asarray(labels, np.int64), sizes, digest.hexdigest())
 
 
-def file_manifest(
-    data: Path, split: str, paths: Paths, labels: np.ndarray, classes: tuple[str, ...], cache: str | Path | None = None
-) -> Manifest:
-    """The manifest of image files `paths` (relative to `data`), scanned or read from the cache.
+def file_manifest(data: Path, split: str, listing: Callable[[], Listing], cache: str | Path | None = None) -> Manifest:
+    """The manifest of the image files that `listing()` finds, scanned or read from the cache.
 
-    The cache holds while names, labels, bytes and modification times are unchanged, which takes a stat of every file. A
-    process that finds another one at that waits for it, then reads what it verified and compares the names alone: a file
-    replaced under its old name in those moments is noticed at the next opening, not at this one.
-    Raises ValueError naming the files that are no whole images.
+    The cache holds while names, labels, bytes and modification times are unchanged, which takes a stat of every file, or
+    once another rank has made sure of that (`vouched`). Raises ValueError naming the files that are no whole images, and
+    whatever `listing` does.
     """
-    labels = np.asarray(labels, np.int64)
-    names = digest(json.dumps([VERSION, classes]).encode(), labels, paths.text)
     name = "test.npz" if split == "test" else "train.npz"
     places = [Path(place) / ".rsa-fast" / name for place in (data, cache) if place]
-    lock, waited = take_turn(places)
-    with lock:
-        verified = lock.read() if waited else ""
-        stored = read_cache(places, names, verified) if verified else None
-        if stored is None:
+    with take_turn(places) as lock:
+        manifest = read_cache(places, split, vouched(lock.read(), data))
+        if manifest is None:
             lock.truncate(0)  # should this process fail, those who wait must not take an older word for its own
+            began_s = time.time()
+            paths, labels, classes = listing()
             stats = by_threads(lambda path: file_stat(f"{data}/{path}"), paths, np.int64)
-            listing = digest(names.encode(), stats)
-            stored = read_cache(places, names, listing)
-            if stored is None:
+            state = digest(json.dumps([VERSION, classes]).encode(), labels, paths.text, stats)
+            manifest = read_cache(places, split, state)
+            if manifest is None:
                 sizes = scan(data, paths)
-                stored = sizes, fingerprint(paths, labels, classes, stats[:, 0], sizes)
-                write_cache(places, names, listing, *stored)
-            lock.write(listing)
-    return Manifest(split, classes, labels, *stored, paths)
+                whole = fingerprint(paths, labels, classes, stats[:, 0], sizes)
+                manifest = Manifest(split, classes, labels, sizes, whole, paths)
+                write_cache(places, state, manifest)
+            lock.write(json.dumps({"began_s": began_s, "data": os.path.realpath(data), "state": state}))
+    return manifest
 
 
-def take_turn(places: list[Path]) -> tuple[TextIO, bool]:
-    """The lock beside the first cache that can have one, held until closed, and whether another process had to be waited
-    for. What a holder verified is the lock file's text. Read-only and some network disks have no locks: nobody waits."""
+def take_turn(places: list[Path]) -> TextIO:
+    """The lock beside the first cache that can have one, held until closed; its text is for `vouched`. Read-only and some
+    network disks have no locks: nobody waits there."""
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = place.with_suffix(".lock").open("a+")
+            lock = place.with_suffix(".lock").open("a+", errors="replace")
+            fcntl.flock(lock, fcntl.LOCK_EX)
             lock.seek(0)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                return lock, True
-            return lock, False
+            return lock
         except OSError:
             continue
-    return io.StringIO(), False
+    return io.StringIO()
+
+
+def vouched(text: str, data: Path) -> str:
+    """The state of the files under `data` as the last check left it in the lock's `text`, if a rank need not check again."""
+    # A check that began after this process started saw every change made before that, as one of its own would. Nothing need
+    # name the run, and nothing safely could: torchrun's id and port are the same for the next run, one shell starts many, and
+    # a folder's modification time does not tell of bytes changed in place. Ranks start within a second, by clocks that agree
+    # to less, and import for several before they open: one check serves them all, and who starts later checks again. Ranks
+    # alone: a notebook started yesterday should see what was changed today.
+    try:
+        found = json.loads(text)
+        if "RANK" in os.environ and found["began_s"] > started_s() and found["data"] == os.path.realpath(data):
+            return found["state"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # nothing yet, or a writer was killed
+        pass
+    return ""
+
+
+def started_s() -> float:
+    """When this process started, as `time.time()` counts, rounded up."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's, rounded down
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + (ticks + 1) / os.sysconf("SC_CLK_TCK")
 
 
 def by_threads(work: Callable[[str], tuple[int, int]], paths: Paths, dtype: type) -> np.ndarray:
@@ -175,7 +218,7 @@ def header_size(path: Path) -> tuple[int, int] | str:
                 if b"\xff\xd9" not in image.fp.read():
                     return "truncated JPEG (no end marker)"
             return height, width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
         return "empty file" if path.stat().st_size == 0 else f"{type(error).__name__}: {str(error).split(' <')[0]}"
 
 
@@ -197,28 +240,35 @@ def fingerprint(paths: Paths, labels: np.ndarray, classes: tuple[str, ...], leng
     return total.hexdigest()
 
 
-def read_cache(places: list[Path], names: str, listing: str) -> tuple[np.ndarray, str] | None:
-    """Sizes and fingerprint from the first cache of these names and this listing."""
+def read_cache(places: list[Path], split: str, state: str) -> Manifest | None:
+    """The manifest from the first cache of files in this state. Raises ValueError when no scan can have written it."""
     for place in places:
         try:
-            with np.load(place, allow_pickle=False) as stored:
-                meta = json.loads(str(stored["meta"]))
-                if (meta["names"], meta["listing"]) == (names, listing):
-                    return stored["sizes"], meta["fingerprint"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            stored = read_npz(place, CACHE)
+            meta = json.loads(stored["meta"].tobytes())
+            if meta["state"] != state:
+                continue
+            classes, whole = tuple(map(str, meta["classes"])), str(meta["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: it will be written anew
             continue
+        try:
+            return Manifest(split, classes, stored["labels"], stored["sizes"], whole, Paths(stored["paths"].tobytes()))
+        except ValueError as error:
+            raise ValueError(f"{place} is no work of this program: {error}. Delete it") from error
     return None
 
 
-def write_cache(places: list[Path], names: str, listing: str, sizes: np.ndarray, fingerprint: str) -> None:
+def write_cache(places: list[Path], state: str, manifest: Manifest) -> None:
     """Write to the first place that takes it, by rename; a read-only dataset without `cache` is scanned each time."""
-    meta = json.dumps({"names": names, "listing": listing, "fingerprint": fingerprint})
+    meta = json.dumps({"state": state, "classes": manifest.classes, "fingerprint": manifest.fingerprint})
+    arrays = {name: np.frombuffer(text, np.uint8) for name, text in (("meta", meta.encode()), ("paths", manifest.paths.text))}
+    arrays |= {"labels": manifest.labels, "sizes": manifest.sizes}
     for place in places:
         partial = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                np.savez(file, sizes=sizes, meta=meta)
+                np.savez(file, **arrays)
             partial.replace(place)
             return
         except OSError:

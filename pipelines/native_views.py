@@ -17,14 +17,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.host_ops import sample_views
 from pipelines.loading import Job, Landing, Loader, Slot
-from pipelines.sources import Source
 from pipelines.views import Batch
 
 CHUNK = 8  # images per task: few enough to share out evenly, enough that handing out tasks costs nothing
 
 
 class NativeViews(Loader):
-    """Loader over encoded images. Raises ValueError, naming the image, when one cannot be decoded whole."""
+    """Loader over encoded images."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -51,25 +50,27 @@ class NativeViews(Loader):
                     task.cancel() or task.exception()
 
     def submit(self, epoch: int, ids: np.ndarray) -> tuple[list[Future], Slot, np.ndarray, np.ndarray]:
-        params = self.job.params(epoch, ids)
+        ids, params = ids.copy(), self.job.params(epoch, ids)
         slot = self.landing.slot(len(ids))
         outputs = self.landing.arrays(slot)
 
         def work(first: int) -> None:
             slot.wait()
             for i in range(first, min(first + CHUNK, len(ids))):
-                image = decode(self.job.source, ids[i])
+                sample, image = self.readable(int(ids[i]), self.decode)
+                if sample != ids[i]:
+                    ids[i] = sample
+                    params[i] = self.job.params(epoch, ids[i : i + 1])[0]
                 sample_views(image, params[i], self.landing.table, *(out[i] for out in outputs))
 
         return [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)], slot, ids, params
 
-
-def decode(source: Source, sample: int) -> np.ndarray:
-    """`(H, W, 3)` uint8, equal to `source.read(sample)`."""
-    if not (data := source.jpeg(sample)):
-        return source.read(sample)
-    try:
-        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
-        return source.read(sample)  # CMYK and its like; or an error that names the file
-    return image.permute(1, 2, 0).numpy()
+    def decode(self, sample: int) -> np.ndarray:
+        """`(H, W, 3)` uint8, equal to `job.read(sample)`."""
+        if not (data := self.job.jpeg(sample)):
+            return self.job.read(sample)
+        try:
+            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            return self.job.read(sample)  # CMYK and its like; or an error that names the file
+        return image.permute(1, 2, 0).numpy()

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.manifest import Manifest
+from pipelines.manifest import MAX_PIXELS, Manifest
 from pipelines.sources import Source, to_rgb
 
 VERSION = 1  # of the description written beside a packed split
+MAX_CLASSES = 2**16  # a label beyond it is damage, and would be a list of names as long
 ENTRY = np.dtype(
     [
         ("file", "<i4"),  # index into the files
@@ -36,17 +37,34 @@ ENTRY = np.dtype(
 class Packed:
     """The images of one split: `entries` `(N,)` of `ENTRY` into `files`, each opened once and read by position.
 
-    Raises ValueError naming a file that ends before its last image, FileNotFoundError for a missing one.
+    Raises ValueError naming a file that ends before its last image, and for entries that no writer makes: outside of their
+    file, one on another, of no or too many pixels. FileNotFoundError for a missing file.
     """
 
     def __init__(self, files: Sequence[Path], entries: np.ndarray) -> None:
         self.paths, self.entries = tuple(files), entries
+        file, start, size, label = (entries[name] for name in ("file", "offset", "size", "label"))
+        sides = np.stack([entries["height"], entries["width"]]).astype(np.int64)
+        refused = {
+            "lies outside its file": (file < 0) | (file >= len(files)) | (start < 0) | (size < 1),
+            f"is not of 1 to {MAX_PIXELS:,} pixels": (sides < 1).any(0) | (sides.prod(0) > MAX_PIXELS),
+            "has other than 3 bytes per pixel": entries["raw"] & (size != 3 * sides.prod(0)),
+            f"has a label beyond -1 to {MAX_CLASSES:,}": (label < -1) | (label > MAX_CLASSES),
+        }
+        for fault, where in refused.items():
+            if where.any():
+                raise ValueError(f"image {where.argmax()} {fault}: the table is damaged, convert the data again")
         self.files = [path.open("rb", buffering=0) for path in files]
-        ends = np.zeros(len(files), np.int64)
-        np.maximum.at(ends, entries["file"], entries["offset"] + entries["size"])
-        for path, file, end in zip(files, self.files, ends, strict=True):
-            if (found := os.fstat(file.fileno()).st_size) < end:
-                raise ValueError(f"{path} is truncated: {found:,} bytes, its images end at {end:,}. Copy or convert it again")
+        lengths = np.array([os.fstat(opened.fileno()).st_size for opened in self.files], np.int64)
+        if (beyond := np.flatnonzero(size > lengths[file] - start)).size:
+            last = entries[beyond[-1]]
+            path, found, end = files[last["file"]], lengths[last["file"]], int(last["offset"]) + int(last["size"])
+            raise ValueError(f"{path} is truncated: {found:,} bytes, its images end at {end:,}. Copy or convert it again")
+        order = np.lexsort((start, file))
+        file, start, end = file[order], start[order], (start + size)[order]
+        if (on_another := (file[1:] == file[:-1]) & (start[1:] < end[:-1])).any():
+            pair = sorted(order[on_another.argmax() :][:2].tolist())
+            raise ValueError(f"images {pair[0]} and {pair[1]} lie on one another: the table is damaged, convert the data again")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -54,7 +72,10 @@ class Packed:
     def stored(self, sample: int) -> bytes:
         """The bytes of one image as stored: a JPEG or, where the entry says raw, its pixels."""
         entry = self.entries[sample]
-        data = os.pread(self.files[entry["file"]].fileno(), int(entry["size"]), int(entry["offset"]))
+        try:
+            data = os.pread(self.files[entry["file"]].fileno(), int(entry["size"]), int(entry["offset"]))
+        except OSError as error:
+            raise ValueError(f"cannot read {self.name(sample)}: {error}") from error
         if len(data) != entry["size"]:
             raise ValueError(f"{self.name(sample)}: {len(data)} of {entry['size']} bytes: the file was cut since it was opened")
         return data
@@ -67,7 +88,7 @@ class Packed:
             if entry["raw"]:
                 return np.frombuffer(data, np.uint8).reshape(shape).copy()
             pixels = to_rgb(Image.open(io.BytesIO(data)))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
             raise ValueError(f"cannot decode {self.name(sample)}: {error}. Convert the data again") from error
         if pixels.shape != shape:
             raise ValueError(f"{self.name(sample)} is {pixels.shape}, its table says {shape}. Convert the data again")
@@ -85,7 +106,10 @@ class Packed:
         labels = np.ascontiguousarray(self.entries["label"])
         digest = hashlib.sha256("\n".join(classes).encode())
         digest.update(self.entries)
-        manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
+        try:
+            manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
+        except ValueError as error:
+            raise ValueError(f"{self.paths[0]} and the description beside it disagree: {error}. Convert again") from error
         return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
 
 
@@ -100,6 +124,8 @@ def read_description(path: Path, form: str, count: int) -> dict:
             raise ValueError(f"version {found['version']}, this code reads {VERSION}")
         if (found["format"], found["count"]) != (form, count):
             raise ValueError(f"it describes {found['count']} images as {found['format']}, beside {count} as {form}")
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(found["classes"], list) or not all(isinstance(name, str) for name in found["classes"]):
+            raise ValueError("its classes are no list of names")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe the images beside it ({error}): remove it, or convert again") from error
     return found

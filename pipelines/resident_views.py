@@ -16,7 +16,6 @@ import torch
 from pipelines import device_ops
 from pipelines.host_ops import batch_views
 from pipelines.loading import Job, Landing, Loader, finish_on_device, in_parts
-from pipelines.sources import Source
 from pipelines.views import Batch
 
 
@@ -30,7 +29,7 @@ class ResidentViews(Loader):
         super().__init__(job)
         self.sizes = job.source.manifest.sizes
         self.pool = ThreadPoolExecutor(job.threads)
-        pixels, self.offsets = load(job.source, job.device, self.pool)
+        pixels = self.load()
         if job.aggressive_on == "host":
             self.pixels, self.make = pixels, self.host_views
             self.landing = Landing(job)
@@ -49,7 +48,7 @@ class ResidentViews(Loader):
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         for s in range(step, len(self)):
-            yield self.make(epoch, self.job.order.ids(epoch, s))
+            yield self.make(epoch, self.stand_ins[self.job.order.ids(epoch, s)])
 
     def host_views(self, epoch: int, ids: np.ndarray) -> Batch:
         params = self.job.params(epoch, ids)
@@ -70,30 +69,27 @@ class ResidentViews(Loader):
         weak = device_ops.weak_stage(images, params, job.spec.size_px)
         return Batch(job.labels(ids), **finish_on_device(job, weak, params, self.affine))
 
-
-def load(source: Source, device: torch.device, pool: ThreadPoolExecutor) -> tuple[np.ndarray, np.ndarray]:
-    """All images in one flat uint8 array, and where each begins `(N,)`."""
-    lengths = source.manifest.sizes.astype(np.int64).prod(1) * 3
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    free = free_bytes(device)
-    if offsets[-1] > 0.8 * free:
-        raise ValueError(
-            f"{len(lengths)} images take {offsets[-1] / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB are free on {device}: "
-            "too large for the resident backend"
-        )
-    pixels = np.empty(offsets[-1], np.uint8)
-
-    def read(sample: int) -> None:
-        image = source.read(sample)
-        if image.shape[:2] != tuple(source.manifest.sizes[sample]):
+    def load(self) -> np.ndarray:
+        """All images in one flat uint8 array. `offsets` `(N,)` says where each begins, `stand_ins` `(N,)` which to take."""
+        job, count = self.job, len(self.sizes)
+        ends = (self.sizes.astype(np.int64).prod(1) * 3).cumsum()
+        self.offsets = np.concatenate([[0], ends[:-1]])
+        free = free_bytes(job.device)
+        if ends[-1] > 0.8 * free:
             raise ValueError(
-                f"image {sample} is {image.shape[:2]} px, its manifest says {source.manifest.sizes[sample]}: "
-                "the data changed; delete its .rsa-fast folder"
+                f"{count} images take {ends[-1] / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB are free on {job.device}: "
+                "too large for the resident backend"
             )
-        pixels[offsets[sample] : offsets[sample + 1]] = image.reshape(-1)
+        pixels = np.empty(ends[-1], np.uint8)
 
-    list(pool.map(read, range(len(lengths))))
-    return pixels, offsets[:-1]
+        def read(sample: int) -> int:
+            stand_in, image = self.readable(sample, job.read)
+            if stand_in == sample:
+                pixels[self.offsets[sample] : ends[sample]] = image.reshape(-1)
+            return stand_in
+
+        self.stand_ins = np.array(list(self.pool.map(read, range(count))))
+        return pixels
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.npz import read_npz
 from pipelines.packed import ENTRY, Packed, read_description
 from pipelines.sources import Source, split_folder
 
@@ -36,17 +37,24 @@ def shard_source(data: str | Path, split: str) -> Source:
 def open_shards(folder: Path) -> Packed:
     """The images and labels of one folder of shards. Raises as `shard_source`."""
     index = folder / "index.npz"
+    if not index.is_file():
+        raise FileNotFoundError(f"no {index}: python -m tools.to_dali writes shards with one")
     try:
-        with np.load(index) as stored:
-            columns = {field: stored[column] for column, field in INDEX.items()}
-        entries = np.zeros(len(columns["file"]), ENTRY)
-        for field, values in columns.items():
-            entries[field] = values
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no {index}: python -m tools.to_dali writes shards with one") from error
-    except Exception as error:  # a damaged zip fails in many ways
+        columns = read_npz(index, {column: ENTRY[field] for column, field in INDEX.items()})
+        count = len(columns["shard"])
+        if any(values.shape != (count,) for values in columns.values()):
+            raise ValueError("its columns differ in length")
+        if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
+            raise ValueError(f"{shards} shards of {count} images")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{index} is no index of shards ({error}): convert the data again") from error
-    return Packed([shard_path(folder, shard) for shard in range(entries["file"].max(initial=-1) + 1)], entries)
+    entries = np.zeros(count, ENTRY)
+    for column, field in INDEX.items():
+        entries[field] = columns[column]
+    try:
+        return Packed([shard_path(folder, shard) for shard in range(shards)], entries)
+    except ValueError as error:
+        raise ValueError(f"{folder} is not what {index.name} says: {error}") from error
 
 
 def stored_label(packed: Packed, sample: int) -> int:

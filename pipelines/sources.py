@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.manifest import Manifest, Paths, array_manifest, file_manifest
+from pipelines.manifest import Listing, Manifest, Paths, array_manifest, file_manifest
 
 SPLITS = ("pretrain", "train", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -65,8 +65,7 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
         from pipelines.shards import shard_source
 
         return beton_source(packed, split) if packed.is_file() else shard_source(data, split)
-    paths, labels, classes = list_images(data, split)
-    manifest = file_manifest(data, split, paths, labels, classes, cache)
+    manifest = file_manifest(data, split, lambda: list_images(data, split), cache)
 
     def path(sample: int) -> Path:  # made when asked for: a million Path objects take a quarter of a gigabyte
         return data / manifest.paths[sample]
@@ -77,8 +76,13 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
 def packed_place(data: Path, split: str) -> Path | None:
     """The .beton file or the folder of tar shards of a split, if there is one. Raises ValueError when there are more."""
     names = ("val", "test") if split == "test" else ("train",)
-    patterns = [f"{name}{end}" for name in names for end in ("*.beton", "*.ffcv", "/shard-*.tar")]
-    found = sorted({path.parent if path.suffix == ".tar" else path for pattern in patterns for path in data.glob(pattern)})
+    with os.scandir(data) as entries:  # one pass: it may be a flat folder of a million images
+        found = sorted(
+            Path(entry)
+            for entry in entries
+            if entry.name.startswith(names)
+            and (entry.name.endswith((".beton", ".ffcv")) or (entry.name in names and any(Path(entry).glob("shard-*.tar"))))
+        )
     if len(found) > 1:
         raise ValueError(f"{data} holds {', '.join(path.name for path in found)} for one split: keep one, move the others away")
     return found[0] if found else None
@@ -113,7 +117,7 @@ def binary_source(data: Path, dataset: str, split: str) -> Source:
     return Source(manifest, pixels.__getitem__)
 
 
-def list_images(data: Path, split: str) -> tuple[Paths, np.ndarray, tuple[str, ...]]:
+def list_images(data: Path, split: str) -> Listing:
     """Paths relative to `data` (sorted), labels (-1: none) and class names of an image folder's split."""
     root = split_folder(data, split)
     if (root / "val_annotations.txt").is_file():  # Tiny ImageNet's validation folder: one flat folder and a table
@@ -165,7 +169,7 @@ def read_rgb(path: Path) -> np.ndarray:
     """Decode one image file to `(H, W, 3)` uint8. Raises ValueError naming the file when it cannot be read whole."""
     try:
         return to_rgb(Image.open(io.BytesIO(path.read_bytes())))
-    except OSError as error:
+    except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
         raise ValueError(f"cannot read image {path}: {error}. Replace or delete it") from error
 
 

@@ -40,16 +40,27 @@ class TorchvisionViews(Loader):
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         keys = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
-        for batch in DataLoader(self, sampler=keys, batch_size=None, num_workers=self.job.threads):
+        for batch, skipped in DataLoader(self, sampler=keys, batch_size=None, num_workers=self.job.threads):
+            for sample, fault in skipped.items():
+                self.skip(sample, fault)
+            if isinstance(batch, ValueError):
+                raise batch
             moved = {name: getattr(batch, name) for name in ("label", *self.job.reads)}
             yield Batch(**{name: tensor.to(self.job.device, non_blocking=True) for name, tensor in moved.items()})
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch:
-        epoch, ids = key
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Batch | ValueError, dict[int, str]]:
+        """What a worker hands over: a batch or, without the traceback that raising it there would add, why there is none."""
+        try:
+            return self.make(*key), dict(self.skipped)
+        except ValueError as error:
+            return error, dict(self.skipped)
+
+    def make(self, epoch: int, ids: np.ndarray) -> Batch:
         job = self.job
         views: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS if name in job.reads}
-        for sample, pair in zip(ids, job.params(epoch, ids), strict=True):
-            image = Image.fromarray(job.source.read(sample))
+        samples, pixels = zip(*(self.readable(int(sample), job.read) for sample in ids), strict=True)
+        ids = np.array(samples)
+        for image, pair in zip(map(Image.fromarray, pixels), job.params(epoch, ids), strict=True):
             for crop in job.crops:
                 weak = weak_view(image, pair[crop], job.spec.size_px)
                 if VIEWS[crop] in views:

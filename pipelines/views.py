@@ -22,7 +22,7 @@ class ViewSpec:
     The defaults are the paper's one value for all datasets (section 4.1, MoCo v2); size, mean and std differ per dataset.
     """
 
-    __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "allow_inf_nan": False}
 
     size_px: int  # side of the square views
     mean: tuple[float, float, float]  # of RGB in [0, 1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import io
 import json
 import multiprocessing
@@ -45,6 +46,13 @@ RESIZE_FILTER = Image.Resampling.HAMMING
 CHUNK = 8  # images a worker takes at a time
 SYNC_EVERY_S = 2.0  # at most so much work is lost by a kill
 REFRESH_EVERY_S = 0.2  # of the progress bar
+PARAMS: list[click.Parameter] = [  # of both commands
+    click.Argument(["src"], type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    click.Argument(["dst"], type=click.Path(path_type=Path, file_okay=False)),
+    click.Option(["--jpeg-quality"], type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEGs."),
+    click.Option(["--workers"], type=click.IntRange(1), default=os.cpu_count(), help="Processes; all cores by default."),
+    click.Option(["--overwrite"], is_flag=True, help="Delete what DST holds of these splits, and start afresh."),
+]
 
 
 @dataclass(frozen=True)
@@ -334,6 +342,7 @@ def in_order(work: Callable[[np.ndarray], list], samples: np.ndarray, workers: i
 
     An exception of a worker is raised here at once, and so is a worker's death (ChildProcessError).
     """
+    gc.collect()  # a worker that inherits a dead DALI pipeline and collects it waits for threads that it does not have
     context = multiprocessing.get_context("fork")  # the source, a million paths, is shared and not sent
     pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(), work))
     waiting: deque = deque()

@@ -8,25 +8,19 @@ random. Run it again after a kill or an error and it goes on where it was.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from pipelines.order import epoch_order
 from pipelines.shards import ShardWriter, open_shards, stored_label
-from tools.convert import Encoding, Format, run
+from tools.convert import PARAMS, Encoding, Format, run
 
 
-@click.command()
-@click.argument("src", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("dst", type=click.Path(path_type=Path, file_okay=False))
+@click.command(params=[*PARAMS])
 @click.option("--shard-mb", type=click.IntRange(1), default=1000, show_default=True, help="Largest shard, in 10^6 bytes.")
 @click.option("--short-side", type=click.IntRange(1), help="Reduce images to this short side in pixels, as new JPEGs.")
-@click.option("--jpeg-quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEGs.")
 @click.option("--seed", default=0, show_default=True, help="Of the shuffling.")
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Processes; all cores by default.")
-@click.option("--overwrite", is_flag=True, help="Delete what DST holds of these splits, and start afresh.")
 def main(
     src: Path,
     dst: Path,
@@ -34,15 +28,14 @@ def main(
     short_side: int | None,
     jpeg_quality: int,
     seed: int,
-    workers: int,
-    overwrite: bool,
+    **options: int,
 ) -> None:
     """Convert the images in SRC to tar shards in DST. The last line printed is a JSON object of what lies there."""
     encoding = Encoding("passthrough", shortest_px=short_side, jpeg_quality=jpeg_quality)
     shard_bytes = shard_mb * 10**6
     shards = Format("shards", "", lambda path, _, done: ShardWriter(path, shard_bytes, done), open_shards, stored_label)
     settings = {"shard_bytes": shard_bytes, "short_side_px": short_side, "jpeg_quality": jpeg_quality, "seed": seed}
-    run(src, dst, shards, encoding, lambda n: epoch_order(n, seed, 0), settings=settings, workers=workers, overwrite=overwrite)
+    run(src, dst, shards, encoding, lambda n: epoch_order(n, seed, 0), settings=settings, **options)
 
 
 if __name__ == "__main__":

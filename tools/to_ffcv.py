@@ -8,7 +8,6 @@ Run it again after a kill or an error and it goes on where it was.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import click
 import numpy as np
 
 from pipelines.beton import MAX_SIDE_PX, BetonWriter, open_beton, page_bytes
-from tools.convert import WRITE_MODES, Encoding, Format, run
+from tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
 
 
 def writer(path: Path, sizes: np.ndarray, done: np.ndarray) -> BetonWriter:
@@ -29,12 +28,9 @@ def writer(path: Path, sizes: np.ndarray, done: np.ndarray) -> BetonWriter:
 BETON = Format("beton", ".beton", writer, open_beton, lambda packed, sample: packed.entries["label"][sample])
 
 
-@click.command()
-@click.argument("src", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("dst", type=click.Path(path_type=Path, file_okay=False))
+@click.command(params=[*PARAMS])
 @click.option("--max-resolution", type=click.IntRange(1), default=500, show_default=True, help="Longest side in pixels.")
 @click.option("--compress-probability", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="For proportion.")
-@click.option("--jpeg-quality", type=click.IntRange(1, 100), default=90, show_default=True)
 @click.option("--smart-threshold", type=click.IntRange(1), help="For smart: pixel bytes above which an image is JPEG.")
 @click.option(
     "--write-mode",
@@ -44,8 +40,6 @@ BETON = Format("beton", ".beton", writer, open_beton, lambda packed, sample: pac
     help="proportion: some JPEG, the rest pixels; passthrough: JPEGs as they are, not resized, all else as JPEG.",
 )
 @click.option("--seed", default=0, show_default=True, help="For proportion: which images become JPEG.")
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Processes; all cores by default.")
-@click.option("--overwrite", is_flag=True, help="Delete what DST holds of these splits, and start afresh.")
 def main(
     src: Path,
     dst: Path,
@@ -55,8 +49,7 @@ def main(
     smart_threshold: int | None,
     write_mode: str,
     seed: int,
-    workers: int,
-    overwrite: bool,
+    **options: int,
 ) -> None:
     """Convert the images in SRC to .beton files in DST. The last line printed is a JSON object of what lies there."""
     if write_mode == "smart" and smart_threshold is None:
@@ -69,7 +62,7 @@ def main(
         smart_threshold_bytes=smart_threshold,
         seed=seed,
     )
-    run(src, dst, BETON, encoding, np.arange, settings=asdict(encoding), workers=workers, overwrite=overwrite)
+    run(src, dst, BETON, encoding, np.arange, settings=asdict(encoding), **options)
 
 
 if __name__ == "__main__":

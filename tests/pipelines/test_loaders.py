@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Order, ViewSpec, choose_backend, open_source, open_views
+from pipelines import VIEWS, Order, Source, ViewSpec, choose_backend, open_source, open_views
+from pipelines.manifest import Manifest
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
@@ -160,20 +162,49 @@ def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend)
         assert (one - other).abs().mean() * 0.2 * 255 < RESIZE_LEVELS.get(backend, 1e-4)
 
 
-def test_auto_says_what_it_chose_and_why(folder, beton, capsys, monkeypatch):
-    source, packed = open_source(folder, "pretrain"), open_source(beton, "pretrain")
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+def test_auto_says_what_it_chose_and_why(folder, capsys, monkeypatch):
+    source = open_source(folder, "pretrain")
     monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
     with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5)):
         assert "backend resident: the images take 0.00 GiB decoded" in capsys.readouterr().err
-    monkeypatch.setattr("pipelines.RESIDENT_BYTES", 0)
-    installed = {"ffcv", "nvidia.dali"}
-    monkeypatch.setattr("pipelines.find_spec", lambda name: name in installed or None)
-    assert [choose_backend(source, d)[0] for d in (cpu, gpu)] == ["native", "dali"]
-    assert [choose_backend(packed, d)[0] for d in (cpu, gpu)] == ["ffcv", "ffcv"]
-    installed.clear()
-    assert choose_backend(source, gpu) == ("native", "DALI is not installed")
-    assert choose_backend(packed, gpu)[0] == "native"
+
+
+IN_MEMORY = ("resident", "the images take 0.00 GiB decoded and stay in memory")
+FFCV = ("ffcv", "train.beton is FFCV's")
+PIXELS, FILES = "stored pixels need no decoder", "the fastest decoder of files on a CPU"
+ON_GPU, NO_DALI, NO_FFCV = "it can decode on the GPU", "DALI is not installed", "FFCV is not installed; "
+# source, device: the choice with both libraries, without FFCV, without DALI, with neither
+CHOICES = {
+    ("files", "cpu"): [("native", FILES)] * 4,
+    ("files", "cuda"): [("dali", ON_GPU), ("dali", ON_GPU), ("native", NO_DALI), ("native", NO_DALI)],
+    ("arrays", "cpu"): [("native", PIXELS)] * 4,
+    ("arrays", "cuda"): [("native", PIXELS)] * 4,
+    ("beton of JPEGs", "cpu"): [FFCV, ("native", NO_FFCV + FILES)] * 2,
+    ("beton of JPEGs", "cuda"): [FFCV, ("dali", NO_FFCV + ON_GPU), FFCV, ("native", NO_FFCV + NO_DALI)],
+    ("beton of pixels", "cpu"): [FFCV, ("native", NO_FFCV + PIXELS)] * 2,
+    ("beton of pixels", "cuda"): [FFCV, ("native", NO_FFCV + PIXELS)] * 2,
+    ("small files", "cpu"): [IN_MEMORY] * 4,
+    ("small files of one size", "cuda"): [IN_MEMORY] * 4,
+    ("small files", "cuda"): [("dali", ON_GPU), ("dali", ON_GPU), ("native", NO_DALI), ("native", NO_DALI)],
+}
+
+
+@pytest.mark.parametrize(("kind", "device"), CHOICES)
+def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
+    monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
+    if "small" not in kind:
+        monkeypatch.setattr("pipelines.RESIDENT_BYTES", 0)
+    sizes = np.array([[20, 20], [20, 20 if "one size" in kind else 30]], np.int32)
+    source = Source(
+        Manifest("train", (), np.zeros(2, np.int64), sizes, ""),
+        read=lambda sample: np.zeros((*sizes[sample], 3), np.uint8),
+        encoded=None if kind in ("arrays", "beton of pixels") else lambda sample: b"\xff\xd8",
+        beton=Path("data/train.beton") if "beton" in kind else None,
+    )
+    dali = {"nvidia", "nvidia.dali"}
+    for installed, choice in zip((dali | {"ffcv"}, dali, {"ffcv"}, set()), CHOICES[kind, device], strict=True):
+        monkeypatch.setattr("pipelines.find_spec", lambda name, installed=installed: name in installed or None)
+        assert choose_backend(source, torch.device(device)) == choice
 
 
 @pytest.mark.parametrize("aggressive_on", ["host", "device"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import write_folder
 
-from pipelines import manifest
+from pipelines import manifest, sources
 from pipelines.manifest import Paths
 from pipelines.sources import IMAGE_SUFFIXES, images_below, open_source
 
@@ -33,6 +33,7 @@ def test_paths_are_a_sequence_of_strings(monkeypatch):
     assert paths[-1] == names[-1] and names[4] in paths
     undecodable = os.fsdecode(b"caf\xe9.jpg")  # a file name need not be UTF-8
     assert Paths([undecodable])[0] == undecodable
+    assert list(Paths(Paths(names).text)) == names and len(Paths(b"")) == 0
 
 
 def test_the_listing_is_what_a_recursive_glob_finds(tmp_path):
@@ -60,12 +61,12 @@ def test_the_fingerprint_is_of_one_line_per_file_and_the_sizes(tmp_path, monkeyp
     assert open_source(tmp_path, "pretrain").manifest.fingerprint == found.fingerprint  # now from the cache
 
 
-def open_in_turn(data: Path, cache: Path | None, log: Path, waiting: int, start, results) -> None:
-    """In a process of its own: open, but read no header before `waiting` others wait for this one.
+def open_as_rank(data: Path, cache: Path | None, log: Path, waiting: int, start, results) -> None:
+    """In a process of its own, a rank: open, but read no header before `waiting` others wait for this one.
 
-    `log` gets a letter for every wait (w), and for every stat (s) and header read (h) of an image.
+    `log` gets a letter for every turn asked for (w), listing (l), and for every stat (s) and header read (h) of an image.
     """
-    flock, stat, header_size = fcntl.flock, manifest.file_stat, manifest.header_size
+    flock, list_images, stat, header_size = fcntl.flock, sources.list_images, manifest.file_stat, manifest.header_size
 
     def note(letter: str) -> None:
         with log.open("a") as file:  # appended at once: several processes write
@@ -73,23 +74,27 @@ def open_in_turn(data: Path, cache: Path | None, log: Path, waiting: int, start,
 
     def slow(path: Path) -> tuple[int, int] | str:
         note("h")
-        while log.read_text().count("w") < waiting:
+        while log.read_text().count("w") <= waiting:
             time.sleep(0.01)
         return header_size(path)
 
-    fcntl.flock = lambda file, how: (note("w") if how == fcntl.LOCK_EX else None, flock(file, how))
+    fcntl.flock = lambda *args: (note("w"), flock(*args))
+    sources.list_images = lambda *args: (note("l"), list_images(*args))[1]
     manifest.file_stat = lambda path: (note("s"), stat(path))[1]
     manifest.header_size = slow
+    os.environ["RANK"] = "0"
     start.wait()
+    time.sleep(0.05)  # a check that begins within the tick of the kernel's clock in which a process started does not count
     try:
-        results.put(open_source(data, "pretrain", cache).manifest.fingerprint)
+        found = open_source(data, "pretrain", cache).manifest
+        results.put((found.fingerprint, list(found.paths), found.labels.tolist(), found.sizes.tolist(), found.classes))
     except ValueError as error:
         results.put(str(error))
 
 
-def open_at_once(data: Path, log: Path, count: int, cache: Path | None = None) -> list[str]:
+def open_at_once(data: Path, log: Path, count: int, cache: Path | None = None) -> list:
     start, results = FORK.Barrier(count), FORK.Queue()
-    processes = [FORK.Process(target=open_in_turn, args=(data, cache, log, count - 1, start, results)) for _ in range(count)]
+    processes = [FORK.Process(target=open_as_rank, args=(data, cache, log, count - 1, start, results)) for _ in range(count)]
     for process in processes:
         process.start()
     found = [results.get(timeout=30) for _ in processes]
@@ -99,15 +104,37 @@ def open_at_once(data: Path, log: Path, count: int, cache: Path | None = None) -
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_processes_that_open_at_once_scan_once(tmp_path, writable):
+def test_ranks_that_open_at_once_list_and_scan_once(tmp_path, writable):
     data = write_folder(tmp_path / "data", {"train": 10})
     if not writable:
         (data / ".rsa-fast").write_text("in the way of a folder")
     found = open_at_once(data, tmp_path / "log", 3, tmp_path / "cache")
-    assert len(set(found)) == 1 and found[0] == open_source(data, "pretrain", tmp_path / "cache").manifest.fingerprint
+    one = open_source(data, "pretrain", tmp_path / "cache").manifest
+    assert found == [(one.fingerprint, list(one.paths), one.labels.tolist(), one.sizes.tolist(), one.classes)] * 3
     log = (tmp_path / "log").read_text()
-    assert {letter: log.count(letter) for letter in "wsh"} == {"w": 2, "s": 20, "h": 20}
+    assert {letter: log.count(letter) for letter in "wlsh"} == {"w": 3, "l": 1, "s": 20, "h": 20}
     assert (tmp_path / "cache").exists() != writable
+
+
+def test_a_rank_that_opens_after_the_scan_reads_it_and_a_rank_started_later_checks(tmp_path):
+    data, log, results = write_folder(tmp_path / "data", {"train": 10}), tmp_path / "log", FORK.Queue()
+
+    def start_rank(event):
+        rank = FORK.Process(target=open_as_rank, args=(data, None, log, 0, event, results))
+        rank.start()
+        return rank
+
+    now, later = FORK.Event(), FORK.Event()
+    now.set()
+    late = start_rank(later)
+    start_rank(now).join()
+    later.set()
+    late.join()
+    first = results.get(timeout=30)
+    assert results.get(timeout=30) == first and log.read_text() == "wl" + "s" * 20 + "h" * 20 + "w"
+    (data / "train" / "class_0" / "003.jpg").write_bytes((data / "train" / "class_1" / "003.jpg").read_bytes())
+    start_rank(now).join()
+    assert results.get(timeout=30)[0] != first[0] and log.read_text().endswith("wwl" + "s" * 20 + "h" * 20)
 
 
 def test_those_who_waited_for_a_scan_that_failed_fail_too(tmp_path):
@@ -122,26 +149,61 @@ def test_another_takes_over_from_a_killed_scan(tmp_path):
     data, log, results = write_folder(tmp_path / "data", {"train": 5}), tmp_path / "log", FORK.Queue()
     log.touch()
     first, second = (
-        FORK.Process(target=open_in_turn, args=(data, None, log, waiting, FORK.Barrier(1), results)) for waiting in (99, 0)
+        FORK.Process(target=open_as_rank, args=(data, None, log, waiting, FORK.Barrier(1), results)) for waiting in (99, 0)
     )
     for process, letter in ((first, "h"), (second, "w")):
         process.start()
         while letter not in log.read_text():
             time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
-    assert len(results.get(timeout=30)) == 64 and log.read_text().count("h") == 1 + 10
+    assert len(results.get(timeout=30)[1]) == 10 and log.read_text().count("h") == 1 + 10
     first.join()
     second.join()
 
 
-def test_one_who_waited_still_compares_the_names(tmp_path, monkeypatch):
-    write_folder(tmp_path, {"train": 3})
-    open_source(tmp_path, "pretrain")
-    (tmp_path / "train" / "class_1" / "002.jpg").rename(tmp_path / "train" / "class_1" / "9.jpg")
-    monkeypatch.setattr(manifest, "take_turn", lambda places, take_turn=manifest.take_turn: (take_turn(places)[0], True))
-    renamed = open_source(tmp_path, "pretrain").manifest
+@pytest.mark.parametrize("change", ["added", "removed", "in place"])
+def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(tmp_path, monkeypatch, change):
+    file = write_folder(tmp_path, {"train": 3}) / "train" / "class_1" / "002.jpg"
+    before = open_source(tmp_path, "pretrain").manifest
+    match change:
+        case "added":
+            (file.parent / "9.jpg").write_bytes(file.read_bytes())
+        case "removed":
+            file.unlink()
+        case "in place":
+            file.write_bytes((file.parent / "001.jpg").read_bytes())
+
+    def noticed() -> bool:
+        return open_source(tmp_path, "pretrain").manifest.fingerprint != before.fingerprint
+
+    monkeypatch.setenv("RANK", "0")
+    assert not noticed()
+    monkeypatch.setattr(manifest, "started_s", time.time)
+    assert noticed()
     monkeypatch.undo()
-    assert renamed.paths[-1].endswith("9.jpg") and renamed.fingerprint == open_source(tmp_path, "pretrain").manifest.fingerprint
+    assert noticed()
+
+
+def test_a_check_of_other_data_with_the_same_cache_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    folders = [write_folder(tmp_path / name, {"train": count}) for name, count in (("a", 2), ("b", 3))]
+    for folder in folders:
+        (folder / ".rsa-fast").write_text("in the way of a folder")
+    assert [len(open_source(folder, "pretrain", tmp_path).manifest) for folder in folders * 2] == [4, 6, 4, 6]
+
+
+def test_a_process_knows_when_it_started():
+    def report() -> None:
+        first_line_s = time.time()
+        time.sleep(0.1)
+        results.put((manifest.started_s(), first_line_s))
+
+    results, asked_s = FORK.Queue(), time.time()
+    process = FORK.Process(target=report)
+    process.start()
+    started_s, first_line_s = results.get(timeout=30)
+    process.join()
+    assert asked_s < started_s < first_line_s + 0.02
 
 
 def test_a_disk_without_locks_or_with_a_broken_cache_is_scanned(tmp_path, monkeypatch):
@@ -162,11 +224,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipelines import manifest
+from pipelines import manifest, sources
 from pipelines.sources import open_source
 
 DATA, CLASSES, PER_CLASS = Path(sys.argv[1]), 1000, 1281
-stats = 0
+stats = listings = 0
 
 class Entry:
     def __init__(self, name, folder):
@@ -176,7 +238,8 @@ class Entry:
 
 class Listing:
     def __init__(self, place):
-        self.place = Path(place)
+        global listings
+        self.place, listings = Path(place), listings + (Path(place) != DATA)
     def __enter__(self):
         if self.place == DATA / "train":
             return (Entry(f"n{10000000 + i}", True) for i in range(CLASSES))
@@ -196,18 +259,17 @@ def memory_mb(key):
 
 os.scandir, os.stat = Listing, stat
 manifest.header_size = lambda path: (375, 500)
-take_turn = manifest.take_turn
-for role in ("scans", "checks", "waits"):
-    if role == "waits":
-        manifest.take_turn = lambda places: (take_turn(places)[0], True)
-    stats = 0
+for role in ("scans", "checks", "reads"):
+    if role == "reads":
+        os.environ["RANK"] = "1"
+    stats = listings = 0
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    before, began = memory_mb("VmRSS"), time.perf_counter()
+    before, began = memory_mb("VmRSS"), time.process_time()
     found = open_source(DATA, "pretrain").manifest
     assert len(found) == CLASSES * PER_CLASS and found.paths[1281] == "train/n10000001/n10000001_0.JPEG"
     assert found.sizes[-1].tolist() == [375, 500] and found.labels[-1] == CLASSES - 1
     peak = memory_mb("VmHWM") - before
-    print(role, stats / len(found), round(peak), round(time.perf_counter() - began, 2))
+    print(role, stats / len(found), listings, round(peak), round(time.process_time() - began, 2))
     del found
 """
 
@@ -218,6 +280,6 @@ def test_a_million_files_take_one_stat_each_and_little_memory(tmp_path):
     run = subprocess.run([sys.executable, "-c", SIMULATION, str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     rows = {role: [float(v) for v in values] for role, *values in (line.split() for line in run.stdout.splitlines())}
-    print("role, stats per file, peak growth in MB, seconds:", rows)
-    assert {role: row[0] for role, row in rows.items()} == {"scans": 1, "checks": 1, "waits": 0}
-    assert all(row[1] < 400 for row in rows.values()), rows
+    print("role, stats per file, folders listed, peak growth in MB, CPU seconds:", rows)
+    assert {role: row[:2] for role, row in rows.items()} == {"scans": [1, 1001], "checks": [1, 1001], "reads": [0, 0]}
+    assert all(row[2] < 400 for row in rows.values()) and rows["reads"][3] < 2, rows

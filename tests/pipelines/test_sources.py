@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import datasets
 
-from pipelines.sources import open_source, read_rgb
+from pipelines.sources import open_source, packed_place, read_rgb
 
 
 def test_an_image_folder_lists_classes_labels_and_sizes(folder):
@@ -171,3 +173,18 @@ def test_stl10_pretrains_on_all_images_and_trains_on_the_labelled(tmp_path, monk
     assert train.manifest.labels.tolist() == [0, 1, 2, 3]
     raw = np.fromfile(root / "unlabeled_X.bin", np.uint8).reshape(6, 3, 96, 96)
     assert (pretrain.read(4) == raw[0].transpose(2, 1, 0)).all()  # STL-10's files are column-major
+
+
+def test_a_split_packed_in_two_forms_is_refused_and_a_folder_is_listed_once(tmp_path, monkeypatch):
+    for name in ("train.beton", "validation.ffcv", "train_1.jpg", "trainer.txt", "train/shard-0.txt", "test/shard-000000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: (listed.append(Path(place)), scandir(place))[1])
+    assert packed_place(tmp_path, "pretrain") == tmp_path / "train.beton" and listed.count(tmp_path) == 1
+    with pytest.raises(ValueError, match=r"holds test, validation\.ffcv for one split"):
+        packed_place(tmp_path, "test")
+    (tmp_path / "validation.ffcv").unlink()
+    assert packed_place(tmp_path, "test") == tmp_path / "test"
+    (tmp_path / "train.beton").unlink()
+    assert packed_place(tmp_path, "train") is None
