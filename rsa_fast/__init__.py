@@ -1,0 +1,30 @@
+"""Fast self-supervised pre-training with RSA and its peers, from Python:
+
+>>> from pathlib import Path
+>>> from pipelines import VIEWS, Order, open_source, open_views
+>>> from rsa_fast import build_recipe, load_encoder, train
+>>> data, out = Path("data/cifar10"), Path("runs/notebook")
+>>> recipe = build_recipe("cifar10", "rsa", overrides={"epochs": 2, "batch_size": 32, "width": 8})
+>>> source = open_source(data, "pretrain")
+>>> with open_views(source, recipe.views, frozenset(VIEWS), Order(len(source.manifest), batch_size=32, seed=0)) as loader:
+...     batch = next(loader.batches(epoch=0))  # weak_1, weak_2, aggressive_1, aggressive_2 and label
+>>> batch.aggressive_1.shape
+torch.Size([32, 3, 32, 32])
+>>> result = train(recipe, data, out)  # what is in result.json: step, knn_top1, linear_top1, images_per_s, ...
+>>> encoder, recipe = load_encoder(max(out.glob("checkpoints/*.pt")))
+>>> encoder.eval()(batch.weak_1).shape  # features
+torch.Size([32, 64])
+"""
+
+from importlib import import_module
+from typing import Any
+
+EXPORTS = {"build_recipe": "recipes", "load_encoder": "encoders", "train": "engine"}
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for and no more: `rsa-fast --help` stays without torch."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"rsa_fast.{EXPORTS[name]}"), name)

@@ -11,6 +11,7 @@ import click
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class Group(click.Group):
@@ -44,13 +45,15 @@ def main(debug: bool) -> None:
 @click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
 @click.option("--backend", default=None, help="auto, resident, native or torchvision.")
 @click.option("--seed", type=int, default=None, help="Seed of initialisation, order and views.")
+@click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default=None, help="Unreadable since the start (stop).")
 @click.option("--gpus", type=click.IntRange(1), default=None, help="GPUs of this machine, one process each.")
 @click.option("--nproc", type=click.IntRange(1), default=None, help="Processes on the CPU instead.")
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --gpus or --nproc: when a process dies.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly; start where it has none.")
 @click.option("--force", is_flag=True, help="Resume although recipe or data differ; says in what.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--init-from", type=FILE, default=None, help="Start from another run's weights.")
+@click.option("--init-from", type=FILE, default=None, help="Start, where nothing is resumed, from another run's weights.")
+@click.option("--wandb", is_flag=True, default=None, help="Records go to Weights & Biases too; WANDB_MODE=offline: later.")
 @click.option("--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop.")
 @click.pass_context
@@ -60,8 +63,8 @@ def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bo
     Exit code 75: a signal (TERM, USR1, INT) stopped the run after its checkpoint was written; go on with --resume.
     """
     start = {key: given.pop(key) for key in ("resume", "overwrite", "init_from", "force")}
-    if sum(map(bool, (start["resume"], start["overwrite"], start["init_from"]))) > 1:
-        raise click.UsageError("--resume, --overwrite and --init-from exclude each other")
+    if start["resume"] and start["overwrite"]:
+        raise click.UsageError("--resume and --overwrite exclude each other")
     if start["force"] and not start["resume"]:
         raise click.UsageError("--force is of --resume")
     if gpus and nproc:
@@ -257,6 +260,80 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
     found = doctor.report(checks)
     click.echo(json.dumps(found))
     ctx.exit(0 if found["ok"] else 1)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=FOLDER)
+@click.option("--out", type=NEW_FILE, default=None, help="The page to write; RUN/report.html where there is one RUN.")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Draw the curves, scores, recipe and environment of a run as a web page; of several, laid over each other."""
+    from rsa_fast.report import report as run
+
+    click.echo(json.dumps({"out": str(run(list(runs), out))}))
+
+
+@main.command()
+@click.option("--methods", default="rsa,byol", metavar="NAME,...", help="To measure in turns; --tune takes the first.")
+@click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
+@click.option("--dataset", default=None, help="Recipe row, where --config names none.")
+@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+@click.option("--backend", default=None, help="auto, resident, native, dali, ffcv or torchvision.")
+@click.option("--batch-size", type=int, default=None, help="Of this one device.")
+@click.option("--threads", type=int, default=None, help="Of the loader.")
+@click.option("--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up.")
+@click.option("--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn.")
+@click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
+@click.option("--trace", type=NEW_FILE, default=None, help="Write a Chrome trace of a few iterations.")
+@click.option("--html", type=NEW_FILE, default=None, help="Write the report as a page with stacked bars.")
+@click.option("--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out.")
+@click.option("--budget-s", type=click.FloatRange(0), default=300.0, help="Of --tune.")
+@click.option("--out", type=NEW_FILE, default=Path("tuned.yaml"), help="Of --tune; train --config takes it.")
+def profile(
+    methods: str, data: Path, plain: bool, html, trace, repeats, seconds, tune: bool, budget_s, out: Path, **given
+) -> None:
+    """Measure where the time of an iteration goes: its step on a ready batch, its views alone, both, and their parts."""
+    recipes = {name.strip(): recipe_of(method=name.strip(), **given) for name in methods.split(",")}
+    if tune:
+        from rsa_fast.tuning import tune as run
+
+        click.echo(json.dumps(run(next(iter(recipes.values())), data, out, budget_s)))
+        return
+    from rsa_fast.profile_page import page, table
+    from rsa_fast.profiling import profile as run
+
+    report = run(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page(report))
+    if not plain:
+        from rich.console import Console
+
+        Console().print(table(report))
+    click.echo(json.dumps(report))
+
+
+@main.command()
+@click.option("--dataset", default=None, help="Recipe row: cifar10, cifar100, stl10, tinyimagenet, imagenet100, imagenet1k.")
+@click.option("--method", default=None, help="rsa, byol, simsiam, simsiam-rsa, simclr, moco, ressl or supervised.")
+@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+@click.option("--epochs", type=int, default=None, help="Override the recipe's epochs.")
+@click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
+@click.option("--gpu", required=True, help="v100-16g, v100-32g, a100-40g, a100-80g, h100-80g, rtx-3090 or rtx-4090.")
+@click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs of a node.")
+@click.option("--nodes", type=click.IntRange(1), default=1)
+@click.option("--cores", type=click.IntRange(1), default=None, help="CPU cores of a node; 4 a GPU where not given.")
+@click.option("--network-gbps", type=click.FloatRange(0, min_open=True), default=100.0, help="Of a node to the others.")
+@click.option("--data", type=FOLDER, default=None, help="Folder with the images; without it the dataset as published.")
+def plan(dataset, method, config, sets, epochs, batch_size, gpu: str, **machine) -> None:
+    """Predict memory, time, decoding and disk of a run on GPUs that are not here."""
+    recipe = recipe_of(dataset, method, config, sets, epochs=epochs, batch_size=batch_size)
+    from rsa_fast import planning
+
+    found = planning.plan(recipe, gpu, **machine)
+    planning.show(found)
+    click.echo(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -20,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM's pre-emption sends the first two
 STOPPED_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, --resume goes on
 BEAT_S = 1.0
+ANSWER_S = 5.0  # that the store, which rank 0 may hold, has for an answer
 SILENT_S = 30.0  # without a beat: said on stderr
 
 
@@ -69,22 +72,35 @@ def first_host(nodes: str) -> str:
 
 
 @contextmanager
-def process_group(device: str, timeout_s: float) -> Iterator[None]:
-    """Join the other ranks, if there are any: NCCL between GPUs, gloo between CPUs. A collective that waits longer than
-    `timeout_s` ends the run."""
+def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
+    """Join the other ranks, if there are any: NCCL between GPUs, gloo between CPUs.
+
+    Raises ConnectionError when they do not meet, or when one is gone or keeps the others waiting for longer than `timeout_s`:
+    then it says which, and at what.
+    """
     env = environment(os.environ)
-    if not env or dist.is_initialized():
-        yield
-        return
-    os.environ.update(env)
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    if env and not dist.is_initialized():
+        os.environ.update(env)
+        cuda = device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local_rank())
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+            raise ConnectionError(f"rank {env['RANK']} did not meet all {env['WORLD_SIZE']} at {place}: {error}") from error
+    with Heartbeat(timeout_s) as heartbeat:
+        try:
+            yield heartbeat
+            barrier()  # the store is rank 0's, perhaps: nobody leaves while another needs it
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ConnectionError(f"{heartbeat.verdict()}\n{error}") from error
+        finally:
+            heartbeat.over.set()
+            if env:
+                dist.destroy_process_group()
 
 
 def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
@@ -103,10 +119,12 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # A store that outlives a restart gives the new ranks the old ones' addresses: they never meet (pytorch issue 135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         elastic_launch(config, sys.executable)("-m", "rsa_fast", *arguments)
-    except SignalException:  # passed on to the ranks, and they have ended
-        return STOPPED_EXIT_CODE
+    except SignalException as stop:  # passed on to the ranks, and they have ended
+        return STOPPED_EXIT_CODE if stop.sigval in STOP_SIGNALS else 128 + stop.sigval
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1  # negative: killed by a signal
@@ -114,8 +132,22 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a rank died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun started any of the ranks again; every rank calls it. A node counts only its own ranks' failures."""
+    return highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0
+
+
+def highest(value: int) -> int:
+    """The highest of all ranks' values; every rank calls it. Waits for the device."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
 
 
 def gather(x: Tensor) -> Tensor:
@@ -144,55 +176,71 @@ class Heartbeat:
     """Tells the others what this rank is doing, once a second, and watches the next rank: a context manager.
 
     A rank that is stopped, gone, or waits for its files keeps all others waiting in a collective, whose own timeout says
-    neither which rank it was nor why.
+    neither which rank it was nor why. A rank whose launcher is gone, and with it every other's, gets SIGTERM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self.doing = "starting"
+        self.silent_s = min(SILENT_S, timeout_s / 2)
         self.over = threading.Event()
-        self.store = dist.distributed_c10d._get_default_store() if world_size() > 1 else None
         self.thread = threading.Thread(target=self.beat, daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        if self.store:
+        if world_size() > 1:
             self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        if self.store:
+        if self.thread.is_alive():
             self.thread.join()
 
     def beat(self) -> None:
-        me, next_rank, beats = rank(), (rank() + 1) % world_size(), 0
-        last, heard, said = "", time.monotonic(), False
+        launcher, next_rank, count = os.getppid(), (rank() + 1) % world_size(), 0
+        store, last, heard, said = None, "", time.monotonic(), False
         while not self.over.wait(BEAT_S):
-            beats += 1
+            count += 1
             try:
-                self.store.set(f"beat/{me}", f"{beats} {self.doing}")
-                found = self.store.get(f"beat/{next_rank}").decode() if self.store.check([f"beat/{next_rank}"]) else ""
-            except RuntimeError:  # the store is gone, and with it the job
-                return
+                store = store or connect()
+                store.set(f"beat/{rank()}", f"{count} {self.doing}")
+                watched, found = next_rank, beat_of(store, next_rank)
+            except RuntimeError:  # a late answer would be taken for the next question's
+                store, watched, found = None, 0, "? unreachable"
             if found != last:
                 last, heard, said = found, time.monotonic(), False
-            elif not said and time.monotonic() - heard > SILENT_S:
+            elif not said and time.monotonic() - heard > self.silent_s:
                 said = True
-                print(f"rank {next_rank} has been silent for {SILENT_S:.0f} s; it was {what(found)}", file=sys.stderr)
+                print(f"rank {watched} has been silent for {self.silent_s:.0f} s; it was {what(found)}", file=sys.stderr)
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+                launcher = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def verdict(self) -> str:
         """Which ranks are silent, or what each is doing, for the error of a collective that failed."""
         try:
-            first, second = self.heard(), (time.sleep(3 * BEAT_S), self.heard())[1]
+            store = connect()
+            first, second = beats(store), (time.sleep(3 * BEAT_S), beats(store))[1]
         except RuntimeError:
-            return "rank 0 or its machine is gone"
+            return "rank 0, or its machine, does not answer"
         silent = [r for r in second if second[r] == first[r]]
         if silent:
             return "; ".join(f"rank {r} is silent, it was {what(second[r])}" for r in silent)
         return "; ".join(f"rank {r} is {what(second[r])}" for r in second)
 
-    def heard(self) -> dict[int, str]:
-        keys = {r: f"beat/{r}" for r in range(world_size())}
-        return {r: self.store.get(key).decode() if self.store.check([key]) else "" for r, key in keys.items()}
+
+def connect() -> dist.Store:
+    """A connection to the store of all ranks that does not wait long."""
+    store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=ANSWER_S))
+    return store
+
+
+def beats(store: dist.Store) -> dict[int, str]:
+    return {r: beat_of(store, r) for r in range(world_size())}
+
+
+def beat_of(store: dist.Store, rank: int) -> str:
+    return store.get(f"beat/{rank}").decode() if store.check([f"beat/{rank}"]) else ""
 
 
 def what(beat: str) -> str:

@@ -2,7 +2,7 @@
 
     result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
 
-A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json` and `checkpoints/`.
+A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `report.html` and `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import Batch, Order, open_source, open_views
+from pipelines.files import write_whole
 from rsa_fast import checkpoint
-from rsa_fast.distributed import Heartbeat, local_rank, process_group, rank, restarted, world_size
+from rsa_fast.distributed import (
+    STOP_SIGNALS,
+    Heartbeat,
+    barrier,
+    highest,
+    local_rank,
+    process_group,
+    rank,
+    restarted,
+    world_size,
+)
 from rsa_fast.evaluate import Evaluation
+from rsa_fast.feature_stats import feature_stats
 from rsa_fast.meter import Meter, warn_of_collapse
 from rsa_fast.methods import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import FREE_FIELDS, LOADING_FIELDS, Plan, Recipe, dump_yaml, resolve
+from rsa_fast.report import report_or_say
 
 RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints", ".rsa-fast")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM's pre-emption sends the first two
+RUN_FILES += ("report.html", "tensorboard", "wandb")
 
 
 class StoppedError(Exception):
@@ -106,49 +119,45 @@ def train(
 ) -> dict[str, Any] | None:
     """Train a recipe on the images under `data` into the folder `out`; returns the result that is also in `result.json`.
 
-    `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped; with `force` also where the
-    recipe or the data differ, which is said. `init_from` starts a new run from another's weights; `stop_at_step`
-    checkpoints and returns early. Under torchrun every rank calls this and rank 0 gets the result;
-    what torchrun starts again after a rank died goes on by itself.
+    `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped, and starts the run there
+    where it has none yet; with `force` also where the recipe or the data differ, which is said. `init_from` starts from
+    another run's weights; `stop_at_step` checkpoints and returns early. Under torchrun every rank calls this and rank 0 gets
+    the result; what torchrun starts again after a rank died is resumed.
 
     Raises FileExistsError when `out` is not empty and neither resumed nor overwritten, ValueError when the recipe or the
-    data of a resumed run changed, FloatingPointError when the loss is not finite, ConnectionError when a rank stopped
-    answering, and StoppedError when a signal ended the run.
+    data of a resumed run changed, FloatingPointError when the loss or a weight is not finite, OSError when a checkpoint cannot
+    be written, ConnectionError when a rank stopped answering, and StoppedError when a signal ended the run.
     """
-    if restarted():
-        resume = bool(checkpoint.listed(out / "checkpoints"))
-        overwrite = not resume
-    with process_group(recipe.device, recipe.timeout_s):
+    with process_group(recipe.device, recipe.timeout_s) as heartbeat:
+        if restarted():
+            resume, overwrite = out.is_dir(), False
         if rank() == 0:
             prepare_folder(out, resume, overwrite)
         barrier()
         source = open_source(data, "pretrain", cache=out)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
         run = build_run(recipe, len(source.manifest))
-        if resume:
+        if resume and checkpoint.listed(out / "checkpoints"):
             restore(run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force)
         elif init_from:
             run.method.load_state_dict(checkpoint.load(init_from)["method"])
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
-            (out / "recipe.yaml").write_text(dump_yaml(recipe))
-            (out / "env.json").write_text(json.dumps(environment(), indent=1))
+            write_text(out / "recipe.yaml", dump_yaml(recipe))
+            write_text(out / "env.json", json.dumps(environment(), indent=1))
+            if resume and run.step == 0:
+                print(f"{out} has no checkpoint yet: starting at step 0", file=sys.stderr)
             announce(run, len(source.manifest))
         order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
         loading = {name: getattr(recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
         with (
             open_views(source, recipe.views, run.method.reads, order, **loading) as loader,
-            Metrics(out, run.plan.total_steps, run.step) as metrics,
+            Metrics(out, run.plan.total_steps, run.step, recipe.wandb) as metrics,
             stop_signals() as asked,
-            Heartbeat() as heartbeat,
+            checkpoint.Writer(out / "checkpoints", recipe.keep_last) if rank() == 0 else nullcontext() as writer,
         ):
-            loop = Loop(run, loader, metrics, evaluation, out, source.manifest.fingerprint, asked, heartbeat)
-            try:
-                result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
-            except RuntimeError as error:
-                if world_size() == 1:
-                    raise
-                raise ConnectionError(f"step {run.step} failed between ranks: {heartbeat.verdict()}\n{error}") from error
+            loop = Loop(run, loader, metrics, evaluation, writer, out, source.manifest.fingerprint, asked, heartbeat)
+            result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
         if asked and run.step < run.plan.total_steps:
             raise StoppedError(f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume")
         return result if rank() == 0 else None
@@ -162,6 +171,7 @@ class Loop:
     loader: Any
     metrics: Metrics
     evaluation: Evaluation | None
+    writer: checkpoint.Writer | None  # on rank 0
     out: Path
     fingerprint: str
     asked: list[signal.Signals]
@@ -171,89 +181,103 @@ class Loop:
         """Train up to step `end`, or to where a signal asks to stop; returns the result."""
         run, recipe, per_epoch = self.run, self.run.recipe, self.run.plan.steps_per_epoch
         meter = Meter(recipe.batch_size, run.device)
-        if run.step == 0:
-            self.score_knn()
-        meter.restart()
         while run.step < end:
+            if run.step % per_epoch == 0:
+                self.score_knn(run.step // per_epoch)
+            meter.restart()
             self.heartbeat.doing = f"waiting for the views of step {run.step}"
             for batch in meter.waiting(self.loader.batches(run.step // per_epoch, run.step % per_epoch)):
                 self.heartbeat.doing = f"in step {run.step}"
                 meter.add(run.step, train_step(run, batch), run.skipped)
-                due = run.step % recipe.log_every_steps == 0 or run.step == end
+                due = run.step % recipe.log_every_steps == 0
                 if self.stop_asked(due):
                     end = run.step
-                if due:
+                if due or run.step == end:
                     self.record(meter)
                 if run.step == end:
                     break
                 self.heartbeat.doing = f"waiting for the views of step {run.step}"
             done = run.step // per_epoch
+            if run.step % per_epoch == 0 and rank() == 0:  # before the checkpoint, from which a resumed run goes on
+                self.metrics.write({"step": run.step, "epoch": done, **feature_stats(run.method.encoder, batch)})
             if run.step == end or done % recipe.checkpoint_every_epochs == 0:
-                self.save()
-            if run.step < end and recipe.knn_every_epochs and done % recipe.knn_every_epochs == 0:
-                self.score_knn()
-            meter.restart()
+                self.save(meter)
         scores = {}
         if self.evaluation and run.step == run.plan.total_steps:
-            self.heartbeat.doing = "evaluating"
-            scores = self.evaluation.score(run.method.encoder)
+            scores = self.evaluate("knn", "linear-fast")
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
         result = {"out": str(self.out), "method": recipe.method, "dataset": recipe.dataset, "step": run.step}
         result |= {**meter.summary(), "knn_top1": None, "knn20_top1": None, "linear_top1": None, **scores}
         if rank() == 0:
-            (self.out / "result.json").write_text(json.dumps(result))
+            self.writer.wait()
+            write_text(self.out / "result.json", json.dumps(result))
+            if run.step == run.plan.total_steps:  # a run that was told to stop has no time for it
+                report_or_say(self.out)
         return result
 
     def record(self, meter: Meter) -> None:
         """Write the means since the last record. Raises FloatingPointError when training has gone wrong."""
-        run = self.run
-        record = {"step": run.step, **meter.read(), **run.schedule(run.step - 1)}
-        fault = None
-        if run.scaler.is_enabled() and meter.worst_skips >= run.recipe.max_skips:
-            fault = f"fp16 overflowed in {meter.worst_skips} steps in a row, up to step {run.step}"
-        elif not run.scaler.is_enabled() and meter.first_bad is not None:
-            fault = f"the loss of step {meter.first_bad} is not finite"
-        if fault:
-            step = meter.first_bad if meter.first_bad is not None else run.step - 1
-            self.stop_at_fault(step, fault)
+        record = {"step": self.run.step, **meter.read(), **self.run.schedule(self.run.step - 1)}
+        self.check(meter)
         self.metrics.write(record)
         warn_of_collapse(record)
 
+    def save(self, meter: Meter) -> None:
+        """Write a checkpoint. Raises FloatingPointError when training has gone wrong: what is kept is good."""
+        self.heartbeat.doing = "writing a checkpoint"
+        meter.look()
+        self.check(meter)
+        state = self.run.method.state_dict()
+        finite = torch.stack([x.isfinite().all() for x in state.values()]).all()
+        if highest(int(~finite)):
+            self.stop_at_fault(self.run.step - 1, f"the weights or statistics after step {self.run.step - 1} are not finite")
+        if rank() == 0:
+            self.writer.save(snapshot(self.run, self.fingerprint))
+
+    def check(self, meter: Meter) -> None:
+        if self.run.scaler.is_enabled():
+            if meter.worst_skips >= self.run.recipe.max_skips:
+                fault = f"fp16 overflowed in {meter.worst_skips} steps in a row, up to step {meter.worst_step}"
+                self.stop_at_fault(meter.worst_step, fault)
+        elif meter.first_bad is not None:
+            self.stop_at_fault(meter.first_bad, f"the loss of step {meter.first_bad} is not finite")
+
     def stop_at_fault(self, step: int, fault: str) -> None:
-        """Leave in nonfinite.json what it takes to make the batch again."""
+        """Leave in nonfinite.json what it takes to make the batch of `step` again. Raises FloatingPointError."""
+        if rank() == 0:
+            self.writer.wait()
         order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
         epoch, place = divmod(step, len(order))
         last = checkpoint.listed(self.out / "checkpoints")
         found = {"step": step, "epoch": epoch, "fault": fault, "checkpoint": str(last[-1]) if last else None}
         if rank() == 0:
-            (self.out / "nonfinite.json").write_text(json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}))
+            write_text(self.out / "nonfinite.json", json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}))
         raise FloatingPointError(
             f"{fault}: lower the learning rate or add warm-up epochs. "
             f"Last good checkpoint: {found['checkpoint']}; the batch's sample ids: {self.out / 'nonfinite.json'}"
         )
 
     def stop_asked(self, due: bool) -> bool:
-        """Whether a signal asks to stop. Several ranks agree when a record is due: it waits for the device anyway."""
-        if world_size() == 1:
-            return bool(self.asked)
-        if not due:
+        """Whether a signal asks to stop. Several ranks agree on a CPU every step, which takes less than a thousandth of it, on
+        a GPU when a record is due and waits for the device anyway."""
+        if world_size() > 1 and not (due or self.run.device.type == "cpu"):
             return False
-        signals = torch.tensor(self.asked[0] if self.asked else 0, device=self.run.device)
-        dist.all_reduce(signals, dist.ReduceOp.MAX)
-        if int(signals) and not self.asked:
-            self.asked.append(signal.Signals(int(signals)))
-        return bool(self.asked)
+        if number := highest(self.asked[0] if self.asked else 0):
+            self.asked.append(signal.Signals(number))
+        return bool(number)
 
-    def save(self) -> None:
-        self.heartbeat.doing = "writing a checkpoint"
-        if rank() == 0:
-            save(self.run, self.out, self.fingerprint)
+    def score_knn(self, epoch: int) -> None:
+        every = self.run.recipe.knn_every_epochs
+        if self.evaluation and every and epoch % every == 0:
+            self.metrics.write({"step": self.run.step, "epoch": epoch, **self.evaluate("knn")})
 
-    def score_knn(self) -> None:
-        if self.evaluation and self.run.recipe.knn_every_epochs:
-            self.heartbeat.doing = "evaluating"
-            scores = self.evaluation.score(self.run.method.encoder, ("knn",))
-            self.metrics.write({"step": self.run.step, "epoch": self.run.step // self.run.plan.steps_per_epoch, **scores})
+    def evaluate(self, *protocols: str) -> dict[str, Any]:
+        """Scores of the encoder that rank 0 keeps: with bn = local each rank has running statistics of its own."""
+        self.heartbeat.doing = "evaluating"
+        if world_size() > 1:
+            for buffer in self.run.method.encoder.buffers():
+                dist.broadcast(buffer, 0)
+        return self.evaluation.score(self.run.method.encoder, protocols)
 
 
 @contextmanager
@@ -279,11 +303,6 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, previous[number])
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Make `out`, or refuse it. Overwriting removes a run's own files and nothing else."""
     import shutil
@@ -297,11 +316,20 @@ def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif found and not resume:
         raise FileExistsError(f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out")
+    elif resume and not out.is_dir():
+        raise FileNotFoundError(f"no whole checkpoint, for there is no folder {out}: start without --resume")
+    elif found and not set(found) & set(RUN_FILES):
+        raise FileExistsError(f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder")
     out.mkdir(parents=True, exist_ok=True)
 
 
-def save(run: Run, out: Path, fingerprint: str) -> Path:
-    state = {
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def snapshot(run: Run, fingerprint: str) -> dict[str, Any]:
+    """All that a checkpoint holds."""
+    return {
         "step": run.step,
         "recipe": run.recipe.model_dump(mode="json"),
         "data": fingerprint,
@@ -310,7 +338,6 @@ def save(run: Run, out: Path, fingerprint: str) -> Path:
         "scaler": run.scaler.state_dict(),
         "world_size": world_size(),
     }
-    return checkpoint.save(out / "checkpoints", state, run.recipe.keep_last)
 
 
 def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = False) -> None:

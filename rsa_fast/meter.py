@@ -22,16 +22,17 @@ NEVER = torch.iinfo(torch.int64).max
 
 class Meter:
     """Times the loop and averages losses between two reads, over all ranks. `first_bad` is the first step whose loss was not
-    finite, `worst_skips` the longest row of steps that fp16's scaler left out, both over the whole run; None and 0 so far."""
+    finite, `worst_skips` the longest row of steps that fp16's scaler left out, `worst_step` its last; all over the whole run,
+    as last looked."""
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size, self.device = batch_size, device
         self.reads: list[dict[str, float]] = []
         self.embedding_std: float | None = None  # at the last read
         self.first_bad: int | None = None
-        self.worst_skips = 0
+        self.worst_skips = self.worst_step = 0
         self.bad_step = torch.tensor(NEVER, device=device)
-        self.skips = torch.zeros(3, dtype=torch.int64, device=device)  # all, in the present row, in the longest row
+        self.skips = torch.zeros(4, dtype=torch.int64, device=device)  # all, in this row, in the longest, its last step
         self.restart()
 
     def restart(self) -> None:
@@ -58,7 +59,8 @@ class Meter:
         self.bad_step = self.bad_step.minimum(torch.where(finite, NEVER, step))
         if skipped is not None:
             row = (self.skips[1] + 1) * skipped
-            self.skips = torch.stack([self.skips[0] + skipped, row, self.skips[2].maximum(row)])
+            last = torch.where(row > self.skips[2], step, self.skips[3])
+            self.skips = torch.stack([self.skips[0] + skipped, row, self.skips[2].maximum(row), last])
         self.embeddings = loss.embeddings
         self.steps += 1
 
@@ -69,12 +71,10 @@ class Meter:
         if world_size() > 1:
             dist.all_reduce(values)
             values /= world_size()
-            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
         step_s = (time.perf_counter() - self.began) / self.steps
         record = dict(zip((*self.names, "embedding_std"), values.tolist(), strict=True))
         self.embedding_std = record["embedding_std"]
-        bad, (skipped, _, self.worst_skips) = int(self.bad_step), self.skips.tolist()
-        self.first_bad = None if bad == NEVER else bad
+        skipped = self.look()
         speed = {
             "step_ms": 1e3 * step_s,
             "images_per_s": self.batch_size / step_s,
@@ -87,6 +87,15 @@ class Meter:
             speed["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.restart()
         return {**record, **speed}
+
+    def look(self) -> int:
+        """Bring `first_bad`, `worst_skips` and `worst_step` up to date; returns how many steps were left out. Waits for the
+        device and the other ranks."""
+        if world_size() > 1:
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        bad, (skipped, _, self.worst_skips, self.worst_step) = int(self.bad_step), self.skips.tolist()
+        self.first_bad = None if bad == NEVER else bad
+        return skipped
 
     def summary(self) -> dict[str, float | None]:
         """Medians over the reads, the first left out when there are more: it holds the warm-up."""

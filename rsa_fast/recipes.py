@@ -10,6 +10,7 @@ Unknown keys are errors, and so are fields of another method. Every number of a 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 
-LOADING_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on")
+LOADING_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on", "on_bad_image")
 # Fields in which a resumed run may differ from its start.
 FREE_FIELDS = (*LOADING_FIELDS, "device", "timeout_s", "max_skips", "keep_last")
-FREE_FIELDS += ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs")
+FREE_FIELDS += ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "wandb")
 
 
 class Recipe(BaseModel):
     """What every run has. Batch sizes are global; lengths are epochs unless the name says steps."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # --- changes the result
     dataset: str
@@ -52,7 +53,7 @@ class Recipe(BaseModel):
     trust_coefficient: float = Field(0.001, gt=0)  # LARS only (CODE common/lars.py)
     warmup_epochs: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, fp16 on other GPUs
-    seed: int = Field(0, ge=0)  # of the initialisation, the order and the views
+    seed: int = Field(0, ge=0, lt=2**63)  # of the initialisation, the order and the views
 
     # --- changes only speed
     backend: str = "auto"
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     aggressive_on: Literal["auto", "host", "device"] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
     decode_on: Literal["gpu", "cpu"] = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    on_bad_image: Literal["stop", "skip"] = "stop"  # which cannot be read any more: skip takes the next that can
 
     # --- changes only what is recorded
     log_every_steps: int = Field(20, ge=1)
@@ -69,6 +71,7 @@ class Recipe(BaseModel):
     keep_last: int = Field(2, ge=1)  # checkpoints kept
     max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
     timeout_s: float = Field(600, gt=0)  # that ranks wait for each other before the run stops
+    wandb: bool = False  # records go to Weights & Biases too
 
     @model_validator(mode="after")
     def split_fits(self) -> Recipe:
@@ -345,14 +348,17 @@ def build_recipe(dataset: str, method: str, file: Path | None = None, overrides:
     fields |= {"dataset": dataset, "method": method, "views": dict(fields["views"])}
     for key, value in [*flatten(read_yaml(file) if file else {}), *(overrides or {}).items()]:
         head, _, tail = key.partition(".")
-        (fields["views"] if head == "views" and tail else fields)[tail or head] = value
+        if head == "views" and tail and isinstance(fields["views"], dict):
+            fields["views"][tail] = value
+        else:
+            fields[key] = value
     return validate(fields)
 
 
 def validate(fields: dict[str, Any]) -> Recipe:
     """A recipe from all its fields, such as a checkpoint's. Raises ValueError naming every fault."""
     method = fields.get("method")
-    if method not in RECIPES:
+    if not isinstance(method, str) or method not in RECIPES:
         raise ValueError(f"no method {method!r}: choose from {', '.join(RECIPES)}")
     try:
         return RECIPES[method].model_validate(fields)
@@ -370,7 +376,7 @@ def explain(error: Any, method: str) -> str:
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
         return error["msg"].removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {error['msg']}"
+    return f"{key} = {reprlib.repr(error['input'])}: {error['msg']}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -382,7 +388,7 @@ def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
     """`("beta_base=0.3", "views.blur_p=0")` to a dict, values read as YAML. Raises ValueError without an equals sign."""
     if bad := [item for item in items if "=" not in item]:
         raise ValueError(f"--set takes key=value, found {', '.join(bad)}")
-    return {key.strip(): yaml.safe_load(value) for key, _, value in (item.partition("=") for item in items)}
+    return {key.strip(): load_yaml(value, f"--set {key}") for key, _, value in (item.partition("=") for item in items)}
 
 
 def flatten(fields: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -393,12 +399,30 @@ def flatten(fields: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(fields, dict):
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    fields = load_yaml(text, str(path))
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise ValueError(f"{path} holds {type(fields).__name__}, wanted recipe fields as `key: value` lines")
     return fields
+
+
+class PlainYaml(yaml.SafeLoader):
+    """YAML without references: a few lines of them unfold to gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe has no aliases (*name)")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str, place: str) -> Any:
+    """Raises ValueError naming the `place` of what is no YAML, or YAML that no recipe has."""
+    try:
+        return yaml.load(text, PlainYaml)
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # bad tags too
+        raise ValueError(f"{place} is no YAML of a recipe: {str(error)[:500]}") from error
 
 
 def dump_yaml(recipe: Recipe) -> str:

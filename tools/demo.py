@@ -1,4 +1,4 @@
-"""`make demo`: from no data to a table of accuracies, a figure of curves and a sheet of views, on two CPU cores.
+"""`make demo`: from no data to a table of accuracies, a sheet of views, curves and a report, on two CPU cores.
 
     python -m tools.demo --out runs/demo
 
@@ -13,10 +13,6 @@ import time
 from pathlib import Path
 
 import click
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +20,9 @@ from rich.table import Table
 from pipelines import open_source
 from rsa_fast.engine import build_run, train
 from rsa_fast.evaluate import Evaluation
-from rsa_fast.metrics import read_metrics
 from rsa_fast.preview import preview
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.report import KNN, LOSS, draw, read_runs, report
 from tools.make_demo import make_demo
 
 METHODS = ("rsa", "byol")
@@ -45,7 +41,8 @@ def main(out: Path, data: Path) -> None:
     for method in METHODS:
         scores[method] = train(recipes[method], data, out / method, overwrite=True)
     draw_curves(out, scores, out / "curves.png")
-    report(scores, out, time.perf_counter() - began)
+    report([out / method for method in METHODS], out / "report.html")
+    show(scores, out, time.perf_counter() - began)
 
 
 def baselines(recipe: Recipe, data: Path) -> dict[str, dict]:
@@ -60,33 +57,26 @@ def baselines(recipe: Recipe, data: Path) -> dict[str, dict]:
     }
 
 
-def report(scores: dict[str, dict], out: Path, seconds: float) -> None:
+def show(scores: dict[str, dict], out: Path, seconds: float) -> None:
     table = Table("top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture")
     columns = ("knn_top1", "knn20_top1", "linear_top1")
     for name, score in scores.items():
         table.add_row(name, *(f"{score[column]:.1f}" for column in columns))
     Console().print(table)
-    click.echo(f"curves: {out / 'curves.png'}   views: {out / 'views.png'}   {seconds / 60:.1f} minutes")
+    files = "   ".join(str(out / name) for name in ("curves.png", "views.png", "report.html"))
+    click.echo(f"{files}   {seconds / 60:.1f} minutes")
     click.echo(json.dumps({name: {column: score[column] for column in columns} for name, score in scores.items()}))
 
 
 def draw_curves(out: Path, scores: dict[str, dict], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method, colour in zip(METHODS, ("tab:red", "tab:blue"), strict=True):
-        records = read_metrics(out / method)
-        losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        accuracies = [(r["epoch"], r["knn_top1"]) for r in records if "knn_top1" in r]
-        left.plot(*zip(*losses, strict=True), color=colour, label=method.upper())
-        right.plot(*zip(*accuracies, strict=True), color=colour, marker="o", label=method.upper())
-    right.axhline(scores["raw pixels"]["knn_top1"], color="gray", linestyle="--", label="raw pixels")
-    right.axhline(scores["chance"]["knn_top1"], color="black", linestyle=":", label="chance")
-    left.set(xlabel="step", ylabel="loss", title="training loss (each method's own scale)")
-    right.set(xlabel="epoch", ylabel="top-1 %", title="kNN, k=200", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
+    """The losses, each on its method's own scale, and the accuracies beside those that need no training."""
+    figure = draw(read_runs([out / method for method in METHODS]), (LOSS, KNN))
+    knn = figure.axes[1]
+    for name, colour in (("raw pixels", "gray"), ("chance", "black")):
+        knn.axhline(scores[name]["knn_top1"], color=colour, linestyle="--", label=name)
+    knn.set_ylim(bottom=0)
+    knn.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+from test_engine import same, tiny, weights
+
+from rsa_fast import engine, metrics
+from rsa_fast.engine import train
+from rsa_fast.metrics import Metrics, numbers, read_metrics
+
+RECIPE = tiny(knn_every_epochs=1, epochs=2)
+TIMES = ("step_ms", "images_per_s", "wait_pct")
+RECORDS = [{"step": 2, "loss": 1.5, "wait_pct": 3.25}, {"step": 4, "loss": 0.75}, {"step": 4, "epoch": 1, "counts": [1, 2]}]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(RECIPE, folder, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, tmp_path_factory):
+    """The same run stopped after an epoch, gone on, killed after a record that no checkpoint follows, and gone on again."""
+    out = tmp_path_factory.mktemp("parts") / "run"
+    train(RECIPE, folder, out, stop_at_step=5)
+    train(RECIPE, folder, out, resume=True, stop_at_step=7)
+    with Metrics(out, 10, 7) as killed:
+        killed.write({"step": 8, "loss": 99.0})
+    (out / "metrics.jsonl").open("a").write('{"step": 9, "lo')
+    train(RECIPE, folder, out, resume=True)
+    return out
+
+
+def timeless(out):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(out)]
+
+
+def test_every_epoch_is_recorded_once_in_a_resumed_run_too(run, resumed):
+    of_epochs = [record for record in timeless(run) if "effective_rank" in record]
+    assert [(record["epoch"], record["step"]) for record in of_epochs] == [(1, 5), (2, 10)]
+    assert [record for record in timeless(resumed) if "effective_rank" in record] == of_epochs
+    assert all(sum(record["weak_aggressive_counts"]) == 8 for record in of_epochs)  # the images of a batch
+    assert all(1 <= record["effective_rank"] <= 8 for record in of_epochs)
+
+
+def test_the_statistics_of_an_epoch_do_not_change_training(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "feature_stats", lambda encoder, batch: {})
+    train(RECIPE, folder, tmp_path / "without")
+    assert same(weights(run), weights(tmp_path / "without"))
+    new = {"effective_rank", "weak_aggressive_cosine", "other_image_cosine", "weak_aggressive_counts"}
+    stripped = [{key: value for key, value in record.items() if key not in new} for record in timeless(run)]
+    assert stripped == timeless(tmp_path / "without")
+
+
+@pytest.mark.parametrize("name", ["run", "resumed"])
+def test_tensorboard_reads_back_the_records_each_once(name, request):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    out = request.getfixturevalue(name)
+    events = accumulator.EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    written = {}
+    for record in read_metrics(out):
+        for key, value in numbers(record).items():
+            written.setdefault(key, []).append((record["step"], value))
+    assert set(events.Tags()["scalars"]) == written.keys() >= {"loss", "knn_top1", "effective_rank", "linear_top1"}
+    for key, points in written.items():
+        assert [(event.step, event.value) for event in events.Scalars(key)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in points
+        ]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in that keeps what it is given, by run id, and drops steps before the last one, as the real one does."""
+    module, module.runs, module.starts, module.finished = ModuleType("wandb"), {}, [], 0
+    module.__spec__ = ModuleSpec("wandb", None)
+
+    class Run:
+        def __init__(self, id):
+            self.history = module.runs.setdefault(id, {})
+
+        def log(self, record, step):
+            if step >= max(self.history, default=0):
+                self.history.setdefault(step, {}).update(record)
+
+        def finish(self):
+            module.finished += 1
+
+    def init(**options):
+        module.starts.append(options)
+        return Run(options["id"])
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_goes_on_there(tmp_path, wandb):
+    (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
+    for step, first in ((0, 0), (2, 0), (2, 1)):  # begun; gone on where it was killed; and from its checkpoint again
+        with Metrics(tmp_path, 4, step, wandb=True) as records:
+            for record in RECORDS[first:]:
+                records.write(record)
+    assert len({start["id"] for start in wandb.starts}) == 1 and {start["resume"] for start in wandb.starts} == {"allow"}
+    start = wandb.starts[0]
+    assert (start["project"], start["name"], start["config"]) == ("rsa-fast", tmp_path.name, {"beta_base": 0.3})
+    assert wandb.runs[start["id"]] == {2: {"loss": 1.5, "wait_pct": 3.25}, 4: {"loss": 0.75, "epoch": 1}}
+    assert wandb.finished == 3
+
+
+def test_weights_and_biases_offline_leaves_its_run_in_the_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install rsa-fast[wandb]")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
+    with Metrics(tmp_path, 4, 0, wandb=True) as records:
+        for record in RECORDS:
+            records.write(record)
+    (left,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert left.name.endswith((tmp_path / "wandb" / "run-id").read_text())
+
+
+def test_weights_and_biases_that_are_missing_are_named_before_the_first_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'rsa-fast\[wandb\]'"):
+        train(tiny(wandb=True), folder, tmp_path / "run")
+
+
+def test_a_run_that_is_replaced_leaves_no_records_behind(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
+    with Metrics(tmp_path, 4, 0) as records:
+        records.write(RECORDS[0])
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-id").write_text("old")
+    (tmp_path / "report.html").write_text("old")
+    engine.prepare_folder(tmp_path, resume=False, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
+    with Metrics(tmp_path, 4, 0) as records:
+        for record in RECORDS:
+            records.write(record)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 2/4  loss 1.5  wait_pct 3.25",
+        "step 4/4  loss 0.75",
+        "step 4/4  epoch 1",
+    ]
+    assert read_metrics(tmp_path) == RECORDS
+
+
+def test_on_a_terminal_a_bar_shows_the_eta_and_the_latest_numbers(tmp_path, monkeypatch):
+    """40 of 100 steps, the last 20 of which took a minute: three minutes are left."""
+    clock, shown = [0.0], io.StringIO()
+    terminal = partial(Console, file=shown, force_terminal=True, width=160, get_time=lambda: clock[0], color_system=None)
+    monkeypatch.setattr(metrics, "Console", lambda stderr: terminal())
+    with Metrics(tmp_path, 100, 0) as records:
+        records.write({"step": 0, "epoch": 0, "knn_top1": 12.34})
+        for step in (20, 40):
+            clock[0] += 60
+            records.write({"step": step, "loss": 1.23456, "images_per_s": 1234.5, "wait_pct": 0.56})
+    last = shown.getvalue().split("\n")[-2]
+    assert "40/100" in last and "ETA 0:03:00" in last
+    assert "1,234 images/s  wait 0.6%  loss 1.235  kNN 12.3%" in last
+
+
+def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "rank", lambda: 1)
+    with Metrics(tmp_path, 4, 0) as records:
+        records.write(RECORDS[0])
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"step": 3, "lo')
+    assert read_metrics(tmp_path) == RECORDS[:1]
