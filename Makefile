@@ -16,16 +16,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh
 demo: setup ## train RSA and BYOL on generated images, evaluate both, draw curves and views (under 8 minutes)
 	$(BIN)/python -m tools.demo --out runs/demo
 
-test: setup ## the whole fast suite (under 5 minutes on 2 cores)
-	$(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test: setup ## the whole fast suite
+	$(PYTEST)
 
 test-faults: setup ## inject faults: kills, signals, full disks, silent ranks (under 10 minutes)
-	$(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
 
 check: setup ## lint, format check and the tests: what must pass before a commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup ## speed of the views and of the training step, as ratios
 	$(BIN)/python -m tools.bench views

@@ -8,7 +8,7 @@ apt_packages="libopencv-dev libturbojpeg0-dev pkg-config"
 python=${PYTHON:-python3.11}
 command -v "$python" >/dev/null || { echo "setup: no $python found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11 setup"; exit 1; }
 "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali-cu12,detection,export,dev]'
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali-cu12,detection,export,tensorboard,dev]'
 
 have_headers() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
