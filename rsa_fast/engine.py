@@ -83,8 +83,10 @@ def build_run(recipe: Recipe, count: int) -> Run:
     optimizer = build_optimizer(recipe, method, plan.peak_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     forward: nn.Module = method
-    if world_size() > 1:  # buffers are not broadcast: each rank has its own statistics, and all the same queue
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
+    if world_size() > 1:
+        # Buffers are not broadcast: each rank has its own statistics, and all the same queue. The graph is not declared static:
+        # DDP would look for tensors in what forward returns, find none in a Loss, and never reduce a gradient.
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         forward = DistributedDataParallel(method, [device] if device.type == "cuda" else None, **options)
     return Run(recipe, plan, method, forward, optimizer, scaler, device, dtype)
 

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.files import write_whole
 from rsa_fast.distributed import rank
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
@@ -41,6 +42,7 @@ class Metrics:
 
     def __init__(self, folder: Path, total_steps: int, step: int, wandb: bool = False) -> None:
         self.start = folder, total_steps, step
+        self.written: list[set[str]] = []
         self.sinks: list[Sink] = [JsonLines(), Screen()]
         if find_spec("tensorboard"):
             self.sinks.append(TensorBoard())
@@ -50,6 +52,9 @@ class Metrics:
             self.sinks = []
 
     def __enter__(self) -> Metrics:
+        folder, _, step = self.start
+        if (folder / "metrics.jsonl").is_file():
+            self.written = [set(record) for record in read_metrics(folder) if record["step"] == step]
         for sink in self.sinks:
             sink.open(*self.start)
         return self
@@ -59,6 +64,8 @@ class Metrics:
             sink.close()
 
     def write(self, record: dict[str, Any]) -> None:
+        if record["step"] == self.start[2] and set(record) in self.written:
+            return  # scored after the checkpoint that a resumed run starts from, and now again
         for sink in self.sinks:
             sink.write(record)
 
@@ -74,7 +81,7 @@ class JsonLines:
         path = folder / "metrics.jsonl"
         if path.is_file():
             kept = [record for record in read_metrics(folder) if record["step"] <= step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(path, lambda file: file.writelines(json.dumps(record).encode() + b"\n" for record in kept))
         self.file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

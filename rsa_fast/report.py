@@ -161,7 +161,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
             label = " ".join([run.name] * (len(runs) > 1) + [key] * (len(panel.keys) > 1))
             if x:
                 axes.plot(x, y, STYLES[k], color=f"C{i if len(runs) > 1 else k}", marker="." if len(x) < 3 else "", label=label)
-    decorate(axes, panel.title, panel.x, legend=len(axes.lines) > 1)
+    decorate(axes, panel.title, panel.x, legend="best" if len(axes.lines) > 1 else "")
 
 
 def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
@@ -171,10 +171,11 @@ def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
     axes.pcolormesh(edges, np.linspace(0, 1, len(share) + 1), share, cmap="magma", rasterized=True)
     axes.set_ylim(bottom=share.any(1).argmax() / len(share))
     axes.plot(*series(run.records, "epoch", "other_image_cosine"), "--c", label="mean of two different images")
-    decorate(axes, f"cosine of weak and aggressive view{of}", "epoch", legend=True)
+    decorate(axes, f"cosine of weak and aggressive view{of}", "epoch", legend="lower left")
 
 
-def decorate(axes: Axes, title: str, x: str, legend: bool) -> None:
+def decorate(axes: Axes, title: str, x: str, legend: str) -> None:
+    """`legend` is its place, or empty for none."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
@@ -182,7 +183,7 @@ def decorate(axes: Axes, title: str, x: str, legend: bool) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     if legend:
-        axes.legend(fontsize=7)
+        axes.legend(loc=legend, fontsize=7)
 
 
 def svg(figure: Figure) -> str:
