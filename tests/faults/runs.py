@@ -1,0 +1,139 @@
+"""Runs of `rsa-fast train` in processes of their own, small enough to take seconds, for a test to hit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from rsa_fast import checkpoint
+
+EPOCH_STEPS = 5  # of 40 images in batches of 8
+SETTINGS = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32", "base_lr=0.5"]
+SETTINGS += ["knn_every_epochs=0", f"log_every_steps={EPOCH_STEPS}"]
+PATIENCE_S = 240  # for what takes ten seconds on an idle machine
+
+# Python and torch are imported once and each run forks from there: a start takes a tenth of a second.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.engine"])
+
+
+def arguments(data: Path, out: Path, *options: object) -> list[str]:
+    sets = [part for setting in SETTINGS for part in ("--set", setting)]
+    names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8", "--device", "cpu"][:-2]
+    return ["train", *names, "--data", str(data), "--out", str(out), *sets, *map(str, options)]
+
+
+def fork(data: Path, out: Path, *options: object) -> multiprocessing.Process:
+    process = FORKS.Process(target=main, args=(arguments(data, out, *options),))
+    process.start()
+    return process
+
+
+def main(command: list[str]) -> None:
+    from rsa_fast.cli import main
+
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    main(command)
+
+
+def finish(data: Path, out: Path, *options: object) -> None:
+    """Run to the end."""
+    process = fork(data, out, *options)
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0
+
+
+class Job:
+    """`python -m rsa_fast train`, with what it says on stderr; a context manager that leaves no process behind."""
+
+    def __init__(self, data: Path, out: Path, *options: object, prefix: tuple[str, ...] = (), **env: str) -> None:
+        self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
+        command = [*prefix, sys.executable, "-m", "rsa_fast", *arguments(data, out, *options)]
+        settings = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        with open(self.log.name, "w") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=settings)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in [*self.ranks(), self.process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+    @property
+    def said(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Until `text` stands on stderr so many times."""
+        until(lambda: self.said.count(text) >= times or self.process.poll() is not None)
+        assert self.said.count(text) >= times, self.said
+
+    def end(self) -> int:
+        """The exit code, once it has one."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {PATIENCE_S} s:\n{self.said}") from None
+
+    def ranks(self) -> list[int]:
+        """The process ids of a launcher's ranks."""
+        found = {}
+        for pid in children(self.process.pid):
+            with suppress(OSError):
+                variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+                found |= {int(line[5:]): pid for line in variables if line.startswith("RANK=")}
+        return [found[rank] for rank in sorted(found)]
+
+
+def children(pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        yield from map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def until(true, patience_s: float = PATIENCE_S) -> None:
+    end = time.monotonic() + patience_s
+    while not true() and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+def newest(out: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    found = checkpoint.listed(out / "checkpoints")
+    return int(found[-1].stem.removeprefix("step_")) if found else 0
+
+
+def state(out: Path) -> dict:
+    return checkpoint.load_latest(out / "checkpoints")
+
+
+def losses(out: Path) -> dict[int, float]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, target, momenta and step bit for bit."""
+    first, second = state(one), state(other)
+    assert first["step"] == second["step"]
+    assert first["method"].keys() == second["method"].keys()
+    assert all(torch.equal(first["method"][key], second["method"][key]) for key in first["method"])
+    momenta = [[entry["momentum_buffer"] for entry in s["optimizer"]["state"].values()] for s in (first, second)]
+    assert momenta[0] and all(map(torch.equal, *momenta))

@@ -1,0 +1,108 @@
+"""Runs that must not go on: a loss that is no number, a recipe or dataset that changed, a folder that holds something else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import partial
+
+import pytest
+import torch
+from conftest import write_folder
+
+from pipelines import Order
+from rsa_fast import checkpoint, schedules
+from rsa_fast.engine import train
+from rsa_fast.metrics import read_metrics
+from rsa_fast.recipes import Recipe, build_recipe
+
+TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 100, "knn_every_epochs": 0}
+
+
+def tiny(**overrides) -> Recipe:
+    return build_recipe("cifar10", "rsa", overrides={**TINY, **overrides})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 images, without a test split: 5 steps an epoch and no evaluation."""
+    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
+
+
+def saved(out) -> list[int]:
+    return [checkpoint.load(path)["step"] for path in checkpoint.listed(out / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    ("explodes_at", "step", "fault"),
+    [
+        (6, 7, "the loss of step 7 is not finite"),
+        (9, 9, "the weights or statistics after step 9 are not finite"),  # the last before the checkpoint of step 10
+    ],
+)
+def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batch(
+    data, tmp_path, monkeypatch, explodes_at, step, fault
+):
+    rate = schedules.learning_rate
+    monkeypatch.setattr(schedules, "learning_rate", lambda now, *plan: math.inf if now == explodes_at else rate(now, *plan))
+    good = tmp_path / "checkpoints" / "step_00000005.pt"
+    with pytest.raises(FloatingPointError, match=f"{fault}: lower the learning rate .*Last good checkpoint: {good}"):
+        train(tiny(), data, tmp_path)
+    assert saved(tmp_path) == [5]
+    assert all(x.isfinite().all() for x in checkpoint.load(good)["method"].values())
+    found = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert (found["step"], found["epoch"], found["checkpoint"]) == (step, 1, str(good))
+    assert found["sample_ids"] == Order(40, 8, tiny().seed).ids(1, step - 5).tolist()
+
+
+def test_fp16_that_overflows_in_every_step_stops_after_max_skips(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**120))
+    with pytest.raises(FloatingPointError, match=r"fp16 overflowed in 4 steps in a row, up to step 3: .*checkpoint: None"):
+        train(tiny(precision="fp16", max_skips=3, log_every_steps=2), data, tmp_path)
+    found = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert found["sample_ids"] == Order(40, 8, tiny().seed).ids(0, 3).tolist()
+    assert [record["skipped_steps"] for record in read_metrics(tmp_path)] == [2]
+
+
+def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrides(data, tmp_path, capsys):
+    train(tiny(), data, tmp_path / "run", stop_at_step=4)
+    others = write_folder(tmp_path / "others", {"train": 21})
+    changed = tiny(beta_base=0.4, tau_base=0.9, threads=1)
+    rows = "  tau_base: 0.99 in the checkpoint, 0.9 now\n  beta_base: 0.3 in the checkpoint, 0.4 now\n"
+    rows += "  the training images are not the ones this run was started with"
+    with pytest.raises(ValueError, match=re.escape("--force goes on all the same:\n" + rows)):
+        train(changed, others, tmp_path / "run", resume=True)
+    assert saved(tmp_path / "run") == [4]
+    train(changed, others, tmp_path / "run", resume=True, force=True)
+    assert "going on with another run's checkpoint:\n" + rows in capsys.readouterr().err
+    assert saved(tmp_path / "run")[-1] == 15
+
+
+def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_path, capsys):
+    train(tiny(epochs=1, seed=1), data, tmp_path / "first")
+    (weights,) = checkpoint.listed(tmp_path / "first" / "checkpoints")
+    (tmp_path / "run").mkdir()
+    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights, stop_at_step=5)
+    assert "has no checkpoint yet: starting at step 0" in capsys.readouterr().err
+    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights)  # the same command: not from there again
+    train(tiny(), data, tmp_path / "plain", init_from=weights)
+    one, other = (checkpoint.load_latest(tmp_path / name / "checkpoints")["method"] for name in ("run", "plain"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resuming_in_no_folder_or_one_that_holds_no_run_is_refused(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        train(tiny(), data, tmp_path / "mistyped", resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "summer.jpg").write_bytes(b"")
+    with pytest.raises(FileExistsError, match=r"photos holds no run but summer\.jpg"):
+        train(tiny(), data, tmp_path / "photos", resume=True)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["summer.jpg"]
+
+
+def test_a_run_stopped_between_epochs_is_evaluated_there_once_it_is_resumed(folder, tmp_path):
+    train(tiny(epochs=2, knn_every_epochs=1), folder, tmp_path, stop_at_step=5)
+    train(tiny(epochs=2, knn_every_epochs=1), folder, tmp_path, resume=True)
+    assert [record["epoch"] for record in read_metrics(tmp_path) if "knn_top1" in record] == [0, 1, 2]

@@ -1,0 +1,239 @@
+"""Runs that are killed, stopped, starved and cut off, each in processes of its own, against one that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_folder
+
+from rsa_fast import checkpoint
+from runs import EPOCH_STEPS, Job, assert_same_run, finish, fork, losses, newest, state, until
+
+LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
+STOPPED = 75
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """40 images of 20 px without a test split: a run ends without an evaluation."""
+    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The run of one process, left alone."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finish(data, out, "--epochs", LONG)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole_2(data, tmp_path_factory) -> Path:
+    """The run of two ranks, left alone."""
+    out = tmp_path_factory.mktemp("whole_2") / "run"
+    with Job(data, out, "--epochs", SHORT, "--nproc", 2) as job:
+        assert job.end() == 0, job.said
+    return out
+
+
+def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, whole, tmp_path):
+    moments, reached = random.Random(0), []
+    for _ in range(20):
+        run = fork(data, tmp_path, "--epochs", LONG, "--resume")
+        mark = newest(tmp_path) + EPOCH_STEPS * moments.choice([0, 1, 1])  # 0: killed while it starts
+        until(lambda run=run, mark=mark: newest(tmp_path) >= mark or run.exitcode is not None)
+        time.sleep(moments.uniform(0, 0.15))
+        run.kill()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
+        reached.append(newest(tmp_path))
+    assert len(set(reached)) > 8  # kills at different places
+    finish(data, tmp_path, "--epochs", LONG, "--resume")
+    assert_same_run(whole, tmp_path)
+    assert losses(whole) == losses(tmp_path)  # recorded at the checkpoints' steps
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, whole, tmp_path, number):
+    with Job(data, tmp_path, "--epochs", LONG) as job:
+        job.wait_for("step 10/")
+        job.process.send_signal(number)
+        assert job.end() == STOPPED, job.said
+        assert f"{number.name}: stopped after step {newest(tmp_path)}, which is saved; go on with --resume" in job.said
+    finish(data, tmp_path, "--epochs", LONG, "--resume")
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["native", "torchvision"])  # threads and processes of the loader
+def test_a_signal_to_the_whole_process_group_is_one_to_the_run(data, tmp_path, backend):
+    with Job(data, tmp_path, "--epochs", LONG, "--backend", backend, prefix=("setsid",)) as job:
+        job.wait_for("step 5/")
+        os.killpg(job.process.pid, signal.SIGTERM)
+        assert job.end() == STOPPED, job.said
+
+
+def test_signals_to_the_launcher_stop_all_ranks_at_one_step(data, whole_2, tmp_path):
+    out = tmp_path / "run"
+    for number in SIGNALS:
+        step = newest(out)
+        with Job(data, out, "--epochs", SHORT, "--nproc", 2, *(["--resume"] if step else [])) as job:
+            until(lambda step=step: newest(out) > step)
+            job.process.send_signal(number)
+            assert job.end() == STOPPED, job.said
+            assert job.said.count(f"{number.name}: stopped after step {newest(out)}, which is saved") == 2
+    with Job(data, out, "--epochs", SHORT, "--nproc", 2, "--resume") as job:
+        assert job.end() == 0, job.said
+    assert_same_run(whole_2, out)
+
+
+def test_ranks_that_are_killed_come_back_and_end_as_if_never_killed(data, whole_2, tmp_path):
+    out = tmp_path / "run"
+    with Job(data, out, "--epochs", SHORT, "--nproc", 2, "--max-restarts", 2) as job:
+        for rank in (1, 0):
+            step = newest(out)
+            until(lambda step=step: newest(out) > step)
+            os.kill(job.ranks()[rank], signal.SIGKILL)
+            job.wait_for(f"rank {rank} is silent, it was" if rank else "rank 0, or its machine, does not answer")
+        assert job.end() == 0, job.said
+    assert_same_run(whole_2, out)
+
+
+def test_ranks_without_their_launcher_save_and_end(data, tmp_path):
+    out = tmp_path / "run"
+    with Job(data, out, "--epochs", 1000, "--nproc", 2) as job:
+        until(lambda: newest(out) > 0)
+        ranks = job.ranks()
+        job.process.kill()
+        until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+        assert f"SIGTERM: stopped after step {newest(out)}, which is saved" in job.said
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_path):
+    settings = ("--epochs", SHORT, "--set", "bn=sync")
+    finish(data, tmp_path / "one", *settings)
+    out = tmp_path / "run"
+    with Job(data, out, *settings, "--nproc", 4) as job:
+        until(lambda: newest(out) > 0)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == STOPPED, job.said
+    with Job(data, out, *settings, "--nproc", 2, "--resume") as job:
+        job.wait_for("4 ranks wrote this checkpoint, 2 go on: the same global batches, 4 images on each")
+        job.wait_for(f"step {newest(out) // EPOCH_STEPS * EPOCH_STEPS + 2 * EPOCH_STEPS}/")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == STOPPED, job.said
+    with Job(data, out, *settings, "--resume") as job:
+        job.wait_for("2 ranks wrote this checkpoint, 1 go on: the same global batches, 8 images on each")
+        assert job.end() == 0, job.said
+    one, several = losses(tmp_path / "one"), losses(out)
+    for step in range(2 * EPOCH_STEPS, EPOCH_STEPS * SHORT + 1, EPOCH_STEPS):
+        if not {step - i for i in range(1, EPOCH_STEPS)} & several.keys():  # the mean of the same steps
+            assert several[step] == pytest.approx(one[step], abs=1e-4)
+    weights = [state(place)["method"] for place in (tmp_path / "one", out)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+@contextmanager
+def two_hosts():
+    """Two network namespaces joined by a cable; yields their names and the first one's address."""
+    names = [f"rsa-fast-{os.getpid()}-{host}" for host in "ab"]
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no network namespaces: ip {' '.join(words)}: {done.stderr.strip()}")
+
+    if not shutil.which("ip"):
+        pytest.skip("no network namespaces: the command ip (iproute2) is missing")
+    with ExitStack() as after:
+        for name in names:
+            ip("netns", "add", name)
+            after.callback(subprocess.run, ["ip", "netns", "del", name])
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for host, name in enumerate(names, start=1):
+            ip("-n", name, "address", "add", f"10.77.0.{host}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+        yield names, "10.77.0.1"
+
+
+def test_two_hosts_on_a_network_agree_with_one(data, whole_2, tmp_path):
+    out = tmp_path / "run"
+    with two_hosts() as (names, address), ExitStack() as jobs:
+        meet = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": "29500"}
+        meet["GLOO_SOCKET_IFNAME"] = "cable"
+        ranks = [
+            jobs.enter_context(Job(data, out, "--epochs", SHORT, prefix=("ip", "netns", "exec", name), RANK=str(rank), **meet))
+            for rank, name in enumerate(names)
+        ]
+        assert [rank.end() for rank in ranks] == [0, 0], "\n".join(rank.said for rank in ranks)
+    assert_same_run(whole_2, out)
+
+
+def test_a_rank_that_stops_answering_ends_the_job_and_is_named(data, tmp_path):
+    with ExitStack() as jobs:
+        started = [
+            jobs.enter_context(Job(data, tmp_path / str(rank), "--epochs", 1000, "--nproc", 2, "--set", "timeout_s=15"))
+            for rank in (0, 1)
+        ]
+        for rank, job in enumerate(started):
+            until(lambda rank=rank: newest(tmp_path / str(rank)) > 0)
+            os.kill(job.ranks()[rank], signal.SIGSTOP)
+        for job, verdict in zip(started, ("rank 0, or its machine, does not answer", "rank 1 is silent, it was"), strict=True):
+            assert job.end() not in (0, STOPPED)
+            assert f"Error: {verdict}" in job.said and "Traceback" not in job.said, job.said
+
+
+@contextmanager
+def disk(place: Path, *options: str):
+    """A disk in memory; yields a function that mounts it again with other options."""
+
+    def mount(*options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted: {done.stderr.strip()}")
+
+    place.mkdir()
+    mount(*options)
+    try:
+        yield lambda *options: mount("remount", *options)
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(data, whole, tmp_path):
+    place = tmp_path / "disk"
+    size = checkpoint.listed(whole / "checkpoints")[-1].stat().st_size
+    with disk(place, f"size={int(2.5 * size)}") as mount_again:
+        out = place / "run"
+        with Job(data, out, "--epochs", LONG) as job:
+            assert job.end() == 1
+            last = job.said.splitlines()[-1]
+            assert last.startswith(f"Error: {out}/checkpoints/step_000000") and "No space left on device" in last, job.said
+            assert "go on with --resume; the checkpoints before it are untouched" in last
+        assert newest(out) == state(out)["step"] > 0
+        mount_again(f"size={100 * size}")
+        finish(data, out, "--epochs", LONG, "--resume")
+        assert_same_run(whole, out)
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_training(data, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with disk(tmp_path / "disk") as mount_again:
+        mount_again("ro")
+        for out, fault in ((tmp_path / "disk" / "run", "Read-only file system"), (file / "run", "Not a directory")):
+            with Job(data, out, "--epochs", LONG) as job:
+                assert job.end() == 1
+                assert fault in job.said and str(out) in job.said, job.said
+                assert "Traceback" not in job.said and "step 5/" not in job.said
