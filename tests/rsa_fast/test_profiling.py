@@ -305,6 +305,7 @@ def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(folde
     monkeypatch.setattr(tuning, "train_step", lambda run, batch: None)
     result = tune(tiny("rsa", aggressive_on="host"), folder, tmp_path / "tuned.yaml", budget_s=20)
     fastest = {"backend": "native", "threads": 1, "prefetch_batches": 4, "aggressive_on": "device", "decode_on": "gpu"}
+    fastest |= {"on_bad_image": "stop"}  # the recipe's own
     assert result["settings"] == fastest and result["over_own"] == pytest.approx(5)
     assert result["images_per_s"] == pytest.approx(8000) and 5 < result["tried"] < result["candidates"]
     assert clock.now < 25
