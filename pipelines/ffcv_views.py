@@ -23,6 +23,9 @@ from pipelines.views import Batch
 
 INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 torch_threads = torch.get_num_threads()
+# Importing ffcv starts numba's threads, which nothing here uses. TBB's would keep a process that has forked from ending where
+# it has one core.
+numba.config.THREADING_LAYER = "workqueue"
 try:
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.libffcv import imdecode

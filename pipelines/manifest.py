@@ -77,7 +77,7 @@ class Manifest:
     labels: np.ndarray
     sizes: np.ndarray
     fingerprint: str  # of names, labels, bytes and sizes; the same wherever the data lies
-    paths: Sequence[str] = ()  # relative to the data folder; empty for binary files
+    paths: Paths | tuple[()] = ()  # relative to the data folder; empty for binary files
 
     def __post_init__(self) -> None:
         count, sizes = self.labels.size, self.sizes
@@ -89,7 +89,8 @@ class Manifest:
             first = int(bad.argmax())
             name = self.paths[first] if self.paths else first
             raise ValueError(f"image {name} is {sizes[first].tolist()} px: images of 1 to {MAX_PIXELS:,} pixels are read")
-        if self.paths and any(part in b"/%b/" % self.paths.text.replace(b"\0", b"/") for part in (b"//", b"/../")):
+        parts = b"/%b/" % self.paths.text.replace(b"\0", b"/") if self.paths else b""
+        if b"//" in parts or b"/../" in parts:
             outside = next(path for path in self.paths if {"", ".."} & set(path.split("/")))
             raise ValueError(f"path {outside!r}: only images below the data folder are read")
 

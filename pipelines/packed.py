@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.manifest import MAX_PIXELS, Manifest
+from pipelines.manifest import Manifest
 from pipelines.sources import Source, to_rgb
 
 VERSION = 1  # of the description written beside a packed split
-MAX_CLASSES = 2**16  # a label beyond it is damage, and would be a list of names as long
 ENTRY = np.dtype(
     [
         ("file", "<i4"),  # index into the files
@@ -37,23 +36,15 @@ ENTRY = np.dtype(
 class Packed:
     """The images of one split: `entries` `(N,)` of `ENTRY` into `files`, each opened once and read by position.
 
-    Raises ValueError naming a file that ends before its last image, and for entries that no writer makes: outside of their
-    file, one on another, of no or too many pixels. FileNotFoundError for a missing file.
+    Raises ValueError naming a file that ends before its last image, and for entries outside of their file or one on
+    another; FileNotFoundError for a missing file.
     """
 
     def __init__(self, files: Sequence[Path], entries: np.ndarray) -> None:
         self.paths, self.entries = tuple(files), entries
-        file, start, size, label = (entries[name] for name in ("file", "offset", "size", "label"))
-        sides = np.stack([entries["height"], entries["width"]]).astype(np.int64)
-        refused = {
-            "lies outside its file": (file < 0) | (file >= len(files)) | (start < 0) | (size < 1),
-            f"is not of 1 to {MAX_PIXELS:,} pixels": (sides < 1).any(0) | (sides.prod(0) > MAX_PIXELS),
-            "has other than 3 bytes per pixel": entries["raw"] & (size != 3 * sides.prod(0)),
-            f"has a label beyond -1 to {MAX_CLASSES:,}": (label < -1) | (label > MAX_CLASSES),
-        }
-        for fault, where in refused.items():
-            if where.any():
-                raise ValueError(f"image {where.argmax()} {fault}: the table is damaged, convert the data again")
+        file, start, size = entries["file"], entries["offset"], entries["size"]
+        if (outside := (file < 0) | (file >= len(files)) | (start < 0) | (size < 1)).any():
+            raise ValueError(f"image {outside.argmax()} lies outside its file: the table is damaged, convert the data again")
         self.files = [path.open("rb", buffering=0) for path in files]
         lengths = np.array([os.fstat(opened.fileno()).st_size for opened in self.files], np.int64)
         if (beyond := np.flatnonzero(size > lengths[file] - start)).size:
@@ -109,7 +100,7 @@ class Packed:
         try:
             manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
         except ValueError as error:
-            raise ValueError(f"{self.paths[0]} and the description beside it disagree: {error}. Convert again") from error
+            raise ValueError(f"{self.paths[0]} and what is beside it: {error}. Convert the data again") from error
         return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
 
 

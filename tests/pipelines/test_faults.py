@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -313,6 +315,12 @@ def test_a_beton_replaced_before_ffcv_opens_it_is_refused(tmp_path):
     (tmp_path / "other").replace(source.beton)
     with pytest.raises(ValueError, match=r"train\.beton was replaced while it was opened: start again"):
         open_loader(source, "ffcv")
+
+
+@FFCV
+def test_a_process_that_used_ffcv_and_forked_ends_on_one_core():
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from pipelines import ffcv_views\n"
+    subprocess.run([sys.executable, "-c", code + "os.fork() or os._exit(0); os.wait()"], timeout=60, check=True)
 
 
 def test_a_member_s_name_in_a_shard_leads_nowhere(tmp_path):

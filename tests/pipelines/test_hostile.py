@@ -30,7 +30,7 @@ quick = settings(deadline=None, max_examples=150, suppress_health_check=list(Hea
 
 
 @contextmanager
-def little_memory(megabytes: float = 4):
+def little_memory(megabytes: float = 8):
     tracemalloc.start()
     try:
         yield
@@ -259,11 +259,15 @@ BETON_FAULTS = {
     "size": (lambda h, f, m, a: a["size"].__setitem__(2, 2**63 - 1), "is truncated"),
     "negative size": (lambda h, f, m, a: a["size"].__setitem__(2, 2**63), "image 2 lies outside its file"),
     "one on another": (lambda h, f, m, a: move(m, a, int(a["ptr"][4]) + 1), "images 2 and 4 lie on one another"),
-    "mode": (lambda h, f, m, a: m["image"]["mode"].__setitem__(2, 7), r"image modes \[0, 7\]"),
-    "raw": (lambda h, f, m, a: m["image"]["mode"].__setitem__(2, 1), "image 2 has other than 3 bytes per pixel"),
-    "empty": (lambda h, f, m, a: m["image"]["height"].__setitem__(2, 0), "image 2 is not of 1 to 178,956,970 pixels"),
-    "bomb": (lambda h, f, m, a: m["image"].__setitem__(2, (0, 65535, 65535, m["image"]["data_ptr"][2])), "image 2 is not of 1"),
-    "label": (lambda h, f, m, a: m["label"].__setitem__(2, 2**62), "image 2 has a label beyond -1 to 65,536"),
+    "empty": (
+        lambda h, f, m, a: m["image"]["height"].__setitem__(2, 0),
+        r"image 2 is \[0, 20\] px: images of 1 to",
+    ),
+    "bomb": (
+        lambda h, f, m, a: m["image"][["width", "height"]].__setitem__(2, (65535, 65535)),
+        r"image 2 is \[65535, 65535\] px",
+    ),
+    "label": (lambda h, f, m, a: m["label"].__setitem__(2, 2**62), "labels up to 4611686018427387904 of 65536 classes"),
 }
 
 
@@ -277,7 +281,7 @@ def test_a_beton_whose_tables_lead_elsewhere_is_refused(tmp_path, fault):
     change, message = BETON_FAULTS[fault]
     change(*tables(content))
     (tmp_path / "train.beton").write_bytes(content)
-    with little_memory(), pytest.raises(ValueError, match=rf"cannot read .*train\.beton as FFCV's format: .*{message}"):
+    with little_memory(), pytest.raises(ValueError, match=rf"train\.beton .*{message}"):
         beton_source(tmp_path / "train.beton")
 
 
@@ -307,7 +311,7 @@ def test_any_bytes_are_a_beton_or_refused(betons, form, data):
     changes = st.dictionaries(where, st.integers(0, 255), max_size=4)
     cut = st.just(len(content)) | st.integers(0, len(content))
     (betons / "any.beton").write_bytes(mutated(content, data.draw(st.tuples(changes, cut))))
-    with little_memory(10):  # names of up to 2**16 classes
+    with little_memory():
         try:
             source = beton_source(betons / "any.beton")
         except ValueError as error:
@@ -359,9 +363,9 @@ INDEX_FAULTS = [
     ("size", 2**62, r"shard-000000\.tar is truncated"),
     ("size", 10**4, "images 2 and 3 lie on one another"),
     ("shard", -1, "image 2 lies outside its file"),
-    ("height", 0, "image 2 is not of 1 to"),
-    ("width", 2**31 - 1, "image 2 is not of 1 to"),
-    ("label", 2**40, "image 2 has a label beyond"),
+    ("height", 0, r"image 2 is \[0, 20\] px"),
+    ("width", 2**31 - 1, r"image 2 is \[20, 2147483647\] px"),
+    ("label", 2**40, "labels up to 1099511627776 of 3 classes"),
     ("label", 3, "labels up to 3 of 3 classes"),
     ("shard", 2**31 - 1, "2147483648 shards of 6 images"),
 ]
