@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import click
 
@@ -13,20 +16,93 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
+# The names of the tables in other modules, which import torch: help and the shell's completion are quick without.
+DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet1k", "imagenet1k-100ep", "demo")
+METHODS = ("rsa", "byol", "simsiam", "simsiam-rsa", "simclr", "moco", "ressl", "supervised")
+ABLATIONS = ("aa", "aw", "ma-fixed", "ma-decay")
+BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
+FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export")
+GPUS = ("v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "rtx-3090", "rtx-4090")
+
+
+class Name(click.Choice):
+    """One of a few names, which the shell completes; of another the nearest is said."""
+
+    def __init__(self, noun: str, *names: str) -> None:
+        super().__init__(names)
+        self.name = noun
+
+    def convert(self, value, param, ctx):
+        if value not in self.choices:
+            from rsa_fast.recipes import nearest
+
+            raise ValueError(f"no {self.name} {value!r}{nearest(value, self.choices)}: choose from {', '.join(self.choices)}")
+        return value
+
+
+class Command(click.Command):
+    """Shows its options in the sections that `section` put them in."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def section(title: str, *options: Callable) -> Callable:
+    """Gives a command these of click's options, under a title in its help."""
+
+    def add(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+            function.__click_params__[-1].section = title
+        return function
+
+    return add
+
 
 class Group(click.Group):
-    """Turns errors about input into one line without a traceback; exit code 1."""
+    """Errors are said without a traceback, exit code 1; that of an error nobody foresaw is kept in a file."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, FloatingPointError) as error:
-            if ctx.params.get("debug"):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own
+        except Exception as error:
+            if ctx.params["debug"]:
                 raise
-            raise click.ClickException(str(error)) from error
+            if isinstance(error, ValueError | OSError | FloatingPointError):
+                raise click.ClickException(str(error)) from error
+            with NamedTemporaryFile("w", prefix="rsa-fast-", suffix=".txt", delete=False) as file:
+                traceback.print_exc(file=file)
+            kept = f"The traceback is in {file.name}; rsa-fast --debug prints it."
+            raise click.ClickException(f"{type(error).__name__}: {error}\nNobody foresaw this. {kept}") from error
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+DATA = click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
+OUT = click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
+DATASET = click.option("--dataset", type=Name("dataset", *DATASETS), metavar="NAME", help=f"Row: {', '.join(DATASETS)}.")
+METHOD = click.option("--method", type=Name("method", *METHODS), metavar="NAME", help=f"{', '.join(METHODS)}.")
+CONFIG = click.option("--config", type=FILE, help="YAML of recipe fields, such as a run's recipe.yaml.")
+SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+EPOCHS = click.option("--epochs", type=int, help="Override the recipe's epochs.")
+BATCH_SIZE = click.option("--batch-size", type=int, help="Override the recipe's global batch size.")
+BACKEND = click.option("--backend", type=Name("backend", *BACKENDS), metavar="NAME", help=f"{', '.join(BACKENDS)}.")
+JSON = click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog='Completion: eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)"; zsh_source or fish_source in other shells.',
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="rsa-fast")
 def main(debug: bool) -> None:
@@ -34,31 +110,45 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@click.option("--dataset", default=None, help="Recipe row: cifar10, cifar100, stl10, tinyimagenet, imagenet100, imagenet1k.")
-@click.option("--method", default=None, help="rsa, byol, simsiam, simsiam-rsa, simclr, moco, ressl or supervised.")
-@click.option("--ablation", default=None, help="A row of the paper's Table 1 instead: aa, aw, ma-fixed or ma-decay.")
-@click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
-@click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
-@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
-@click.option("--epochs", type=int, default=None, help="Override the recipe's epochs.")
-@click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
-@click.option("--backend", default=None, help="auto, resident, native or torchvision.")
-@click.option("--seed", type=int, default=None, help="Seed of initialisation, order and views.")
-@click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), default=None, help="Unreadable since the start (stop).")
-@click.option("--gpus", type=click.IntRange(1), default=None, help="GPUs of this machine, one process each.")
-@click.option("--nproc", type=click.IntRange(1), default=None, help="Processes on the CPU instead.")
-@click.option("--max-restarts", type=click.IntRange(0), default=0, help="With --gpus or --nproc: when a process dies.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly; start where it has none.")
-@click.option("--force", is_flag=True, help="Resume although recipe or data differ; says in what.")
-@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--init-from", type=FILE, default=None, help="Start, where nothing is resumed, from another run's weights.")
-@click.option("--wandb", is_flag=True, default=None, help="Records go to Weights & Biases too; WANDB_MODE=offline: later.")
-@click.option("--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop.")
+@section(
+    "Recipe",
+    DATASET,
+    METHOD,
+    click.option("--ablation", type=Name("ablation", *ABLATIONS), help="A row of the paper's Table 1 instead of a method."),
+    CONFIG,
+    SET,
+    EPOCHS,
+    BATCH_SIZE,
+    click.option("--seed", type=int, help="Of initialisation, order and views."),
+)
+@section(
+    "Images",
+    DATA,
+    click.option("--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first."),
+    BACKEND,
+    click.option("--on-bad-image", type=Name("policy", "stop", "skip"), help="Unreadable since the start (stop)."),
+)
+@section(
+    "Run",
+    OUT,
+    click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop."),
+    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly, or start."),
+    click.option("--force", is_flag=True, help="Resume although recipe or data differ; says in what."),
+    click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
+    click.option("--init-from", type=FILE, help="Start, where nothing is resumed, from another run's weights."),
+    click.option("--wandb", is_flag=True, default=None, help="Records go to Weights & Biases too."),
+)
+@section(
+    "Processes",
+    click.option("--gpus", type=click.IntRange(1), help="GPUs of this machine, one process each."),
+    click.option("--nproc", type=click.IntRange(1), help="Processes on the CPU instead."),
+    click.option("--max-restarts", type=click.IntRange(0), default=0, help="From the newest checkpoint, when one dies."),
+)
 @click.pass_context
 def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bool, gpus, nproc, max_restarts: int, **given):
-    """Pre-train, evaluate by kNN while training and by kNN and a linear probe at the end.
+    """Pre-train an encoder and score it.
+
+    By kNN meanwhile, and by kNN and a linear classifier at the end.
 
     Exit code 75: a signal (TERM, USR1, INT) stopped the run after its checkpoint was written; go on with --resume.
     """
@@ -75,16 +165,20 @@ def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bo
 
     if download:
         fetch(data, recipe.dataset)
+    processes = gpus or nproc
     if dry_run:
         from dataclasses import asdict
 
+        from pipelines.order import Order
         from rsa_fast.recipes import dump_yaml, resolve
 
+        manifest = open_source(data, "pretrain").manifest
+        recipe.check_labels(manifest.labelled, len(manifest.classes))
+        Order(len(manifest), recipe.batch_size, recipe.seed, 0, processes or 1)  # which refuses what does not divide
         click.echo(dump_yaml(recipe))
-        count = len(open_source(data, "pretrain").manifest)
-        click.echo(json.dumps({"images": count, **asdict(resolve(recipe, count, gpus or nproc or 1))}))
+        click.echo(json.dumps({"images": len(manifest), **asdict(resolve(recipe, len(manifest), processes or 1))}))
         return
-    if (processes := gpus or nproc) and "RANK" not in os.environ:
+    if processes and "RANK" not in os.environ:
         from rsa_fast.distributed import launch
 
         ctx.exit(launch(processes, max_restarts, sys.argv[1:]))
@@ -102,13 +196,11 @@ def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bo
 
 def recipe_of(dataset, method, config, sets, ablation=None, **overrides):
     """The recipe of the command line: row, file, ablation, --set, then the options of their own."""
-    from rsa_fast.recipes import ABLATIONS, build_recipe, nearest, parse_set, read_yaml
+    from rsa_fast.recipes import ABLATIONS, build_recipe, parse_set, read_yaml
 
     named = read_yaml(config) if config else {}
     fields = {}
     if ablation:
-        if ablation not in ABLATIONS:
-            raise ValueError(f"no ablation {ablation!r}{nearest(ablation, ABLATIONS)}: choose from {', '.join(ABLATIONS)}")
         if method and method != ABLATIONS[ablation][0]:
             raise click.UsageError(f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}")
         method, fields = ABLATIONS[ablation]
@@ -120,18 +212,26 @@ def recipe_of(dataset, method, config, sets, ablation=None, **overrides):
     return build_recipe(dataset, method, config, {**named, **fields, **parse_set(sets), **options})
 
 
-@main.command()
-@click.argument("name", required=False)
-def recipes(name: str | None) -> None:
-    """List the recipes, or show one with the source of every number: `recipes cifar100`, `recipes cifar100/byol`."""
-    from rsa_fast.recipes import DATASETS, METHODS, build_recipe, row
+def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    names = [*DATASETS, *(f"{dataset}/{method}" for dataset in DATASETS for method in METHODS)]
+    return [name for name in names if name.startswith(incomplete)]
 
+
+@main.command()
+@click.argument("name", required=False, shell_complete=complete_recipe)
+def recipes(name: str | None) -> None:
+    """List the recipes, or show one with the source of every number.
+
+    `rsa-fast recipes cifar100` is RSA's, `rsa-fast recipes cifar100/byol` another method's.
+    """
     if not name:
         click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}")
-        click.echo(json.dumps([f"{dataset}/{method}" for dataset in DATASETS for method in METHODS]))
+        click.echo(json.dumps({"datasets": DATASETS, "methods": METHODS}))
         return
     from rich.console import Console
     from rich.table import Table
+
+    from rsa_fast.recipes import build_recipe, row
 
     dataset, _, method = name.partition("/")
     recipe = build_recipe(dataset, method or "rsa")
@@ -145,20 +245,28 @@ def recipes(name: str | None) -> None:
 
 
 @main.command("eval")
-@click.argument("protocol", type=click.Choice(["knn", "linear"]))
+@click.argument("protocol", type=Name("protocol", "knn", "linear"))
 @click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt, or another project's encoder.")
 @click.option("--data", required=True, type=FOLDER, help="Folder with labelled train and test images.")
-@click.option("--dataset", default=None, help="Recipe row for size and normalisation, instead of the checkpoint's recipe.")
-@click.option("--resize-px", default=None, metavar="PX", help="Short side of test images before the centre crop, or native.")
-@click.option("--protocol", "variant", type=click.Choice(["fast", "rsa-small", "rsa-large"]), help="Of linear (fast).")
-@click.option("--epochs", type=click.IntRange(1), help="Of rsa-small (100) and rsa-large (40); lr drops stay in proportion.")
-@click.option("--bn", type=click.Choice(["eval", "recalibrate"]), help="Of rsa-small (eval); recalibrate as the RSA code does.")
-@click.option("--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code).")
+@click.option(
+    "--dataset", type=Name("dataset", *DATASETS), metavar="NAME", help="Row for size and normalisation, not the run's own."
+)
+@click.option("--resize-px", metavar="PX", help="Short side of test images before the centre crop, or native.")
+@section(
+    "Linear classifier",
+    click.option("--protocol", "variant", type=Name("protocol", "fast", "rsa-small", "rsa-large"), help="Without it: fast."),
+    click.option("--epochs", type=click.IntRange(1), help="Of rsa-small (100), rsa-large (40); lr drops stay in proportion."),
+    click.option("--bn", type=Name("mode", "eval", "recalibrate"), help="Of rsa-small (eval); the RSA code recalibrates."),
+    click.option("--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code)."),
+)
 def evaluate(
     protocol: str, variant: str | None, checkpoint: Path, data: Path, dataset: str | None, resize_px: str | None, **given
 ):
-    """Score an encoder by kNN (k=200 T=.1 and k=20 T=.07), or by a linear classifier on its features: fast on cached ones,
-    rsa-small and rsa-large on augmented images as the paper does on small datasets and on ImageNet."""
+    """Score an encoder by kNN or by a linear classifier.
+
+    kNN is k=200 T=.1 and k=20 T=.07. The linear classifier is fast, on cached features; rsa-small or rsa-large, on augmented
+    images as the paper does on small datasets and on ImageNet.
+    """
     if protocol == "knn" and variant:
         raise click.UsageError("knn has no --protocol")
     name = "knn" if protocol == "knn" else f"linear-{variant or 'fast'}"
@@ -188,18 +296,18 @@ def evaluate(
 @main.command()
 @click.option("--checkpoint", required=True, type=FILE, help="A ResNet-50: a run's checkpoints/step_*.pt or another project's.")
 @click.option("--data", required=True, type=FOLDER, help="COCO: train2017/, val2017/, annotations/instances_*2017.json.")
-@click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
-@click.option("--schedule", type=click.Choice(["1x", "2x"]), default="1x", help="90,000 steps at lr .02, or 180,000 at .03.")
-@click.option("--steps", type=click.IntRange(1), default=None, help="Shorten the schedule; its drops stay in proportion.")
+@OUT
+@click.option("--schedule", type=Name("schedule", "1x", "2x"), default="1x", help="90,000 steps at lr .02, or 180,000 at .03.")
+@click.option("--steps", type=click.IntRange(1), help="Shorten the schedule; its drops stay in proportion.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, help="Images per step; the learning rate follows it.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of new layers, order, flips, sizes and proposals.")
 @click.option("--workers", type=click.IntRange(0), default=4, help="Processes that read images.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the computation.")
+@click.option("--device", type=Name("device", "auto", "cpu", "cuda"), default="auto")
+@click.option("--precision", type=Name("precision", "auto", "fp32", "bf16", "fp16"), default="auto", help="Of the computation.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def detect(checkpoint: Path, data: Path, out: Path, resume: bool, overwrite: bool, **given) -> None:
-    """Fine-tune an encoder as Mask R-CNN R50-FPN on COCO; AP, AP50, AP75 of boxes and masks, in percent."""
+    """Fine-tune an encoder on COCO as Mask R-CNN R50-FPN: AP, AP50, AP75 of boxes and masks, in percent."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     from rsa_fast.detection import detect as run
@@ -208,18 +316,22 @@ def detect(checkpoint: Path, data: Path, out: Path, resume: bool, overwrite: boo
 
 
 @main.command()
-@click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The PNG to write.")
-@click.option("--dataset", default=None, help="Recipe row; imagenet1k where --config names none.")
-@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+@DATA
+@click.option("--out", required=True, type=NEW_FILE, help="The PNG to write.")
+@DATASET
+@CONFIG
+@SET
 @click.option("--images", type=click.IntRange(1), default=4, help="How many, from the first that training reads.")
-@click.option("--backend", default=None, help="auto, resident, native, dali, ffcv or torchvision.")
-@click.option("--compare", default=None, metavar="BACKEND", help="A second backend, shown below with the difference.")
+@BACKEND
+@click.option("--compare", type=Name("backend", *BACKENDS), metavar="NAME", help="A second backend, and the difference.")
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Whose views.")
-@click.option("--seed", type=int, default=None, help="Seed of order and views.")
+@click.option("--seed", type=int, help="Of order and views.")
 def preview(data: Path, out: Path, images: int, compare: str | None, epoch: int, dataset: str | None, config, sets, **given):
-    """Draw a sheet of what training sees: sources with both crops, and their four views, labelled with what was drawn."""
+    """Draw a sheet of what training sees.
+
+    Images of --dataset, imagenet1k where nothing else is said, with both crops, and their four views, labelled with what was
+    drawn.
+    """
     row = {"dataset": dataset, "method": None} if config else {"dataset": dataset or "imagenet1k", "method": "rsa"}
     recipe = recipe_of(**row, config=config, sets=sets, **given)
     from pipelines import open_source
@@ -233,13 +345,13 @@ def preview(data: Path, out: Path, images: int, compare: str | None, epoch: int,
 @click.option(
     "--format",
     required=True,
-    type=click.Choice(["torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export"]),
+    type=Name("format", *FORMATS),
     help="The first three hold the standard network only: 7x7 stem, 64 channels.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File; README.md goes beside it.")
+@click.option("--out", required=True, type=NEW_FILE, help="File; README.md goes beside it.")
 @click.option("--overwrite", is_flag=True, help="Replace the file, and a README.md that is not this checkpoint's card.")
 def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
-    """Write a checkpoint's encoder for another library, with a model card that says how to load it."""
+    """Write an encoder for another library, with a model card."""
     from rsa_fast.export import export as run
 
     click.echo(json.dumps(run(checkpoint, format, out, overwrite)))
@@ -248,10 +360,13 @@ def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
 @main.command()
 @click.option("--data", default="data", type=FOLDER, help="Folder where the images are or will be.")
 @click.option("--out", default="runs", type=FOLDER, help="Folder where runs are or will be.")
-@click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
+@JSON
 @click.pass_context
 def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
-    """Examine this machine: versions, GPUs, limits and disks, and what to do about each. Exit code 1 if a check fails."""
+    """Examine this machine, and say what to mend.
+
+    Versions, GPUs, limits and disks; exit code 1 if a check fails.
+    """
     from rsa_fast import doctor
 
     checks = doctor.diagnose(data, out)
@@ -264,35 +379,39 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
-@click.option("--out", type=NEW_FILE, default=None, help="The page to write; RUN/report.html where there is one RUN.")
+@click.option("--out", type=NEW_FILE, help="The page to write; RUN/report.html where there is one RUN.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw the curves, scores, recipe and environment of a run as a web page; of several, laid over each other."""
+    """Draw a run as a web page, or several over each other."""
     from rsa_fast.report import report as run
 
     click.echo(json.dumps({"out": str(run(list(runs), out))}))
 
 
 @main.command()
-@click.option("--methods", default="rsa,byol", metavar="NAME,...", help="To measure in turns; --tune takes the first.")
-@click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
-@click.option("--dataset", default=None, help="Recipe row, where --config names none.")
-@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
-@click.option("--backend", default=None, help="auto, resident, native, dali, ffcv or torchvision.")
-@click.option("--batch-size", type=int, default=None, help="Of this one device.")
-@click.option("--threads", type=int, default=None, help="Of the loader.")
-@click.option("--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up.")
-@click.option("--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn.")
-@click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
-@click.option("--trace", type=NEW_FILE, default=None, help="Write a Chrome trace of a few iterations.")
-@click.option("--html", type=NEW_FILE, default=None, help="Write the report as a page with stacked bars.")
-@click.option("--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out.")
-@click.option("--budget-s", type=click.FloatRange(0), default=300.0, help="Of --tune.")
-@click.option("--out", type=NEW_FILE, default=Path("tuned.yaml"), help="Of --tune; train --config takes it.")
+@section("Recipe", DATASET, CONFIG, SET, click.option("--batch-size", type=int, help="Of this one device."))
+@section("Images", DATA, BACKEND, click.option("--threads", type=int, help="Of the loader."))
+@section(
+    "Measurement",
+    click.option("--methods", default="rsa,byol", metavar="NAME,...", help="In turns; --tune takes the first."),
+    click.option("--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up."),
+    click.option("--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn."),
+    JSON,
+    click.option("--html", type=NEW_FILE, help="Write the report as a page with stacked bars."),
+    click.option("--trace", type=NEW_FILE, help="Write a Chrome trace of a few iterations."),
+)
+@section(
+    "Tuning",
+    click.option("--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out."),
+    click.option("--budget-s", type=click.FloatRange(0), default=300.0, help="Time for that."),
+    click.option("--out", type=NEW_FILE, default=Path("tuned.yaml"), help="File that train --config takes."),
+)
 def profile(
     methods: str, data: Path, plain: bool, html, trace, repeats, seconds, tune: bool, budget_s, out: Path, **given
 ) -> None:
-    """Measure where the time of an iteration goes: its step on a ready batch, its views alone, both, and their parts."""
+    """Measure where the time of an iteration goes.
+
+    Its step on a ready batch, its views alone, both, and their parts; the bottleneck, and the knob to turn.
+    """
     recipes = {name.strip(): recipe_of(method=name.strip(), **given) for name in methods.split(",")}
     if tune:
         from rsa_fast.tuning import tune as run
@@ -314,20 +433,21 @@ def profile(
 
 
 @main.command()
-@click.option("--dataset", default=None, help="Recipe row: cifar10, cifar100, stl10, tinyimagenet, imagenet100, imagenet1k.")
-@click.option("--method", default=None, help="rsa, byol, simsiam, simsiam-rsa, simclr, moco, ressl or supervised.")
-@click.option("--config", type=FILE, default=None, help="YAML of recipe fields, such as a run's recipe.yaml.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
-@click.option("--epochs", type=int, default=None, help="Override the recipe's epochs.")
-@click.option("--batch-size", type=int, default=None, help="Override the recipe's global batch size.")
-@click.option("--gpu", required=True, help="v100-16g, v100-32g, a100-40g, a100-80g, h100-80g, rtx-3090 or rtx-4090.")
-@click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs of a node.")
-@click.option("--nodes", type=click.IntRange(1), default=1)
-@click.option("--cores", type=click.IntRange(1), default=None, help="CPU cores of a node; 4 a GPU where not given.")
-@click.option("--network-gbps", type=click.FloatRange(0, min_open=True), default=100.0, help="Of a node to the others.")
-@click.option("--data", type=FOLDER, default=None, help="Folder with the images; without it the dataset as published.")
+@section(
+    "Recipe",
+    *(DATASET, METHOD, CONFIG, SET, EPOCHS, BATCH_SIZE),
+    click.option("--data", type=FOLDER, help="Folder with the images; without it the dataset as published."),
+)
+@section(
+    "Machine",
+    click.option("--gpu", required=True, type=Name("GPU", *GPUS), metavar="NAME", help=f"{', '.join(GPUS)}."),
+    click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs of a node."),
+    click.option("--nodes", type=click.IntRange(1), default=1),
+    click.option("--cores", type=click.IntRange(1), help="CPU cores of a node; 4 a GPU where not given."),
+    click.option("--network-gbps", type=click.FloatRange(0, min_open=True), default=100.0, help="Of a node to the others."),
+)
 def plan(dataset, method, config, sets, epochs, batch_size, gpu: str, **machine) -> None:
-    """Predict memory, time, decoding and disk of a run on GPUs that are not here."""
+    """Predict memory, time and decoding of a run on other GPUs."""
     recipe = recipe_of(dataset, method, config, sets, epochs=epochs, batch_size=batch_size)
     from rsa_fast import planning
 

@@ -48,27 +48,27 @@ def preview(
     made = [view_levels(recipe, source, order, epoch, name) for name in names]
     result = {"out": str(out), "backend": names[0], "images": images}
 
-    title = f"{recipe.dataset}, {spec.size_px} px, epoch {epoch}, seed {recipe.seed}: {' and '.join(names)}"
-    headings = list(VIEWS)
+    title = f"{recipe.dataset}, {spec.size_px} px, epoch {epoch}, seed {recipe.seed}, by {' and '.join(names)}"
+    headings, rows = list(VIEWS), [""]
     if compare:
         gap = np.abs(made[0] - made[1])
         means = gap.mean((2, 3, 4), dtype=np.float64)  # (B, 4)
         by_view = dict(zip(VIEWS, means.mean(0).round(4).tolist(), strict=True))
         result |= {"compare": names[1], "difference_levels": by_view}
-        title += ", mean absolute difference in 8-bit levels"
-        headings = [f"{name}: {mean:.2f} levels" for name, mean in by_view.items()]
-        names, made = [*names, f"difference x {AMPLIFY}"], [*made, AMPLIFY * gap]
+        title += ": mean absolute difference in 8-bit levels"
+        headings = [f"{name}: {apart(mean)}" for name, mean in by_view.items()]
+        rows, made = [*names, f"difference x {AMPLIFY}"], [*made, AMPLIFY * gap]
     scale = -(-TILE_PX // spec.size_px)
     tiles = np.stack(made, 1).round().clip(0, 255).astype(np.uint8).repeat(scale, 3).repeat(scale, 4)
     sheet = [heading(tiles.shape[3], title, headings)]
     for i, sample in enumerate(ids):
         labels = view_labels(params[i], manifest.sizes[sample])
         if compare:
-            labels = [f"{label}\ndifference {mean:.2f} levels" for label, mean in zip(labels, means[i], strict=True)]
+            labels = [f"{label}\n{apart(mean)}" for label, mean in zip(labels, means[i], strict=True)]
         image, of_class = source.read(sample), manifest.labels[sample]
         text = f"sample {sample}, {image.shape[1]}x{image.shape[0]} px\n"
         text += manifest.classes[of_class][:40] if 0 <= of_class < len(manifest.classes) else ""
-        sheet.append(block(windows(image, params[i], tiles.shape[3]), text, names, tiles[i], labels))
+        sheet.append(block(windows(image, params[i], tiles.shape[3]), text, rows, tiles[i], labels))
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(sheet)).save(out)
     return result
@@ -85,6 +85,10 @@ def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backen
         batch = next(loader.batches(epoch))
     views = torch.stack([getattr(batch, name) for name in VIEWS], 1).permute(0, 1, 3, 4, 2).cpu()
     return (255 * (views * torch.tensor(recipe.views.std) + torch.tensor(recipe.views.mean))).numpy()
+
+
+def apart(levels: float) -> str:
+    return f"{levels:.2f} levels apart" if round(levels, 4) else "equal"  # but for float32's rounding
 
 
 def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rsa_fast.profiling import MODES
+from rsa_fast.report import svg
 from rsa_fast.timeline import PARTS
 
 
@@ -58,9 +59,7 @@ def page(report: dict[str, Any]) -> str:
         axes.set_xlabel(unit)
         axes.invert_yaxis()
         axes.legend(ncols=8, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
-    drawing, console = io.StringIO(), Console(record=True, file=io.StringIO(), width=140)
-    figure.savefig(drawing, format="svg")
+    console = Console(record=True, file=io.StringIO(), width=140)
     console.print(table(report))
-    svg = drawing.getvalue()
     text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    return f'<!doctype html>\n<meta charset="utf-8">\n<title>rsa-fast profile</title>\n{svg[svg.index("<svg") :]}{text}\n'
+    return f'<!doctype html>\n<meta charset="utf-8">\n<title>rsa-fast profile</title>\n{svg(figure)}{text}\n'

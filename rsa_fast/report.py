@@ -20,19 +20,22 @@ import matplotlib
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from rsa_fast.metrics import read_metrics
 
-STYLES = ("-", "--", ":")
+STYLES, MARKERS = ("-", "--", ":"), "o^s"  # of a panel's keys
 COLUMNS, PANEL_INCHES = 3, (4.6, 3.0)
 SVG = {"svg.fonttype": "none", "svg.hashsalt": "rsa-fast"}  # text stays text; the same run gives the same bytes
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em }}
-h1, h2 {{ font-weight: 600 }} svg {{ width: 100%; height: auto }} .beside {{ display: flex; flex-wrap: wrap; gap: 0 4em }}
+h1, h2 {{ font-weight: 600 }} svg {{ width: 100%; height: auto }}
+.beside {{ display: flex; flex-wrap: wrap; gap: 0 4em }} .beside > div {{ flex: 1 1 420px }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ text-align: left; padding: .15em 1.2em .15em 0; border-bottom: 1px solid #e4e4e4; vertical-align: top }}
 tbody th {{ font-weight: 400; color: #666 }} .differs td {{ background: #fff3c4 }} td {{ overflow-wrap: anywhere }}
@@ -40,8 +43,7 @@ tbody th {{ font-weight: 400; color: #666 }} .differs td {{ background: #fff3c4 
 <h1>{title}</h1>
 {curves}
 <div class="beside">
-{scores}
-{environment}
+<div>{scores}{environment}</div>
 {recipe}
 </div>
 </body></html>
@@ -53,16 +55,17 @@ class Panel:
     title: str
     x: str  # step or epoch
     keys: tuple[str, ...]  # of records, one line each
+    from_zero: bool = False  # the y axis
 
 
 PANELS = (
     Panel("loss", "step", ("loss", "weak", "aggressive")),
-    Panel("kNN top-1, %", "epoch", ("knn_top1", "knn20_top1")),
+    Panel("kNN top-1, %", "epoch", ("knn_top1", "knn20_top1"), True),
     Panel("cosine of weak and aggressive view, mean", "epoch", ("weak_aggressive_cosine", "other_image_cosine")),
-    Panel("embedding_std (collapse: 0)", "step", ("embedding_std",)),
-    Panel("effective rank of features (collapse: 1)", "epoch", ("effective_rank",)),
-    Panel("throughput, images/s", "step", ("images_per_s",)),
-    Panel("waiting for views, % of the time", "step", ("wait_pct",)),
+    Panel("embedding_std (collapse: 0)", "step", ("embedding_std",), True),
+    Panel("effective rank of features (collapse: 1)", "epoch", ("effective_rank",), True),
+    Panel("throughput, images/s", "step", ("images_per_s",), True),
+    Panel("waiting for views, % of the time", "step", ("wait_pct",), True),
     Panel("learning rate", "step", ("lr",)),
     Panel("beta", "step", ("beta",)),
     Panel("tau", "step", ("tau",)),
@@ -133,7 +136,10 @@ def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list, list]:
 
 
 def draw(runs: list[RunFolder], panels: tuple[Panel, ...] = PANELS) -> Figure:
-    """The panels that any run has records for, and each run's histogram of weak-aggressive cosines by epoch."""
+    """The panels that any run has records for, and each run's histogram of weak-aggressive cosines by epoch.
+
+    Several runs have a colour each, named above the panels, in which the style of a line tells its key.
+    """
     panels = [panel for panel in panels if any(series(run.records, panel.x, key)[0] for run in runs for key in panel.keys)]
     shifted = [run for run in runs if series(run.records, "epoch", "weak_aggressive_counts")[0]]
     count = len(panels) + len(shifted)
@@ -141,9 +147,13 @@ def draw(runs: list[RunFolder], panels: tuple[Panel, ...] = PANELS) -> Figure:
         raise ValueError(f"nothing is recorded yet in {', '.join(run.name for run in runs)}")
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    width, height = columns * PANEL_INCHES[0], rows * PANEL_INCHES[1]
+    colours = [Line2D([], [], linewidth=3, color=f"C{i}", label=run.name) for i, run in enumerate(runs)] * (len(runs) > 1)
+    legend = 0.25 * -(-len(colours) // columns)
+    width, height = columns * PANEL_INCHES[0], rows * PANEL_INCHES[1] + legend
     figure = Figure((width, height))  # margins in inches; finding them out takes as long as drawing
-    figure.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.17, hspace=0.35)
+    figure.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.1 / width, 1 - (0.3 + legend) / height, wspace=0.17, hspace=0.35)
+    if colours:
+        figure.legend(handles=colours, loc="upper left", ncols=columns, frameon=False)
     places = iter(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         draw_panel(next(places), panel, runs)
@@ -155,22 +165,30 @@ def draw(runs: list[RunFolder], panels: tuple[Panel, ...] = PANELS) -> Figure:
 
 
 def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
-    for i, run in enumerate(runs):
-        for k, key in enumerate(panel.keys):
-            x, y = series(run.records, panel.x, key)
-            label = " ".join([run.name] * (len(runs) > 1) + [key] * (len(panel.keys) > 1))
+    several, widths = len(runs) > 1, np.linspace(1.2, 2.2, len(runs))[::-1]  # of lines that coincide both are seen
+    for k, key in enumerate(panel.keys):
+        points = [series(run.records, panel.x, key) for run in runs]
+        few = {"marker": MARKERS[k], "markersize": 4} if max(len(x) for x, _ in points) < 20 else {}
+        for i, (x, y) in enumerate(points):
             if x:
-                axes.plot(x, y, STYLES[k], color=f"C{i if len(runs) > 1 else k}", marker="." if len(x) < 3 else "", label=label)
-    decorate(axes, panel.title, panel.x, legend="best" if len(axes.lines) > 1 else "")
+                look = {"color": f"C{i if several else k}", "linewidth": widths[i], "label": "" if several else key}
+                axes.plot(x, y, STYLES[k], **look, **few)
+        if several and len(panel.keys) > 1 and any(x for x, _ in points):
+            axes.plot([], [], STYLES[k], color="gray", label=key, **few)
+    axes.set_xlim(left=0)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    decorate(axes, panel.title, panel.x, legend="best" if len(axes.get_legend_handles_labels()[1]) > 1 else "")
 
 
 def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
     epochs, counts = series(run.records, "epoch", "weak_aggressive_counts")
     share = np.array(counts).T / np.sum(counts, 1)  # (bins, epochs)
     edges = [*np.array(epochs) - 0.5, epochs[-1] + 0.5]
-    axes.pcolormesh(edges, np.linspace(0, 1, len(share) + 1), share, cmap="magma", rasterized=True)
+    look = {"cmap": "Blues", "norm": PowerNorm(0.5)}  # on which a few images are seen too
+    axes.pcolormesh(edges, np.linspace(0, 1, len(share) + 1), share, rasterized=True, **look)
     axes.set_ylim(bottom=share.any(1).argmax() / len(share))
-    axes.plot(*series(run.records, "epoch", "other_image_cosine"), "--c", label="mean of two different images")
+    axes.plot(*series(run.records, "epoch", "other_image_cosine"), "--C1", label="mean of two different images")
     decorate(axes, f"cosine of weak and aggressive view{of}", "epoch", legend="lower left")
 
 

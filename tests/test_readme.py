@@ -1,48 +1,112 @@
-"""What the README shows works: its commands parse, its method trains."""
+"""What the README shows works: its commands run, on a few small images, its method trains."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import re
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
-import click
 import pytest
 import torch
-from conftest import ROOT
+from click.testing import CliRunner, Result
+from conftest import ROOT, write_folder
+
+import pipelines.sources
+import rsa_fast
+from rsa_fast import cli, detection
 
 README = (ROOT / "README.md").read_text()
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
-LINES = re.findall(rf"^(?:srun )?(?:\.venv/bin/)?({TOOL} [^\n]*?)(?: {{2,}}#.*)?(?: \\)?$", README, re.M)
-COMMANDS = LINES + re.findall(rf"`({TOOL}(?: [^`]*)?)`", README)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+SHELL = "".join(text for language, text in FENCED if language in ("", "bash")).replace(" \\\n", " ")
+PYTHON = [text for language, text in FENCED if language == "python"]
+LINES = re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL} .*?) *(?:#.*)?$", SHELL, re.M)
+INLINE = [line for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", README) if not line.startswith("python -m tools.bench")]
+COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
+BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)  # tests/tools/test_bench.py runs them
+
+# What makes a command short; the rest is as it stands.
+NARROW = "--set arch=resnet18 --set width=4"
+RECIPE = "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
+SMALL = {
+    "train --dataset cifar10": NARROW,  # and ImageNet's network whole: detection needs it
+    "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
+    "eval linear --protocol": "--epochs 1",
+    "detect": "--steps 1 --batch-size 2 --workers 0",
+    "profile": f"{RECIPE} {NARROW} --repeats 1 --seconds 0 --budget-s 0",
+}
+PLACES = {"DATA": "data/cifar10", "OUT": "runs/out", "runs/a": "runs/cifar10", "runs/b": "runs/imagenet"}
 
 
-def parse(command: click.Command, arguments: list[str]) -> None:
-    """Raise when the command has no such option or argument; values are not looked at."""
-    with click.Context(command) as ctx:
-        rest = command.make_parser(ctx).parse_args(list(arguments))[1]
-        if isinstance(command, click.Group) and rest:
-            _, sub, rest = command.resolve_command(ctx, rest)
-            parse(sub, rest)
-        else:
-            assert not rest, rest
+def ready(line: str) -> list[str]:
+    """The words of a command as they run here: small, and with the checkpoint that is there under the name that is told."""
+    line = re.sub(r"\$\(\[ -d (\S+) \] && echo (\S+)\)", lambda found: found[2] if Path(found[1]).is_dir() else "", line)
+    words = [PLACES.get(word, word) for word in shlex.split(line)]
+    for path in (Path(word) for word in words if re.search(r"checkpoints/step_\d+\.pt$", word)):
+        for newest in sorted(path.parent.glob("step_*.pt"))[-1:]:
+            if newest.name < path.name:
+                path.symlink_to(newest.name)
+    for start, options in SMALL.items():
+        if line.startswith(f"rsa-fast {start}"):
+            words += shlex.split(options)
+    return words + ["--dry-run"] * ("train" in words and ("--gpus" in words or "OUT" in line))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Every command run where the README's data lies; first those that convert and train, whose files others read."""
+    place, ran = tmp_path_factory.mktemp("readme"), {}
+    write_folder(place / "data" / "imagenet", {"train": 6, "val": 4}, size=(40, 48))
+    (place / "LIST").write_text("class_0\n")
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
+        patch.syspath_prepend(ROOT / "tests" / "rsa_fast")
+        from test_detection import TINY, write_coco
+
+        write_coco(place / "data" / "coco")
+        fetch = {"train": 20, "test": 10}
+        patch.setattr(pipelines.sources, "download", lambda data, name: write_folder(data, fetch, size=(32, 32)))
+        patch.setattr(detection, "MODEL_OPTIONS", TINY)
+        patch.setattr(detection, "PRECISE_BN_STEPS", 1)
+        for line in sorted(COMMANDS, key=lambda line: 2 - line.startswith("rsa-fast train") - 2 * line.startswith("python")):
+            words = ready(line)
+            command = cli.main if words[0] == "rsa-fast" else importlib.import_module(words[2]).main
+            ran[line] = CliRunner().invoke(command, words[1 if words[0] == "rsa-fast" else 3 :])
+        yield ran
+    shutil.rmtree(place)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_in_the_readme_parse(line):
-    from rsa_fast.cli import main
-
-    words = shlex.split(line.replace("\\", ""), comments=True)
-    command = main if words[0] == "rsa-fast" else importlib.import_module(words[2]).main
-    parse(command, words[1 if words[0] == "rsa-fast" else 3 :])
+def test_the_commands_run(outcomes, line):
+    result = outcomes[line]
+    assert result.exit_code == 0, result.output
+    if line.startswith("rsa-fast"):
+        assert isinstance(json.loads(result.stdout.splitlines()[-1]), dict)
 
 
 def test_there_are_commands_to_try():
-    assert len(COMMANDS) > 15
+    assert len(LINES) > 15 and len(COMMANDS) > 18 and len(BENCHMARKS) >= 4
+
+
+def test_the_targets_of_make_and_the_benchmarks_exist():
+    from tools.bench import main
+
+    assert set(BENCHMARKS) <= main.commands.keys()
+    for target in set(re.findall(r"^make ([\w-]+)", SHELL, re.M)):
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("code", [code for code in PYTHON if ">>>" in code])
+def test_the_lines_for_a_notebook_are_those_that_are_run(code):
+    assert code in rsa_fast.__doc__  # tests/rsa_fast/test_surface.py
 
 
 def test_the_method_in_the_readme_trains_and_is_barlow_twins():
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "class BarlowTwins" in block]
+    (code,) = [code for code in PYTHON if "class BarlowTwins" in code]
     space: dict = {}
     exec(code, space)
     from pipelines.views import Batch

@@ -120,6 +120,13 @@ def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_goes_on_there(tmp
     assert wandb.finished == 3
 
 
+def test_weights_and_biases_follows_its_own_variable_for_the_project(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
+    with Metrics(tmp_path, 4, 0, wandb=True):
+        assert wandb.starts[0]["project"] == "another" and "mode" not in wandb.starts[0]  # WANDB_MODE: wandb's own to read
+
+
 def test_weights_and_biases_offline_leaves_its_run_in_the_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install rsa-fast[wandb]")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -15,7 +15,7 @@ from pipelines import VIEWS, Order, open_source, open_views
 from pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast import preview as module
 from rsa_fast.cli import main
-from rsa_fast.preview import AMPLIFY, CROP_INKS, preview, view_labels, view_levels, windows
+from rsa_fast.preview import AMPLIFY, CROP_INKS, heading, preview, view_labels, view_levels, windows
 from rsa_fast.recipes import build_recipe
 
 RESIZE_LEVELS = {"dali": 0.6}  # DALI's resize rounds otherwise than PIL's: tests/pipelines/test_loaders.py
@@ -138,10 +138,14 @@ def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(source, tm
         made = view_levels(recipe, source, order, epoch, "resident")
         return made + (backend == "native") * np.array([0, 1.5, 0, 3], np.float32).reshape(4, 1, 1, 1)
 
+    said = []
     monkeypatch.setattr(module, "view_levels", apart)
+    monkeypatch.setattr(module, "heading", lambda *band: said.extend(band[2]) or heading(*band))
     result = preview(recipe(), source, tmp_path / "views.png", images=2, compare="native")
     assert result["compare"] == "native"
     assert result["difference_levels"] == pytest.approx(dict(zip(VIEWS, (0, 1.5, 0, 3), strict=True)), abs=1e-4)
+    levels = ("equal", "1.50 levels apart", "equal", "3.00 levels apart")
+    assert said == [f"{view}: {text}" for view, text in zip(VIEWS, levels, strict=True)]
     sheet = np.asarray(Image.open(result["out"]))
     for gap in (0, 1.5, 3):
         assert holds(sheet, np.full((192, 192, 3), round(AMPLIFY * gap), np.uint8))

@@ -161,13 +161,25 @@ def test_the_tables_hold_what_the_run_folder_does(tmp_path):
     }
 
 
+def entries(legend):
+    return legend.get_texts(), legend.legend_handles
+
+
+def lines_in(axes):
+    return [line for line in axes.lines if len(line.get_xdata())]  # the legend's own have no points
+
+
 def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_path):
     folders = [write_run(tmp_path / "rsa"), write_run(tmp_path / "byol", 1, 6, ("loss",), pairs="AA")]
-    loss, knn, *_, shift = draw(read_runs(folders)).axes
-    assert [text.get_text() for text in loss.get_legend().texts] == ["rsa loss", "rsa weak", "rsa aggressive", "byol loss"]
-    colours = [to_rgb(line.get_color()) for line in loss.lines]
-    assert len(set(colours[:3])) == 1 and colours[3] != colours[0]
-    assert list(knn.lines[2].get_ydata()) == [y for _, y in points(folders[1], "epoch", "knn_top1")]
+    figure = draw(read_runs(folders))
+    loss, knn, *_, shift = figure.axes
+    colours = {text.get_text(): to_rgb(line.get_color()) for text, line in zip(*entries(figure.legends[0]), strict=True)}
+    assert colours == {"rsa": to_rgb("C0"), "byol": to_rgb("C1")}
+    styles = {line.get_linestyle(): text.get_text() for text, line in zip(*entries(loss.get_legend()), strict=True)}
+    drawn = [(to_rgb(line.get_color()), styles[line.get_linestyle()], list(line.get_ydata())) for line in lines_in(loss)]
+    wanted = [(i, key) for key in LOSS.keys for i, folder in enumerate(folders) if points(folder, "step", key)]
+    assert drawn == [(to_rgb(f"C{i}"), key, [y for _, y in points(folders[i], "step", key)]) for i, key in wanted]
+    assert len(drawn) == 4 and list(lines_in(knn)[1].get_ydata()) == [y for _, y in points(folders[1], "epoch", "knn_top1")]
     assert shift.get_title() == "cosine of weak and aggressive view, rsa"  # byol has none
     path = report(folders, tmp_path / "new" / "both.html")
     page = Page(path)
@@ -240,6 +252,6 @@ def test_a_browser_shows_the_page(tmp_path):
     subprocess.run([browser, *options, path.as_uri()], check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert len(pixels) == 1280 * 1600
-    for colour in (to_rgb("C0"), to_rgb("C1"), colormaps["magma"](0.5)[:3]):
+    for colour in (to_rgb("C0"), to_rgb("C1"), colormaps["Blues"](0.5)[:3]):
         assert (np.abs(pixels - 255 * np.array(colour)).max(1) < 20).sum() > 500
     assert (pixels == 255).all(1).mean() > 0.5

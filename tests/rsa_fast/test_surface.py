@@ -5,16 +5,23 @@ from __future__ import annotations
 import doctest
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from typing import get_args
 
+import click
 import pytest
 from click.testing import CliRunner
 from conftest import write_folder
 
+import pipelines
 import rsa_fast
-from rsa_fast import encoders, engine
+from rsa_fast import cli, encoders, engine, planning, recipes
 from rsa_fast.cli import main
+from rsa_fast.evaluate import PROTOCOLS
+from rsa_fast.export import SUFFIXES
 
 
 def python(code: str, **env: str) -> str:
@@ -39,22 +46,130 @@ def test_the_package_imports_what_is_asked_for_and_no_more():
         rsa_fast.trian  # noqa: B018
 
 
-def test_help_imports_none_of_what_takes_time():
+@pytest.mark.parametrize("words", ["--help", "train --help", "--version"])
+def test_help_imports_none_of_what_takes_time(words):
     slow = {"torch", "numpy", "pydantic", "matplotlib", "rich", "numba", "yaml"}
-    code = f"import sys, rsa_fast.cli as c; c.main(['--help'], standalone_mode=False); print({slow} & sys.modules.keys())"
+    code = f"import sys, rsa_fast.cli as c; c.main({words.split()}, standalone_mode=False); print({slow} & sys.modules.keys())"
     assert python(code).splitlines()[-1] == "set()"
 
 
+def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
+    assert list(cli.DATASETS) == list(recipes.DATASETS) and list(cli.METHODS) == list(recipes.METHODS)
+    assert list(cli.ABLATIONS) == list(recipes.ABLATIONS) and list(cli.GPUS) == list(planning.GPUS)
+    assert list(cli.BACKENDS) == list(pipelines.BACKENDS) and set(cli.FORMATS) == set(SUFFIXES)
+    names = {(command, param.name): set(param.type.choices) for command, param in named()}
+    assert {f"linear-{name}" for name in names["eval", "variant"]} | {"knn"} == set(PROTOCOLS)
+    assert names["train", "on_bad_image"] == set(pipelines.ON_BAD_IMAGE)
+    for field in ("device", "precision"):
+        assert names["detect", field] == set(get_args(recipes.Recipe.model_fields[field].annotation))
+
+
+def named():
+    """Every option and argument that is one of a few names, with its command's name."""
+    params = [(name, param) for name, command in main.commands.items() for param in command.params]
+    return [(name, param) for name, param in params if isinstance(param.type, click.Choice)]
+
+
+@pytest.mark.parametrize(("command", "param"), named(), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_a_mistyped_name_is_told_the_nearest(command, param):
+    for name in param.type.choices:
+        typed = name + "q"
+        done = CliRunner().invoke(main, [command, *[param.opts[0]] * (param.param_type_name == "option"), typed])
+        assert done.exit_code == 1 and f"no {param.type.name} {typed!r} (did you mean {name!r}?)" in done.output
+        assert all(other in done.output for other in param.type.choices) and done.output.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", sorted(main.commands))
-def test_a_mistyped_command_is_told_the_nearest(name):
+def test_a_mistyped_command_or_option_is_told_the_nearest(name):
     done = CliRunner().invoke(main, [name[:-2] + name[-1] + name[-2]])
     assert done.exit_code == 2 and re.search(f"Did you mean .*'{name}'", done.output)
+    for option in [opt for param in main.commands[name].params for opt in param.opts if opt.startswith("--")]:
+        done = CliRunner().invoke(main, [name, option + "q"])
+        assert done.exit_code == 2 and re.search(f"Did you mean .*'{option}'", done.output)
 
 
-def test_the_shell_completes_commands_and_options():
-    """By what `_RSA_FAST_COMPLETE=bash_source rsa-fast` prints for the shell to load."""
-    code = "from rsa_fast.cli import main; main(prog_name='rsa-fast')"
-    assert "complete -o nosort -F" in python(code, _RSA_FAST_COMPLETE="bash_source")
-    for words, completions in (("rsa-fast tr", ["plain,train"]), ("rsa-fast report --o", ["plain,--out"])):
-        asked = {"_RSA_FAST_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        assert python(code, **asked).split() == completions
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_help_shows_every_option_once_in_its_section(name):
+    command = main.commands[name]
+    shown = CliRunner().invoke(main, [name, "--help"]).output
+    titles = [getattr(param, "section", "Options") for param in command.params if param.param_type_name == "option"]
+    sections = dict(zip((parts := re.split(r"^(\w[\w ]*):\n", shown, flags=re.M))[1::2], parts[2::2], strict=True))
+    assert sections.keys() == {*titles, "Options"}
+    for param in command.params:
+        if param.param_type_name == "option":
+            lines = [title for title, text in sections.items() if re.search(rf"^  {param.opts[0]}\b(?!-)", text, re.M)]
+            assert lines == [getattr(param, "section", "Options")]
+
+
+def failing(monkeypatch, tmp_path, name, error, *words):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(main.commands[name], "params", [])
+    monkeypatch.setattr(main.commands[name], "callback", fail)
+    return CliRunner().invoke(main, [*words, name])
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+@pytest.mark.parametrize("error", [ValueError("a fault"), FileNotFoundError("a fault"), FloatingPointError("a fault")])
+def test_an_error_is_its_message(monkeypatch, tmp_path, name, error):
+    done = failing(monkeypatch, tmp_path, name, error)
+    assert (done.exit_code, done.output) == (1, "Error: a fault\n") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a fault"), KeyError("a fault"), MemoryError("a fault"), StopIteration("a fault")]
+)
+def test_an_error_that_nobody_foresaw_is_named_and_its_traceback_kept(monkeypatch, tmp_path, name, error):
+    done = failing(monkeypatch, tmp_path, name, error)
+    assert done.exit_code == 1 and done.output.startswith(f"Error: {type(error).__name__}: ") and "a fault" in done.output
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in done.output and "Traceback" not in done.output
+    assert kept.read_text().startswith("Traceback") and "in fail\n" in kept.read_text()
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), KeyError("a fault")])
+def test_debug_shows_the_traceback(monkeypatch, tmp_path, error):
+    done = failing(monkeypatch, tmp_path, "train", error, "--debug")
+    assert done.exception is error and not list(tmp_path.iterdir())  # Python prints it
+
+
+def test_exit_codes_and_interrupts_are_not_errors(monkeypatch, tmp_path):
+    assert failing(monkeypatch, tmp_path, "doctor", click.exceptions.Exit(75)).exit_code == 75
+    done = failing(monkeypatch, tmp_path, "doctor", KeyboardInterrupt())
+    assert (done.exit_code, done.output.strip()) == (1, "Aborted!") and not list(tmp_path.iterdir())
+
+
+COMPLETIONS = {
+    "tr": {"train"},
+    "report --o": {"--out"},
+    "train --dataset cifar": {"cifar10", "cifar100"},
+    "profile --dataset imagenet100 --backend ": set(pipelines.BACKENDS),
+    "plan --method sim": {"simsiam", "simsiam-rsa", "simclr"},
+    "plan --gpu v": {"v100-16g", "v100-32g"},
+    "preview --compare da": {"dali"},
+    "export --format t": {"torchvision", "timm", "torch-export"},
+    "eval k": {"knn"},
+    "recipes imagenet100/s": {f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised")},
+}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_options_and_names(tmp_path):
+    """In a bash that has loaded what `_RSA_FAST_COMPLETE=bash_source rsa-fast` prints."""
+    program = tmp_path / "rsa-fast"
+    program.write_text(f"#!{sys.executable}\nfrom rsa_fast.cli import main\nmain(prog_name='rsa-fast')\n")
+    program.chmod(0o755)
+    script = 'eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)"\ncomplete -p rsa-fast >&2\n'
+    for words in COMPLETIONS:
+        count = len(f"rsa-fast {words}".split(" ")) - 1
+        script += f"COMP_WORDS=(rsa-fast {words}{'' if words[-1] != ' ' else chr(34) * 2}); COMP_CWORD={count}; COMPREPLY=()\n"
+        script += '_rsa_fast_completion rsa-fast; echo "${COMPREPLY[*]}"\n'
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
+    assert "_rsa_fast_completion rsa-fast" in done.stderr
+    for (words, completions), line in zip(COMPLETIONS.items(), done.stdout.splitlines(), strict=True):
+        assert set(line.split()) == completions, words
