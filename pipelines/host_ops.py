@@ -146,37 +146,34 @@ def crop_resize_flip(image, top, left, height, width, flip, planes):
 def resize_across(pixels, top, left, height, width, flip, size):
     """A window of interleaved rows `(H, 3 * W)` to `(height, 3 * size)` uint8, in which red, green and blue stand apart."""
     first, weights = bilinear_taps(width, size)
-    taps = len(weights)
-    byte = np.empty(size, np.uint32)  # of each output's first tap; unsigned, for which numba asks not whether it is negative
-    weight = np.empty((taps, size), np.int32)
+    place = np.empty(size, np.uint32)  # of each output's first tap; unsigned, for which numba asks not whether it is negative
+    weight = np.empty(weights.shape, np.int32)
     for x in range(size):
         out = size - 1 - x if flip else x
-        byte[out] = 3 * first[x]
-        for t in range(taps):
+        place[out] = first[x]
+        for t in range(len(weights)):
             weight[t, out] = weights[t, x]
     rows = np.empty((height, 3 * size), np.uint8)
-    total = np.empty(6 * size, np.int32)
+    line, tap = np.empty(width, np.int32), np.empty(size, np.int32)  # red, green and blue in one integer
+    total = np.empty(3 * size, np.int32)
     red, green, blue = total[:size], total[size:][:size], total[2 * size :][:size]
-    red_2, green_2, blue_2 = total[3 * size :][:size], total[4 * size :][:size], total[5 * size :][:size]
-    for y in range(0, height, 2):  # two rows for one look-up of weight and position: a quarter less time
-        y_2 = min(y + 1, height - 1)
-        line, line_2 = pixels[top + y][3 * left :], pixels[top + y_2][3 * left :]
+    for y in range(height):
+        pixel = pixels[top + y][3 * left :]
+        for x in range(width):
+            line[x] = np.int32(pixel[3 * x]) | np.int32(pixel[3 * x + 1]) << 8 | np.int32(pixel[3 * x + 2]) << 16
         total[:] = HALF
-        for t in range(taps):
-            weight_t, pixel, pixel_2 = weight[t], line[3 * t :], line_2[3 * t :]
+        for t in range(len(weights)):
+            weight_t, from_t = weight[t], line[t:]
+            for x in range(size):  # one look-up for three channels, in a loop of its own: the other one is vectorised then
+                tap[x] = from_t[place[x]]
             for x in range(size):
-                at, w = byte[x], weight_t[x]
-                red[x] += w * np.int32(pixel[at])
-                green[x] += w * np.int32(pixel[at + np.uint32(1)])
-                blue[x] += w * np.int32(pixel[at + np.uint32(2)])
-                red_2[x] += w * np.int32(pixel_2[at])
-                green_2[x] += w * np.int32(pixel_2[at + np.uint32(1)])
-                blue_2[x] += w * np.int32(pixel_2[at + np.uint32(2)])
-        row, row_2, total_2 = rows[y], rows[y_2], total[3 * size :]
+                rgb, w = tap[x], weight_t[x]
+                red[x] += w * (rgb & 255)
+                green[x] += w * ((rgb >> 8) & 255)
+                blue[x] += w * (rgb >> 16)
+        row = rows[y]
         for i in range(3 * size):
             row[i] = total[i] >> RESIZE_BITS  # weights are positive and sum to one: 0..255 without a clip
-        for i in range(3 * size):
-            row_2[i] = total_2[i] >> RESIZE_BITS
     return rows
 
 

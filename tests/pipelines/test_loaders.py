@@ -137,6 +137,20 @@ def test_an_iterator_left_early_leaves_nothing_behind(folder, backend):
     assert len(again) == 5 and torch.equal(again[0].aggressive_1, first.aggressive_1)
 
 
+@pytest.mark.parametrize("backend", ["resident", "native", pytest.param("dali", marks=DALI)])
+def test_a_view_in_use_is_not_written_again_and_memory_of_others_is(folder, backend):
+    source = open_source(folder, "pretrain")
+    with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5), backend=backend) as loader:
+        kept = next(loader.batches(0)).weak_1[3]
+        before, others = kept.clone(), set()
+        for epoch in range(1, 9):
+            for batch in loader.batches(epoch):
+                others |= {getattr(batch, name).data_ptr() for name in VIEWS}
+        assert torch.equal(kept, before)
+        assert kept.untyped_storage().data_ptr() not in others
+        assert len(others) <= len(VIEWS) * (loader.job.prefetch_batches + 3)  # of 40 batches
+
+
 @pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
 def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
     write_folder(tmp_path, {"train": 4})
