@@ -3,6 +3,8 @@
     python -m tools.bench views     resident backend against torchvision/PIL, four views at 32 px
     python -m tools.bench backends  every backend at 224 px from files, against torchvision/PIL and the decode limit
     python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
+    python -m tools.bench training  the loop on files, ResNet-50 at 224 px: RSA against BYOL, and what waits for views
+    python -m tools.bench all       all of these; ratios only with --json
     python -m tools.bench learn     accuracy of every method at the same small budget
 
 Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
@@ -14,11 +16,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,10 +35,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines import VIEWS, Batch, Order, Source, open_source, open_views
 from pipelines.draws import draw
+from pipelines.loading import Loader
 from pipelines.manifest import array_manifest
 from rsa_fast.engine import Run, build_run, choose_device, choose_dtype, train, train_step
 from rsa_fast.evaluate import Evaluation
-from rsa_fast.profiling import Repeated, ratio
+from rsa_fast.meter import Meter
+from rsa_fast.profiling import Repeated, loading_of, open_loader, ratio
 from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
 from tools.to_ffcv import main as to_ffcv
 
@@ -56,12 +61,14 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> None:
+def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> dict[str, float]:
     table = Table("", "median (lowest to highest)", title=title)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    click.echo(json.dumps({key: round(value, 4) for key, value in result.items()}))
+    result = {key: round(value, 4) for key, value in result.items()}
+    click.echo(json.dumps(result))
+    return result
 
 
 def spread(values: list[float], unit: str) -> str:
@@ -77,7 +84,7 @@ def main() -> None:
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--turns", default=5, show_default=True)
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
-def views(batch_size: int, turns: int, dtype: str) -> None:
+def views(batch_size: int, turns: int, dtype: str) -> dict[str, float]:
     """Source images per second, each with four views, by 2 threads or worker processes."""
     source = images(40 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
@@ -102,7 +109,7 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in middle.items()}
     result["resident_host_ratio"] = middle["resident"] / middle["torchvision"]
     result["resident_device_ratio"] = middle["resident-device"] / middle["torchvision"]
-    show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
+    return show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
 
 
 def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) -> float:
@@ -126,7 +133,7 @@ def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) 
 @click.option("--turns", default=3, show_default=True)
 @click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
-def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> None:
+def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> dict[str, float]:
     """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
     source = open_source(data, "train")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
@@ -163,7 +170,7 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
     result |= {f"{name}_ratio": middle[name] / middle["torchvision"] for name in rows if name != "torchvision"}
     result["native_of_decode_limit"] = middle["native"] / middle["decode_limit"]
     title = f"{size} px, batch {order.batch_size}, {dtype}; four views unless named weak (two) or byol (two aggressive)"
-    show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
+    return show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
 
 
 def decode_rate(files: list[bytes], seconds: float) -> float:
@@ -186,7 +193,7 @@ def decode_rate(files: list[bytes], seconds: float) -> float:
 @click.option("--width", default=64, show_default=True, help="Channels of ResNet-18's first stage.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--turns", default=7, show_default=True)
-def step(width: int, batch_size: int, turns: int) -> None:
+def step(width: int, batch_size: int, turns: int) -> dict[str, float]:
     """Training steps of ResNet-18 at 32 px."""
     source = images(20 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
@@ -224,7 +231,62 @@ def step(width: int, batch_size: int, turns: int) -> None:
     }
     precision = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
     title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless said"
-    show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
+    return show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
+
+
+@main.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option("--arch", default="resnet50", show_default=True)
+@click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--turns", default=3, show_default=True)
+@click.option("--seconds", default=12.0, show_default=True, help="Of each measurement.")
+def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seconds: float) -> dict[str, float]:
+    """The training loop of ImageNet's recipes with each file backend: RSA's step over BYOL's, and the wait for views."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        to_ffcv([str(data), folder], standalone_mode=False)
+        loops: dict[tuple[str, str], tuple[Run, Loader]] = {}
+        for backend in ("native", "dali", "ffcv"):
+            source = open_source(folder if backend == "ffcv" else data, "pretrain")
+            for method in ("rsa", "byol"):
+                fields = {"arch": arch, "views.size_px": size, "batch_size": batch_size, "bn": "local", "backend": backend}
+                run = build_run(build_recipe("imagenet1k", method, overrides=fields), len(source.manifest))
+                loader = open_loader(run, source, loading_of(run.recipe, source, run.device))
+                loops[backend, method] = run, opened.enter_context(loader)
+        reads: dict[tuple[str, str], list[dict[str, float]]] = {name: [] for name in loops}
+        for turn in range(turns):
+            for name, (run, loader) in loops.items():
+                meter = Meter(batch_size, run.device)
+                with closing(meter.waiting(loader.batches(turn))) as batches:
+                    train_step(run, next(batches))
+                    meter.restart()
+                    while time.perf_counter() - meter.began < seconds:
+                        meter.add(run.step, train_step(run, next(batches)))
+                    reads[name].append(meter.read())
+    values = {name: {key: [read[key] for read in turns] for key in reads[name][0]} for name, turns in reads.items()}
+    result = {}
+    for backend, method in loops:
+        for key in ("step_ms", "wait_pct"):
+            result[f"{backend}_{method}_{key}"] = statistics.median(values[backend, method][key])
+    for backend, _ in loops:
+        result[f"{backend}_rsa_over_byol"] = ratio(values[backend, "rsa"]["step_ms"], values[backend, "byol"]["step_ms"])
+    title = f"{arch}, {size} px, batch {batch_size}"
+    rows = [
+        (" ".join(name), f"{spread(of['step_ms'], 'ms')}, waits {spread(of['wait_pct'], '%')}") for name, of in values.items()
+    ]
+    return show(title, rows, result)
+
+
+@main.command("all")
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option("--json", "plain", is_flag=True, help="Tables go to stderr.")
+@click.pass_context
+def everything(ctx: click.Context, data: Path, plain: bool) -> None:
+    """All speeds that the README states, each command's with its own options left as they are."""
+    with redirect_stdout(sys.stderr) if plain else nullcontext():
+        figures = {"views": ctx.invoke(views), "step": ctx.invoke(step)}
+        figures |= {"backends": ctx.invoke(backends, data=data), "training": ctx.invoke(training, data=data)}
+    click.echo(json.dumps(figures))
 
 
 # Of a narrow ResNet-18 on two CPU cores. BYOL's and RSA's targets follow faster than the paper's, as there are few steps;

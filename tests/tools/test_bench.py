@@ -32,7 +32,10 @@ def test_ratios_pair_measurements_of_the_same_turn():
     assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2  # a slow turn slows both
 
 
-@pytest.mark.skipif(not (find_spec("ffcv") and find_spec("nvidia.dali")), reason="needs FFCV and DALI: make setup")
+FILES = pytest.mark.skipif(not (find_spec("ffcv") and find_spec("nvidia.dali")), reason="needs FFCV and DALI: make setup")
+
+
+@FILES
 def test_backends_are_compared_on_files(folder):
     arguments = ("backends", "--data", str(folder), "--size", "16", "--batch-size", "8", "--turns", "1", "--seconds", "0.05")
     result = CliRunner().invoke(main, arguments)
@@ -43,3 +46,24 @@ def test_backends_are_compared_on_files(folder):
     assert figures["native_ratio"] == pytest.approx(
         figures["native_images_per_s"] / figures["torchvision_images_per_s"], abs=1e-3
     )
+
+
+@FILES
+def test_rsa_and_byol_train_on_every_file_backend(folder):
+    arguments = ("training", "--data", str(folder), "--arch", "resnet18", "--size", "16", "--batch-size", "8", "--turns", "1")
+    result = CliRunner().invoke(main, (*arguments, "--seconds", "0.05"))
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    for backend in ("native", "dali", "ffcv"):
+        over = figures[f"{backend}_rsa_step_ms"] / figures[f"{backend}_byol_step_ms"]
+        assert figures[f"{backend}_rsa_over_byol"] == pytest.approx(over, rel=1e-3)
+        assert 0 <= figures[f"{backend}_rsa_wait_pct"] <= 100
+
+
+def test_all_of_them_end_in_one_json_object(monkeypatch):
+    for name in ("views", "step", "backends", "training"):
+        monkeypatch.setattr(main.commands[name], "callback", lambda name=name, **_: print("table") or {f"{name}_ratio": 1.0})
+    result = CliRunner().invoke(main, ["all", "--data", ".", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout).keys() == {"views", "step", "backends", "training"}
+    assert result.stderr.count("table") == 4
