@@ -8,7 +8,8 @@ efficiency with which others trained a supervised ResNet-50, of which the same s
 
 How good that is: `ACCURACY`, held by tests. RSA's own code on V100s (paper, Table 7) trained STL-10 in fp32 as fast as this
 says, CIFAR-100 in fp32 at 83% of it, and ImageNet-100 in fp16 at 42%, waiting for its images.
-Not modelled: cuDNN's choice of algorithms, what ranks gather from each other, evaluation, what else the host has to do.
+Not modelled: what `compile` saves, cuDNN's choice of algorithms, what ranks gather from each other, evaluation, what else
+the host has to do.
 """
 
 from __future__ import annotations
@@ -143,12 +144,13 @@ class Ledger(TorchDispatchMode):
 
 
 def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
-    """The recipe with which one process normalises as each of `world_size` does; SyncBatchNorm is taken for BatchNorm."""
+    """The recipe with which one process normalises as each of `world_size` does; SyncBatchNorm is taken for BatchNorm, and
+    nothing is compiled."""
     parts = int(recipe.bn.removeprefix("split:")) if recipe.bn.startswith("split:") else world_size
     if parts % world_size:
         raise ValueError(f"bn: {recipe.bn} does not divide among {world_size} GPUs: use sync, local, or a multiple of them")
     bn = "local" if parts == world_size else f"split:{parts // world_size}"
-    return recipe.model_copy(update={"bn": bn, "batch_size": recipe.batch_size // world_size})
+    return recipe.model_copy(update={"bn": bn, "batch_size": recipe.batch_size // world_size, "compile": False})
 
 
 @cache
@@ -228,8 +230,9 @@ def plan(
     """What the recipe needs and gives on `nodes` of `gpus` GPUs named in `GPUS` and `cores` CPU cores each.
 
     Without `data` the dataset is as published. `tflop_per_step` is of one GPU, what starts with `decode` of one node. A batch
-    that does not fit in memory is planned all the same, and said. Raises ValueError for an unknown GPU, and for a batch that
-    the images do not fill or that does not divide among the GPUs, and for bf16 on a V100.
+    that does not fit in memory is planned all the same, and said; `remedy` is then the setting with which it fits, or None.
+    Raises ValueError for an unknown GPU, and for a batch that the images do not fill or that does not divide among the GPUs,
+    and for bf16 on a V100.
     """
     if gpu not in GPUS:
         raise ValueError(f"no GPU {gpu!r}{nearest(gpu.lower(), GPUS)}: choose from {', '.join(GPUS)}")
@@ -246,15 +249,22 @@ def plan(
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     gradient_bytes = 4 * trained if world > 1 else 0  # that DDP sums, from buckets of its own
 
-    def gib(images: int) -> tuple[float, float]:
+    def gib(images: int, alone: Recipe = alone) -> tuple[float, float]:
         """The most that the step's tensors hold, and with it all that has to be there."""
         tensors = (trace(alone, images, precision)[0].peak_bytes + gradient_bytes) / GIB + (resident_gib or 0)
         return tensors, tensors + OVERHEAD_GIB + LOADER_BYTES * images * 3 * recipe.views.size_px**2 / GIB
 
     (peak_gib, needed_gib), (_, doubled_gib) = gib(batch), gib(2 * batch)
     spare = (card.memory_gib - needed_gib) / (doubled_gib - needed_gib)
-
+    fits = needed_gib <= card.memory_gib
     arithmetic_ms, memory_ms = ledger.roofline_ms(card, precision)
+    remedy = None
+    for stages in range(recipe.recompute_stages + 1, 1 if fits else 5):
+        other = alone.model_copy(update={"recompute_stages": stages})
+        if (other_gib := gib(batch, other)[1]) <= card.memory_gib:
+            more = sum(trace(other, batch, precision)[0].roofline_ms(card, precision)) / (arithmetic_ms + memory_ms) - 1
+            remedy = f"--set recompute_stages={stages} takes {other_gib:.1f} GiB and {more:.0%} more time"
+            break
     share, share_from = efficiency(card, precision)
     link_gb_s = card.link_gb_s if nodes == 1 else min(card.link_gb_s, network_gbps / 8)
     limits_ms = {
@@ -269,7 +279,6 @@ def plan(
         limits_ms["decoding"] = 1e3 * recipe.batch_size / nodes / cores / per_core
     bottleneck = max(limits_ms, key=limits_ms.__getitem__)
     epoch_min = len(order) * limits_ms[bottleneck] / 60e3
-    fits = needed_gib <= card.memory_gib
     return {
         "kind": "predicted",
         **{"dataset": recipe.dataset, "method": recipe.method, "gpu": gpu, "gpus": gpus, "nodes": nodes},
@@ -282,6 +291,7 @@ def plan(
         "needed_gib_per_gpu": needed_gib,
         "gpu_memory_gib": card.memory_gib,
         "fits": fits,
+        "remedy": remedy,
         "largest_batch_per_gpu": max(0, int(batch * (1 + spare))),
         "allreduce_mib_per_step": gradient_bytes / 2**20,
         "memory_bound_pct": 100 * memory_ms / (arithmetic_ms + memory_ms),
@@ -307,7 +317,7 @@ def show(found: dict[str, Any]) -> None:
     """A plan as a table on stdout."""
     flop = ", ".join(f"{part} {gflop:.1f}" for part, gflop in found["gflop_per_image"].items())
     limits = ", ".join(f"{name} {ms:.0f}" for name, ms in found["limits_ms"].items())
-    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    fits = "fits" if found["fits"] else f"DOES NOT FIT; {found['remedy'] or 'nor with recompute_stages=4'}"
     rows = {
         "memory": f"{{needed_gib_per_gpu:.1f}} of {{gpu_memory_gib}} GiB a GPU: {fits}; {{peak_gib_per_gpu:.2f}} in tensors",
         "batch": "{batch_per_gpu} images a GPU in {precision}; at most {largest_batch_per_gpu}",

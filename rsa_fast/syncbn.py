@@ -74,11 +74,12 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class Normalise(torch.autograd.Function):
-    """On CUDA torch's own SyncBatchNorm kernels, which the CPU lacks; the same formulas in plain operations there."""
+    """On CUDA torch's own SyncBatchNorm kernels; the same formulas in plain operations on the CPU, which lacks them, and where
+    they are compiled, which fuses what surrounds them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-        if x.is_cuda:
+        if has_kernels(x):
             mean, inverse_std = torch.batch_norm_stats(x, eps)
             variance = inverse_std**-2 - eps
         else:
@@ -93,7 +94,7 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor):
         x, weight, mean, inverse_std = ctx.saved_tensors
-        if x.is_cuda:
+        if has_kernels(x):
             grad = grad.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else grad.contiguous()
             reduced = torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, weight, True, True, True)
             sums, grad_weight, grad_bias = torch.stack(reduced[:2]), *reduced[2:]
@@ -110,6 +111,10 @@ class Normalise(torch.autograd.Function):
             scale = inverse_std if weight is None else inverse_std * weight
             grad_x = ((grad - sums[0] - hat * sums[1]) * scale.view(shape)).to(x.dtype)
         return (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
+
+
+def has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def spatial(x: Tensor) -> list[int]:

@@ -28,7 +28,7 @@ def build_method(recipe: Recipe) -> Method:
     Raises ValueError when the recipe's `bn` does not suit the number of ranks.
     """
     r, groups = recipe, bn_groups(recipe.bn)
-    encoder = Encoder(r.arch, r.stem, r.width, r.zero_init_residual)
+    encoder = Encoder(r.arch, r.stem, r.width, r.zero_init_residual, r.recompute_stages, r.compile)
     match r.method:
         case "byol":
             method = Byol(encoder, r.hidden_dim, r.out_dim, r.pairs)

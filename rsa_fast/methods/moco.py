@@ -36,9 +36,10 @@ class QueueMethod(TargetMethod):
         if self.bn_groups == 1:
             every = gather(unit(self.target(images)))
         else:
-            pooled = gather(images)
+            pooled = gather(images.permute(0, 2, 3, 1))  # channels_last as it lies: gather wants it contiguous
             order = shuffle(len(pooled), self.bn_groups, images.device)
-            shuffled = gather(unit(self.target(pooled[order.chunk(world_size())[rank()]])))
+            dealt = pooled[order.chunk(world_size())[rank()]].permute(0, 3, 1, 2)
+            shuffled = gather(unit(self.target(dealt)))
             every = torch.empty_like(shuffled).index_copy_(0, order, shuffled)
         return every[rank() * len(images) :][: len(images)], every
 
@@ -61,8 +62,8 @@ class MoCo(QueueMethod):
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """InfoNCE of both directions, summed, against the queue as it was; then the keys of both enter it."""
-        q_1, q_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
         (k_1, every_1), (k_2, every_2) = self.keys(batch.aggressive_1), self.keys(batch.aggressive_2)
+        q_1, q_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
         queue = self.queue.clone()  # the backward needs it as it is now
         total = info_nce(q_1, k_2, queue, self.temperature) + info_nce(q_2, k_1, queue, self.temperature)
         self.enqueue(torch.cat([every_1, every_2]))

@@ -32,8 +32,8 @@ class ReSsl(QueueMethod):
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """Cross-entropy of both distributions over the queue as it was; then the teacher's embeddings enter it."""
-        student = unit(self.online(batch.aggressive_1))
         teacher, every = self.keys(batch.weak_2)
+        student = unit(self.online(batch.aggressive_1))
         loss = relational(student, teacher, self.queue.clone(), self.temperature, self.teacher_temperature)
         self.enqueue(every)
         return Loss(loss, student, {})

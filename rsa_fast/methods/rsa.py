@@ -22,8 +22,8 @@ class Rsa(Byol):
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """Eq. 5, in 0..8. The aggressive targets are the online *predictions*, detached, as in the reference code."""
+        z_1, z_2 = self.project(batch.weak_1), self.project(batch.weak_2)  # first: see Byol
         q_1, q_2 = self.predict(batch.aggressive_1), self.predict(batch.aggressive_2)
-        z_1, z_2 = self.project(batch.weak_1), self.project(batch.weak_2)
         weak = distance(q_1, z_2) + distance(q_2, z_1)
         aggressive = distance(q_1, q_2.detach()) + distance(q_2, q_1.detach())
         return Loss((1 - beta) * weak + beta * aggressive, q_1, {"weak": weak, "aggressive": aggressive})

@@ -123,6 +123,8 @@ def test_overrides_reach_the_views_and_later_ones_win(tmp_path):
         ("optimizer", "adam", r"optimizer = 'adam'"),
         ("epochs", "many", r"epochs = 'many'"),
         ("temperature", 0.2, r"no field 'temperature': rsa does not use it, simclr, moco, ressl do"),
+        ("recompute_stages", 5, r"recompute_stages = 5: .*less than or equal to 4"),
+        ("compile", "inductor", r"compile = 'inductor': .*boolean"),
         ("bn", "split:0", r"bn = 'split:0'"),
         ("bn", "split:7", r"bn = split:7 does not cut a batch of 256 into equal parts"),
         ("bn", "split:256", r"into equal parts of 2 or more"),
