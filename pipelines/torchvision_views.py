@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,12 +36,19 @@ def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
     return weak
 
 
+def ignore_signals(worker: int) -> None:
+    """A signal to all processes is for the one that trains, which needs this one to finish its step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TorchvisionViews(Loader):
     """Loader with worker processes, one batch per worker; the workers belong to one epoch's iterator and end with it."""
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         keys = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
-        for batch, skipped in DataLoader(self, sampler=keys, batch_size=None, num_workers=self.job.threads):
+        workers = {"num_workers": self.job.threads, "worker_init_fn": ignore_signals}
+        for batch, skipped in DataLoader(self, sampler=keys, batch_size=None, **workers):
             for sample, fault in skipped.items():
                 self.skip(sample, fault)
             if isinstance(batch, ValueError):

@@ -6,6 +6,7 @@ step. One process without either is a world of one.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -44,12 +45,15 @@ def local_rank() -> int:
 def environment(env: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables, from torchrun or else from a SLURM step (srun, one task per GPU); empty for a world of one.
 
-    Raises ValueError when torchrun's are there in part.
+    Raises ValueError when torchrun's are there in part, or when what it starts again would never meet.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env:
         if missing := [name for name in names if name not in env]:
             raise ValueError(f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun")
+        # A store that outlives a restart gives the new ranks the old ones' addresses (pytorch issue 135712).
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise ValueError("torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: else a restart hangs")
         return {name: env[name] for name in names}
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000  # the same on all nodes, another for another job
@@ -78,8 +82,8 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
     Raises ConnectionError when they do not meet, or when one is gone or keeps the others waiting for longer than `timeout_s`:
     then it says which, and at what.
     """
-    env = environment(os.environ)
-    if env and not dist.is_initialized():
+    env = {} if dist.is_initialized() else environment(os.environ)
+    if env:
         os.environ.update(env)
         cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
@@ -89,18 +93,18 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
         except RuntimeError as error:
             place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
             raise ConnectionError(f"rank {env['RANK']} did not meet all {env['WORLD_SIZE']} at {place}: {error}") from error
-    with Heartbeat(timeout_s) as heartbeat:
-        try:
-            yield heartbeat
-            barrier()  # the store is rank 0's, perhaps: nobody leaves while another needs it
-        except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise
-            raise ConnectionError(f"{heartbeat.verdict()}\n{error}") from error
-        finally:
-            heartbeat.over.set()
-            if env:
-                dist.destroy_process_group()
+    try:
+        with Heartbeat(timeout_s) as heartbeat:
+            try:
+                yield heartbeat
+                barrier()  # the store is rank 0's, perhaps: nobody leaves while another needs it
+            except RuntimeError as error:
+                if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                    raise
+                raise ConnectionError(f"{heartbeat.verdict()}\n{error}") from error
+    finally:
+        if env:
+            dist.destroy_process_group()
 
 
 def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
@@ -119,8 +123,7 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    # A store that outlives a restart gives the new ranks the old ones' addresses: they never meet (pytorch issue 135712).
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see environment()
     try:
         elastic_launch(config, sys.executable)("-m", "rsa_fast", *arguments)
     except SignalException as stop:  # passed on to the ranks, and they have ended
@@ -146,8 +149,8 @@ def highest(value: int) -> int:
 
 
 def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    if world_size() > 1:  # a named device, or NCCL warns that it guesses
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ class Gather(torch.autograd.Function):
 
 
 class Heartbeat:
-    """Tells the others what this rank is doing, once a second, and watches the next rank: a context manager.
+    """Tells the others what this rank is doing, once a second, and says which of them went silent: a context manager.
 
     A rank that is stopped, gone, or waits for its files keeps all others waiting in a collective, whose own timeout says
     neither which rank it was nor why. A rank whose launcher is gone, and with it every other's, gets SIGTERM.
@@ -183,65 +186,57 @@ class Heartbeat:
         self.doing = "starting"
         self.silent_s = min(SILENT_S, timeout_s / 2)
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.heard = [("0 starting", time.monotonic())] * world_size()  # by rank, the last beat and when it was new
+        work = (self.beat, self.watch) if world_size() > 1 else ()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in work]
 
     def __enter__(self) -> Heartbeat:
-        if world_size() > 1:
-            self.thread.start()
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        if self.thread.is_alive():
-            self.thread.join()
+        for thread in self.threads:  # one that is in the store while Python ends would abort the process
+            thread.join(ANSWER_S)
 
     def beat(self) -> None:
-        launcher, next_rank, count = os.getppid(), (rank() + 1) % world_size(), 0
-        store, last, heard, said = None, "", time.monotonic(), False
+        """The store may be rank 0's: when that is stopped, this waits for it, whatever its timeout."""
+        store, keys = dist.distributed_c10d._get_default_store(), [f"beat/{r}" for r in range(world_size())]
+        with suppress(RuntimeError):  # the store is gone, and with it the job
+            for count in itertools.count():
+                store.set(keys[rank()], f"{count} {self.doing}")
+                for r, beat in enumerate(store.multi_get(keys)):
+                    if beat.decode() != self.heard[r][0]:
+                        self.heard[r] = beat.decode(), time.monotonic()
+                if self.over.wait(BEAT_S):
+                    return
+
+    def watch(self) -> None:
+        said: set[int] = set()
+        launcher = os.getppid()
         while not self.over.wait(BEAT_S):
-            count += 1
-            try:
-                store = store or connect()
-                store.set(f"beat/{rank()}", f"{count} {self.doing}")
-                watched, found = next_rank, beat_of(store, next_rank)
-            except RuntimeError:  # a late answer would be taken for the next question's
-                store, watched, found = None, 0, "? unreachable"
-            if found != last:
-                last, heard, said = found, time.monotonic(), False
-            elif not said and time.monotonic() - heard > self.silent_s:
-                said = True
-                print(f"rank {watched} has been silent for {self.silent_s:.0f} s; it was {what(found)}", file=sys.stderr)
+            silent = self.silent(self.silent_s)
+            if rank() == min(set(range(world_size())) - silent.keys()):  # one says it for all
+                for r in silent.keys() - said:
+                    print(f"rank {r} has been silent for {self.silent_s:.0f} s; it was {silent[r]}", file=sys.stderr)
+            said = set(silent)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
                 launcher = os.getppid()
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def silent(self, for_s: float) -> dict[int, str]:
+        """The ranks not heard for so long, and what each was doing. Who does not hear itself has lost the store, and rank 0."""
+        now = time.monotonic()
+        found = [r for r, (_, since) in enumerate(self.heard) if now - since > for_s]
+        return {r: self.doing_of(r) for r in ([0] if rank() in found else found)}
+
+    def doing_of(self, rank: int) -> str:
+        return self.heard[rank][0].partition(" ")[2]
+
     def verdict(self) -> str:
         """Which ranks are silent, or what each is doing, for the error of a collective that failed."""
-        try:
-            store = connect()
-            first, second = beats(store), (time.sleep(3 * BEAT_S), beats(store))[1]
-        except RuntimeError:
-            return "rank 0, or its machine, does not answer"
-        silent = [r for r in second if second[r] == first[r]]
-        if silent:
-            return "; ".join(f"rank {r} is silent, it was {what(second[r])}" for r in silent)
-        return "; ".join(f"rank {r} is {what(second[r])}" for r in second)
-
-
-def connect() -> dist.Store:
-    """A connection to the store of all ranks that does not wait long."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=ANSWER_S))
-    return store
-
-
-def beats(store: dist.Store) -> dict[int, str]:
-    return {r: beat_of(store, r) for r in range(world_size())}
-
-
-def beat_of(store: dist.Store, rank: int) -> str:
-    return store.get(f"beat/{rank}").decode() if store.check([f"beat/{rank}"]) else ""
-
-
-def what(beat: str) -> str:
-    return beat.partition(" ")[2] or "not heard yet"
+        time.sleep(ANSWER_S)  # a rank that died just now is not silent yet
+        if silent := self.silent(3 * BEAT_S):
+            return "; ".join(f"rank {r} is silent, it was {doing}" for r, doing in silent.items())
+        return "; ".join(f"rank {r} is {self.doing_of(r)}" for r in range(world_size()))

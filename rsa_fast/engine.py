@@ -7,7 +7,9 @@ A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `r
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -45,7 +47,7 @@ from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import FREE_FIELDS, LOADING_FIELDS, Plan, Recipe, dump_yaml, resolve
 from rsa_fast.report import report_or_say
 
-RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints", ".rsa-fast")
+RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints")
 RUN_FILES += ("report.html", "tensorboard", "wandb")
 
 
@@ -123,18 +125,19 @@ def train(
 
     `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped, and starts the run there
     where it has none yet; with `force` also where the recipe or the data differ, which is said. `init_from` starts from
-    another run's weights; `stop_at_step` checkpoints and returns early. Under torchrun every rank calls this and rank 0 gets
-    the result; what torchrun starts again after a rank died is resumed.
+    another run's weights; `overwrite` deletes the run in `out` once this one is ready to start; `stop_at_step` checkpoints
+    and returns early. Under torchrun every rank calls this and rank 0 gets the result; a run that torchrun starts again after
+    a rank died is resumed.
 
     Raises FileExistsError when `out` is not empty and neither resumed nor overwritten, ValueError when the recipe or the
     data of a resumed run changed, FloatingPointError when the loss or a weight is not finite, OSError when a checkpoint cannot
     be written, ConnectionError when a rank stopped answering, and StoppedError when a signal ended the run.
     """
-    with process_group(recipe.device, recipe.timeout_s) as heartbeat:
-        if restarted():
-            resume, overwrite = out.is_dir(), False
+    with process_group(recipe.device, recipe.timeout_s) as heartbeat, full_disk_named(out):
+        if restarted() and begun(out):
+            resume, overwrite = True, False
         if rank() == 0:
-            prepare_folder(out, resume, overwrite)
+            check_folder(out, resume, overwrite)
         barrier()
         source = open_source(data, "pretrain", cache=out)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
@@ -143,23 +146,27 @@ def train(
             restore(run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force)
         elif init_from:
             run.method.load_state_dict(checkpoint.load(init_from)["method"])
+        if (furthest := highest(run.step)) != run.step:  # a network disk shows a new file late
+            raise FileNotFoundError(f"{out}: rank {rank()} found the checkpoint of step {run.step}, another rank {furthest}'s")
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
-            write_text(out / "recipe.yaml", dump_yaml(recipe))
-            write_text(out / "env.json", json.dumps(environment(), indent=1))
             if resume and run.step == 0:
                 print(f"{out} has no checkpoint yet: starting at step 0", file=sys.stderr)
             announce(run, len(source.manifest))
         order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
         loading = {name: getattr(recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
-        with (
-            open_views(source, recipe.views, run.method.reads, order, **loading) as loader,
-            Metrics(out, run.plan.total_steps, run.step, recipe.wandb) as metrics,
-            stop_signals() as asked,
-            checkpoint.Writer(out / "checkpoints", recipe.keep_last) if rank() == 0 else nullcontext() as writer,
-        ):
-            loop = Loop(run, loader, metrics, evaluation, writer, out, source.manifest.fingerprint, asked, heartbeat)
-            result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
+        with open_views(source, recipe.views, run.method.reads, order, **loading) as loader, stop_signals() as asked:
+            barrier()  # nothing keeps any rank from starting: an old run may go
+            if rank() == 0:
+                prepare_folder(out, resume, overwrite)
+                write_text(out / "env.json", json.dumps({**environment(), "job": job()}, indent=1))
+                write_text(out / "recipe.yaml", dump_yaml(recipe))
+            with (
+                Metrics(out, run.plan.total_steps, run.step, recipe.wandb) as metrics,
+                checkpoint.Writer(out / "checkpoints", recipe.keep_last) if rank() == 0 else nullcontext() as writer,
+            ):
+                loop = Loop(run, loader, metrics, evaluation, writer, out, source.manifest.fingerprint, asked, heartbeat)
+                result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
         if asked and run.step < run.plan.total_steps:
             raise StoppedError(f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume")
         return result if rank() == 0 else None
@@ -260,8 +267,8 @@ class Loop:
         )
 
     def stop_asked(self, due: bool) -> bool:
-        """Whether a signal asks to stop. Several ranks agree on a CPU every step, which takes less than a thousandth of it, on
-        a GPU when a record is due and waits for the device anyway."""
+        """Whether a signal asks to stop. Several ranks agree on a CPU every step, which takes .2 ms, on a GPU when a record is
+        due and waits for the device anyway."""
         if world_size() > 1 and not (due or self.run.device.type == "cpu"):
             return False
         if number := highest(self.asked[0] if self.asked else 0):
@@ -305,24 +312,53 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, previous[number])
 
 
+def job() -> str | None:
+    """What torchrun calls all its starts of this job."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def begun(out: Path) -> bool:
+    """Whether the run in `out` is this job's, from before torchrun started it again."""
+    try:
+        return json.loads((out / "env.json").read_text())["job"] == job()
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Make `out`, or refuse it."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: --out wants a folder")
+    found = [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
+    if found and not (resume or overwrite):
+        raise FileExistsError(f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out")
+    if resume and not out.is_dir():
+        raise FileNotFoundError(f"no whole checkpoint, for there is no folder {out}: start without --resume")
+    if resume and found and not set(found) & set(RUN_FILES):
+        raise FileExistsError(f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Make `out`, or refuse it. Overwriting removes a run's own files and nothing else."""
     import shutil
 
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: --out wants a folder")
-    found = [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
-    if found and overwrite:
+    check_folder(out, resume, overwrite)
+    if overwrite:
         for name in RUN_FILES:
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif found and not resume:
-        raise FileExistsError(f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out")
-    elif resume and not out.is_dir():
-        raise FileNotFoundError(f"no whole checkpoint, for there is no folder {out}: start without --resume")
-    elif found and not set(found) & set(RUN_FILES):
-        raise FileExistsError(f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder")
-    out.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def full_disk_named(out: Path) -> Iterator[None]:
+    """A write that finds no room raises an OSError without a path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+            raise
+        raise OSError(f"{out} was not written to: {error.strerror}. Once it has room, go on with --resume") from error
 
 
 def write_text(path: Path, text: str) -> None:

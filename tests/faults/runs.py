@@ -30,23 +30,27 @@ FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.engine"])
 
 def arguments(data: Path, out: Path, *options: object) -> list[str]:
     sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8", "--device", "cpu"][:-2]
+    names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8", "--set", "device=cpu"]
     return ["train", *names, "--data", str(data), "--out", str(out), *sets, *map(str, options)]
 
 
 def fork(data: Path, out: Path, *options: object) -> multiprocessing.Process:
-    process = FORKS.Process(target=main, args=(arguments(data, out, *options),))
+    process = FORKS.Process(target=main, args=(arguments(data, out, *options), log_of(out)))
     process.start()
     return process
 
 
-def main(command: list[str]) -> None:
+def log_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
+def main(command: list[str], log: Path) -> None:
     from rsa_fast.cli import main
 
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     main(command)
 
 
@@ -54,7 +58,7 @@ def finish(data: Path, out: Path, *options: object) -> None:
     """Run to the end."""
     process = fork(data, out, *options)
     process.join(PATIENCE_S)
-    assert process.exitcode == 0
+    assert process.exitcode == 0, log_of(out).read_text()
 
 
 class Job:

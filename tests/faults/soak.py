@@ -1,7 +1,7 @@
 """Train on two processes for a long time and print what grows: `python -m tests.faults.soak --minutes 30 --backend native`.
 
 One JSON object on stdout: by rank the resident memory at the start and at the end of the time after the warm-up and its growth
-in percent, and memory, open file descriptors and threads over time.
+in percent, and memory, open file descriptors (one more while a checkpoint is written) and threads over time.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrid
     train(tiny(), data, tmp_path / "run", stop_at_step=4)
     others = write_folder(tmp_path / "others", {"train": 21})
     changed = tiny(beta_base=0.4, tau_base=0.9, threads=1)
-    rows = "  tau_base: 0.99 in the checkpoint, 0.9 now\n  beta_base: 0.3 in the checkpoint, 0.4 now\n"
+    rows = "  beta_base: 0.3 in the checkpoint, 0.4 now\n  tau_base: 0.99 in the checkpoint, 0.9 now\n"
     rows += "  the training images are not the ones this run was started with"
     with pytest.raises(ValueError, match=re.escape("--force goes on all the same:\n" + rows)):
         train(changed, others, tmp_path / "run", resume=True)

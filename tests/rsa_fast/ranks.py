@@ -11,57 +11,63 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rsa_fast.distributed import rank, world_size
 
-def run_ranks(work: str, world_size: int, folder: Path) -> list:
+
+def run_ranks(work: str, ranks: int, folder: Path) -> list:
     """What `work` returned on every rank."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, work]
     started = [
-        subprocess.Popen([*command, str(rank), str(world_size), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(world_size)
+        subprocess.Popen([*command, str(me), str(ranks), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        for me in range(ranks)
     ]
     errors = [process.communicate(timeout=240)[1] for process in started]
     assert not any(process.returncode for process in started), "\n".join(errors)
-    return [torch.load(folder / f"{work}_{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [torch.load(folder / f"{work}_{me}.pt", weights_only=False) for me in range(ranks)]
 
 
 def mine(x: torch.Tensor) -> torch.Tensor:
-    return x.chunk(dist.get_world_size())[dist.get_rank()]
+    return x.chunk(world_size())[rank()]
 
 
-def one_step_of_every_method() -> dict[str, tuple]:
-    """By method and `bn`: the loss, the gradients and the queue after one step through DDP on this rank's part."""
-    from test_other_methods import some_batch
-    from torch.nn.parallel import DistributedDataParallel
+def steps_of_every_method() -> dict[tuple, tuple]:
+    """By method and `bn`: the losses of two of the engine's steps on this rank's part, in double precision, and all
+    weights, statistics and queues after them."""
+    from test_other_methods import BATCH, TINY, some_batch
 
     from pipelines.views import Batch
+    from rsa_fast.engine import build_run, train_step
+    from rsa_fast.recipes import METHODS, RECIPES, build_recipe
 
     results = {}
-    for name, bn, method in cases():
-        method.train()
-        wrapped = DistributedDataParallel(method, broadcast_buffers=False)
-        batch = Batch(**{key: mine(value) for key, value in vars(some_batch()).items()})
-        loss = wrapped(batch, 0.3)
-        loss.total.backward()
-        total = loss.total.detach().clone()
-        dist.all_reduce(total)
-        results[name, bn] = (total / dist.get_world_size(), gradients(method), getattr(method, "queue", None))
+    cases = [(name, "sync") for name in METHODS] + [(name, "split:2") for name in ("moco", "ressl")]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, bn in cases:
+            # a zero gain, the initial one, would stop the gradient of its block's convolutions
+            options = TINY | {"bn": bn, "zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.01}
+            fields = {key: value for key, value in options.items() if key in RECIPES[name].model_fields}
+            run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
+            for step in range(2):  # each amplifies rounding tenfold
+                batch = Batch(**{key: mine(value) for key, value in vars(some_batch(step)).items()})
+                losses.append(train_step(run, batch).total.detach())
+            results[name, bn] = mean(torch.stack(losses)), run.method.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
     return results
 
 
-def cases():
-    from test_other_methods import small
-
-    from rsa_fast.recipes import METHODS
-
-    for name in METHODS:
-        yield name, "sync", small(name, bn="sync")
-    for name in ("moco", "ressl", "rsa"):
-        yield name, "split:2", small(name, bn="split:2")
+def mean(x: torch.Tensor) -> torch.Tensor:
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x / world_size()
 
 
-def gradients(method) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+def steps_in_every_way() -> dict[tuple, tuple]:
+    import test_networks
+
+    return test_networks.steps_in_every_way()
 
 
 def sync_batchnorm() -> list[tuple]:
@@ -93,7 +99,7 @@ def batchnorm_cases():
 
 
 if __name__ == "__main__":
-    work, rank, world_size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{folder / work}.rendezvous", rank=rank, world_size=world_size)
-    torch.save(globals()[work](), folder / f"{work}_{rank}.pt")
+    work, me, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    dist.init_process_group("gloo", init_method=f"file://{folder / work}.rendezvous", rank=me, world_size=ranks)
+    torch.save(globals()[work](), folder / f"{work}_{me}.pt")
     dist.destroy_process_group()

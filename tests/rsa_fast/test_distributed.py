@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from ranks import batchnorm_cases, cases, gradients, run_ranks
-from test_other_methods import some_batch
+from ranks import batchnorm_cases, run_ranks, steps_of_every_method
 from torch import nn
 
+from rsa_fast.distributed import environment, first_host
 from rsa_fast.syncbn import SplitBatchNorm, SyncBatchNorm, bn_groups, convert_batchnorm
 
 
@@ -17,19 +17,33 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_a_step_of_every_method_is_the_same_on_two_ranks_as_on_one(tmp_path):
-    ranks = run_ranks("one_step_of_every_method", 2, tmp_path)
-    for name, bn, method in cases():
-        loss = method(some_batch(), 0.3)
-        loss.total.backward()
-        for totals, grads, queue in (rank[name, bn] for rank in ranks):
-            close(totals, loss.total.detach())
-            expected = gradients(method)
-            assert grads.keys() == expected.keys()
-            for key in grads:
-                close(grads[key], expected[key])
-            if queue is not None:
-                close(queue, method.queue)
+def test_steps_of_every_method_are_the_same_on_two_ranks_as_on_one(tmp_path):
+    expected = steps_of_every_method()
+    for found in run_ranks("steps_of_every_method", 2, tmp_path):
+        for (name, bn), (losses, state) in expected.items():
+            found_losses, found_state = found[name, bn]
+            close(found_losses, losses)
+            assert found_state.keys() == state.keys()
+            for key in state:
+                if bn == "sync" or "running" not in key:  # parts of a batch have statistics of their own
+                    close(found_state[key], state[key])
+
+
+def test_the_environment_is_torchrun_s_and_without_it_a_slurm_step_s():
+    slurm = {"SLURM_JOB_ID": "123456", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NODELIST": "gpu[03-05,9]n1,cpu1"}
+    slurm |= {"SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    found = {"RANK": "11", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "gpu03n1", "MASTER_PORT": "23456"}
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert environment(slurm) == found
+    assert environment(slurm | torchrun) == torchrun
+    assert environment(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) == environment({}) == {}
+    assert first_host("node-7") == first_host("node-7,node-9") == first_host("node-[7-8,11]") == "node-7"
+    with pytest.raises(ValueError, match="RANK or WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        environment(slurm | {"RANK": "0", "WORLD_SIZE": "2"})
+    shared = torchrun | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    assert environment(shared) == torchrun
+    with pytest.raises(ValueError, match="--max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        environment(shared | {"TORCHELASTIC_MAX_RESTARTS": "2"})
 
 
 def test_synchronised_batchnorm_equals_batchnorm_of_the_whole_batch(tmp_path):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import write_folder
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast import checkpoint
@@ -56,7 +57,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, beton, tm
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "lars")])
 def test_resuming_is_exact_in_every_precision(folder, tmp_path, precision, optimizer):
-    recipe = tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1)
+    check_resumption(tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1), folder, tmp_path)
+
+
+def test_resuming_is_exact_with_a_queue(folder, tmp_path):
+    check_resumption(tiny("ressl", bn="split:2", queue_size=32, epochs=2), folder, tmp_path)
+
+
+def check_resumption(recipe, folder, tmp_path):
     train(recipe, folder, tmp_path / "whole")
     train(recipe, folder, tmp_path / "parts", stop_at_step=3)
     train(recipe, folder, tmp_path / "parts", resume=True)
@@ -95,19 +103,50 @@ def test_a_folder_in_use_is_refused_until_told_what_to_do(folder, tmp_path):
     out = tmp_path / "run"
     train(tiny(epochs=1), folder, out)
     with pytest.raises(FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"):
-        train(tiny(epochs=1), folder, out)
+        train(tiny(epochs=1), tmp_path / "nowhere", out)  # before the images are looked for
     (out / "notes.txt").write_text("mine")
     train(tiny(epochs=1, seed=5), folder, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     assert {record["step"] for record in read_metrics(out)} == {2, 4, 5}
 
 
+def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path):
+    out = tmp_path / "run"
+    train(tiny(epochs=1), folder, out)
+    old = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    few, unfit = tiny(batch_size=64), tiny(backend="ffcv")  # more than there are images; for .beton files
+    for recipe, data in ((tiny(), tmp_path / "nowhere"), (few, folder), (unfit, folder)):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            train(recipe, data, out, overwrite=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == old
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train(folder, tmp_path, monkeypatch):
+    train(tiny(), folder, tmp_path, stop_at_step=5)
+    monkeypatch.setattr("rsa_fast.engine.highest", lambda step: step + 5)
+    with pytest.raises(FileNotFoundError, match="rank 0 found the checkpoint of step 5, another rank 10's"):
+        train(tiny(), folder, tmp_path, resume=True)
+
+
+def test_a_run_that_a_bad_image_stopped_goes_on_with_skip_as_if_it_had_skipped_from_the_start(tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 20})
+    for out, policy in (("stopped", "stop"), ("skipping", "skip")):
+        train(tiny(backend="native", on_bad_image=policy), data, tmp_path / out, stop_at_step=5)
+    image = data / "train" / "class_0" / "003.jpg"
+    content = image.read_bytes()
+    tables = content.index(b"\xff\xc4") + 5  # the header stays as it is
+    image.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
+    with pytest.raises(ValueError, match=r"class_0/003\.jpg: .*--on-bad-image skip"):
+        train(tiny(backend="native"), data, tmp_path / "stopped", resume=True)
+    for out in ("stopped", "skipping"):
+        train(tiny(backend="native", on_bad_image="skip"), data, tmp_path / out, resume=True)
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "skipping"))
+
+
 def test_a_changed_recipe_or_dataset_is_refused_with_the_difference(folder, tmp_path):
     train(tiny(), folder, tmp_path / "run", stop_at_step=4)
     with pytest.raises(ValueError, match=r"beta_base: 0\.3 in the checkpoint, 0\.4 now"):
         train(tiny(beta_base=0.4), folder, tmp_path / "run", resume=True)
-    from conftest import write_folder
-
     with pytest.raises(ValueError, match="the training images are not the ones"):
         train(tiny(), write_folder(tmp_path / "other", {"train": 19, "test": 1}), tmp_path / "run", resume=True)
     train(tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True)  # neither changes the result
