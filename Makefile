@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-faults check bench help clean
+.PHONY: setup demo test test-gpu test-faults check bench help clean
 
 VENV := .venv
 PYTHON ?= python3.11
@@ -21,8 +21,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 test: setup ## the whole fast suite
 	$(PYTEST)
 
+test-gpu: setup ## what only a GPU can show; one line where there is none
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/rsa_fast/test_gpu.py tests/rsa_fast/test_checkpoint.py -k "test_gpu or cuda"; \
+	else echo "torch finds no GPU: nothing was tested (rsa-fast doctor says why)"; fi
+
 test-faults: setup ## inject faults: kills, signals, full disks, silent ranks (under 10 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	$(PYTEST) tests/faults
 
 check: setup ## lint, format check and the tests: what must pass before a commit
 	$(BIN)/ruff check .

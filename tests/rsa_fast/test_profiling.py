@@ -6,7 +6,6 @@ import ctypes
 import json
 import mmap
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,8 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import ROOT
-from test_gpu import GHOST
+from fake_gpu import on_fake_gpu
 
 from pipelines import VIEWS, Batch, open_source
 from pipelines.native_views import NativeViews
@@ -349,12 +347,7 @@ for names in (("byol", "rsa"), ("rsa",)):
 
 
 def test_nothing_waits_for_a_gpu_while_it_is_timed(folder):
-    if not GHOST.is_file():
-        pytest.skip("no fake CUDA runtime: set RSA_FAST_GHOST to its launcher")
-    launch = [str(GHOST), sys.executable, "-c", WITHOUT_SYNC, str(folder)]
-    done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    together, alone = map(json.loads, done.stdout.splitlines())
+    together, alone = map(json.loads, on_fake_gpu("-c", WITHOUT_SYNC, folder).splitlines())
     # Every pair of events is a millisecond apart there: the parts count how often each of them began
     counts = {"forward_online": 4, "forward_target": 2, "backward": 1, "optimiser": 1, "ema": 1}
     assert {part: alone["parts_ms"][part] for part in counts} == pytest.approx(counts)

@@ -1,0 +1,233 @@
+"""What the tests run on fake GPUs: `python programs.py NAME ARGUMENTS...` calls a function of this file and prints its result
+as JSON. Values are garbage there, so that nothing may be judged by them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from gpulint import COPY, GpuLint
+from torch.utils._pytree import tree_leaves
+
+from pipelines import VIEWS, Batch, Order, open_source, open_views
+from rsa_fast import engine
+from rsa_fast.engine import build_run, train_step
+from rsa_fast.meter import Meter
+from rsa_fast.metrics import Screen
+from rsa_fast.recipes import LOADING_FIELDS, METHODS, build_recipe
+
+RUNTIME = ctypes.CDLL(None)  # the fake one
+RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long
+RANKS = 8
+
+
+class Watch(GpuLint):
+    """A context in which waiting for the device is an error, and `found` counts what it was asked to do.
+
+    `faults` are what the lint objects to, with the line of ours that did it: pageable copies, fp32 or NCHW convolutions,
+    products and lists of tensors of mixed types or devices.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        # In the 7.0 that the fake GPU is, cuDNN has no bf16, and what torch does instead is not channels_last
+        super().__init__(strict=False, channels_last=dtype != torch.bfloat16)
+        self.dtype = dtype
+        self.faults: Counter[str] = Counter()
+
+    def bad(self, kind: str, message: str) -> None:
+        if kind in ("H2D", "D2H"):  # from and to pinned memory: see below
+            return
+        ours = [f for f in traceback.extract_stack() if "/rsa_fast/" in f.filename or "/pipelines/" in f.filename]
+        place = f", {Path(ours[-1].filename).name}: {ours[-1].line}" if ours else ""
+        self.faults[f"{kind}: {message}{place}"] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in COPY:
+            both = [t for t in tree_leaves((out, args)) if isinstance(t, torch.Tensor)]
+            on_host = [t for t in both if not t.is_cuda]
+            if len({t.device.type for t in both}) > 1 and not all(t.is_pinned() for t in on_host):
+                self.bad("pageable-copy", str(func))
+        if "convolution" in str(func) and any(t.dtype != self.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor)):
+            self.bad("convolution-of-wrong-type", str(func))
+        return out
+
+    def counts(self) -> list[int]:
+        return [RUNTIME.ghost_count(0), RUNTIME.ghost_count(1), RUNTIME.ghost_nccl(1)]
+
+    def __enter__(self):
+        self.before = self.counts()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        torch.cuda.set_sync_debug_mode("default")
+        kernels, copies, reduced = (now - then for now, then in zip(self.counts(), self.before, strict=True))
+        self.found = {
+            "kernels": kernels,
+            "copies": copies,
+            "collectives": sum(n for name, n in self.count.items() if name.startswith("c10d")),
+            "all_reduce_bytes": reduced,
+            "products": {" ".join(key): n for key, n in sorted(self.gemm.items())},
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "faults": dict(self.faults),
+        }
+
+
+def as_rank_0_of_8() -> None:
+    """NCCL without peers: its collectives leave tensors as they are."""
+    torch.nn.parallel.distributed._verify_param_shape_across_processes = lambda *_: None
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=RANKS)
+    for rank in range(RANKS):  # the heartbeat waits for a first beat of each
+        dist.distributed_c10d._get_default_store().set(f"beat/{rank}", "0 training")
+
+
+def imagenet_steps(folder: str) -> dict[str, dict]:
+    """By method, and for RSA as 16 GB cards run it, what the third step costs: from the end of the second to the end of the
+    meter's count of the third.
+
+    The first step allocates, in the second DDP lays out its buckets anew, which waits. After it comes a checkpoint, and
+    another run resumes from it.
+    """
+    as_rank_0_of_8()
+    data, results, watches = images(Path(folder), 3 * 256 * RANKS), {}, []
+
+    def add(meter: Meter, step: int, *arguments, add=Meter.add) -> None:
+        add(meter, step, *arguments)
+        if step == 1:
+            watches.append(Watch().__enter__())
+        if step == 2:
+            watches[-1].__exit__(None, None, None)
+
+    def restore(run, state, *arguments, restore=engine.restore) -> None:
+        restore(run, state, *arguments)
+        loaded = [*run.method.state_dict().values(), *(s["momentum_buffer"] for s in run.optimizer.state.values())]
+        saved = [*state["method"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]
+        assert all(x.is_cuda for x in loaded) and run.step == 3
+        for one, other in zip(loaded, saved, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
+
+    Meter.add, engine.restore = add, restore
+    engine.Loop.stop_at_fault = lambda *_: None  # it judges values
+    Screen.write = lambda *_: None  # the times of no GPU
+    os.fsync = lambda _: None  # of .4 GB a checkpoint: no disk is tested here
+    own = {"supervised": {"classes": 2}, "rsa recomputed": {"recompute_stages": 1}}
+    for case in (*METHODS, "rsa recomputed"):
+        fields = {"batch_size": 256 * RANKS, "device": "cuda", "precision": "fp16", "backend": "native", "keep_last": 1}
+        recipe = build_recipe("imagenet1k", case.split()[0], overrides=fields | own.get(case, {}))
+        out = Path(folder) / case
+        gc.collect()
+        torch.cuda.empty_cache()
+        engine.train(recipe, data, out, stop_at_step=3)
+        engine.train(recipe, data, out, resume=True, stop_at_step=4)
+        (checkpoint,) = (out / "checkpoints").iterdir()
+        assert checkpoint.name == "step_00000004.pt"
+        checkpoint.unlink()  # .4 GB
+        results[case] = watches[-1].found
+    return results
+
+
+def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
+    """By case, what the steps after the second of a network at 32 px cost: precisions, optimisers, backends, and the BatchNorm
+    that a method's ImageNet-1K recipe does not have."""
+    as_rank_0_of_8()
+    cases = {
+        "sgd fp32": ("rsa", {"precision": "fp32", "backend": "resident"}),
+        "lars bf16": ("rsa", {"precision": "bf16", "backend": "resident", "optimizer": "lars"}),
+        "native": ("rsa", {"backend": "native", "aggressive_on": "host"}),
+        "split": ("moco", {"bn": "split:16"}),
+    }
+    cases |= {"ffcv": ("rsa", {"backend": "ffcv"})} if beton else {}
+    for method in METHODS:
+        bn = "local" if build_recipe("imagenet1k", method).bn == "sync" else "sync"
+        cases[f"{method} {bn}"] = (method, {"bn": bn})
+    results = {}
+    for case, (method, fields) in cases.items():
+        fields = {"precision": "fp16", "batch_size": 64, "width": 8, "device": "cuda", "views.size_px": 16, **fields}
+        run = build_run(build_recipe("cifar10", method, overrides=fields), 64)
+        source = open_source(beton if run.recipe.backend == "ffcv" else folder, "pretrain")
+        options = {name: getattr(run.recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
+        meter = Meter(64, run.device)
+        with open_views(source, run.recipe.views, run.method.reads, Order(40, 8, 0), **options) as loader:
+            batches = loader.batches(0)
+            for step in (0, 1):
+                meter.add(step, train_step(run, next(batches)), run.skipped)
+            with Watch(run.dtype) as watch:
+                for batch in batches:
+                    meter.add(run.step, train_step(run, batch), run.skipped)
+        views = [getattr(batch, name) for name in run.method.reads]
+        assert all(v.is_cuda and v.dtype == run.dtype and v.is_contiguous(memory_format=torch.channels_last) for v in views)
+        assert run.step == 5
+        results[case] = watch.found
+    return results
+
+
+def planted_faults() -> dict[str, dict]:
+    """What the third step of a small run costs, as it is ("none") and with one more fault each in its forward."""
+    kept = []
+
+    def fp32(operation: Callable, *tensors: torch.Tensor) -> None:
+        with torch.autocast("cuda", enabled=False):
+            operation(*(x.float() for x in tensors))
+
+    faults: dict[str, Callable[[Batch], object]] = {
+        "none": lambda batch: None,
+        "item": lambda batch: batch.label[0].item(),
+        "boolean mask": lambda batch: batch.label[batch.label > 0],
+        "waiting copy": lambda batch: torch.ones(1).cuda(),
+        "index on the host": lambda batch: batch.label[torch.zeros(1, dtype=torch.int64)],
+        "pageable-copy": lambda batch: torch.ones(1).to("cuda", non_blocking=True),
+        "convolution-of-wrong-type": lambda batch: fp32(F.conv2d, batch.weak_1, batch.weak_1),
+        "conv-not-channels_last": lambda batch: F.conv2d(batch.weak_1.contiguous(), batch.weak_1),
+        "foreach-mixed-device": lambda batch: torch._foreach_mul_([torch.ones(1), torch.ones(1, device="cuda")], 2),
+        "products": lambda batch: fp32(torch.mm, batch.weak_1[0, 0], batch.weak_1[0, 0]),
+        "kernels": lambda batch: batch.weak_1.mul_(1),
+        "copies": lambda batch: batch.label.clone(),
+        "all_reduce_bytes": lambda batch: dist.all_reduce(batch.label),
+        "peak_gib": lambda batch: kept.append(torch.empty(2**28, dtype=torch.uint8, device="cuda")),
+    }
+    as_rank_0_of_8()
+    results = {}
+    for name, plant in faults.items():
+        fields = {"optimizer": "lars", "bn": "sync", "precision": "fp16", "width": 8, "batch_size": 64, "device": "cuda"}
+        run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 64)
+        view = torch.zeros(8, 3, 16, 16, dtype=run.dtype, device="cuda").to(memory_format=torch.channels_last)
+        batch = Batch(torch.zeros(8, dtype=torch.int64, device="cuda"), *[view] * len(VIEWS))
+        for _ in range(2):
+            train_step(run, batch)
+        run.method.register_forward_pre_hook(lambda _, inputs, plant=plant: (plant(inputs[0]), None)[1])
+        try:
+            with Watch() as watch:
+                train_step(run, batch)
+            results[name] = watch.found
+        except RuntimeError as error:
+            results[name] = {"error": str(error)}
+    return results
+
+
+def images(folder: Path, count: int) -> Path:
+    """An image folder of links to the images of another, again and again."""
+    for label in range(2):
+        (place := folder / "linked" / "train" / f"class_{label}").mkdir(parents=True)
+        files = sorted((folder / "train" / f"class_{label}").iterdir())
+        for i in range(count // 2):
+            os.link(files[i % len(files)], place / f"{i:05}.jpg")
+    return folder / "linked"
+
+
+if __name__ == "__main__":
+    result = globals()[sys.argv[1]](*sys.argv[2:])
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # threads of NCCL wait for what never comes

@@ -1,0 +1,28 @@
+"""The real training loop of every ImageNet-1K recipe, on one of eight fake GPUs with 256 images each, held to a budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from budget import hold, rewrite
+from fake_gpu import on_fake_gpu
+
+from rsa_fast.recipes import METHODS
+
+
+@pytest.fixture(scope="module")
+def costs(folder, tmp_path_factory):
+    """By case, `Watch.found` of the third step."""
+    place = tmp_path_factory.mktemp("imagenet_steps")
+    (place / "train").symlink_to(folder / "train")
+    costs = json.loads(on_fake_gpu(Path(__file__).with_name("programs.py"), "imagenet_steps", place))
+    rewrite("imagenet_step_per_gpu", costs)
+    return costs
+
+
+@pytest.mark.parametrize("case", [*METHODS, "rsa recomputed"])
+def test_a_step_waits_for_nothing_and_costs_what_the_budget_says(costs, case):
+    assert costs[case]["faults"] == {}
+    hold("imagenet_step_per_gpu", case, costs[case])

@@ -1,0 +1,35 @@
+"""Training steps of small networks on a fake GPU: no way through the code waits, and every check finds what is planted."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+from budget import differences
+from fake_gpu import on_fake_gpu
+
+PROGRAMS = Path(__file__).with_name("programs.py")
+WAITS = ("item", "boolean mask", "waiting copy", "index on the host")
+LINT = ("pageable-copy", "convolution-of-wrong-type", "conv-not-channels_last", "foreach-mixed-device")
+BUDGET = ("products", "kernels", "copies", "all_reduce_bytes", "peak_gib")
+
+
+def test_no_precision_optimiser_backend_or_batchnorm_makes_the_host_wait(folder, request):
+    beton = [request.getfixturevalue("beton")] if find_spec("ffcv") else []
+    costs = json.loads(on_fake_gpu(PROGRAMS, "small_steps", folder, *beton))
+    assert len(costs) == 12 + len(beton)
+    assert {case: found["faults"] for case, found in costs.items() if found["faults"]} == {}
+
+
+def test_every_check_finds_the_fault_that_is_planted_for_it():
+    costs = json.loads(on_fake_gpu(PROGRAMS, "planted_faults"))
+    sound = costs.pop("none")
+    assert sound["faults"] == {} and costs.keys() == {*WAITS, *LINT, *BUDGET}
+    for name in WAITS:
+        assert costs[name] == {"error": "called a synchronizing CUDA operation"}, name
+    for name in LINT:
+        (fault,) = costs[name]["faults"]
+        assert fault.startswith(name) and "engine.py: loss = run.forward(" in fault
+    for name in BUDGET:
+        assert costs[name]["faults"] == {} and name in differences(costs[name], sound), name

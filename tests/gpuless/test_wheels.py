@@ -1,0 +1,43 @@
+"""The installed wheels hold machine code for a V100 (sm_70), which later ones have dropped, and for an H100 (sm_90)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+WANTED = {"sm_70", "sm_90"}
+
+
+def test_torch_is_compiled_for_them():
+    if not torch.version.cuda:
+        pytest.skip("this torch is without CUDA")
+    assert set(torch._C._cuda_getArchFlags().split()) >= WANTED
+
+
+@pytest.mark.parametrize(
+    ("package", "pattern"),
+    [
+        ("torchvision", "_C*.so"),
+        ("nvidia.cudnn", "lib/libcudnn_engines_precompiled.so.*"),
+        ("nvidia.nccl", "lib/libnccl.so.*"),
+        ("nvidia.nvjpeg", "lib/libnvjpeg.so.*"),
+        ("nvidia.dali", "libdali_kernels.so"),
+    ],
+)
+def test_so_are_the_libraries_beside_it(package, pattern):
+    tool = (
+        Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if find_spec("triton") else None
+    )
+    if tool is None or not tool.is_file():
+        pytest.skip("no cuobjdump: it comes with triton")
+    if not find_spec(package.partition(".")[0]) or not (found := find_spec(package)):  # the second raises without the first
+        pytest.skip(f"{package} is not installed")
+    (library,) = (path for place in found.submodule_search_locations for path in Path(place).glob(pattern))
+    tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run([tool, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\bsm_\d+\b", listed)) >= WANTED
