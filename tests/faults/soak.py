@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from tests.conftest import write_folder
-from tests.faults.runs import EPOCH_STEPS, Job, losses, newest, until
+from tests.faults.jobs import EPOCH_STEPS, Job, losses, newest, until
 
 WARM_UP = 0.25  # of the time
 WINDOW = 0.1  # of the time, at the start and the end of the rest: medians of these are compared

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_folder
+from jobs import EPOCH_STEPS, Job, assert_same_run, finish, fork, losses, newest, state, until
 
 from rsa_fast import checkpoint
 from rsa_fast.encoders import load_encoder
 from rsa_fast.evaluate import Evaluation
-from runs import EPOCH_STEPS, Job, assert_same_run, finish, fork, losses, newest, state, until
 
 LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
 STOPPED = 75
