@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -30,15 +31,20 @@ def run(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def resumed(folder, tmp_path_factory):
     """The same run stopped after an epoch, gone on, killed two steps and half a record later, gone on, and once more."""
+
+    def go_on(**options):
+        time.sleep(1 - time.time() % 1)  # TensorBoard reads a run's event files by name, which tells them apart by the second
+        train(RECIPE, folder, out, resume=True, **options)
+
     out = tmp_path_factory.mktemp("parts") / "run"
     train(RECIPE, folder, out, stop_at_step=5)
-    train(RECIPE, folder, out, resume=True, stop_at_step=7)
+    go_on(stop_at_step=7)
     for path in (out / "checkpoints").glob("step_00000007*"):
         path.unlink()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    train(RECIPE, folder, out, resume=True)
-    train(RECIPE, folder, out, resume=True)  # it is finished: scored again, recorded once
+    go_on()
+    go_on()  # it is finished: scored again, recorded once
     return out
 
 
