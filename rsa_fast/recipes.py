@@ -66,7 +66,7 @@ class Recipe(BaseModel):
     # Of the encoder's four, how many stages run again in the backward instead of being kept for it (Chen et al. 2016). Modelled
     # likewise: 1 takes 12.3 GiB for 21.6 and 11% more time, which 16 GB hold; 2 takes 9.7 GiB and 19%.
     recompute_stages: int = Field(0, ge=0, le=4)
-    backend: str = "auto"
+    backend: Literal["auto", "resident", "native", "dali", "ffcv", "torchvision"] = "auto"
     threads: int = Field(2, ge=1)  # of the loader, per rank
     prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
     aggressive_on: Literal["auto", "host", "device"] = "auto"  # where the aggressive stage runs; auto: the device on a GPU

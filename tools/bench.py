@@ -4,7 +4,7 @@
     python -m tools.bench backends  every backend at 224 px from files, against torchvision/PIL and the decode limit
     python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
     python -m tools.bench training  the loop on files, ResNet-50 at 224 px: RSA against BYOL, and what waits for views
-    python -m tools.bench all       all of these; ratios only with --json
+    python -m tools.bench all       all of these, each in a process of its own
     python -m tools.bench learn     accuracy of every method at the same small budget
 
 Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext, redirect_stdout
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,14 +62,12 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> dict[str, float]:
+def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> None:
     table = Table("", "median (lowest to highest)", title=title)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    result = {key: round(value, 4) for key, value in result.items()}
-    click.echo(json.dumps(result))
-    return result
+    click.echo(json.dumps({key: round(value, 4) for key, value in result.items()}))
 
 
 def spread(values: list[float], unit: str) -> str:
@@ -84,7 +83,7 @@ def main() -> None:
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--turns", default=5, show_default=True)
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
-def views(batch_size: int, turns: int, dtype: str) -> dict[str, float]:
+def views(batch_size: int, turns: int, dtype: str) -> None:
     """Source images per second, each with four views, by 2 threads or worker processes."""
     source = images(40 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
@@ -109,7 +108,7 @@ def views(batch_size: int, turns: int, dtype: str) -> dict[str, float]:
     result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in middle.items()}
     result["resident_host_ratio"] = middle["resident"] / middle["torchvision"]
     result["resident_device_ratio"] = middle["resident-device"] / middle["torchvision"]
-    return show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
+    show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
 
 
 def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) -> float:
@@ -133,7 +132,7 @@ def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) 
 @click.option("--turns", default=3, show_default=True)
 @click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
-def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> dict[str, float]:
+def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> None:
     """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
     source = open_source(data, "train")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
@@ -170,7 +169,7 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
     result |= {f"{name}_ratio": middle[name] / middle["torchvision"] for name in rows if name != "torchvision"}
     result["native_of_decode_limit"] = middle["native"] / middle["decode_limit"]
     title = f"{size} px, batch {order.batch_size}, {dtype}; four views unless named weak (two) or byol (two aggressive)"
-    return show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
+    show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
 
 
 def decode_rate(files: list[bytes], seconds: float) -> float:
@@ -193,7 +192,7 @@ def decode_rate(files: list[bytes], seconds: float) -> float:
 @click.option("--width", default=64, show_default=True, help="Channels of ResNet-18's first stage.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--turns", default=7, show_default=True)
-def step(width: int, batch_size: int, turns: int) -> dict[str, float]:
+def step(width: int, batch_size: int, turns: int) -> None:
     """Training steps of ResNet-18 at 32 px."""
     source = images(20 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
@@ -231,7 +230,7 @@ def step(width: int, batch_size: int, turns: int) -> dict[str, float]:
     }
     precision = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
     title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless said"
-    return show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
+    show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
 
 
 @main.command()
@@ -241,7 +240,7 @@ def step(width: int, batch_size: int, turns: int) -> dict[str, float]:
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--turns", default=3, show_default=True)
 @click.option("--seconds", default=12.0, show_default=True, help="Of each measurement.")
-def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seconds: float) -> dict[str, float]:
+def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seconds: float) -> None:
     """The training loop of ImageNet's recipes with each file backend: RSA's step over BYOL's, and the wait for views."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         to_ffcv([str(data), folder], standalone_mode=False)
@@ -274,18 +273,21 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
     rows = [
         (" ".join(name), f"{spread(of['step_ms'], 'ms')}, waits {spread(of['wait_pct'], '%')}") for name, of in values.items()
     ]
-    return show(title, rows, result)
+    show(title, rows, result)
 
 
 @main.command("all")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
-@click.option("--json", "plain", is_flag=True, help="Tables go to stderr.")
-@click.pass_context
-def everything(ctx: click.Context, data: Path, plain: bool) -> None:
-    """All speeds that the README states, each command's with its own options left as they are."""
-    with redirect_stdout(sys.stderr) if plain else nullcontext():
-        figures = {"views": ctx.invoke(views), "step": ctx.invoke(step)}
-        figures |= {"backends": ctx.invoke(backends, data=data), "training": ctx.invoke(training, data=data)}
+@click.option("--json", "plain", is_flag=True, help="No tables.")
+def everything(data: Path, plain: bool) -> None:
+    """All speeds that the README states, each measured by a process of its own: memory and threads of one slow the next."""
+    figures = {}
+    for name, options in {"views": [], "step": [], "backends": ["--data", data], "training": ["--data", data]}.items():
+        command = [sys.executable, "-m", "tools.bench", name, *map(str, options)]
+        *table, last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        figures[name] = json.loads(last)
+        if not plain:
+            click.echo("\n".join(table))
     click.echo(json.dumps(figures))
 
 

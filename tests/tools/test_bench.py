@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -60,10 +61,16 @@ def test_rsa_and_byol_train_on_every_file_backend(folder):
         assert 0 <= figures[f"{backend}_rsa_wait_pct"] <= 100
 
 
-def test_all_of_them_end_in_one_json_object(monkeypatch):
-    for name in ("views", "step", "backends", "training"):
-        monkeypatch.setattr(main.commands[name], "callback", lambda name=name, **_: print("table") or {f"{name}_ratio": 1.0})
-    result = CliRunner().invoke(main, ["all", "--data", ".", "--json"])
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_all_of_them_end_in_one_json_object(monkeypatch, option):
+    def measured(command: list[str], **_) -> SimpleNamespace:
+        context = main.commands[command[3]].make_context(command[3], command[4:])
+        return SimpleNamespace(stdout=f'table of {context.info_name}\n{{"ratio": 1.5}}\n')
+
+    monkeypatch.setattr("subprocess.run", measured)
+    result = CliRunner().invoke(main, ["all", "--data", ".", *option])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout).keys() == {"views", "step", "backends", "training"}
-    assert result.stderr.count("table") == 4
+    *tables, last = result.stdout.splitlines()
+    names = ("views", "step", "backends", "training")
+    assert json.loads(last) == {name: {"ratio": 1.5} for name in names}
+    assert tables == ([] if option else [f"table of {name}" for name in names])
