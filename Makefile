@@ -27,7 +27,7 @@ test-gpu: setup ## what only a GPU can show; one line where there is none
 	else echo "torch finds no GPU: nothing was tested (rsa-fast doctor says why)"; fi
 
 test-faults: setup ## inject faults: kills, signals, full disks, silent ranks (under 10 minutes)
-	$(PYTEST) tests/faults
+	$(PYTEST) --dist worksteal tests/faults
 
 check: setup ## lint, format check and the tests: what must pass before a commit
 	$(BIN)/ruff check .
