@@ -23,11 +23,13 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from rsa_fast import checkpoint
 from rsa_fast.networks import LAYERS, Encoder
 from rsa_fast.recipes import Recipe, validate
 
@@ -63,6 +65,8 @@ def read(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if is_zipfile(path):  # not the format of torch before 1.6
+            checkpoint.check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types, for a damaged file and for one that holds more than tensors
         advice = "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"

@@ -188,6 +188,16 @@ def test_what_is_no_encoder_says_what_it_is(tmp_path):
         load_encoder(tmp_path / "nowhere.pth")
 
 
+def test_one_flipped_bit_of_an_encoder_is_found(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "whole.pth")
+    weight = load_encoder(tmp_path / "whole.pth")[0].conv1.weight.detach().contiguous().numpy().tobytes()
+    content = bytearray((tmp_path / "whole.pth").read_bytes())
+    content[content.index(weight) + 100] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"flipped\.pth is damaged .*\n.*the checksum of its part .* is wrong"):
+        load_encoder(tmp_path / "flipped.pth")
+
+
 def test_an_encoder_from_elsewhere_is_scored_by_the_views_of_a_dataset_s_row(folder, tmp_path):
     torch.save(of_simsiam()[1], tmp_path / "there.pth")
     arguments = ["eval", "knn", "--checkpoint", str(tmp_path / "there.pth"), "--data", str(folder)]
