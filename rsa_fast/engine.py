@@ -45,7 +45,6 @@ from rsa_fast.methods import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import FREE_FIELDS, LOADING_FIELDS, Plan, Recipe, dump_yaml, resolve
-from rsa_fast.report import report_or_say
 
 RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints")
 RUN_FILES += ("report.html", "tensorboard", "wandb")
@@ -359,6 +358,16 @@ def full_disk_named(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
             raise
         raise OSError(f"{out} was not written to: {error.strerror}. Once it has room, go on with --resume") from error
+
+
+def report_or_say(folder: Path) -> None:
+    """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
+    try:
+        from rsa_fast.report import report  # matplotlib, a seventh of the time to import all of this
+
+        report([folder])
+    except Exception as error:
+        print(f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -106,14 +105,6 @@ def report(folders: list[Path], out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
     return out
-
-
-def report_or_say(folder: Path) -> None:
-    """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
-    try:
-        report([folder])
-    except Exception as error:
-        print(f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr)
 
 
 def read_runs(folders: list[Path]) -> list[RunFolder]:
