@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines import AGGRESSIVE_ON, BACKENDS, ON_BAD_IMAGE
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 
@@ -66,13 +67,13 @@ class Recipe(BaseModel):
     # Of the encoder's four, how many stages run again in the backward instead of being kept for it (Chen et al. 2016). Modelled
     # likewise: 1 takes 12.3 GiB for 21.6 and 11% more time, which 16 GB hold; 2 takes 9.7 GiB and 19%.
     recompute_stages: int = Field(0, ge=0, le=4)
-    backend: Literal["auto", "resident", "native", "dali", "ffcv", "torchvision"] = "auto"
+    backend: Literal[BACKENDS] = "auto"
     threads: int = Field(2, ge=1)  # of the loader, per rank
     prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
-    aggressive_on: Literal["auto", "host", "device"] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
+    aggressive_on: Literal[AGGRESSIVE_ON] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
     decode_on: Literal["gpu", "cpu"] = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    on_bad_image: Literal["stop", "skip"] = "stop"  # which cannot be read any more: skip takes the next that can
+    on_bad_image: Literal[ON_BAD_IMAGE] = "stop"  # which cannot be read any more: skip takes the next that can
 
     # --- changes only what is recorded
     log_every_steps: int = Field(20, ge=1)
