@@ -1,33 +1,57 @@
-"""Runs a program on fake GPUs: torch's real CUDA code over a CUDA runtime whose kernels compute nothing.
+"""Runs a program on fake GPUs: torch's real CUDA code on a CUDA runtime that computes nothing.
 
-The launcher, `ghost PYTHON PROGRAM...`, is named by RSA_FAST_GHOST; `gpulint.py` lies in the folder above its own. It proves
-code paths, devices, dtypes, memory, counts, and that the host never waits; never a value or a time.
+It proves code paths, devices, dtypes, memory, counts, and that the host never waits; never a value
+or a time. tests/gpuless/README.md describes the runtime and its settings. By hand:
+
+    .venv/bin/python tests/fake_gpu.py PROGRAM.py ARGUMENTS...
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from gpuless.ghost import build
 
-LAUNCHER = Path(os.environ.get("RSA_FAST_GHOST", ROOT.parent / "shared" / "tools" / "gpuless" / "ghost" / "ghost"))
+
+def missing() -> str | None:
+    """What the fake runtime needs and this machine does not have, if anything."""
+    if (system := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
+        return f"the fake CUDA runtime is for Linux on x86_64, not for {' on '.join(system)}"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
+    for tool in ("g++", "nm"):
+        if not shutil.which(tool):
+            return f"no {tool} to build the fake CUDA runtime with"
+    if not build.include_folders():
+        return "no headers to build the fake CUDA runtime with: nvidia-cuda-runtime has them"
+    return None
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a process that runs on the fake runtime."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LD_PRELOAD": str(build.build())}
+    return os.environ | own
 
 
 def on_fake_gpu(*program: object) -> str:
-    """What `python PROGRAM...` prints there; it has to end well."""
-    if not LAUNCHER.is_file():
-        pytest.skip("no fake CUDA runtime: set RSA_FAST_GHOST to its launcher")
-    # Each worker builds the runtime for itself: two that build at once would read each other's halves
-    built = Path(tempfile.gettempdir()) / f"ghost-{torch.__version__}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(LAUNCHER.parents[1])])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GHOST_DIR": str(built), "PYTHONPATH": paths}
-    command = [str(LAUNCHER), sys.executable, *map(str, program)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    """What `python PROGRAM...` prints on a fake GPU. Skips the test where that cannot work."""
+    if reason := missing():
+        pytest.skip(reason)
+    command = [sys.executable, *map(str, program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(reason)
+    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment())
