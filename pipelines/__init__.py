@@ -7,22 +7,42 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-from pipelines.loading import Job, Loader
+from pipelines.loading import DecodeOn, Job, Loader, OnBadImage
 from pipelines.order import Order
 from pipelines.sources import Source, open_source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
-BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
-AGGRESSIVE_ON = ("auto", "host", "device")
-ON_BAD_IMAGE = ("stop", "skip")
+AutomaticBackend = Literal["resident", "native", "dali", "ffcv"]  # those `choose_backend` returns
+Backend = Literal["auto", "resident", "native", "dali", "ffcv", "torchvision"]
+AggressiveOn = Literal["auto", "host", "device"]
+BACKENDS = get_args(Backend)
+AGGRESSIVE_ON = get_args(AggressiveOn)
+ON_BAD_IMAGE = get_args(OnBadImage)
 RESIDENT_BYTES = 8 * 2**30  # decoded: all the small datasets, and no ImageNet
 
-__all__ = ["AGGRESSIVE_ON", "BACKENDS", "ON_BAD_IMAGE", "VIEWS", "Batch", "Order"]
-__all__ += ["Source", "ViewSpec", "open_source", "open_views"]
+__all__ = [
+    "AGGRESSIVE_ON",
+    "BACKENDS",
+    "ON_BAD_IMAGE",
+    "VIEWS",
+    "AggressiveOn",
+    "Backend",
+    "Batch",
+    "DecodeOn",
+    "Loader",
+    "OnBadImage",
+    "Order",
+    "Source",
+    "ViewSpec",
+    "choose_backend",
+    "open_source",
+    "open_views",
+]
 
 
 def open_views(
@@ -33,12 +53,12 @@ def open_views(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    backend: Backend = "auto",
     threads: int = 2,
     prefetch_batches: int = 2,
-    aggressive_on: str = "auto",
-    decode_on: str = "gpu",
-    on_bad_image: str = "stop",
+    aggressive_on: AggressiveOn = "auto",
+    decode_on: DecodeOn = "gpu",
+    on_bad_image: OnBadImage = "stop",
 ) -> Loader:
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
@@ -90,7 +110,7 @@ def open_views(
             return TorchvisionViews(job)
 
 
-def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
+def choose_backend(source: Source, device: torch.device) -> tuple[AutomaticBackend, str]:
     """The backend for a source on a device, and why."""
     from pipelines.resident_views import free_bytes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.packed import ENTRY, Packed, read_description
+from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source
 
 VERSION = 2  # of ffcv's format
@@ -41,10 +41,11 @@ def beton_source(path: str | Path, split: str = "train") -> Source:
     path = Path(path)
     packed = open_beton(path)
     try:
-        classes = read_description(path.with_suffix(".json"), "beton", len(packed))["classes"]
+        classes = read_classes(path.with_suffix(".json"), "beton", len(packed))
     except FileNotFoundError:
-        classes = map(str, range(min(packed.entries["label"].max(initial=-1), MAX_CLASSES - 1) + 1))
-    return replace(packed.source(split, tuple(classes)), beton=path)
+        count = min(packed.entries["label"].max(initial=-1), MAX_CLASSES - 1) + 1
+        classes = tuple(map(str, range(count)))
+    return replace(packed.source(split, classes), beton=path)
 
 
 def open_beton(path: Path) -> Packed:

@@ -21,10 +21,11 @@ from pipelines.draws import keys
 from pipelines.order import Order, epoch_order
 from pipelines.sources import read_rgb
 
+Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects
 LAYOUT = "wanted: train2017/, val2017/ and annotations/instances_{train,val}2017.json, in COCO's format"
 
 
-class CocoImages(Dataset):
+class CocoImages(Dataset[Sample]):
     """A split of a COCO-format dataset; `self[index, flip]` is an image `(3, H, W)` uint8 and its objects: `boxes` `(N, 4)`
     x1 y1 x2 y2 in px, `labels` `(N,)` from 1 in the order of `categories` (COCO's ids have gaps), `masks` `(N, H, W)`.
 
@@ -33,13 +34,15 @@ class CocoImages(Dataset):
 
     def __init__(self, data: Path, split: str) -> None:
         self.folder, path = data / split, data / "annotations" / f"instances_{split}.json"
-        if lacking := [place for place in (self.folder, path) if not place.exists()]:
-            raise FileNotFoundError(f"no {lacking[0]}; {LAYOUT}")
+        if absent := [place for place in (self.folder, path) if not place.exists()]:
+            raise FileNotFoundError(f"no {absent[0]}; {LAYOUT}")
         self.coco = read_annotations(path)
         images, categories = self.coco.imgs, self.coco.cats
-        lacking = [image["file_name"] for image in images.values() if not (self.folder / image["file_name"]).is_file()]
-        if lacking:
-            raise FileNotFoundError(f"{path} names {len(lacking)} images that {self.folder} lacks: {', '.join(lacking[:5])}")
+        names = [image["file_name"] for image in images.values()]
+        if absent_images := [name for name in names if not (self.folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"{path} names {len(absent_images)} images that {self.folder} lacks: {', '.join(absent_images[:5])}"
+            )
         for entry in self.coco.anns.values():
             if lacking := {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"} - entry.keys():
                 raise ValueError(f"{path}: annotation {entry['id']} has no {', '.join(sorted(lacking))}; {LAYOUT}")
@@ -51,7 +54,7 @@ class CocoImages(Dataset):
         if not any(map(self.objects, self.ids)):
             raise ValueError(f"{path} holds no instances: nothing to learn from or to evaluate on")
 
-    def objects(self, image_id: int) -> list[dict]:
+    def objects(self, image_id: int) -> list[dict[str, Any]]:
         """The annotations of an image that are learned: single objects with an area, no crowds."""
         return [entry for entry in self.coco.imgToAnns[image_id] if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0]
 
@@ -62,7 +65,7 @@ class CocoImages(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: tuple[int, bool]) -> Sample:
         index, flip = key
         entry, objects = self.coco.imgs[self.ids[index]], self.objects(self.ids[index])
         image = torch.from_numpy(read_rgb(self.folder / entry["file_name"])).permute(2, 0, 1)
@@ -111,5 +114,7 @@ def reading_plan(order: Order, portrait: np.ndarray, first: int, end: int) -> It
         yield list(zip(ids[rows].tolist(), flips[rows].tolist(), strict=True))
 
 
-def open_loader(images: CocoImages, plan: Iterable[list[tuple[int, bool]]], workers: int, device: torch.device) -> DataLoader:
+def open_loader(
+    images: CocoImages, plan: Iterable[list[tuple[int, bool]]], workers: int, device: torch.device
+) -> DataLoader[Sample]:
     return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=list, pin_memory=device.type == "cuda")

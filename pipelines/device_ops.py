@@ -30,7 +30,7 @@ def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
     across = triangle_weights(left, width, images.shape[3], size_px, flip)
     down = triangle_weights(top, height, images.shape[2], size_px, torch.zeros_like(flip))
     rows = round_level(images.float().flatten(1, 2).bmm(across.mT))  # (B, 3 H, S)
-    return round_level(down[:, None] @ rows.unflatten(1, images.shape[1:3]))
+    return round_level(down[:, None] @ rows.view(-1, *images.shape[1:3], size_px))
 
 
 def triangle_weights(start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from itertools import permutations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.views import ViewSpec
 
@@ -40,14 +41,15 @@ FACTOR, AREA, ASPECT = 8, 16, 32  # ranges of 4, CROP_TRIES, CROP_TRIES counters
 DRAWS = ASPECT + CROP_TRIES
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Splitmix64's finaliser (Steele et al. 2014) on uint64 of any shape: every input bit flips half the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(31))
+    return x
 
 
-def keys(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+def keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
     """`(n,)` uint64, one well-mixed key per sample of an epoch."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
@@ -61,7 +63,8 @@ def uniforms(seed: int, epoch: int, ids: np.ndarray, draws: int) -> np.ndarray:
     streams = 2 * draws
     counter = np.arange(1, streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     bits = mix(keys(seed, epoch, ids)[:, None] + counter)
-    return ((bits >> np.uint64(11)) * 2.0**-53).reshape(len(ids), 2, draws)
+    numbers: np.ndarray = (bits >> np.uint64(11)) * 2.0**-53
+    return numbers.reshape(len(ids), 2, draws)
 
 
 def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarray) -> np.ndarray:

@@ -10,8 +10,10 @@ Written for ffcv 1.0.2, of which some inner parts are replaced; each says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
+from typing import cast
 
 import numba
 import numpy as np
@@ -25,7 +27,7 @@ INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && 
 torch_threads = torch.get_num_threads()
 # Importing ffcv starts numba's threads, which nothing here uses. TBB's would keep a process that has forked from ending where
 # it has one core.
-numba.config.THREADING_LAYER = "workqueue"
+numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]  # a dynamic attribute
 try:
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.libffcv import imdecode
@@ -39,17 +41,30 @@ except ImportError as error:
 torch.set_num_threads(torch_threads)  # importing ffcv sets one
 Compiler.set_num_threads = staticmethod(lambda count: None)  # torch's and numba's, process-wide, at every epoch
 
+# What FFCV passes to read a file from memory: the file's bytes, the position at which each image
+# starts (sorted), and the size of each image in bytes.
+Storage = tuple[np.ndarray, np.ndarray, np.ndarray]
 JPEG = IMAGE_MODES["jpg"]
 decode_jpeg = numba.njit(nogil=True)(imdecode)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def decode_views(ids, metadata, storage, params, table, failed, weak_1, weak_2, aggressive_1, aggressive_2):
+def decode_views(
+    ids: np.ndarray,
+    metadata: np.ndarray,
+    storage: Storage,
+    params: np.ndarray,
+    table: np.ndarray,
+    failed: np.ndarray,
+    weak_1: np.ndarray,
+    weak_2: np.ndarray,
+    aggressive_1: np.ndarray,
+    aggressive_2: np.ndarray,
+) -> None:
     """The views `(B, S, S, 3)` of the images `ids`, as `sample_views`; `failed` `(B,)` says which to leave out, and becomes
     those that did not decode as well.
 
-    `metadata` and `storage` are FFCV's: a record for every image; the file's bytes, where in it each image starts
-    (sorted), and how many bytes it has.
+    `metadata` is FFCV's record for every image.
     """
     data, starts, sizes = storage
     for i in range(len(ids)):
@@ -60,9 +75,10 @@ def decode_views(ids, metadata, storage, params, table, failed, weak_1, weak_2, 
             continue
         if field["mode"] == JPEG:
             image = np.empty((height, width, 3), np.uint8)
-            failed[i] = jpeg_size(stored) != (height, width) or (  # FFCV would leave the rest of the image as it is in memory
-                decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0
-            )
+            jpeg_height, jpeg_width = jpeg_size(stored)
+            # FFCV would leave the rest of a larger image as it is in memory.
+            other_size = jpeg_height != height or jpeg_width != width
+            failed[i] = other_size or (decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0)
         elif len(stored) == 3 * height * width:
             image = stored.reshape(height, width, 3)
         else:
@@ -71,17 +87,17 @@ def decode_views(ids, metadata, storage, params, table, failed, weak_1, weak_2, 
             sample_views(image, params[i], table, weak_1[i], weak_2[i], aggressive_1[i], aggressive_2[i])
 
 
-class Decoder(Operation):
+class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
     """What FFCV runs for a batch is `write`, and what that returns is what FFCV yields."""
 
-    def __init__(self, write: Callable) -> None:
+    def __init__(self, write: Callable[..., object]) -> None:
         super().__init__()
         self.write = write
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: object) -> tuple[object, None]:
         return previous_state, None  # no memory: FFCV writes its own again while batches may be in use, 10 of 15 kept ones
 
-    def generate_code(self):
+    def generate_code(self) -> Callable[..., object]:
         return self.write
 
 
@@ -123,13 +139,15 @@ class FfcvViews(Loader):
         self.pool.shutdown()
 
     def write(
-        self, ids: np.ndarray, _: None, metadata: np.ndarray, storage: tuple[np.ndarray, ...]
+        self, ids: np.ndarray, _: None, metadata: np.ndarray, storage: Storage
     ) -> tuple[Slot, np.ndarray, np.ndarray] | Exception:
         """A batch's slot, written, with its ids and parameters. On FFCV's thread, which an exception would end in silence."""
         try:
             params, slot = self.job.params(self.epoch, ids), self.landing.slot(len(ids))
             views, table = self.landing.arrays(slot), self.landing.table
-            failed = np.full(len(ids), storage[0].base.size() < len(storage[0]))  # a page that was cut off must not be touched
+            mapped = cast(mmap, storage[0].base)
+            # If the file was cut since it was opened, touching a missing page kills the process.
+            failed = np.full(len(ids), mapped.size() < len(storage[0]))
             slot.wait()
 
             def work(part: slice) -> None:
@@ -145,7 +163,7 @@ class FfcvViews(Loader):
         except Exception as error:
             return error
 
-    def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         self.epoch = epoch
         ids = np.concatenate([self.job.order.ids(epoch, s) for s in range(step, len(self))] or [np.zeros(0, np.int64)])
         self.loader.traversal_order.sample_order = lambda _: ids  # a class of ours is refused by a fault of 1.0.2

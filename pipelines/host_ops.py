@@ -27,7 +27,15 @@ BLOCK = 2048  # pixels whose sums stay in the first-level cache
 
 
 @kernel
-def sample_views(image, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
+def sample_views(
+    image: np.ndarray,
+    params: np.ndarray,
+    table: np.ndarray,
+    weak_1: np.ndarray,
+    weak_2: np.ndarray,
+    aggressive_1: np.ndarray,
+    aggressive_2: np.ndarray,
+) -> None:
     """All views of one image, from one decode.
 
     `params` `(2,)` of `draws.VIEW_PARAMS`; `table` `(3, 256)` maps a channel's 8-bit level to the normalised value; each
@@ -40,7 +48,7 @@ def sample_views(image, params, table, weak_1, weak_2, aggressive_1, aggressive_
         if weak.shape[0] == 0 and aggressive.shape[0] == 0:
             continue
         p = params[crop]
-        crop_resize_flip(image, p.top, p.left, p.height, p.width, p.flip, planes)
+        crop_resize_flip(image, p["top"], p["left"], p["height"], p["width"], p["flip"], planes)
         if weak.shape[0] > 0:
             normalise(planes, table, weak)
         if aggressive.shape[0] > 0:
@@ -49,7 +57,18 @@ def sample_views(image, params, table, weak_1, weak_2, aggressive_1, aggressive_
 
 
 @kernel
-def batch_views(pixels, offsets, sizes, ids, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
+def batch_views(
+    pixels: np.ndarray,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    ids: np.ndarray,
+    params: np.ndarray,
+    table: np.ndarray,
+    weak_1: np.ndarray,
+    weak_2: np.ndarray,
+    aggressive_1: np.ndarray,
+    aggressive_2: np.ndarray,
+) -> None:
     """`sample_views` of images that lie one after another in `pixels`: image `i` of `sizes[i]` begins at `offsets[i]`."""
     for b in range(len(ids)):
         height, width = sizes[ids[b]]
@@ -59,7 +78,7 @@ def batch_views(pixels, offsets, sizes, ids, params, table, weak_1, weak_2, aggr
 
 
 @kernel
-def jpeg_size(data):
+def jpeg_size(data: np.ndarray) -> tuple[int, int]:
     """Height and width by the frame header of a JPEG's bytes; 0 and 0 when none is found where it should be."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
@@ -71,27 +90,27 @@ def jpeg_size(data):
 
 
 @kernel
-def aggressive_stage(planes, p):
+def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
     """Jitter, grayscale and blur of `(3, S, S)` uint8, in place."""
-    if p.jitter:
+    if p["jitter"]:
         for k in range(4):
-            operation = p.order[k]
+            operation = p["order"][k]
             if operation == BRIGHTNESS:
-                blend_constant(planes, 0, p.factor[BRIGHTNESS])
+                blend_constant(planes, 0, p["factor"][BRIGHTNESS])
             elif operation == CONTRAST:
-                blend_constant(planes, mean_gray(planes), p.factor[CONTRAST])
+                blend_constant(planes, mean_gray(planes), p["factor"][CONTRAST])
             elif operation == SATURATION:
-                blend_gray(planes, p.factor[SATURATION])
+                blend_gray(planes, p["factor"][SATURATION])
             else:
-                shift_hue(planes, p.factor[3])
-    if p.grayscale:
+                shift_hue(planes, p["factor"][3])
+    if p["grayscale"]:
         blend_gray(planes, np.float32(0))
-    if p.blur_sigma_px > 0:
-        blur(planes, p.blur_sigma_px)
+    if p["blur_sigma_px"] > 0:
+        blur(planes, p["blur_sigma_px"])
 
 
 @kernel
-def normalise(planes, table, out):
+def normalise(planes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write `(3, S, S)` uint8 to `(S, S, 3)` through the table."""
     size = planes.shape[1]
     for y in range(size):
@@ -101,7 +120,7 @@ def normalise(planes, table, out):
 
 
 @kernel
-def bilinear_taps(size_in, size_out):
+def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     """PIL's antialiased bilinear filter in fixed point: first tap `(size_out,)` and weights `(taps, size_out)`.
 
     Every output has the same number of taps, some of weight 0: a loop over the outputs then has no branch.
@@ -127,7 +146,7 @@ def bilinear_taps(size_in, size_out):
 
 
 @kernel
-def crop_resize_flip(image, top, left, height, width, flip, planes):
+def crop_resize_flip(image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, planes: np.ndarray) -> None:
     """The window of `image` `(H, W, 3)` resized to `planes` `(3, S, S)`, then mirrored if `flip`."""
     size = planes.shape[1]
     pixels = image.reshape(image.shape[0], image.shape[1] * 3)
@@ -143,7 +162,7 @@ def crop_resize_flip(image, top, left, height, width, flip, planes):
 
 
 @kernel
-def resize_across(pixels, top, left, height, width, flip, size):
+def resize_across(pixels: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int) -> np.ndarray:
     """A window of interleaved rows `(H, 3 * W)` to `(height, 3 * size)` uint8, in which red, green and blue stand apart."""
     first, weights = bilinear_taps(width, size)
     place = np.empty(size, np.uint32)  # of each output's first tap; unsigned, for which numba asks not whether it is negative
@@ -178,7 +197,7 @@ def resize_across(pixels, top, left, height, width, flip, size):
 
 
 @kernel
-def resize_down(pixels, top, left, height, width, size):
+def resize_down(pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
     """A window of `(H, W)` uint8 to `(size, width)`."""
     first, weights = bilinear_taps(height, size)
     out = np.empty((size, width), np.uint8)
@@ -196,13 +215,14 @@ def resize_down(pixels, top, left, height, width, size):
 
 
 @kernel
-def gray_level(r, g, b):
+def gray_level(r: np.uint8, g: np.uint8, b: np.uint8) -> np.int32:
     """ITU-R 601 luma in Convert.c's 16-bit fixed point."""
-    return (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
+    gray: np.int32 = (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
+    return gray
 
 
 @kernel
-def mean_gray(planes):
+def mean_gray(planes: np.ndarray) -> int:
     """torchvision's contrast centre: the mean luma of the image, rounded to a level."""
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     total = np.int64(0)
@@ -212,14 +232,15 @@ def mean_gray(planes):
 
 
 @kernel
-def blend_level(level, centre, factor):
+def blend_level(level: np.uint8, centre: int | np.int32, factor: np.float32) -> np.uint8:
     """Blend.c: `centre + factor * (level - centre)` in float32, clipped and truncated."""
     value = np.float32(centre) + factor * np.float32(np.int32(level) - np.int32(centre))
-    return np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+    blended: np.uint8 = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+    return blended
 
 
 @kernel
-def blend_constant(planes, centre, factor):
+def blend_constant(planes: np.ndarray, centre: int, factor: np.float32) -> None:
     """Brightness (centre 0) and contrast (centre mean gray)."""
     flat = planes.reshape(-1)
     for i in range(flat.size):
@@ -227,7 +248,7 @@ def blend_constant(planes, centre, factor):
 
 
 @kernel
-def blend_gray(planes, factor):
+def blend_gray(planes: np.ndarray, factor: np.float32) -> None:
     """Saturation; factor 0 is grayscale."""
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     for i in range(r.size):
@@ -238,7 +259,7 @@ def blend_gray(planes, factor):
 
 
 @kernel
-def shift_hue(planes, turns):
+def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
     """torchvision's adjust_hue: to 8-bit HSV, add to H modulo 256, back; equal to Convert.c for every colour and shift."""
     shift = int(np.float64(turns) * 255)  # toward zero
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
@@ -254,12 +275,12 @@ def shift_hue(planes, turns):
 
 
 @kernel
-def hsv(red, green, blue):
+def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.int32, np.int32]:
     """Convert.c's rgb2hsv: hue, saturation and value in levels."""
     value, low = max(red, max(green, blue)), min(red, min(green, blue))
     spread = value - low
     # Convert.c divides three distances from the value by the spread; two of the quotients are 0 and 1, this is the third
-    part = np.float32(2 * value + low - red - green - blue) / np.float32(max(spread, 1))
+    part = np.float32(2 * value + low - red - green - blue) / np.float32(max(spread, np.int32(1)))
     if red == value:
         sextant = np.float32(1) - part if blue == low else part - np.float32(1)
     elif green == value:
@@ -269,11 +290,11 @@ def hsv(red, green, blue):
     turn = np.float64(sextant if spread > 0 else np.float32(0)) * (1.0 / 6.0) + 1.0
     turn = turn - 1.0 if turn >= 1.0 else turn
     hue = np.int32(np.float32(turn) * np.float32(255))
-    return hue, np.int32(np.float32(spread * 255) / np.float32(max(value, 1))), value
+    return hue, np.int32(np.float32(spread * 255) / np.float32(max(value, np.int32(1)))), value
 
 
 @kernel
-def rgb(hue, saturation, value):
+def rgb(hue: np.int32, saturation: np.float32, value: np.float32) -> tuple[np.uint8, np.uint8, np.uint8]:
     """Convert.c's hsv2rgb, from a whole hue and float32 levels."""
     sector = (hue * 6 * 257 + 257) >> 16  # hue * 6 // 255
     fraction = np.float32(hue * 6 - sector * 255)  # of 255
@@ -290,18 +311,19 @@ def rgb(hue, saturation, value):
 
 
 @kernel
-def box_radius(sigma_px):
+def box_radius(sigma_px: np.float32) -> np.float32:
     """Radius of the box whose three passes have variance sigma squared (BoxBlur.c, Gwosdek et al. 2011)."""
     one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)  # float32 throughout, as PIL
     variance = sigma_px * sigma_px / np.float32(BLUR_PASSES)
     length = np.float32(math.sqrt(12.0 * variance + 1.0))
     whole = np.float32(math.floor((length - 1.0) / 2.0))
     part = (two * whole + one) * (whole * (whole + one) - three * variance)
-    return whole + part / (six * (variance - (whole + one) * (whole + one)))
+    radius: np.float32 = whole + part / (six * (variance - (whole + one) * (whole + one)))
+    return radius
 
 
 @kernel
-def blur(planes, sigma_px):
+def blur(planes: np.ndarray, sigma_px: np.float32) -> None:
     """PIL's GaussianBlur of `(3, S, S)` uint8 in place: three box passes along x, then three along y, edges repeated."""
     size = planes.shape[1]
     radius = box_radius(sigma_px)
@@ -340,7 +362,14 @@ def blur(planes, sigma_px):
 
 
 @kernel
-def box_pass(source, out, step, whole, weight, far_weight):
+def box_pass(
+    source: np.ndarray,
+    out: np.ndarray,
+    step: int,
+    whole: int,
+    weight: np.uint32,
+    far_weight: np.uint32,
+) -> None:
     """One box over pixels `step` apart in memory: `2 * whole + 1` full taps and a fractional one at each end.
 
     Runs along the memory of the whole framed plane, the frame included: long loops that the compiler vectorises.
@@ -363,7 +392,16 @@ def box_pass(source, out, step, whole, weight, far_weight):
 
 
 @kernel
-def finish_views(first, second, params, table, weak_1, weak_2, aggressive_1, aggressive_2):
+def finish_views(
+    first: np.ndarray,
+    second: np.ndarray,
+    params: np.ndarray,
+    table: np.ndarray,
+    weak_1: np.ndarray,
+    weak_2: np.ndarray,
+    aggressive_1: np.ndarray,
+    aggressive_2: np.ndarray,
+) -> None:
     """All views of ready weak crops `(B, S, S, 3)` uint8, as `batch_views`; an unread crop is empty."""
     for b in range(len(params)):
         for crop in range(2):

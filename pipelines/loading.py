@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from pipelines.order import Order
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
+DecodeOn = Literal["gpu", "cpu"]
+OnBadImage = Literal["stop", "skip"]
 Read = TypeVar("Read")
 
 
@@ -41,9 +44,9 @@ class Job:
     dtype: torch.dtype
     threads: int  # of one rank
     prefetch_batches: int  # made ahead of the one in use
-    aggressive_on: str  # host or device
-    decode_on: str  # gpu or cpu, of the dali backend on a GPU
-    on_bad_image: str = "stop"  # or skip: `Loader.readable`
+    aggressive_on: Literal["host", "device"]
+    decode_on: DecodeOn  # only the dali backend on a GPU reads this
+    on_bad_image: OnBadImage = "stop"  # what skip does: `Loader.readable`
 
     @property
     def crops(self) -> list[int]:
@@ -76,10 +79,10 @@ class Job:
         return int(height), int(width)
 
 
-class Loader:
-    """One rank's loader: `len()` is the steps per epoch, `batches(epoch, step)` yields from there on.
+class Loader(ABC):
+    """One rank's loader; `len()` is the steps per epoch.
 
-    A context manager; leaving it joins what the loader started. `skipped` are the bad images met so far: sample id, fault.
+    A context manager, which closes it at the end. `skipped` are the bad images met so far: sample id, fault.
     """
 
     def __init__(self, job: Job) -> None:
@@ -89,14 +92,22 @@ class Loader:
     def __len__(self) -> int:
         return len(self.job.order)
 
-    def __enter__(self):
+    @abstractmethod
+    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+        """The batches of an epoch, from `step` to its end.
+
+        Closing the generator early ends the work on the batches ahead.
+        """
+
+    def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
-        pass
+        """Join the threads that the loader started."""
 
     def readable(self, sample: int, read: Callable[[int], Read]) -> tuple[int, Read]:
         """`sample` and what `read` makes of it; if it is bad, those of the next id of the dataset that can be read.
@@ -134,7 +145,7 @@ class Slot:
 
     def __init__(self, views: dict[str, Tensor]) -> None:
         self.views = views
-        self.read = None
+        self.read: torch.cuda.Event | None = None
 
     def wait(self) -> None:
         """Return when the slot may be written; called by the threads that write, never by the one that trains."""
@@ -154,11 +165,13 @@ class Landing:
         made = job.reads if job.aggressive_on == "host" else {VIEWS[crop] for crop in job.crops}
         self.names = [name for name in VIEWS if name in made]
         self.table = level_table(job.spec, job.dtype) if self.finished else np.tile(np.arange(256, dtype=np.uint8), (3, 1))
-        self.stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
+        if job.device.type == "cuda":
+            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]  # untyped
         self.ring: list[Slot] = []
         self.used = 0
         self.idle: list[np.ndarray] = []
-        self.affine = None if self.finished else device_ops.affine(job.spec, job.device)
+        self.affine = device_ops.affine(job.spec, job.device)
 
     def slot(self, count: int) -> Slot:
         """Memory for `count` samples: on a GPU the next of a ring of pinned buffers, on a CPU what no batch uses."""
@@ -191,12 +204,13 @@ class Landing:
         """The batch of a written slot. On a GPU nothing waits: copies and the device's stages run on a stream of their own."""
         if self.stream is None:
             views = {name: view.permute(0, 3, 1, 2) for name, view in slot.views.items()}
-            return Batch(self.job.labels(ids), **(views if self.finished else self.finish(views, params)))
+            if not self.finished:
+                views = self.finish(views, params)
+            return Batch(self.job.labels(ids), views)
 
-        def receive(_: torch.cuda.Stream) -> dict[str, Tensor]:
+        def receive(stream: torch.cuda.Stream) -> dict[str, Tensor]:
             copies = {name: view.to(self.job.device, non_blocking=True) for name, view in slot.views.items()}
-            slot.read = torch.cuda.Event()
-            slot.read.record()
+            slot.read = stream.record_event()  # type: ignore[no-untyped-call]  # untyped
             return copies
 
         return self.on_stream(receive, ids, params)
@@ -205,6 +219,7 @@ class Landing:
         self, receive: Callable[[torch.cuda.Stream], dict[str, Tensor]], ids: np.ndarray, params: np.ndarray
     ) -> Batch:
         """The batch of the levels `(B, S, S, 3)` that `receive(stream)` brings to the GPU, made on the landing's stream."""
+        assert self.stream is not None  # only batches for a GPU are made here
         main = torch.cuda.current_stream(self.job.device)
         with torch.cuda.stream(self.stream):
             levels = {name: view.permute(0, 3, 1, 2) for name, view in receive(self.stream).items()}
@@ -212,7 +227,7 @@ class Landing:
         main.wait_stream(self.stream)
         for tensor in (label, *views.values()):
             tensor.record_stream(main)
-        return Batch(label, **views)
+        return Batch(label, views)
 
     def finish(self, levels: dict[str, Tensor], params: np.ndarray) -> dict[str, Tensor]:
         """The views read, of 8-bit levels `(B, 3, S, S)` on the device."""

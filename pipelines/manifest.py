@@ -14,10 +14,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, overload
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,12 @@ from pipelines.npz import read_npz
 
 VERSION = 3  # of the cache
 MAX_PIXELS = 178_956_970  # of an image: beyond it PIL too sees a decompression bomb
-CACHE = {"meta": "|u1", "paths": "|u1", "labels": "<i8", "sizes": "<i4"}
+CACHE: dict[str, np.dtype] = {
+    "meta": np.dtype("|u1"),
+    "paths": np.dtype("|u1"),
+    "labels": np.dtype("<i8"),
+    "sizes": np.dtype("<i4"),
+}
 CHUNK = 4096  # files at a time: few enough to hold as Python objects, enough to spare a million futures
 
 
@@ -36,7 +41,7 @@ class Paths(Sequence[str]):
     Made of strings, or of the `text` of another.
     """
 
-    def __init__(self, paths: Iterable[str] | bytes) -> None:
+    def __init__(self, paths: Iterable[str] | bytes = b"") -> None:
         if not isinstance(paths, bytes):
             rest = iter(paths)
             chunks = iter(lambda: list(islice(rest, CHUNK)), [])
@@ -48,6 +53,10 @@ class Paths(Sequence[str]):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             chosen = range(len(self))[index]
@@ -77,7 +86,7 @@ class Manifest:
     labels: np.ndarray
     sizes: np.ndarray
     fingerprint: str  # of names, labels, bytes and sizes; the same wherever the data lies
-    paths: Paths | tuple[()] = ()  # relative to the data folder; empty for binary files
+    paths: Paths = field(default_factory=Paths)  # relative to the data folder; empty for binary files
 
     def __post_init__(self) -> None:
         count, sizes = self.labels.size, self.sizes
@@ -104,8 +113,8 @@ class Manifest:
 
 def array_manifest(data: Path, split: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Manifest:
     """The manifest of images already in memory, `pixels` `(N, H, W, 3)` uint8."""
-    digest = hashlib.sha256(np.ascontiguousarray(pixels))
-    digest.update(np.ascontiguousarray(labels, np.int64))
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    digest.update(np.ascontiguousarray(labels, np.int64).data)
     sizes = np.tile(np.array(pixels.shape[1:3], np.int32), (len(pixels), 1))
     return Manifest(split, classes, np.asarray(labels, np.int64), sizes, digest.hexdigest())
 
@@ -162,7 +171,7 @@ def vouched(text: str, data: Path) -> str:
     try:
         found = json.loads(text)
         if "RANK" in os.environ and found["began_s"] > started_s() and found["data"] == os.path.realpath(data):
-            return found["state"]
+            return str(found["state"])
     except (ValueError, KeyError, TypeError, RecursionError):  # nothing yet, or a writer was killed
         pass
     return ""
@@ -212,11 +221,12 @@ def scan(data: Path, paths: Paths) -> np.ndarray:
 def header_size(path: Path) -> tuple[int, int] | str:
     """Height and width, or in words what is wrong with the file. A JPEG without its end marker counts as truncated."""
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             width, height = image.size
             if image.format == "JPEG":
-                image.fp.seek(max(0, image.fp.seek(0, os.SEEK_END) - 64))  # some writers pad after the marker
-                if b"\xff\xd9" not in image.fp.read():
+                # Some writers pad the file after the marker.
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+                if b"\xff\xd9" not in file.read():
                     return "truncated JPEG (no end marker)"
             return height, width
     except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
@@ -226,7 +236,7 @@ def header_size(path: Path) -> tuple[int, int] | str:
 def digest(*parts: bytes | np.ndarray) -> str:
     total = hashlib.sha256()
     for part in parts:
-        total.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+        total.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
     return total.hexdigest()
 
 
@@ -262,14 +272,19 @@ def read_cache(places: list[Path], split: str, state: str) -> Manifest | None:
 def write_cache(places: list[Path], state: str, manifest: Manifest) -> None:
     """Write to the first place that takes it, by rename; a read-only dataset without `cache` is scanned each time."""
     meta = json.dumps({"state": state, "classes": manifest.classes, "fingerprint": manifest.fingerprint})
-    arrays = {name: np.frombuffer(text, np.uint8) for name, text in (("meta", meta.encode()), ("paths", manifest.paths.text))}
-    arrays |= {"labels": manifest.labels, "sizes": manifest.sizes}
+    meta_bytes, path_bytes = (np.frombuffer(text, np.uint8) for text in (meta.encode(), manifest.paths.text))
     for place in places:
         partial = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(
+                    file,
+                    meta=meta_bytes,
+                    paths=path_bytes,
+                    labels=manifest.labels,
+                    sizes=manifest.sizes,
+                )
             partial.replace(place)
             return
         except OSError:

@@ -8,7 +8,7 @@ device does the rest, or the threads make all views (`aggressive_on=host`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +23,8 @@ from pipelines.views import Batch
 # views of the first are made, by which the decoder runs 4% faster: its code, tables and branch history stay in the core.
 CHUNK = 4
 
+Submitted = tuple[list[Future[None]], Slot, np.ndarray, np.ndarray]  # tasks, ids, parameters
+
 
 class NativeViews(Loader):
     """Loader over encoded images."""
@@ -35,23 +37,23 @@ class NativeViews(Loader):
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        ahead: deque[tuple[list[Future], Slot, np.ndarray, np.ndarray]] = deque()
+    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+        ahead: deque[Submitted] = deque()
         try:
             for s in range(step, len(self) + self.job.prefetch_batches):
                 if s < len(self):
                     ahead.append(self.submit(epoch, self.job.order.ids(epoch, s)))
                 if s >= step + self.job.prefetch_batches and ahead:
-                    tasks, *made = ahead.popleft()
+                    tasks, slot, ids, params = ahead.popleft()
                     for task in tasks:
                         task.result()
-                    yield self.landing.batch(*made)
+                    yield self.landing.batch(slot, ids, params)
         finally:  # an iterator left early must not write into slots that the next one is given
             for tasks, *_ in ahead:
                 for task in tasks:
                     task.cancel() or task.exception()
 
-    def submit(self, epoch: int, ids: np.ndarray) -> tuple[list[Future], Slot, np.ndarray, np.ndarray]:
+    def submit(self, epoch: int, ids: np.ndarray) -> Submitted:
         ids, params = ids.copy(), self.job.params(epoch, ids)
         slot = self.landing.slot(len(ids))
         outputs = self.landing.arrays(slot)
@@ -72,7 +74,8 @@ class NativeViews(Loader):
         if not (data := self.job.jpeg(sample)):
             return self.job.read(sample)
         try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            image: torch.Tensor = decode_jpeg(stored, ImageReadMode.RGB)
         except RuntimeError:
             return self.job.read(sample)  # CMYK and its like; or an error that names the file
         return image.permute(1, 2, 0).numpy()

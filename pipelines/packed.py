@@ -76,9 +76,11 @@ class Packed:
         entry = self.entries[sample]
         shape = (int(entry["height"]), int(entry["width"]), 3)
         try:
+            pixels: np.ndarray
             if entry["raw"]:
-                return np.frombuffer(data, np.uint8).reshape(shape).copy()
-            pixels = to_rgb(Image.open(io.BytesIO(data)))
+                pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
+            else:
+                pixels = to_rgb(Image.open(io.BytesIO(data)))
         except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
             raise ValueError(f"cannot decode {self.name(sample)}: {error}. Convert the data again") from error
         if pixels.shape != shape:
@@ -96,7 +98,7 @@ class Packed:
         sizes = np.stack([self.entries["height"], self.entries["width"]], -1)
         labels = np.ascontiguousarray(self.entries["label"])
         digest = hashlib.sha256("\n".join(classes).encode())
-        digest.update(self.entries)
+        digest.update(self.entries.data)
         try:
             manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
         except ValueError as error:
@@ -104,8 +106,10 @@ class Packed:
         return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
 
 
-def read_description(path: Path, form: str, count: int) -> dict:
-    """The description written beside a split by the converters, of `form` "beton" or "shards" and `count` images.
+def read_classes(path: Path, form: str, count: int) -> tuple[str, ...]:
+    """The class names in the description that the converters write beside a split.
+
+    `form` is "beton" or "shards"; `count` is the number of images.
 
     Raises FileNotFoundError when there is none, ValueError naming it when it belongs to something else.
     """
@@ -117,6 +121,6 @@ def read_description(path: Path, form: str, count: int) -> dict:
             raise ValueError(f"it describes {found['count']} images as {found['format']}, beside {count} as {form}")
         if not isinstance(found["classes"], list) or not all(isinstance(name, str) for name in found["classes"]):
             raise ValueError("its classes are no list of names")
+        return tuple(found["classes"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe the images beside it ({error}): remove it, or convert again") from error
-    return found

@@ -7,7 +7,7 @@ Nothing is read or decoded after the start. On a CPU the views come from `host_o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,13 +40,14 @@ class ResidentViews(Loader):
                 f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: the resident backend on a device needs one size"
             )
         images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)
-        self.pixels, self.make = images.permute(0, 3, 1, 2).contiguous().to(job.device), self.device_views
+        self.images = images.permute(0, 3, 1, 2).contiguous().to(job.device)
+        self.make = self.device_views
         self.affine = device_ops.affine(job.spec, job.device)
 
     def close(self) -> None:
         self.pool.shutdown()
 
-    def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         for s in range(step, len(self)):
             yield self.make(epoch, self.stand_ins[self.job.order.ids(epoch, s)])
 
@@ -65,9 +66,10 @@ class ResidentViews(Loader):
     def device_views(self, epoch: int, ids: np.ndarray) -> Batch:
         job = self.job
         params = np.concatenate([job.params(epoch, ids)[:, crop] for crop in job.crops])
-        images = self.pixels.index_select(0, device_ops.send(np.tile(ids, len(job.crops)), job.device))
+        index = device_ops.send(np.tile(ids, len(job.crops)), job.device)
+        images = self.images.index_select(0, index)
         weak = device_ops.weak_stage(images, params, job.spec.size_px)
-        return Batch(job.labels(ids), **finish_on_device(job, weak, params, self.affine))
+        return Batch(job.labels(ids), finish_on_device(job, weak, params, self.affine))
 
     def load(self) -> np.ndarray:
         """All images in one flat uint8 array. `offsets` `(N,)` says where each begins, `stand_ins` `(N,)` which to take."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.npz import read_npz
-from pipelines.packed import ENTRY, Packed, read_description
+from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source, split_folder
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # 512 and 10,240 bytes
@@ -30,8 +30,8 @@ def shard_source(data: str | Path, split: str) -> Source:
     """
     folder = split_folder(Path(data), split)
     packed = open_shards(folder)
-    classes = read_description(folder.with_suffix(".json"), "shards", len(packed))["classes"]
-    return packed.source(split, tuple(classes))
+    classes = read_classes(folder.with_suffix(".json"), "shards", len(packed))
+    return packed.source(split, classes)
 
 
 def open_shards(folder: Path) -> Packed:
@@ -144,7 +144,15 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
         with (self.folder / "index.npz").open("wb") as file:
-            np.savez(file, **{column: entries[field] for column, field in INDEX.items()})
+            np.savez(
+                file,
+                shard=entries["file"],
+                offset=entries["offset"],
+                size=entries["size"],
+                label=entries["label"],
+                height=entries["height"],
+                width=entries["width"],
+            )
             file.flush()
             os.fsync(file.fileno())
 

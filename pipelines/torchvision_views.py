@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pipelines.loading import Loader
 from pipelines.views import VIEWS, Batch
 
+Delivery = tuple[Batch | ValueError, dict[int, str]]  # what a worker hands over: `__getitem__`
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)  # by draws' operation numbers
 
 
 def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
     """Stage 1 of `draws.VIEW_PARAMS` row `p`."""
     window = (int(p[name]) for name in ("top", "left", "height", "width"))
-    view = F.resized_crop(image, *window, [size_px, size_px])
-    return F.hflip(view) if p["flip"] else view
+    view: Image.Image = F.resized_crop(image, *window, [size_px, size_px])
+    if p["flip"]:
+        view = F.hflip(view)
+    return view
 
 
 def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
@@ -42,21 +45,31 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class TorchvisionViews(Loader):
+class TorchvisionViews(Loader, Dataset[Delivery]):
     """Loader with worker processes, one batch per worker; the workers belong to one epoch's iterator and end with it."""
 
-    def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         keys = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
-        workers = {"num_workers": self.job.threads, "worker_init_fn": ignore_signals}
-        for batch, skipped in DataLoader(self, sampler=keys, batch_size=None, **workers):
+        deliveries = DataLoader(
+            self,
+            sampler=keys,
+            batch_size=None,
+            num_workers=self.job.threads,
+            worker_init_fn=ignore_signals,
+        )
+        for batch, skipped in deliveries:
             for sample, fault in skipped.items():
                 self.skip(sample, fault)
             if isinstance(batch, ValueError):
                 raise batch
-            moved = {name: getattr(batch, name) for name in ("label", *self.job.reads)}
-            yield Batch(**{name: tensor.to(self.job.device, non_blocking=True) for name, tensor in moved.items()})
+            device = self.job.device
+            views = {name: view.to(device, non_blocking=True) for name, view in batch.views.items()}
+            yield Batch(batch.label.to(device, non_blocking=True), views)
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Batch | ValueError, dict[int, str]]:
+    def close(self) -> None:
+        """Nothing to do: the worker processes end with their epoch's iterator."""
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Delivery:
         """What a worker hands over: a batch or, without the traceback that raising it there would add, why there is none."""
         try:
             return self.make(*key), dict(self.skipped)
@@ -78,7 +91,9 @@ class TorchvisionViews(Loader):
         stacked = {
             name: torch.stack(tensors).to(job.dtype, memory_format=torch.channels_last) for name, tensors in views.items()
         }
-        return Batch(torch.from_numpy(job.source.manifest.labels[ids]), **stacked)
+        return Batch(torch.from_numpy(job.source.manifest.labels[ids]), stacked)
 
     def to_tensor(self, view: Image.Image) -> torch.Tensor:
-        return F.normalize(F.to_tensor(view), self.job.spec.mean, self.job.spec.std)
+        spec = self.job.spec
+        normalised: torch.Tensor = F.normalize(F.to_tensor(view), spec.mean, spec.std)
+        return normalised

@@ -22,7 +22,7 @@ class ViewSpec:
     The defaults are the paper's one value for all datasets (section 4.1, MoCo v2); size, mean and std differ per dataset.
     """
 
-    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "allow_inf_nan": False}
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
 
     size_px: int  # side of the square views
     mean: tuple[float, float, float]  # of RGB in [0, 1]
@@ -71,12 +71,35 @@ class ViewSpec:
 class Batch:
     """One step's input. Views are `(B, 3, H, W)`, channels_last, normalised, on the device, in the compute dtype.
 
-    `aggressive_i` is `weak_i`'s own crop and flip, then colour, grey and blur; 1 and 2 are independent crops of the same
-    image. A view the method does not read is None and was not computed. `label` is `(B,)` int64, -1 when unlabelled.
+    `aggressive_i` is `weak_i`'s own crop and flip, then colour, grey and blur; 1 and 2 are
+    independent crops of the same image. `views` contains only the views that the method reads, by
+    their names in `VIEWS`; the others were not computed. `label` is `(B,)` int64, -1 if unlabelled.
     """
 
     label: Tensor
-    weak_1: Tensor | None = None
-    weak_2: Tensor | None = None
-    aggressive_1: Tensor | None = None
-    aggressive_2: Tensor | None = None
+    views: dict[str, Tensor]
+
+    @property
+    def weak_1(self) -> Tensor:
+        return self.view("weak_1")
+
+    @property
+    def weak_2(self) -> Tensor:
+        return self.view("weak_2")
+
+    @property
+    def aggressive_1(self) -> Tensor:
+        return self.view("aggressive_1")
+
+    @property
+    def aggressive_2(self) -> Tensor:
+        return self.view("aggressive_2")
+
+    def view(self, name: str) -> Tensor:
+        """One of the views. Raises AttributeError when it was not loaded."""
+        if name not in self.views:
+            raise AttributeError(
+                f"this batch has no {name}, only {', '.join(sorted(self.views))}: "
+                "a view is loaded when the method's `reads` contains it"
+            )
+        return self.views[name]

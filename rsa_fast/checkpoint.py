@@ -24,6 +24,8 @@ from pipelines.files import partial_name, write_whole
 
 PATTERN = "step_{:08d}.pt"
 
+Place = tuple[Any, ...]  # the keys and indices that lead to a tensor in the state
+
 
 class Writer:
     """Writes checkpoints to `folder` on a thread of its own, one at a time, while training goes on; a context manager.
@@ -38,8 +40,8 @@ class Writer:
             stale.unlink()
         self.folder, self.keep_last = folder, keep_last
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future | None = None
-        self.buffers: dict[tuple, Tensor] = {}  # by place in the state; used again: fresh pages take longer than the copy
+        self.writing: Future[None] | None = None
+        self.buffers: dict[Place, Tensor] = {}  # by place in the state; used again: fresh pages take longer than the copy
         self.devices: set[torch.device] = set()
 
     def save(self, state: dict[str, Any]) -> None:
@@ -50,10 +52,11 @@ class Writer:
         """
         self.wait()
         snapshot = self.snapshot(state, ())
-        copied = [torch.cuda.current_stream(device).record_event() for device in self.devices]
+        streams = [torch.cuda.current_stream(device) for device in self.devices]
+        copied = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]  # untyped in torch
         self.writing = self.thread.submit(self.write, snapshot, copied)
 
-    def snapshot(self, value: Any, place: tuple) -> Any:
+    def snapshot(self, value: Any, place: Place) -> Any:
         if isinstance(value, dict):
             return {key: self.snapshot(item, (*place, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -134,10 +137,10 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise whatever their authors did not think of
         raise ValueError(f"{path} is damaged or no checkpoint of this project: {error}") from error
-    missing = {"step", "recipe", "method"} - set(state if isinstance(state, dict) else ())
-    if missing:
+    fields: dict[str, Any] = state if isinstance(state, dict) else {}
+    if missing := {"step", "recipe", "method"} - fields.keys():
         raise ValueError(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
-    return state
+    return fields
 
 
 def check(path: Path) -> None:
@@ -147,8 +150,8 @@ def check(path: Path) -> None:
         for part in archive.infolist():
             if part.compress_type != ZIP_STORED or ".." in Path(part.filename).parts or part.filename.startswith("/"):
                 raise ValueError(f"its part {part.filename!r} is compressed or leads out of the file")
-        if part := archive.testzip():
-            raise ValueError(f"the checksum of its part {part!r} is wrong")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         raise ValueError(f"it holds calls of {', '.join(sorted(code))}; wanted tensors and plain values")
 

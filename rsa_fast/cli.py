@@ -6,11 +6,18 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pipelines import Backend
+    from rsa_fast.recipes import Recipe
+
+Function = Callable[..., None]  # a command before click makes it one
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -22,22 +29,37 @@ METHODS = ("rsa", "byol", "simsiam", "simsiam-rsa", "simclr", "moco", "ressl", "
 ABLATIONS = ("aa", "aw", "ma-fixed", "ma-decay")
 BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export")
-GPUS = ("v100-16g", "v100-32g", "a100-40g", "a100-80g", "h100-80g", "rtx-3090", "rtx-4090")
+GPUS = (
+    "v100-16g",
+    "v100-32g",
+    "t4",
+    "a10",
+    "a100-40g",
+    "a100-80g",
+    "l4",
+    "l40s",
+    "h100-80g",
+    "h200",
+    "b200",
+    "rtx-3090",
+    "rtx-4090",
+    "rtx-5090",
+)
 
 
-class Name(click.Choice):
+class Name(click.Choice[str]):
     """One of a few names, which the shell completes; of another the nearest is said."""
 
     def __init__(self, noun: str, *names: str) -> None:
         super().__init__(names)
         self.name = noun
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
             from rsa_fast.recipes import nearest
 
             raise ValueError(f"no {self.name} {value!r}{nearest(value, self.choices)}: choose from {', '.join(self.choices)}")
-        return value
+        return str(value)
 
 
 class Command(click.Command):
@@ -53,13 +75,14 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-def section(title: str, *options: Callable) -> Callable:
+def section(title: str, *options: Callable[[Function], Function]) -> Callable[[Function], Function]:
     """Gives a command these of click's options, under a title in its help."""
 
-    def add(function: Callable) -> Callable:
+    def add(function: Function) -> Function:
         for option in reversed(options):
             function = option(function)
-            function.__click_params__[-1].section = title
+            newest = vars(function)["__click_params__"][-1]  # click collects the options here
+            newest.section = title
         return function
 
     return add
@@ -70,7 +93,7 @@ class Group(click.Group):
 
     command_class = Command
 
-    def invoke(self, ctx: click.Context):
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -145,21 +168,53 @@ def main(debug: bool) -> None:
     click.option("--max-restarts", type=click.IntRange(0), default=0, help="From the newest checkpoint, when one dies."),
 )
 @click.pass_context
-def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bool, gpus, nproc, max_restarts: int, **given):
+def train(
+    ctx: click.Context,
+    dataset: str | None,
+    method: str | None,
+    ablation: str | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    epochs: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    data: Path,
+    download: bool,
+    backend: str | None,
+    on_bad_image: str | None,
+    out: Path,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    overwrite: bool,
+    init_from: Path | None,
+    wandb: bool | None,
+    gpus: int | None,
+    nproc: int | None,
+    max_restarts: int,
+) -> None:
     """Pre-train an encoder and score it.
 
     By kNN meanwhile, and by kNN and a linear classifier at the end.
 
     Exit code 75: a signal (TERM, USR1, INT) stopped the run after its checkpoint was written; go on with --resume.
     """
-    start = {key: given.pop(key) for key in ("resume", "overwrite", "init_from", "force")}
-    if start["resume"] and start["overwrite"]:
+    if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    if start["force"] and not start["resume"]:
+    if force and not resume:
         raise click.UsageError("--force is of --resume")
     if gpus and nproc:
         raise click.UsageError("--gpus and --nproc exclude each other")
-    recipe = recipe_of(**given, device=("cuda" if gpus else None) or ("cpu" if nproc else None))
+    overrides = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "backend": backend,
+        "on_bad_image": on_bad_image,
+        "wandb": wandb,
+        "device": "cuda" if gpus else "cpu" if nproc else None,
+    }
+    recipe = recipe_of(dataset, method, config, sets, overrides, ablation)
     from pipelines.sources import download as fetch
     from pipelines.sources import open_source
 
@@ -186,7 +241,7 @@ def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bo
     from rsa_fast.distributed import STOPPED_EXIT_CODE
 
     try:
-        result = engine.train(recipe, data, out, **start)
+        result = engine.train(recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from, force=force)
     except engine.StoppedError as stopped:
         click.echo(str(stopped), err=True)
         ctx.exit(STOPPED_EXIT_CODE)
@@ -194,12 +249,22 @@ def train(ctx: click.Context, data: Path, out: Path, download: bool, dry_run: bo
         click.echo(json.dumps(result))
 
 
-def recipe_of(dataset, method, config, sets, ablation=None, **overrides):
-    """The recipe of the command line: row, file, ablation, --set, then the options of their own."""
+def recipe_of(
+    dataset: str | None,
+    method: str | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    overrides: Mapping[str, object],
+    ablation: str | None = None,
+) -> Recipe:
+    """The recipe of the command line: row, file, ablation, --set, then the options of their own.
+
+    `overrides` holds those options by the names of the recipe's fields, None if not given.
+    """
     from rsa_fast.recipes import ABLATIONS, build_recipe, parse_set, read_yaml
 
     named = read_yaml(config) if config else {}
-    fields = {}
+    fields: dict[str, Any] = {}
     if ablation:
         if method and method != ABLATIONS[ablation][0]:
             raise click.UsageError(f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}")
@@ -260,8 +325,16 @@ def recipes(name: str | None) -> None:
     click.option("--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code)."),
 )
 def evaluate(
-    protocol: str, variant: str | None, checkpoint: Path, data: Path, dataset: str | None, resize_px: str | None, **given
-):
+    protocol: str,
+    checkpoint: Path,
+    data: Path,
+    dataset: str | None,
+    resize_px: str | None,
+    variant: str | None,
+    epochs: int | None,
+    bn: str | None,
+    nesterov: bool | None,
+) -> None:
     """Score an encoder by kNN or by a linear classifier.
 
     kNN is k=200 T=.1 and k=20 T=.07. The linear classifier is fast, on cached features; rsa-small or rsa-large, on augmented
@@ -271,8 +344,8 @@ def evaluate(
         raise click.UsageError("knn has no --protocol")
     name = "knn" if protocol == "knn" else f"linear-{variant or 'fast'}"
     takes = {"linear-rsa-small": {"epochs", "bn", "nesterov"}, "linear-rsa-large": {"epochs"}}.get(name, set())
-    options = {key: value for key, value in given.items() if value is not None}
-    if extra := options.keys() - takes:
+    options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
+    if extra := {key for key, value in options.items() if value is not None} - takes:
         raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
     from rsa_fast.encoders import load_encoder
     from rsa_fast.engine import choose_device, choose_dtype
@@ -288,8 +361,7 @@ def evaluate(
         recipe = validate(recipe.model_dump() | {"eval_resize_px": None if resize_px == "native" else resize_px})
     device = choose_device(recipe.device)
     evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
-    recalibrate = options.pop("bn", "eval") == "recalibrate"
-    scores = evaluation.score(encoder.to(device), (name,), recalibrate, **options)
+    scores = evaluation.score(encoder.to(device), (name,), bn == "recalibrate", epochs=epochs, nesterov=nesterov)
     click.echo(json.dumps({"checkpoint": str(checkpoint), **scores}))
 
 
@@ -306,13 +378,40 @@ def evaluate(
 @click.option("--precision", type=Name("precision", "auto", "fp32", "bf16", "fp16"), default="auto", help="Of the computation.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-def detect(checkpoint: Path, data: Path, out: Path, resume: bool, overwrite: bool, **given) -> None:
+def detect(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    schedule: str,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    device: str,
+    precision: str,
+    resume: bool,
+    overwrite: bool,
+) -> None:
     """Fine-tune an encoder on COCO as Mask R-CNN R50-FPN: AP, AP50, AP75 of boxes and masks, in percent."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     from rsa_fast.detection import detect as run
 
-    click.echo(json.dumps(run(checkpoint, data, out, resume=resume, overwrite=overwrite, **given)))
+    result = run(
+        checkpoint,
+        data,
+        out,
+        schedule=schedule,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        workers=workers,
+        device=device,
+        precision=precision,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    click.echo(json.dumps(result))
 
 
 @main.command()
@@ -326,18 +425,30 @@ def detect(checkpoint: Path, data: Path, out: Path, resume: bool, overwrite: boo
 @click.option("--compare", type=Name("backend", *BACKENDS), metavar="NAME", help="A second backend, and the difference.")
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Whose views.")
 @click.option("--seed", type=int, help="Of order and views.")
-def preview(data: Path, out: Path, images: int, compare: str | None, epoch: int, dataset: str | None, config, sets, **given):
+def preview(
+    data: Path,
+    out: Path,
+    dataset: str | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    images: int,
+    backend: str | None,
+    compare: Backend | None,
+    epoch: int,
+    seed: int | None,
+) -> None:
     """Draw a sheet of what training sees.
 
     Images of --dataset, imagenet1k where nothing else is said, with both crops, and their four views, labelled with what was
     drawn.
     """
-    row = {"dataset": dataset, "method": None} if config else {"dataset": dataset or "imagenet1k", "method": "rsa"}
-    recipe = recipe_of(**row, config=config, sets=sets, **given)
+    dataset, method = (dataset, None) if config else (dataset or "imagenet1k", "rsa")
+    recipe = recipe_of(dataset, method, config, sets, {"backend": backend, "seed": seed})
     from pipelines import open_source
     from rsa_fast.preview import preview as run
 
-    click.echo(json.dumps(run(recipe, open_source(data, "pretrain"), out, images=images, epoch=epoch, compare=compare)))
+    source = open_source(data, "pretrain")
+    click.echo(json.dumps(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
 
 
 @main.command()
@@ -406,22 +517,39 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     click.option("--out", type=NEW_FILE, default=Path("tuned.yaml"), help="File that train --config takes."),
 )
 def profile(
-    methods: str, data: Path, plain: bool, html, trace, repeats, seconds, tune: bool, budget_s, out: Path, **given
+    dataset: str | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    batch_size: int | None,
+    data: Path,
+    backend: str | None,
+    threads: int | None,
+    methods: str,
+    repeats: int,
+    seconds: float,
+    plain: bool,
+    html: Path | None,
+    trace: Path | None,
+    tune: bool,
+    budget_s: float,
+    out: Path,
 ) -> None:
     """Measure where the time of an iteration goes.
 
     Its step on a ready batch, its views alone, both, and their parts; the bottleneck, and the knob to turn.
     """
-    recipes = {name.strip(): recipe_of(method=name.strip(), **given) for name in methods.split(",")}
+    overrides = {"batch_size": batch_size, "backend": backend, "threads": threads}
+    names = [name.strip() for name in methods.split(",")]
+    recipes = {name: recipe_of(dataset, name, config, sets, overrides) for name in names}
     if tune:
-        from rsa_fast.tuning import tune as run
+        from rsa_fast import tuning
 
-        click.echo(json.dumps(run(next(iter(recipes.values())), data, out, budget_s)))
+        click.echo(json.dumps(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
         return
+    from rsa_fast import profiling
     from rsa_fast.profile_page import page, table
-    from rsa_fast.profiling import profile as run
 
-    report = run(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
+    report = profiling.profile(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(page(report))
@@ -446,12 +574,25 @@ def profile(
     click.option("--cores", type=click.IntRange(1), help="CPU cores of a node; 4 a GPU where not given."),
     click.option("--network-gbps", type=click.FloatRange(0, min_open=True), default=100.0, help="Of a node to the others."),
 )
-def plan(dataset, method, config, sets, epochs, batch_size, gpu: str, **machine) -> None:
+def plan(
+    dataset: str | None,
+    method: str | None,
+    config: Path | None,
+    sets: tuple[str, ...],
+    epochs: int | None,
+    batch_size: int | None,
+    data: Path | None,
+    gpu: str,
+    gpus: int,
+    nodes: int,
+    cores: int | None,
+    network_gbps: float,
+) -> None:
     """Predict memory, time and decoding of a run on other GPUs."""
-    recipe = recipe_of(dataset, method, config, sets, epochs=epochs, batch_size=batch_size)
+    recipe = recipe_of(dataset, method, config, sets, {"epochs": epochs, "batch_size": batch_size})
     from rsa_fast import planning
 
-    found = planning.plan(recipe, gpu, **machine)
+    found = planning.plan(recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data)
     planning.show(found)
     click.echo(json.dumps(found))
 

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.rpn import RPNHead
 
@@ -37,9 +38,14 @@ from rsa_fast.encoders import load_encoder
 from rsa_fast.engine import choose_device, choose_dtype, prepare_folder
 from rsa_fast.metrics import Metrics, environment
 
+Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects: `CocoImages`
+
 SCHEDULES = {"1x": (90_000, 0.02), "2x": (180_000, 0.03)}  # steps, learning rate of a batch of 16 (RSA paper 4.4)
 # detectron2's where torchvision's differ: one short side in px is drawn per image, the last is for evaluation
-MODEL_OPTIONS = {"min_size": (640, 672, 704, 736, 768, 800), "rpn_post_nms_top_n_train": 1000}
+MODEL_OPTIONS: dict[str, Any] = {
+    "min_size": (640, 672, 704, 736, 768, 800),
+    "rpn_post_nms_top_n_train": 1000,
+}
 PRECISE_BN_STEPS, CHECKPOINT_STEPS, LOG_STEPS = 200, 5000, 20
 
 
@@ -74,14 +80,14 @@ def detect(
     order = Order(len(train), batch_size, seed)
     total_steps, peak_lr = steps or SCHEDULES[schedule][0], SCHEDULES[schedule][1] * batch_size / 16
     encoder, recipe = load_encoder(encoder_path)
-    device = choose_device(device)
+    place = choose_device(device)
     torch.backends.cudnn.benchmark = False  # image sizes change from batch to batch
-    dtype = choose_dtype(precision, device)
+    dtype = choose_dtype(precision, place)
     torch.manual_seed(seed)
-    normalised = {"image_mean": recipe.views.mean, "image_std": recipe.views.std} if recipe else {}  # else as ImageNet
-    model = build_model(encoder, len(train.categories), **normalised).to(device)
+    mean_std = (recipe.views.mean, recipe.views.std) if recipe else (None, None)
+    model = build_model(encoder, len(train.categories), *mean_std).to(place)
     optimizer = build_sgd(model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = GradScaler(place.type, enabled=dtype == torch.float16)
     parts = {"method": model, "optimizer": optimizer, "scaler": scaler}
     settings = {"encoder": str(encoder_path), "schedule": schedule, "steps": total_steps, "batch_size": batch_size}
     settings |= {"seed": seed, "precision": precision, "images": len(train), "classes": len(train.categories)}
@@ -89,15 +95,16 @@ def detect(
     step = restore(parts, settings, out) if resume else 0
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
 
-    def losses_of(batch, step: int) -> dict[str, Tensor]:
-        images, targets = on_device(batch, device)
+    def losses_of(batch: list[Sample], step: int) -> dict[str, Tensor]:
+        images, targets = on_device(batch, place)
         torch.manual_seed(seed + step)  # the model draws image sizes and proposals; a resumed run draws the same
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(images, targets)
+        with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
+            losses: dict[str, Tensor] = model(images, targets)
+        return losses
 
     stop = min(stop_at_step or total_steps, total_steps)
     plan = reading_plan(order, train.portrait(), step, total_steps + min(PRECISE_BN_STEPS, total_steps))
-    batches = iter(open_loader(train, plan, workers, device))
+    batches = iter(open_loader(train, plan, workers, place))
     model.train()
     with Metrics(out, total_steps, step) as metrics:
         began, began_step = time.perf_counter(), step
@@ -106,17 +113,19 @@ def detect(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = losses_of(next(batches), step)
-            scaler.scale(sum(losses.values())).backward()
+            first, *others = losses.values()
+            torch.autograd.backward(scaler.scale(sum(others, first)))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % LOG_STEPS == 0 or step == stop:
-                losses = {name: value.item() for name, value in losses.items()}
-                if not math.isfinite(sum(losses.values())):
-                    raise FloatingPointError(f"the losses are {losses} at step {step}: lower --batch-size, the rate follows it")
+                values = {name: value.item() for name, value in losses.items()}
+                loss = sum(values.values())
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the losses are {values} at step {step}: lower --batch-size, the rate follows it")
                 step_ms = 1e3 * (time.perf_counter() - began) / (step - began_step)
-                metrics.write({"step": step, "lr": lr, "loss": sum(losses.values()), **losses, "step_ms": step_ms})
+                metrics.write({"step": step, "lr": lr, "loss": loss, **values, "step_ms": step_ms})
                 began, began_step = time.perf_counter(), step
             if step % CHECKPOINT_STEPS == 0 or step == stop:
                 state = {name: part.state_dict() for name, part in parts.items()}
@@ -124,7 +133,7 @@ def detect(
     result = {"out": str(out), **settings, "step": step}
     if step == total_steps:
         precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))
-        result |= coco_scores(val.coco, find_objects(model, val, device, dtype, workers))
+        result |= coco_scores(val.coco, find_objects(model, val, place, dtype, workers))
     (out / "result.json").write_text(json.dumps(result))
     return result
 
@@ -138,13 +147,25 @@ def learning_rate(step: int, total_steps: int, peak_lr: float) -> float:
     return peak_lr * 0.1**drops * (0.001 * (1 - ramp) + ramp)
 
 
-def build_model(encoder: nn.Module, classes: int, **options: Any) -> MaskRCNN:
+def build_model(
+    encoder: nn.Module,
+    classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> MaskRCNN:
     """Mask R-CNN R50-FPN for `classes` classes and background, its backbone the encoder's weights and BatchNorm statistics.
 
-    `MODEL_OPTIONS` and `options` go to MaskRCNN. Raises ValueError unless the encoder has the keys and shapes of a ResNet-50.
+    The model normalises images by `mean` and `std`, or by ImageNet's if they are None, and takes
+    `MODEL_OPTIONS`. Raises ValueError unless the encoder has the keys and shapes of a ResNet-50.
     """
-    options = {**MODEL_OPTIONS, **options, "num_classes": classes + 1}
-    model = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **options)
+    model = maskrcnn_resnet50_fpn_v2(
+        weights=None,
+        weights_backbone=None,
+        num_classes=classes + 1,
+        image_mean=mean,
+        image_std=std,
+        **MODEL_OPTIONS,
+    )
     model.rpn.head = RPNHead(model.backbone.out_channels, 3)  # one convolution deep, as detectron2's
     given, wanted = (
         {key: tuple(value.shape) for key, value in module.state_dict().items()} for module in (encoder, model.backbone.body)
@@ -164,7 +185,7 @@ def build_model(encoder: nn.Module, classes: int, **options: Any) -> MaskRCNN:
 
 def build_sgd(model: nn.Module) -> torch.optim.SGD:
     """Momentum .9, weight decay 1e-4 but none on BatchNorm (detectron2); the caller sets the learning rate."""
-    groups = {0.0: [], 1e-4: []}
+    groups: dict[float, list[nn.Parameter]] = {0.0: [], 1e-4: []}
     for module in model.modules():
         groups[0.0 if isinstance(module, nn.BatchNorm2d) else 1e-4] += module.parameters(recurse=False)
     return torch.optim.SGD([{"params": p, "weight_decay": decay} for decay, p in groups.items()], lr=0.0, momentum=0.9)
@@ -179,7 +200,7 @@ def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
         raise ValueError("\n".join(["the settings are not those this run was started with:", *differ]))
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    return state["step"]
+    return int(state["step"])
 
 
 @torch.no_grad()
@@ -195,7 +216,9 @@ def precise_bn(model: nn.Module, forwards: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def find_objects(model: MaskRCNN, images: CocoImages, device: torch.device, dtype: torch.dtype, workers: int) -> list[dict]:
+def find_objects(
+    model: MaskRCNN, images: CocoImages, device: torch.device, dtype: torch.dtype, workers: int
+) -> list[dict[str, Any]]:
     """What the model finds, as rows of COCO's result format: boxes x, y, width, height in px, masks run-length coded."""
     from pycocotools.mask import encode
 
@@ -214,7 +237,7 @@ def find_objects(model: MaskRCNN, images: CocoImages, device: torch.device, dtyp
     return rows
 
 
-def coco_scores(coco: Any, rows: list[dict]) -> dict[str, float]:
+def coco_scores(coco: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """AP (mean over IoU .50 to .95), AP50 and AP75 of boxes and masks in percent, by pycocotools; its report goes to stderr."""
     from pycocotools.cocoeval import COCOeval
 
@@ -232,7 +255,7 @@ def coco_scores(coco: Any, rows: list[dict]) -> dict[str, float]:
     return scores
 
 
-def on_device(batch: list, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def on_device(batch: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Images in [0, 1] and targets, as torchvision's detection models take them."""
     images = [image.to(device, non_blocking=True) / 255 for image, _ in batch]
     targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for _, target in batch]

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,7 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """The first of a SLURM node list: `gpu[03-05,9],cpu1` is gpu03."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", nodes)
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"^([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?.*", r"\1\2\3", nodes)
 
 
 @contextmanager
@@ -118,8 +118,13 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        **{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes, "max_restarts": max_restarts},
-        **{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex},
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        max_restarts=max_restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=uuid.uuid4().hex,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -158,18 +163,21 @@ def gather(x: Tensor) -> Tensor:
 
     The gradient flows back to the rank each row came from, summed over the ranks that used it.
     """
-    return x if world_size() == 1 else Gather.apply(x)
+    if world_size() == 1:
+        return x
+    everyone: Tensor = Gather.apply(x)  # type: ignore[no-untyped-call]  # untyped in torch
+    return everyone
 
 
 class Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         everyone = x.new_empty((world_size() * len(x), *x.shape[1:]))
         dist.all_gather_into_tensor(everyone, x.contiguous())
         return everyone
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous()
         dist.all_reduce(total)  # not reduce-scatter: gloo has none
         return total.chunk(world_size())[rank()]

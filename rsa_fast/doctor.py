@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-STATUSES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # from best to worst
 PIP = f"{sys.executable} -m pip"
 TORCH_PIN = f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} --index-url https://download.pytorch.org/whl/{{0}}"
 PIN_ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # of cu128; torch 2.11's begin at sm_75
@@ -43,6 +42,13 @@ CHECKPOINT_GIB = 0.4  # ResNet-50 RSA: 35 M parameters online, 33 M target, 35 M
 BATCH_GIB = 256 * 4 * 3 * 224**2 * 2 / GIB  # a rank's four views, ImageNet-1K on 8 GPUs in fp16
 
 Gpu = tuple[str, tuple[int, int]]
+Status = Literal["ok", "warning", "fail"]
+
+STATUSES: dict[Status, str] = {  # from best to worst, with their colours
+    "ok": "green",
+    "warning": "yellow",
+    "fail": "bold red",
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Check:
     """One finding, and the command or action that mends it, empty where nothing is to be done."""
 
     name: str
-    status: Literal["ok", "warning", "fail"]
+    status: Status
     found: str
     fix: str = ""
 
 
-def judge(name: str, found: str, *faults: tuple[Any, str, str]) -> Check:
+def judge(name: str, found: str, *faults: tuple[object, Status, str]) -> Check:
     """A check by the first of the faults (is it so, status, fix) that is so; ok without any."""
     return next((Check(name, status, found, fix) for so, status, fix in faults if so), Check(name, "ok", found))
 
@@ -66,15 +72,18 @@ def check_python(version: str, wanted: str) -> Check:
     return judge("Python", f"{version}, wanted {wanted}", (version not in SpecifierSet(wanted), "fail", fix))
 
 
-def reach(archs: Iterable[str], capability: tuple[int, int]) -> str:
+def reach(archs: Iterable[str], capability: tuple[int, int]) -> Status:
     """How code compiled for `archs` runs on a GPU: ok, as a binary; warning, as PTX that the driver compiles; fail.
 
     `sm_XY` runs on X.Y and later minor versions of X, `compute_XY` on X.Y and everything later; with the suffix a on X.Y
     alone, with f within X (CUDA programming guide, compute capability).
+    Raises ValueError for any other name.
     """
-    ways = {"fail"}
+    ways: set[Status] = {"fail"}
     for arch in archs:
-        kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch).groups()
+        if not (name := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)):
+            raise ValueError(f"no architecture {arch!r}: wanted names such as sm_80, compute_90")
+        kind, major, minor, suffix = name.groups()
         built = int(major), int(minor)
         same_major = built[0] == capability[0] or (kind == "compute" and not suffix)
         if built == capability or (same_major and built < capability and suffix != "a"):
@@ -175,8 +184,12 @@ def check_shared_memory(free_gib: float, gpus: int) -> Check:
     found = f"{free_gib:.2f} GiB free in /dev/shm; the torchvision backend takes {wanted_gib:.1f} on ImageNet"
     size = math.ceil(wanted_gib)
     fix = f"docker run --shm-size={size}g; outside a container: sudo mount -o remount,size={size}G /dev/shm"
-    faults = (gpus > 1 and free_gib < 1, "fail", fix), (free_gib < wanted_gib, "warning", fix)
-    return judge("shared memory", found, *faults)
+    return judge(
+        "shared memory",
+        found,
+        (gpus > 1 and free_gib < 1, "fail", fix),
+        (free_gib < wanted_gib, "warning", fix),
+    )
 
 
 def check_open_files(soft: float, hard: float, workers: int) -> Check:
@@ -291,14 +304,20 @@ def diagnose(data: Path, out: Path) -> list[Check]:
 
     packages = {package.name: package.version for package in distributions()}
     cuda = torch.version.cuda
-    archs = torch._C._cuda_getArchFlags().split() if cuda else []  # get_arch_list() is empty where torch finds no GPU
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    # torch.cuda.get_arch_list() is empty where torch finds no GPU.
+    archs = (torch._C._cuda_getArchFlags() or "").split() if cuda else []
+    nccl = None
+    if torch.distributed.is_nccl_available():
+        numbers = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch gives no types
+        nccl = ".".join(map(str, numbers))
     driver, gpus = read_driver()
     allowed, (quota, memory) = len(os.sched_getaffinity(0)), read_cgroups(Path("/proc/self/cgroup").read_text())
     memory = min(memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limits = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    soft, hard = (
+        math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
     places = [next(p for p in (folder, *folder.parents) if p.exists()) for folder in (out.absolute(), data.absolute())]
-    shm_gib, out_gib, data_gib = (shutil.disk_usage(place).free / GIB for place in ("/dev/shm", *places))
+    shm_gib, out_gib, data_gib = (shutil.disk_usage(place).free / GIB for place in (Path("/dev/shm"), *places))
     files = (os.path.join(place, name) for place, _, names in os.walk(data, followlinks=True) for name in names)
     held_gib = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / GIB
     uncached = import_error("pipelines.host_ops")
@@ -306,7 +325,7 @@ def diagnose(data: Path, out: Path) -> list[Check]:
     return [
         python,
         check_cpu(torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported(), len(gpus)),
-        check_threads(torch.get_num_threads(), os.cpu_count(), allowed, quota),
+        check_threads(torch.get_num_threads(), os.cpu_count() or 1, allowed, quota),
         check_driver(driver, cuda, len(gpus), read_cards()),
         check_architectures(archs, gpus),
         check_nccl(nccl, packages.get(f"nvidia-nccl-cu{Version(cuda or '0').major}"), len(gpus)),
@@ -314,7 +333,7 @@ def diagnose(data: Path, out: Path) -> list[Check]:
         check_ffcv(packages.get("ffcv"), import_error("pipelines.ffcv_views") if "ffcv" in packages else "", read_missing()),
         check_numba_cache(cache, uncached),
         check_shared_memory(shm_gib, len(gpus)),
-        check_open_files(*limits, workers=allowed),
+        check_open_files(soft, hard, workers=allowed),
         check_out_disk(out_gib, os.access(places[0], os.W_OK)),
         check_data_disk(data_gib, held_gib),
         check_page_cache(held_gib, memory / GIB),

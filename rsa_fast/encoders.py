@@ -80,8 +80,8 @@ def build(state: dict[str, Tensor]) -> Encoder:
     """The encoder whose keys are in `state` behind some prefix. Raises ValueError, or by torch RuntimeError, with the keys."""
     stages = defaultdict(list)
     for key in state:
-        if found := STAGE.fullmatch(key):
-            stages[found[1]].append(found[2])
+        if stage := STAGE.fullmatch(key):
+            stages[stage[1]].append(stage[2])
     leaders = [prefix for prefix in stages if not FOLLOWER.search(prefix)]
     if len(leaders) != 1:
         found = f"ResNets under {', '.join(map(repr, leaders))}" if leaders else f"no ResNet among {list(state)[:5]}"

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import Batch, Order, open_source, open_views
+from pipelines import Batch, Loader, Order, open_source, open_views
 from pipelines.files import write_whole
 from rsa_fast import checkpoint
 from rsa_fast.distributed import (
@@ -44,10 +45,19 @@ from rsa_fast.meter import Meter, warn_of_collapse
 from rsa_fast.methods import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
-from rsa_fast.recipes import FREE_FIELDS, LOADING_FIELDS, Plan, Recipe, dump_yaml, resolve
+from rsa_fast.recipes import FREE_FIELDS, Plan, Recipe, dump_yaml, resolve
 
-RUN_FILES = ("recipe.yaml", "env.json", "metrics.jsonl", "result.json", "nonfinite.json", "checkpoints")
-RUN_FILES += ("report.html", "tensorboard", "wandb")
+RUN_FILES = (
+    "recipe.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "result.json",
+    "nonfinite.json",
+    "checkpoints",
+    "report.html",
+    "tensorboard",
+    "wandb",
+)
 
 
 class StoppedError(Exception):
@@ -63,7 +73,7 @@ class Run:
     method: Method
     forward: nn.Module  # the method, or DDP around it
     optimizer: Sgd
-    scaler: torch.amp.GradScaler
+    scaler: GradScaler
     device: torch.device
     dtype: torch.dtype
     step: int = 0
@@ -82,13 +92,17 @@ def build_run(recipe: Recipe, count: int) -> Run:
     torch.manual_seed(recipe.seed)
     method = build_method(recipe).to(device).train()
     optimizer = build_optimizer(recipe, method, plan.peak_lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     forward: nn.Module = method
     if world_size() > 1:
         # Buffers are not broadcast: each rank has its own statistics, and all the same queue. The graph is not declared static:
         # DDP would look for tensors in what forward returns, find none in a Loss, and never reduce a gradient.
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        forward = DistributedDataParallel(method, [device] if device.type == "cuda" else None, **options)
+        forward = DistributedDataParallel(
+            method,
+            [device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
     return Run(recipe, plan, method, forward, optimizer, scaler, device, dtype)
 
 
@@ -97,12 +111,14 @@ def train_step(run: Run, batch: Batch) -> Loss:
     now = run.schedule(run.step)
     set_learning_rate(run.optimizer, now["lr"])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss = run.forward(batch, now.get("beta", 0.0))
-    run.scaler.scale(loss.total).backward()
+        loss: Loss = run.forward(batch, now.get("beta", 0.0))
+    run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # untyped in torch
     run.scaler.step(run.optimizer)
-    before = run.scaler._scale.clone() if run.scaler.is_enabled() else None  # get_scale() would wait for the device
+    # get_scale() would wait for the device. `update` changes this tensor in place.
+    scale = run.scaler._scale if run.scaler.is_enabled() else None
+    before = None if scale is None else scale.clone()
     run.scaler.update()
-    run.skipped = None if before is None else run.scaler._scale < before
+    run.skipped = None if scale is None or before is None else scale < before
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     run.method.after_step(run.schedule(run.step).get("tau", 1.0))  # the next step's tau: see TargetMethod.after_step
@@ -153,8 +169,18 @@ def train(
                 print(f"{out} has no checkpoint yet: starting at step 0", file=sys.stderr)
             announce(run, len(source.manifest))
         order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
-        loading = {name: getattr(recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
-        with open_views(source, recipe.views, run.method.reads, order, **loading) as loader, stop_signals() as asked:
+        with (
+            open_views(
+                source,
+                recipe.views,
+                run.method.reads,
+                order,
+                device=run.device,
+                dtype=run.dtype,
+                **recipe.loading,
+            ) as loader,
+            stop_signals() as asked,
+        ):
             barrier()  # nothing keeps any rank from starting: an old run may go
             if rank() == 0:
                 prepare_folder(out, resume, overwrite)
@@ -176,7 +202,7 @@ class Loop:
     """Steps, and what happens between them: records, checkpoints, evaluation."""
 
     run: Run
-    loader: Any
+    loader: Loader
     metrics: Metrics
     evaluation: Evaluation | None
     writer: checkpoint.Writer | None  # on rank 0
@@ -212,11 +238,11 @@ class Loop:
                 self.save(meter)
         scores = {}
         if self.evaluation and run.step == run.plan.total_steps:
-            scores = self.evaluate("knn", "linear-fast")
+            scores = self.evaluate(self.evaluation, "knn", "linear-fast")
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
         result = {"out": str(self.out), "method": recipe.method, "dataset": recipe.dataset, "step": run.step}
         result |= {**meter.summary(), "knn_top1": None, "knn20_top1": None, "linear_top1": None, **scores}
-        if rank() == 0:
+        if self.writer:
             self.writer.wait()
             write_text(self.out / "result.json", json.dumps(result))
             if run.step == run.plan.total_steps:  # a run that was told to stop has no time for it
@@ -239,7 +265,7 @@ class Loop:
         finite = torch.stack([x.isfinite().all() for x in state.values()]).all()
         if highest(int(~finite)):
             self.stop_at_fault(self.run.step - 1, f"the weights or statistics after step {self.run.step - 1} are not finite")
-        if rank() == 0:
+        if self.writer:
             self.writer.save(snapshot(self.run, self.fingerprint))
 
     def check(self, meter: Meter) -> None:
@@ -252,7 +278,7 @@ class Loop:
 
     def stop_at_fault(self, step: int, fault: str) -> None:
         """Leave in nonfinite.json what it takes to make the batch of `step` again. Raises FloatingPointError."""
-        if rank() == 0:
+        if self.writer:
             self.writer.wait()
         order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
         epoch, place = divmod(step, len(order))
@@ -277,15 +303,16 @@ class Loop:
     def score_knn(self, epoch: int) -> None:
         every = self.run.recipe.knn_every_epochs
         if self.evaluation and every and epoch % every == 0:
-            self.metrics.write({"step": self.run.step, "epoch": epoch, **self.evaluate("knn")})
+            scores = self.evaluate(self.evaluation, "knn")
+            self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
 
-    def evaluate(self, *protocols: str) -> dict[str, Any]:
+    def evaluate(self, evaluation: Evaluation, *protocols: str) -> dict[str, Any]:
         """Scores of the encoder that rank 0 keeps: with bn = local each rank has running statistics of its own."""
         self.heartbeat.doing = "evaluating"
         if world_size() > 1:
             for buffer in self.run.method.encoder.buffers():
                 dist.broadcast(buffer, 0)
-        return self.evaluation.score(self.run.method.encoder, protocols)
+        return evaluation.score(self.run.method.encoder, protocols)
 
 
 @contextmanager
@@ -301,7 +328,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield asked
         return
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         signal.signal(number, note)
     try:
@@ -319,7 +346,7 @@ def job() -> str | None:
 def begun(out: Path) -> bool:
     """Whether the run in `out` is this job's, from before torchrun started it again."""
     try:
-        return json.loads((out / "env.json").read_text())["job"] == job()
+        return bool(json.loads((out / "env.json").read_text())["job"] == job())
     except (OSError, ValueError, KeyError):
         return False
 

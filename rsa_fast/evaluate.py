@@ -1,6 +1,7 @@
 """How good a frozen encoder is: kNN, and the linear classifiers of `rsa_fast.linear`. Accuracies are top-1 in percent.
 
-    scores = Evaluation(data, recipe, device, dtype).score(encoder, ("knn", "linear-rsa-small"), bn="recalibrate")
+    evaluation = Evaluation(data, recipe, device, dtype)
+    scores = evaluation.score(encoder, ("knn", "linear-rsa-small"), recalibrate=True)
 
 Protocols carry a name and a version, which stand in every result. Of several ranks each reads its own part of the images,
 and all get the result that one would get.
@@ -12,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
 def embed(encoder: nn.Module, images: Tensor) -> Tensor:
     """Float32 features `(B, D)` of images in the compute dtype."""
     with torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32):
-        return encoder(images).float()
+        rows: Tensor = encoder(images)
+        return rows.float()
 
 
 def features(encoder: nn.Module, images: PlainImages) -> Features:
@@ -51,7 +54,8 @@ def gather_rows(x: Tensor) -> Tensor:
     """Every `world_size`-th row, `(n, ...)`, from all ranks put back in the order of the whole; n differs by 1 at most."""
     counts = gather(torch.tensor([len(x)], device=x.device))
     padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, int(counts.max()) - len(x)])
-    return gather(padded).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: counts.sum()]
+    by_rank = torch.unflatten(gather(padded), 0, (world_size(), -1))
+    return by_rank.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
 
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
@@ -102,11 +106,14 @@ class Evaluation:
         encoder: nn.Module,
         protocols: tuple[str, ...] = ("knn", "linear-fast"),
         recalibrate: bool = False,
-        **options: Any,
+        epochs: int | None = None,
+        nesterov: bool | None = None,
     ) -> dict[str, Any]:
         """The results of the protocols named (of `PROTOCOLS`), in one dict; every rank has to call it.
 
-        The encoder is in eval mode meanwhile, and comes back unchanged. `options` go to the function in `rsa_fast.linear`.
+        The encoder is in eval mode meanwhile, and comes back unchanged. linear-rsa-small and
+        linear-rsa-large use `epochs`, and linear-rsa-small uses `nesterov`; None means the
+        protocol's own value (see `rsa_fast.linear`).
         `recalibrate` is of linear-rsa-small: the classifier is trained on a copy with BatchNorm in train mode, whose running
         statistics its images replace, as happens in eval_single.py of github.com/tmllab/RSA. Raises ValueError when there
         are several ranks to recalibrate on: each would have statistics of its own.
@@ -118,31 +125,52 @@ class Evaluation:
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
         encoder.eval()
         test = features(encoder, self.test)
-        train = features(encoder, self.train) if set(protocols) - {"linear-rsa-small"} else None
-        results = {"test_transform": self.test.transform}
+        train = cache(lambda: features(encoder, self.train))  # linear-rsa-small never calls it
+        results: dict[str, Any] = {"test_transform": self.test.transform}
+        scores: dict[str, Any]
         for protocol in protocols:
             match protocol:
                 case "knn":
-                    scores = knn(*train, *test, self.classes)
+                    scores = knn(*train(), *test, self.classes)
                 case "linear-fast":
-                    scores = linear.fast(whole(train), whole(test), self.classes)
+                    scores = linear.fast(whole(train()), whole(test), self.classes)
                 case "linear-rsa-small":
-                    scores = self.rsa_small(encoder, whole(test), recalibrate, **options)
+                    scores = self.rsa_small(encoder, whole(test), recalibrate, epochs, nesterov)
                 case "linear-rsa-large":
                     with self.augmented(encoder) as batches:
-                        plain = whole(train), whole(test)
-                        scores = linear.rsa_large(batches, *plain, self.classes, self.recipe.seed, **options)
+                        scores = linear.rsa_large(
+                            batches,
+                            whole(train()),
+                            whole(test),
+                            self.classes,
+                            self.recipe.seed,
+                            epochs or linear.LARGE_EPOCHS,
+                        )
             results |= {f"{protocol.partition('-')[0]}_protocol": f"{protocol}/1", **scores}
         encoder.train(training)
         after = encoder.state_dict()  # MoCo's check, main_lincls.py: a frozen network is one that did not change
         assert all(torch.equal(after[key], value) for key, value in before.items()), "the encoder changed in evaluation"
         return results
 
-    def rsa_small(self, encoder: nn.Module, test: Features, recalibrate: bool, **options: Any) -> dict[str, Any]:
+    def rsa_small(
+        self,
+        encoder: nn.Module,
+        test: Features,
+        recalibrate: bool,
+        epochs: int | None,
+        nesterov: bool | None,
+    ) -> dict[str, Any]:
         learner = copy.deepcopy(encoder).train() if recalibrate else encoder
         test_now = (lambda: features(learner, self.test)) if recalibrate else (lambda: test)
         with self.augmented(learner) as batches:
-            scores = linear.rsa_small(batches, test_now, self.classes, self.recipe.seed, **options)
+            scores = linear.rsa_small(
+                batches,
+                test_now,
+                self.classes,
+                self.recipe.seed,
+                epochs or linear.SMALL_EPOCHS,
+                nesterov is not False,
+            )
         return {"linear_bn": "recalibrate" if recalibrate else "eval", **scores}
 
     @contextmanager
@@ -154,8 +182,15 @@ class Evaluation:
         source, count = self.train.source, len(self.train.source.manifest)
         views = replace(self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5)
         order = Order(count, min(linear.BATCH_SIZE, count), self.recipe.seed, rank(), world_size())
-        loading = {name: getattr(self.train, name) for name in ("device", "dtype", "threads")}
-        with open_views(source, views, frozenset({"weak_1"}), order, **loading) as loader:
+        with open_views(
+            source,
+            views,
+            frozenset({"weak_1"}),
+            order,
+            device=self.train.device,
+            dtype=self.train.dtype,
+            threads=self.train.threads,
+        ) as loader:
 
             def batches(epoch: int) -> Iterator[Features]:
                 for batch in loader.batches(epoch):

@@ -31,8 +31,12 @@ from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe, dump_yaml
 
 SUFFIXES = {  # detectron2 and timm choose their reader by it
-    **{"torchvision": ".pth", "timm": ".pth", "detectron2": ".pkl"},
-    **{"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"},
+    "torchvision": ".pth",
+    "timm": ".pth",
+    "detectron2": ".pkl",
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "torch-export": ".pt2",
 }
 NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
 GRAPHS = ("onnx", "torch-export")  # the others hold weights, for a network that their reader builds
@@ -147,9 +151,14 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     views = (recipe or build_recipe(ASSUMED[stem], "byol")).views
     facts = {
         "name": f"{recipe.method} on {recipe.dataset}, step {state['step']:,}" if recipe else path.name,
-        **{"arch": arch, "stem": stem, "width": encoder.width, "feature_dim": encoder.feature_dim},
+        "arch": arch,
+        "stem": stem,
+        "width": encoder.width,
+        "feature_dim": encoder.feature_dim,
         "parameters": sum(p.numel() for p in encoder.parameters()),
-        **{"size_px": views.size_px, "mean": views.mean, "std": views.std},
+        "size_px": views.size_px,
+        "mean": views.mean,
+        "std": views.std,
         "pixel_mean": [round(255 * value, 3) for value in views.mean],
         "pixel_std": [round(255 * value, 3) for value in views.std],
         "depth": arch.removeprefix("resnet"),
@@ -200,8 +209,16 @@ def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
         case "torch-export":
             torch.export.save(program, buffer)
         case "onnx":
-            names = {"input_names": ["images"], "output_names": ["features"], "dynamic_shapes": shapes}
-            return torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto.SerializeToString()
+            onnx = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=shapes,
+            )
+            assert onnx is not None  # None comes from the exporter without dynamo only
+            return bytes(onnx.model_proto.SerializeToString())
     return buffer.getvalue()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import VIEWS, Batch
+from pipelines import Batch
 from rsa_fast.evaluate import embed
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
@@ -27,15 +27,14 @@ def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
     aggressive view and another's weak one, which says how alike features are by chance. Empty when a feature is not finite:
     the loss tells of that. Waits for the device.
     """
-    held = {name for name in VIEWS if getattr(batch, name) is not None}
-    names = next((pair for pair in PAIRS if held.issuperset(pair)), (min(held),))
+    names = next((pair for pair in PAIRS if batch.views.keys() >= set(pair)), (min(batch.views),))
     training = encoder.training
     encoder.eval()
-    features = [embed(encoder, getattr(batch, name)).cpu() for name in names]
+    features = [embed(encoder, batch.views[name]).cpu() for name in names]
     encoder.train(training)
     if not all(x.isfinite().all() for x in features):
         return {}
-    stats = {"effective_rank": effective_rank(F.normalize(features[0], dim=1))}
+    stats: dict[str, Any] = {"effective_rank": effective_rank(F.normalize(features[0], dim=1))}
     if len(features) == 2:
         aggressive, weak = features
         cosine = F.cosine_similarity(aggressive, weak)
@@ -49,4 +48,5 @@ def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007): `(B, D)` to 1 (all rows in one
     direction) .. min(B, D) (spread evenly in all)."""
     values = torch.linalg.svdvals(rows)
-    return torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp().item()
+    entropy = torch.special.entr(values / values.sum().clamp(min=1e-12)).sum()
+    return float(entropy.exp())

@@ -25,10 +25,17 @@ Batches = Callable[[int], Iterable[Features]]
 BATCH_SIZE = 256  # eval_single.py, eval_multi.py in github.com/tmllab/RSA
 FAST_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 FAST_EPOCHS = 100
+SMALL_EPOCHS = 100
+LARGE_EPOCHS = 40
 
 
 def rsa_small(
-    batches: Batches, test: Callable[[], Features], classes: int, seed: int, epochs: int = 100, nesterov: bool = True
+    batches: Batches,
+    test: Callable[[], Features],
+    classes: int,
+    seed: int,
+    epochs: int = SMALL_EPOCHS,
+    nesterov: bool = True,
 ) -> dict[str, float]:
     """The protocol of CIFAR, STL-10 and Tiny ImageNet (RSA 4.1, after MoCo): raw features, SGD with lr 30, a tenth of it from
     60% and a hundredth from 80% of the epochs on. `nesterov` is in the code (eval_single.py), not in the paper.
@@ -36,14 +43,21 @@ def rsa_small(
     `test()` is asked for the test set's features after every epoch.
     """
     rows, _ = test()
-    head = nn.utils.skip_init(nn.Linear, rows.shape[1], classes)
+    head = linear_layer(rows.shape[1], classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.SGD(head.to(rows.device).parameters(), lr=30, momentum=0.9, nesterov=nesterov)
     return {"linear_nesterov": nesterov, **train_head(head, optimizer, (0.6, 0.8), epochs, batches, test)}
 
 
-def rsa_large(batches: Batches, train: Features, test: Features, classes: int, seed: int, epochs: int = 40) -> dict[str, float]:
+def rsa_large(
+    batches: Batches,
+    train: Features,
+    test: Features,
+    classes: int,
+    seed: int,
+    epochs: int = LARGE_EPOCHS,
+) -> dict[str, float]:
     """The protocol of ImageNet (RSA 4.1, after Mean Shift's eval_linear.py): features of unit length, standardised by the
     training set's mean and unbiased variance; SGD with lr .01, a tenth of it from epoch 15 and a hundredth from epoch 30 of
     40 on, at the same fractions of other `epochs`.
@@ -56,13 +70,18 @@ def rsa_large(batches: Batches, train: Features, test: Features, classes: int, s
     def standardise(batch: Features) -> Features:
         return (F.normalize(batch[0], dim=1) - mean) / (variance + 1e-5).sqrt(), batch[1]
 
-    head = nn.utils.skip_init(nn.Linear, len(mean), classes)
+    head = linear_layer(len(mean), classes)
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():  # as torch initialises nn.Linear
         nn.init.uniform_(parameter, -(len(mean) ** -0.5), len(mean) ** -0.5, generator=generator)
     optimizer = torch.optim.SGD(head.to(mean.device).parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     test = standardise(test)
     return train_head(head, optimizer, (15 / 40, 30 / 40), epochs, lambda epoch: map(standardise, batches(epoch)), lambda: test)
+
+
+def linear_layer(dim: int, classes: int) -> nn.Linear:
+    """A linear layer on the CPU, uninitialised: torch's random generator is not used."""
+    return nn.Linear(dim, classes, device="meta").to_empty(device="cpu")
 
 
 def train_head(
@@ -79,7 +98,8 @@ def train_head(
     for epoch in range(epochs):
         for rows, labels in batches(epoch):
             optimizer.zero_grad()
-            F.cross_entropy(head(rows), labels).backward()
+            loss = F.cross_entropy(head(rows), labels)
+            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
             optimizer.step()
         schedule.step()
         with torch.no_grad():
@@ -119,7 +139,7 @@ def fit(batch: Callable[[Tensor], Features], ids: Tensor, dim: int, classes: int
     steps = -(-len(ids) // BATCH_SIZE)
     for epoch in range(FAST_EPOCHS):
         order = torch.from_numpy(epoch_order(len(ids), 1, epoch)).to(ids.device)
-        for step, chosen in enumerate(order.split(BATCH_SIZE)):
+        for step, chosen in enumerate(torch.split(order, BATCH_SIZE)):
             ramp = cosine_ramp(epoch + step / steps, FAST_EPOCHS)
             rows, labels = batch(ids[chosen])
             error = torch.softmax(rows @ weight, -1) - F.one_hot(labels, classes)  # (L, B, C)

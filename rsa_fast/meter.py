@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,14 @@ class Meter:
         self.worst_skips = self.worst_step = 0
         self.bad_step = torch.tensor(NEVER, device=device)
         self.skips = torch.zeros(4, dtype=torch.int64, device=device)  # all, in this row, in the longest, its last step
+        self.totals: Tensor  # the sums of the finite losses, and their count; set by the first `add`
         self.restart()
 
     def restart(self) -> None:
         """Forget the time since the last read: evaluation and checkpoints are not steps."""
-        self.began, self.wait_s, self.steps, self.totals = time.perf_counter(), 0.0, 0, None
+        self.began, self.wait_s, self.steps = time.perf_counter(), 0.0, 0
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[Batch]) -> Generator[Batch]:
         """The batches, with the time spent waiting for each counted."""
         while True:
             asked = time.perf_counter()
@@ -55,7 +56,7 @@ class Meter:
         values = torch.stack([loss.total.detach().float(), *loss.parts.values()])
         finite = values.isfinite().all()
         counted = torch.cat([torch.where(finite, values, 0), finite[None]])
-        self.totals = counted if self.totals is None else self.totals + counted
+        self.totals = counted if self.steps == 0 else self.totals + counted
         self.bad_step = self.bad_step.minimum(torch.where(finite, NEVER, step))
         if skipped is not None:
             row = (self.skips[1] + 1) * skipped
@@ -93,7 +94,8 @@ class Meter:
         device and the other ranks."""
         if world_size() > 1:
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
-        bad, (skipped, _, self.worst_skips, self.worst_step) = int(self.bad_step), self.skips.tolist()
+        bad, skips = int(self.bad_step), [int(count) for count in self.skips.tolist()]
+        skipped, _, self.worst_skips, self.worst_step = skips
         self.first_bad = None if bad == NEVER else bad
         return skipped
 
@@ -108,7 +110,8 @@ class Meter:
 def embedding_std(embeddings: Tensor) -> Tensor:
     """Mean over the dimensions of the standard deviation of unit-length rows `(B, D)`, times sqrt(D): near 1 when they
     spread in all directions, 0 when all are the same (SimSiam section 4.1)."""
-    return embeddings.float().std(0).mean() * embeddings.shape[1] ** 0.5
+    spread: Tensor = embeddings.float().std(0).mean() * embeddings.shape[1] ** 0.5
+    return spread
 
 
 def warn_of_collapse(record: dict[str, float]) -> None:

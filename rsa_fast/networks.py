@@ -21,7 +21,7 @@ LAYERS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4
 STANDARD_WIDTH = 64  # channels of the first stage
 
 
-class Encoder(ResNet):
+class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
     """`(B, 3, H, W)` to features `(B, feature_dim)`; keys as in torchvision, without `fc`.
 
     `width` scales every stage (64 is the standard network); `zero_init_residual` starts every block as the identity, the
@@ -46,8 +46,9 @@ class Encoder(ResNet):
         if stem not in ("cifar", "imagenet"):
             raise ValueError(f"no stem {stem!r}: choose cifar (3x3, no max-pool) or imagenet (7x7, max-pool)")
         self.width = width
-        super().__init__(*LAYERS[arch], zero_init_residual=zero_init_residual)
-        self.feature_dim = self.fc.in_features * width // STANDARD_WIDTH
+        block, blocks = LAYERS[arch]
+        super().__init__(block, blocks, zero_init_residual=zero_init_residual)
+        self.feature_dim: int = 8 * width * block.expansion  # it doubles in stages 2, 3 and 4
         self.fc = nn.Identity()
         self.recompute_stages, self.compiled = recompute_stages, compiled
         if stem == "cifar":
@@ -59,10 +60,19 @@ class Encoder(ResNet):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.bn1 = nn.BatchNorm2d(width)
 
-    def _make_layer(self, block: type, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+    def _make_layer(
+        self,
+        block: type[nn.Module],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
         if planes == STANDARD_WIDTH:
             self.inplanes = self.width
-        return super()._make_layer(block, planes * self.width // STANDARD_WIDTH, blocks, stride, dilate)
+        planes = planes * self.width // STANDARD_WIDTH
+        layer: nn.Sequential = super()._make_layer(block, planes, blocks, stride, dilate)
+        return layer
 
     def forward(self, images: Tensor) -> Tensor:
         return (compiled_features() if self.compiled and self.training else features)(self, images)
@@ -92,10 +102,19 @@ def in_turn(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
     """`in_turn` that keeps only `x`: the backward runs it again. BatchNorm's statistics move once all the same."""
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    if not torch.compiler.is_compiling():  # compiled, they move once by themselves
-        options["context_fn"] = lambda: (nullcontext(), statistics_apart(layers))
-    return checkpoint(in_turn, layers, x, **options)
+    output: Tensor
+    if torch.compiler.is_compiling():  # compiled, they move once by themselves
+        output = checkpoint(in_turn, layers, x, use_reentrant=False, preserve_rng_state=False)
+    else:
+        output = checkpoint(
+            in_turn,
+            layers,
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), statistics_apart(layers)),
+        )
+    return output
 
 
 @contextmanager
@@ -120,4 +139,5 @@ class Projected(nn.Module):
         self.encoder, self.projector = encoder, projector
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projector(self.encoder(images))
+        projections: Tensor = self.projector(self.encoder(images))
+        return projections

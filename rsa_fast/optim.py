@@ -7,6 +7,7 @@ weights and momentum alone when the gradients overflowed.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,19 @@ from torch import nn
 from rsa_fast.methods import Method
 from rsa_fast.recipes import Recipe
 
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]  # or groups, with their own options
+
 
 class Sgd(torch.optim.SGD):
     """SGD with momentum: mu = m mu + g + wd p; p = p - lr mu. Weight decay on every parameter, as in the reference code."""
 
-    def __init__(self, params: Iterable[nn.Parameter | dict], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
         for group in self.param_groups:  # torch leaves them unset until a first step, and uninitialised if that overflows
             for p in group["params"]:
@@ -34,7 +43,7 @@ class Lars(Sgd):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter | dict],
+        params: Parameters,
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -44,7 +53,7 @@ class Lars(Sgd):
         self.decay, self.trust_coefficient = weight_decay, trust_coefficient
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # a closure would make gradients anew
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         scale = getattr(self, "grad_scale", None)  # set by GradScaler, which then leaves the gradients scaled
         if scale is not None:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipelines import VIEWS, Order, Source, choose_backend, open_views
+from pipelines import VIEWS, Backend, Order, Source, choose_backend, open_views
 from pipelines.draws import draw
 from rsa_fast.engine import choose_device
-from rsa_fast.recipes import LOADING_FIELDS, Recipe
+from rsa_fast.recipes import Recipe
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # by draws' operation numbers
 TILE_PX, GAP_PX, LINE_PX, FRAME_PX = 192, 14, 17, 3  # the widest label fits below a tile of 192 px
@@ -27,7 +27,13 @@ AMPLIFY = 64  # of differences: a level, the least that 8 bits can differ by, is
 
 
 def preview(
-    recipe: Recipe, source: Source, out: Path, *, images: int = 4, epoch: int = 0, compare: str | None = None
+    recipe: Recipe,
+    source: Source,
+    out: Path,
+    *,
+    images: int = 4,
+    epoch: int = 0,
+    compare: Backend | None = None,
 ) -> dict[str, Any]:
     """Draw the first `images` that training reads in `epoch` to the PNG `out`; with a second backend to `compare`, its
     views and the differences too.
@@ -74,16 +80,26 @@ def preview(
     return result
 
 
-def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backend: str) -> np.ndarray:
+def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backend: Backend) -> np.ndarray:
     """`(B, 4, S, S, 3)` float32: the epoch's first batch from a backend, in the order of `VIEWS`, as 8-bit levels.
 
     Computed in float32, whatever the recipe's precision: 0 to 255, whole numbers but for rounding where the host makes them.
     """
-    loading = {name: getattr(recipe, name) for name in LOADING_FIELDS}
-    loading |= {"device": choose_device(recipe.device), "backend": backend}
-    with open_views(source, recipe.views, frozenset(VIEWS), order, **loading) as loader:
+    with open_views(
+        source,
+        recipe.views,
+        frozenset(VIEWS),
+        order,
+        device=choose_device(recipe.device),
+        backend=backend,
+        threads=recipe.threads,
+        prefetch_batches=recipe.prefetch_batches,
+        aggressive_on=recipe.aggressive_on,
+        decode_on=recipe.decode_on,
+        on_bad_image=recipe.on_bad_image,
+    ) as loader:
         batch = next(loader.batches(epoch))
-    views = torch.stack([getattr(batch, name) for name in VIEWS], 1).permute(0, 1, 3, 4, 2).cpu()
+    views = torch.stack([batch.views[name] for name in VIEWS], 1).permute(0, 1, 3, 4, 2).cpu()
     return (255 * (views * torch.tensor(recipe.views.std) + torch.tensor(recipe.views.mean))).numpy()
 
 

@@ -29,9 +29,12 @@ def table(report: dict[str, Any]) -> Table:
     def times(mode: str) -> Callable[[dict[str, Any]], str]:
         return lambda m: "{:.2f} ({:.2f} to {:.2f})".format(m[f"{mode}_ms"], *m["range_ms"][mode])
 
+    def part_ms(part: str) -> Callable[[dict[str, Any]], str]:
+        return lambda m: f"{m['parts_ms'][part]:.2f}"
+
     row(MODES["step"], times("step"))
     for part in PARTS:
-        row(f"  {part.replace('_', ' ')}", lambda m, part=part: f"{m['parts_ms'][part]:.2f}")
+        row(f"  {part.replace('_', ' ')}", part_ms(part))
     row(MODES["views"], times("views"))
     row(MODES["cold_views"], lambda m: m["cold_fault"] or times("cold_views")(m))
     row(MODES["both"], times("both"))

@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -25,9 +25,10 @@ from torch.profiler import ProfilerActivity
 from pipelines import VIEWS, Batch, Order, Source, choose_backend, open_source, open_views
 from pipelines.host_ops import batch_views
 from pipelines.loading import Loader
+from pipelines.native_views import NativeViews
 from rsa_fast.doctor import read_cgroups
 from rsa_fast.engine import Run, build_run, choose_device, train_step
-from rsa_fast.recipes import LOADING_FIELDS, Recipe
+from rsa_fast.recipes import Loading, Recipe
 from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, used_bytes, watched
 
 MODES = {"step": "step, ready batch", "views": "views, page cache", "both": "both", "cold_views": "views, from the disk"}
@@ -83,9 +84,9 @@ class Repeated(Order):
         return super().ids(len(self) * epoch + epochs, step)
 
 
-def loading_of(recipe: Recipe, source: Source, device: torch.device) -> dict[str, Any]:
+def loading_of(recipe: Recipe, source: Source, device: torch.device) -> Loading:
     """The recipe's loading fields, with what `auto` stands for."""
-    loading = {name: getattr(recipe, name) for name in LOADING_FIELDS}
+    loading = recipe.loading
     if recipe.backend == "auto":
         loading["backend"] = choose_backend(source, device)[0]
     if recipe.aggressive_on == "auto":
@@ -93,7 +94,7 @@ def loading_of(recipe: Recipe, source: Source, device: torch.device) -> dict[str
     return loading
 
 
-def open_loader(run: Run, source: Source, loading: dict[str, Any]) -> Loader:
+def open_loader(run: Run, source: Source, loading: Loading) -> Loader:
     """Of the views that the run's method reads, and no others."""
     order = Repeated(len(source.manifest), run.recipe.batch_size, run.recipe.seed)
     return open_views(source, run.recipe.views, run.method.reads, order, device=run.device, dtype=run.dtype, **loading)
@@ -119,7 +120,7 @@ class Subject:
     loader: Loader
     ready: Batch
     own_bytes: int  # on the GPU, of network, optimiser and loader
-    loading: dict[str, Any]
+    loading: Loading
     parts_ms: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {mode: [] for mode in MODES})  # by turn
     peak_bytes: int = 0
     idle_share: float = 0.0
@@ -129,7 +130,7 @@ class Subject:
         """One turn: every mode for some seconds; cold views last, so that the others find the files in memory."""
         run, timeline = self.run, Timeline(self.run.device)
 
-        def record(mode: str, work: Iterator, limit_s: float = seconds) -> int:
+        def record(mode: str, work: Iterator[object], limit_s: float = seconds) -> int:
             parts_ms, items = timeline.time(work, limit_s)
             self.parts_ms[mode].append(parts_ms)
             return items
@@ -164,23 +165,31 @@ class Subject:
 
     def report(self, stages_us: dict[str, float], in_memory: bool, byol: Subject | None) -> dict[str, Any]:
         run, times = self.run, {mode: self.times(mode) for mode in MODES}
-        median = {f"{mode}_ms": statistics.median_low(ms) if ms else None for mode, ms in times.items()}
-        parts = self.parts_ms["step"][1 + times["step"].index(median["step_ms"])]
+        step_ms, views_ms, both_ms = (statistics.median_low(times[mode]) for mode in COMPARED)
+        cold_views_ms = statistics.median_low(times["cold_views"]) if times["cold_views"] else None
+        parts = self.parts_ms["step"][1 + times["step"].index(step_ms)]
         stall_share = 1 - ratio(times["step"], times["both"])
         threads = min(run.recipe.threads, len(os.sched_getaffinity(0)))
         per_batch = 0 if self.loading["backend"] == "resident" else 1e-3 * run.recipe.batch_size / threads
         bound = verdict(
-            **median | ({"cold_views_ms": None} if in_memory else {}),
-            **{f"{stage}_ms": per_batch * stages_us[stage] for stage in ("read", "decode")},
+            step_ms=step_ms,
+            views_ms=views_ms,
+            both_ms=both_ms,
+            read_ms=per_batch * stages_us["read"],
+            decode_ms=per_batch * stages_us["decode"],
+            cold_views_ms=None if in_memory else cold_views_ms,
             overlaps=run.device.type == "cuda",
             idle_share=self.idle_share,
         )
         return {
             "loading": self.loading,
-            **median,
+            "step_ms": step_ms,
+            "views_ms": views_ms,
+            "both_ms": both_ms,
+            "cold_views_ms": cold_views_ms,
             "range_ms": {mode: [min(ms), max(ms)] for mode, ms in times.items() if ms},
             "parts_ms": {part: parts.get(part, 0.0) for part in PARTS},
-            "images_per_s": 1e3 * run.recipe.batch_size / median["both_ms"],
+            "images_per_s": 1e3 * run.recipe.batch_size / both_ms,
             "peak_gib": self.peak_bytes / 2**30,
             "stall_share": stall_share,
             "over_byol": {mode: ratio(times[mode], byol.times(mode)) for mode in COMPARED} if byol else None,
@@ -239,16 +248,25 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
     """Microseconds per image, on one thread and from the page cache, of reading, decoding, making both crops, and both
     aggressive stages; and the bytes of all images as they are stored."""
     order = Order(len(source.manifest), min(STAGE_IMAGES, len(source.manifest)), run.recipe.seed)
-    with open_views(source, run.recipe.views, frozenset(VIEWS), order, backend="native", threads=1, dtype=run.dtype) as loader:
+    with open_views(
+        source,
+        run.recipe.views,
+        frozenset(VIEWS),
+        order,
+        backend="native",
+        threads=1,
+        dtype=run.dtype,
+    ) as loader:
+        assert isinstance(loader, NativeViews)
         ids, landing, stored = order.ids(0, 0).tolist(), loader.landing, source.encoded or source.read
         images = [loader.decode(i) for i in ids]
         pixels, offsets = np.concatenate([image.ravel() for image in images]), np.cumsum([0, *(i.size for i in images[:-1])])
         drawn = (pixels, offsets, source.manifest.sizes[ids], np.arange(len(ids)), loader.job.params(0, np.array(ids)))
         views, unread = landing.arrays(landing.slot(len(ids))), np.empty((len(ids), 0, 0, 3), landing.table.dtype)
-        work = {
+        work: dict[str, Callable[[], object]] = {
             "read": lambda: [stored(i) for i in ids],
             "decode": lambda: [loader.decode(i) for i in ids],
-            "crop": lambda: batch_views(*drawn, landing.table, *views[:2], unread, unread),
+            "crop": lambda: batch_views(*drawn, landing.table, views[0], views[1], unread, unread),
             "aggressive": lambda: batch_views(*drawn, landing.table, *views),
         }
         times: dict[str, list[float]] = {stage: [] for stage in work}
@@ -259,7 +277,12 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
                 times[stage].append(1e6 * (time.perf_counter() - began) / len(ids))
     us = {stage: min(values[1:]) for stage, values in times.items()}  # what comes between only adds
     us["decode"], us["aggressive"] = max(0.0, us["decode"] - us["read"]), max(0.0, us["aggressive"] - us["crop"])
-    return us, statistics.mean(memoryview(stored(i)).nbytes for i in ids) * len(source.manifest)
+    return us, statistics.mean(size_bytes(stored(i)) for i in ids) * len(source.manifest)
+
+
+def size_bytes(image: bytes | np.ndarray) -> int:
+    """The size of an encoded image, or of the pixels of a stored one."""
+    return image.nbytes if isinstance(image, np.ndarray) else len(image)
 
 
 def stored_files(source: Source, data: Path, ids: np.ndarray) -> list[Path]:

@@ -14,20 +14,42 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines import AGGRESSIVE_ON, BACKENDS, ON_BAD_IMAGE
+from pipelines import AggressiveOn, Backend, DecodeOn, OnBadImage
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 
-LOADING_FIELDS = ("backend", "threads", "prefetch_batches", "aggressive_on", "decode_on", "on_bad_image")
+
+class Loading(TypedDict, total=False):
+    """The settings of `open_views` that change only the speed of the loader."""
+
+    backend: Backend
+    threads: int
+    prefetch_batches: int
+    aggressive_on: AggressiveOn
+    decode_on: DecodeOn
+    on_bad_image: OnBadImage
+
+
+LOADING_FIELDS = tuple(Loading.__annotations__)
 # Fields in which a resumed run may differ from its start. A bad image where none is skipped ends the run: nothing is seen
 # with one `on_bad_image` that is not seen with the other.
-FREE_FIELDS = (*LOADING_FIELDS, "recompute_stages", "device", "timeout_s", "max_skips", "keep_last")
-FREE_FIELDS += ("log_every_steps", "knn_every_epochs", "checkpoint_every_epochs", "wandb")
+FREE_FIELDS = (
+    *LOADING_FIELDS,
+    "recompute_stages",
+    "device",
+    "timeout_s",
+    "max_skips",
+    "keep_last",
+    "log_every_steps",
+    "knn_every_epochs",
+    "checkpoint_every_epochs",
+    "wandb",
+)
 
 
 class Recipe(BaseModel):
@@ -67,13 +89,13 @@ class Recipe(BaseModel):
     # Of the encoder's four, how many stages run again in the backward instead of being kept for it (Chen et al. 2016). Modelled
     # likewise: 1 takes 12.3 GiB for 21.6 and 11% more time, which 16 GB hold; 2 takes 9.7 GiB and 19%.
     recompute_stages: int = Field(0, ge=0, le=4)
-    backend: Literal[BACKENDS] = "auto"
+    backend: Backend = "auto"
     threads: int = Field(2, ge=1)  # of the loader, per rank
     prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
-    aggressive_on: Literal[AGGRESSIVE_ON] = "auto"  # where the aggressive stage runs; auto: the device on a GPU
-    decode_on: Literal["gpu", "cpu"] = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
+    aggressive_on: AggressiveOn = "auto"  # where the aggressive stage runs; auto: the device on a GPU
+    decode_on: DecodeOn = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    on_bad_image: Literal[ON_BAD_IMAGE] = "stop"  # which cannot be read any more: skip takes the next that can
+    on_bad_image: OnBadImage = "stop"  # which cannot be read any more: skip takes the next that can
 
     # --- changes only what is recorded
     log_every_steps: int = Field(20, ge=1)
@@ -83,6 +105,18 @@ class Recipe(BaseModel):
     max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
     timeout_s: float = Field(600, gt=0)  # that ranks wait for each other before the run stops
     wandb: bool = False  # records go to Weights & Biases too
+
+    @property
+    def loading(self) -> Loading:
+        """All of `LOADING_FIELDS`, as keywords of `open_views`."""
+        return {
+            "backend": self.backend,
+            "threads": self.threads,
+            "prefetch_batches": self.prefetch_batches,
+            "aggressive_on": self.aggressive_on,
+            "decode_on": self.decode_on,
+            "on_bad_image": self.on_bad_image,
+        }
 
     @model_validator(mode="after")
     def split_fits(self) -> Recipe:
@@ -122,15 +156,19 @@ class Beta(Recipe):
         return super().schedule(step, plan) | {"beta": beta}
 
 
-class Byol(Target):
+class Bootstrap(Target):
+    """The sizes of BYOL's networks, which RSA uses too."""
+
     hidden_dim: int = Field(ge=1)  # of projector and predictor
     out_dim: int = Field(ge=1)  # of projector and predictor
+
+
+class Byol(Bootstrap):
     pairs: Literal["AA", "AW"] = "AA"  # the two views: both aggressive, or aggressive and weak (PAPER Table 1)
 
 
-class Rsa(Target, Beta):
-    hidden_dim: int = Field(ge=1)  # of projector and predictor
-    out_dim: int = Field(ge=1)  # of projector and predictor
+class Rsa(Bootstrap, Beta):
+    pass
 
 
 class SimSiam(Recipe):
@@ -182,8 +220,14 @@ class Supervised(Recipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {
-    **{"rsa": Rsa, "byol": Byol, "simsiam": SimSiam, "simsiam-rsa": SimSiamRsa},
-    **{"simclr": SimClr, "moco": MoCo, "ressl": ReSsl, "supervised": Supervised},
+    "rsa": Rsa,
+    "byol": Byol,
+    "simsiam": SimSiam,
+    "simsiam-rsa": SimSiamRsa,
+    "simclr": SimClr,
+    "moco": MoCo,
+    "ressl": ReSsl,
+    "supervised": Supervised,
 }
 METHODS = tuple(RECIPES)
 
@@ -226,19 +270,37 @@ DATASETS: dict[str, dict[str, Sourced]] = {
     | cite(
         "chosen: tools/make_demo.py's images on two CPU cores (README)",
         views={
-            **{"size_px": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "crop_area": (0.4, 1.0)},
-            **{"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.4, "grayscale_p": 0.5},
-            **{"blur_p": 0.2, "blur_sigma_px": (0.1, 1.0)},
+            "size_px": 32,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.25, 0.25, 0.25),
+            "crop_area": (0.4, 1.0),
+            "brightness": 0.8,
+            "contrast": 0.8,
+            "saturation": 0.8,
+            "hue": 0.4,
+            "grayscale_p": 0.5,
+            "blur_p": 0.2,
+            "blur_sigma_px": (0.1, 1.0),
         },
-        **{"eval_resize_px": 32, "width": 24, "batch_size": 32, "peak_lr": 0.06, "epochs": 20, "knn_every_epochs": 4},
+        eval_resize_px=32,
+        width=24,
+        batch_size=32,
+        peak_lr=0.06,
+        epochs=20,
+        knn_every_epochs=4,
     ),
 }
 
 # The rows of a method that hold for a dataset: "all", then those named here.
 SCALES: dict[str, tuple[str, ...]] = {
-    **{"cifar10": ("32px",), "cifar100": ("32px",), "demo": ("32px", "demo")},
-    **{"stl10": ("64px",), "tinyimagenet": ("64px",), "imagenet100": ("224px", "imagenet100")},
-    **dict.fromkeys(("imagenet1k", "imagenet1k-100ep"), ("224px", "imagenet1k")),
+    "cifar10": ("32px",),
+    "cifar100": ("32px",),
+    "demo": ("32px", "demo"),
+    "stl10": ("64px",),
+    "tinyimagenet": ("64px",),
+    "imagenet100": ("224px", "imagenet100"),
+    "imagenet1k": ("224px", "imagenet1k"),
+    "imagenet1k-100ep": ("224px", "imagenet1k"),
 }
 
 BYOL_HEADS = {
@@ -386,7 +448,7 @@ def explain(error: Any, method: str) -> str:
         hint = f": {method} does not use it, {', '.join(owners)} do" if owners else nearest(key, known)
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
-        return error["msg"].removeprefix("Value error, ")
+        return str(error["msg"]).removeprefix("Value error, ")
     return f"{key} = {reprlib.repr(error['input'])}: {error['msg']}"
 
 
@@ -422,7 +484,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class PlainYaml(yaml.SafeLoader):
     """YAML without references: a few lines of them unfold to gigabytes."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("a recipe has no aliases (*name)")
         return super().compose_node(parent, index)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -28,7 +28,6 @@ from rsa_fast.metrics import read_metrics
 
 STYLES, MARKERS = ("-", "--", ":"), "o^s"  # of a panel's keys
 COLUMNS, PANEL_INCHES = 3, (4.6, 3.0)
-SVG = {"svg.fonttype": "none", "svg.hashsalt": "rsa-fast"}  # text stays text; the same run gives the same bytes
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -120,13 +119,13 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
     return runs
 
 
-def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list, list]:
+def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list[Any], list[Any]]:
     """The values of `y` by `x`, in order; of two records at one `x` the later counts."""
     points = {record[x]: record[y] for record in records if x in record and record.get(y) is not None}
     return list(points), list(points.values())
 
 
-def draw(runs: list[RunFolder], panels: tuple[Panel, ...] = PANELS) -> Figure:
+def draw(runs: list[RunFolder], panels: Sequence[Panel] = PANELS) -> Figure:
     """The panels that any run has records for, and each run's histogram of weak-aggressive cosines by epoch.
 
     Several runs have a colour each, named above the panels, in which the style of a line tells its key.
@@ -159,13 +158,21 @@ def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
     several, widths = len(runs) > 1, np.linspace(1.2, 2.2, len(runs))[::-1]  # of lines that coincide both are seen
     for k, key in enumerate(panel.keys):
         points = [series(run.records, panel.x, key) for run in runs]
-        few = {"marker": MARKERS[k], "markersize": 4} if max(len(x) for x, _ in points) < 20 else {}
+        marker = MARKERS[k] if max(len(x) for x, _ in points) < 20 else "None"
         for i, (x, y) in enumerate(points):
             if x:
-                look = {"color": f"C{i if several else k}", "linewidth": widths[i], "label": "" if several else key}
-                axes.plot(x, y, STYLES[k], **look, **few)
+                axes.plot(
+                    x,
+                    y,
+                    STYLES[k],
+                    color=f"C{i if several else k}",
+                    linewidth=widths[i],
+                    label="" if several else key,
+                    marker=marker,
+                    markersize=4,
+                )
         if several and len(panel.keys) > 1 and any(x for x, _ in points):
-            axes.plot([], [], STYLES[k], color="gray", label=key, **few)
+            axes.plot([], [], STYLES[k], color="gray", label=key, marker=marker, markersize=4)
     axes.set_xlim(left=0)
     if panel.from_zero:
         axes.set_ylim(bottom=0)
@@ -176,14 +183,15 @@ def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
     epochs, counts = series(run.records, "epoch", "weak_aggressive_counts")
     share = np.array(counts).T / np.sum(counts, 1)  # (bins, epochs)
     edges = [*np.array(epochs) - 0.5, epochs[-1] + 0.5]
-    look = {"cmap": "Blues", "norm": PowerNorm(0.5)}  # on which a few images are seen too
-    axes.pcolormesh(edges, np.linspace(0, 1, len(share) + 1), share, rasterized=True, **look)
+    norm = PowerNorm(0.5)  # on which a few images are seen too
+    cosines = np.linspace(0, 1, len(share) + 1)
+    axes.pcolormesh(edges, cosines, share, rasterized=True, cmap="Blues", norm=norm)
     axes.set_ylim(bottom=share.any(1).argmax() / len(share))
     axes.plot(*series(run.records, "epoch", "other_image_cosine"), "--C1", label="mean of two different images")
     decorate(axes, f"cosine of weak and aggressive view{of}", "epoch", legend="lower left")
 
 
-def decorate(axes: Axes, title: str, x: str, legend: str) -> None:
+def decorate(axes: Axes, title: str, x: str, legend: Literal["best", "lower left", ""]) -> None:
     """`legend` is its place, or empty for none."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x, fontsize=8)
@@ -196,8 +204,9 @@ def decorate(axes: Axes, title: str, x: str, legend: str) -> None:
 
 
 def svg(figure: Figure) -> str:
+    """The figure as SVG: text stays text, and the same run gives the same bytes."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(SVG):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rsa-fast"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 

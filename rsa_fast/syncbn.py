@@ -6,6 +6,8 @@ BatchNorm), or N (`split:N`, which gives one GPU the statistics of N, as MoCo's 
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rsa_fast.distributed import gather, world_size
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def bn_groups(bn: str) -> int:
@@ -25,21 +29,36 @@ def bn_groups(bn: str) -> int:
     return groups
 
 
-def convert_batchnorm(module: nn.Module, groups: int) -> nn.Module:
-    """Make every BatchNorm in `module` normalise `groups` parts of the global batch; state dict keys stay."""
+def convert_batchnorm(network: Network, groups: int) -> Network:
+    """Make every BatchNorm in `network` normalise `groups` parts of the global batch.
+
+    The keys of the state dict stay the same. Returns the same network.
+    """
     if groups == world_size():
-        return module
-    for child in module.modules():
+        return network
+    for child in network.modules():
         if isinstance(child, _BatchNorm):
             child.__class__ = SyncBatchNorm if groups == 1 else SplitBatchNorm
-            child.groups_here = groups // world_size()
-    return module
+            if isinstance(child, SplitBatchNorm):
+                child.groups_here = groups // world_size()
+    return network
 
 
-class SplitBatchNorm(_BatchNorm):
-    """Normalises `groups_here` consecutive parts of the batch apart; the running statistics move by the parts' mean."""
+class GroupedBatchNorm(_BatchNorm):
+    """A BatchNorm with running statistics and a fixed momentum, as in every network here."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def _check_input_dim(self, x: Tensor) -> None: ...
+
+
+class SplitBatchNorm(GroupedBatchNorm):
+    """Normalises `groups_here` consecutive parts of the batch apart; the running statistics move by the parts' mean."""
+
+    groups_here: int
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -54,19 +73,20 @@ class SplitBatchNorm(_BatchNorm):
         return normalised
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(GroupedBatchNorm):
     """Normalises the batch of all ranks together: one collective forward, one backward.
 
     Unlike torch's it runs on CPUs, and it never waits for the device: every rank holds as many images.
     """
 
-    def _check_input_dim(self, x: Tensor) -> None: ...
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        normalised, mean, variance = Normalise.apply(x, self.weight, self.bias, self.eps)
+        arguments = x, self.weight, self.bias, self.eps
+        outputs: tuple[Tensor, Tensor, Tensor]
+        outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]  # untyped in torch
+        normalised, mean, variance = outputs
         count = world_size() * x.numel() // x.shape[1]
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype) * (count / (count - 1)), self.momentum)
@@ -78,7 +98,13 @@ class Normalise(torch.autograd.Function):
     they are compiled, which fuses what surrounds them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if has_kernels(x):
             mean, inverse_std = torch.batch_norm_stats(x, eps)
             variance = inverse_std**-2 - eps
@@ -92,7 +118,7 @@ class Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std = ctx.saved_tensors
         if has_kernels(x):
             grad = grad.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else grad.contiguous()
@@ -100,7 +126,8 @@ class Normalise(torch.autograd.Function):
             sums, grad_weight, grad_bias = torch.stack(reduced[:2]), *reduced[2:]
             dist.all_reduce(sums)
             count = torch.full((1,), world_size() * x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
-            grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, *sums, count)
+            saved = (mean, inverse_std, weight)
+            grad_x = torch.batch_norm_backward_elemt(grad, x, *saved, sums[0], sums[1], count)
         else:
             shape = (-1, *[1] * (x.ndim - 2))
             grad, hat = wide(grad), (wide(x) - mean.view(shape)) * inverse_std.view(shape)

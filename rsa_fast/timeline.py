@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -28,20 +27,23 @@ class Timeline:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
+        self.marks: list[tuple[str, Any]] = []  # part; CUDA event, or seconds of the host's clock
         self.idle: list[bool] = []  # of each step: had the GPU begun the optimiser when the host had launched all of it?
 
     def begin(self, part: str) -> None:
+        now: Any = time.perf_counter()
         if self.on_gpu:
             if self.marks and self.marks[-1][0] == "optimiser":
                 self.idle.append(self.marks[-1][1].query())
-            now = torch.cuda.Event(enable_timing=True)
-            now.record(torch.cuda.current_stream(self.device))
-        else:
-            now = time.perf_counter()
+            stream = torch.cuda.current_stream(self.device)
+            now = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]  # untyped in torch
         self.marks.append((part, now))
 
-    def time(self, work: Iterator, seconds: float = math.inf) -> tuple[dict[str, float], int]:
+    def time(
+        self,
+        work: Iterator[object],
+        seconds: float = math.inf,
+    ) -> tuple[dict[str, float], int]:
         """Milliseconds of each part per item of `work`, and how many items: for some seconds, or all of them."""
         self.wait()
         self.marks, self.idle, items = [], [], 0
@@ -67,7 +69,7 @@ class Timeline:
 def watched(run: Run, timeline: Timeline) -> Iterator[None]:
     """Have the steps of `run` mark their parts, by hooks; what a network does without gradient is the target's part."""
 
-    def begin(part: str):
+    def begin(part: str) -> Callable[..., None]:
         return lambda *_: timeline.begin(part)
 
     def network(*_: object) -> None:
@@ -82,7 +84,7 @@ def watched(run: Run, timeline: Timeline) -> Iterator[None]:
     for child in run.method.children():
         hooks += [child.register_forward_pre_hook(network), child.register_forward_hook(begin("loss"))]
     hooks += [run.optimizer.register_step_pre_hook(begin("optimiser")), run.optimizer.register_step_post_hook(begin("other"))]
-    run.method.after_step = after_step
+    run.method.after_step = after_step  # type: ignore[method-assign]  # `del` below brings the method back
     try:
         yield
     finally:
@@ -109,4 +111,5 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory used since `reset_peak`: allocated on the GPU, or resident of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    _, _, most = Path("/proc/self/status").read_text().partition("VmHWM:")  # "  1234 kB ..."
+    return 1024 * int(most.split()[0])

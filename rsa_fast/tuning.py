@@ -7,21 +7,21 @@ import os
 import random
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pipelines import Source, choose_backend, open_source
+from pipelines import AggressiveOn, Backend, DecodeOn, Source, choose_backend, open_source
 from rsa_fast.engine import Run, build_run, train_step
 from rsa_fast.profiling import loading_of, open_loader, steady
-from rsa_fast.recipes import Recipe
+from rsa_fast.recipes import Loading, Recipe
 from rsa_fast.timeline import Timeline
-
-Settings = dict[str, Any]
 
 
 def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict[str, Any]:
@@ -54,16 +54,16 @@ def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict
             except ValueError as error:
                 print(f"    not possible  {settings[place]}: {error}", file=sys.stderr)
         ms, tried = round_ms, tried or len(round_ms)
-        fastest = sorted(ms, key=ms.get)
+        fastest = sorted(ms, key=ms.__getitem__)
         left = [0, *(place for place in fastest[: len(ms) // 2] if place)] if len(ms) > 2 else []
-    best = min(ms, key=ms.get)
+    best = min(ms, key=ms.__getitem__)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump({"dataset": recipe.dataset, "method": recipe.method, **settings[best]}, sort_keys=False))
     result = {"out": str(out), "settings": settings[best], "images_per_s": 1e3 * recipe.batch_size / ms[best]}
     return result | {"over_own": ms[0] / ms[best], "tried": tried, "candidates": len(settings)}
 
 
-def iteration_ms(run: Run, source: Source, settings: Settings, share_s: float) -> float:
+def iteration_ms(run: Run, source: Source, settings: Loading, share_s: float) -> float:
     """Of step and views, measured in what opening the loader leaves of `share_s`, once at least."""
     ends = time.perf_counter() + share_s
     with open_loader(run, source, settings) as loader, steady(loader) as batches:
@@ -72,22 +72,36 @@ def iteration_ms(run: Run, source: Source, settings: Settings, share_s: float) -
         return sum(Timeline(run.device).time(steps, ends - time.perf_counter())[0].values())
 
 
-def candidates(source: Source, device: torch.device) -> list[Settings]:
-    """What there is to choose for a source on a device, in an order by chance, so that any budget sees some of everything.
+def candidates(source: Source, device: torch.device) -> list[Loading]:
+    """What there is to choose for a source on a device, without `torchvision`, the reference.
 
-    Without `torchvision`, which is there to check the others against.
+    The backends take turns, each with its settings in random order, so that even a small budget
+    sees every backend.
     """
-    backends = ["resident"] * (choose_backend(source, device)[0] == "resident") + ["native"]
-    backends += ["ffcv"] * bool(source.beton and find_spec("ffcv"))
-    backends += ["dali"] * bool(source.encoded and find_spec("nvidia") and find_spec("nvidia.dali"))
+    backends: list[Backend] = ["native"]
+    if choose_backend(source, device)[0] == "resident":
+        backends.insert(0, "resident")
+    if source.beton and find_spec("ffcv"):
+        backends.append("ffcv")
+    if source.encoded and find_spec("nvidia") and find_spec("nvidia.dali"):
+        backends.append("dali")
     cores = len(os.sched_getaffinity(0))
-    threads = sorted({2**power for power in range(cores.bit_length())} | {cores})
-    found = []
-    for backend, count, prefetch, place in product(backends, threads, (2, 4), ("host", "device")):
-        setting = {"backend": backend, "threads": count, "prefetch_batches": prefetch, "aggressive_on": place}
+    thread_counts = sorted({2**power for power in range(cores.bit_length())} | {cores})
+    places: tuple[AggressiveOn, ...] = ("host", "device")
+    decoders: tuple[DecodeOn, ...] = ("gpu", "cpu")
+    found: list[Loading] = []
+    for backend, threads, prefetch, place in product(backends, thread_counts, (2, 4), places):
+        setting: Loading = {
+            "backend": backend,
+            "threads": threads,
+            "prefetch_batches": prefetch,
+            "aggressive_on": place,
+        }
         if backend == "dali" and device.type == "cuda":
-            found += [setting | {"decode_on": decode} for decode in ("gpu", "cpu") if place == "device"]
+            if place == "device":
+                found += [setting | {"decode_on": decode} for decode in decoders]
         elif backend != "resident" or prefetch == 2:  # which makes none ahead
             found.append(setting)
     random.Random(0).shuffle(found)
-    return found
+    turns: defaultdict[str, Iterator[int]] = defaultdict(count)
+    return sorted(found, key=lambda setting: next(turns[setting["backend"]]))

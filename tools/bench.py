@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -34,7 +36,16 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines import VIEWS, Batch, Order, Source, open_source, open_views
+from pipelines import (
+    VIEWS,
+    AggressiveOn,
+    Backend,
+    Batch,
+    Order,
+    Source,
+    open_source,
+    open_views,
+)
 from pipelines.draws import draw
 from pipelines.loading import Loader
 from pipelines.manifest import array_manifest
@@ -52,7 +63,8 @@ def images(count: int, size_px: int) -> Source:
     """`count` smooth colour images in memory: no file is read, and the content does not change the work."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
-    pixels = np.stack([np.asarray(Image.fromarray(c).resize((size_px, size_px), Image.BICUBIC)) for c in coarse])
+    size, smooth = (size_px, size_px), Image.Resampling.BICUBIC
+    pixels = np.stack([np.asarray(Image.fromarray(c).resize(size, smooth)) for c in coarse])
     return Source(array_manifest(Path("."), "pretrain", pixels, np.zeros(count, np.int64), ("none",)), pixels.__getitem__)
 
 
@@ -87,19 +99,27 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     """Source images per second, each with four views, by 2 threads or worker processes."""
     source = images(40 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
-    rates: dict[str, list[float]] = {"torchvision": [], "resident": [], "resident-device": []}
+    variants: dict[str, tuple[Backend, AggressiveOn]] = {
+        "torchvision": ("torchvision", "host"),
+        "resident": ("resident", "host"),
+        "resident-device": ("resident", "device"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     loaders = {
         name: open_views(
-            *(source, CIFAR, frozenset(VIEWS), order),
-            backend=name.removesuffix("-device"),
-            aggressive_on="device" if name.endswith("-device") else "host",
+            source,
+            CIFAR,
+            frozenset(VIEWS),
+            order,
+            backend=backend,
+            aggressive_on=where,
             dtype=getattr(torch, dtype),
         )
-        for name in rates
+        for name, (backend, where) in variants.items()
     }
     for turn in range(turns):
         for name, loader in loaders.items():
-            rates[name].append(batch_size * rate(loader.batches(turn)))
+            rates[name].append(batch_size * rate(loader, turn))
     ids, sizes = np.arange(256), np.full((256, 2), 32)
     draw_ms = [1e3 * timed(lambda: draw(0, 0, ids, CIFAR, sizes)) for _ in range(100)]
     middle = {name: statistics.median(values) for name, values in rates.items()}
@@ -111,18 +131,17 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
 
 
-def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) -> float:
+def rate(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf) -> float:
     """Batches per second, for some seconds or to the end of the epoch, once what was made ahead at the start is gone."""
-    for _ in range(warm_up):
-        next(batches)
-    began, count = time.perf_counter(), 0
-    for _ in batches:
-        count += 1
-        if time.perf_counter() - began > seconds:
-            break
-    elapsed = time.perf_counter() - began
-    batches.close()
-    return count / elapsed
+    with closing(batch for batch in loader.batches(epoch)) as batches:
+        for _ in range(warm_up):
+            next(batches)
+        began, count = time.perf_counter(), 0
+        for _ in batches:
+            count += 1
+            if time.perf_counter() - began > seconds:
+                break
+        return count / (time.perf_counter() - began)
 
 
 @main.command()
@@ -135,6 +154,8 @@ def rate(batches: Iterator[Batch], warm_up: int = 8, seconds: float = math.inf) 
 def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> None:
     """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
     source = open_source(data, "train")
+    if source.encoded is None:
+        raise click.UsageError(f"{data} holds pixels: wanted a folder of image files")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
     every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
@@ -142,7 +163,7 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
         for name, mode in (("ffcv500", ["jpg", "--max-resolution", "500"]), ("ffcv_passthrough", ["passthrough"])):
             to_ffcv([str(data), f"{folder}/{name}", "--write-mode", *mode], standalone_mode=False)
             sources[name] = open_source(f"{folder}/{name}", "train")
-        rows = {
+        rows: dict[str, tuple[Backend, str, frozenset[str]]] = {
             "torchvision": ("torchvision", "", every),
             "native": ("native", "", every),
             "native_byol": ("native", "", byol),
@@ -163,7 +184,7 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
         for turn in range(turns):
             rates["decode_limit"].append(decode_rate(files, seconds))
             for name, loader in loaders.items():
-                rates[name].append(order.batch_size * rate(loader.batches(turn), seconds=seconds))
+                rates[name].append(order.batch_size * rate(loader, turn, seconds=seconds))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     result = {f"{name}_images_per_s": value for name, value in middle.items()}
     result |= {f"{name}_ratio": middle[name] / middle["torchvision"] for name in rows if name != "torchvision"}
@@ -202,11 +223,12 @@ def step(width: int, batch_size: int, turns: int) -> None:
         return build_run(build_recipe("cifar10", method, overrides=fields), len(source.manifest))
 
     rsa, byol, looped, contiguous = run_of("rsa"), run_of("byol"), run_of("rsa"), run_of("rsa", "fp32")
-    contiguous.method.to(memory_format=torch.contiguous_format)
+    layout = torch.contiguous_format
+    contiguous.method.to(memory_format=layout)  # type: ignore[call-overload]  # not in torch's types
     with open_views(source, CIFAR, frozenset(VIEWS), order, device=rsa.device, dtype=rsa.dtype) as loader:
         ready = next(loader.batches(0))
-        plain = {name: getattr(ready, name).float().contiguous() for name in VIEWS}
-        plain_batch = Batch(ready.label, **plain)
+        plain = {name: view.float().contiguous() for name, view in ready.views.items()}
+        plain_batch = Batch(ready.label, plain)
         endless = (batch for epoch in range(10**6) for batch in loader.batches(epoch))
         variants = {
             "RSA step, ready batch": lambda: train_step(rsa, ready),
@@ -217,7 +239,7 @@ def step(width: int, batch_size: int, turns: int) -> None:
         times: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(turns + 2):
             for name, work in variants.items():
-                elapsed_ms = 1e3 * timed(lambda work=work: synchronised(work, rsa.device))
+                elapsed_ms = 1e3 * timed(partial(synchronised, work, rsa.device))
                 if turn >= 2:  # the first two warm up
                     times[name].append(elapsed_ms)
     ready_ms, byol_ms, loop_ms, contiguous_ms = times.values()
@@ -294,7 +316,7 @@ def everything(data: Path, plain: bool) -> None:
 # Of a narrow ResNet-18 on two CPU cores. BYOL's and RSA's targets follow faster than the paper's, as there are few steps;
 # MoCo's split gives the batches of 16 that BatchNorm has in its CIFAR demo's shuffling, with half as many of them.
 LEARN = {"width": 16, "batch_size": 64, "peak_lr": 0.06, "knn_every_epochs": 0}
-LEARNERS: dict[str, tuple[str, dict]] = {
+LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "simclr": ("simclr", {}),
     "moco": ("moco", {"bn": "split:4"}),
     "simsiam": ("simsiam", {}),
@@ -329,7 +351,9 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
         begun = any((out / name / "checkpoints").glob("*.pt"))
         # A finished run is resumed too when its recipe is no longer this one: that is refused with the difference.
         done = result.is_file() and (out / name / "recipe.yaml").read_text() == dump_yaml(recipe)
-        scores[name] = json.loads(result.read_text()) if done else train(recipe, data, out / name, resume=begun)
+        if not done:
+            train(recipe, data, out / name, resume=begun)
+        scores[name] = json.loads(result.read_text())
     columns = ("knn_top1", "knn20_top1", "linear_top1", "embedding_std", "images_per_s")
     table = Table("top-1 %", *columns, title=f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}")
     for name, score in scores.items():
@@ -338,7 +362,7 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
     click.echo(json.dumps({name: {column: score.get(column) for column in columns} for name, score in scores.items()}))
 
 
-def random_init(recipe: Recipe, data: Path) -> dict:
+def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
     run = build_run(recipe, len(open_source(data, "pretrain").manifest))
     return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 

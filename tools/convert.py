@@ -20,13 +20,13 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import click
 import numpy as np
@@ -37,6 +37,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipelines.draws import keys
 from pipelines.packed import ENTRY, VERSION, Packed
 from pipelines.sources import Source, open_source, to_rgb
+
+Result = TypeVar("Result")
 
 WRITE_MODES = ("proportion", "jpg", "raw", "smart", "passthrough")
 JOURNAL = np.dtype([("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")])  # no PSNR (NaN): raw, or its own bytes
@@ -86,6 +88,7 @@ class Encoding:
             case "raw":
                 return True
             case "smart":
+                assert self.smart_threshold_bytes is not None, "smart needs smart_threshold_bytes"
                 return pixels.nbytes <= self.smart_threshold_bytes
             case "proportion":  # a seed of its own, apart from those of the order and the views
                 share = float(keys(self.seed ^ 0x726177, 0, np.array([sample]))[0] >> np.uint64(11)) * 2.0**-53
@@ -124,11 +127,22 @@ class Format:
     label: Callable[[Packed, int], int]
 
 
-def run(src: Path, dst: Path, form: Format, encoding: Encoding, order: Callable[[int], np.ndarray], **options: Any) -> None:
+def run(
+    src: Path,
+    dst: Path,
+    form: Format,
+    encoding: Encoding,
+    order: Callable[[int], np.ndarray],
+    *,
+    settings: dict[str, Any],
+    workers: int,
+    overwrite: bool,
+) -> None:
     """Convert train and, where there is one, the test split (as val); print what was written as one JSON object.
 
-    `order(count)` gives the samples in the order of writing. Options as of `convert`. Every image's header is checked
-    before anything is written. Errors are click's, for the command line.
+    `order(count)` gives the samples in the order of writing; the keyword arguments are those of
+    `convert`. Every image's header is checked before anything is written. Errors are click's, for
+    the command line.
     """
     try:
         if dst.resolve() == src.resolve():
@@ -139,7 +153,17 @@ def run(src: Path, dst: Path, form: Format, encoding: Encoding, order: Callable[
         else:
             note(f"{src} has no val/ or test/: only train is converted")
         written = {
-            split: convert(source, dst, split, form, encoding, order(len(source.manifest)), **options)
+            split: convert(
+                source,
+                dst,
+                split,
+                form,
+                encoding,
+                order(len(source.manifest)),
+                settings=settings,
+                workers=workers,
+                overwrite=overwrite,
+            )
             for split, source in sources.items()
         }
     except (ValueError, OSError) as error:
@@ -299,8 +323,10 @@ def verify(source: Source, payload: Path, form: Format, order: np.ndarray, recor
     if not np.array_equal(packed.entries, records["entry"]):
         raise ValueError(f"the tables of {payload} are not as written: the disk may be faulty; --overwrite restarts")
 
-    def check_chunk(samples: np.ndarray) -> list[None]:
-        return [check(int(sample)) for sample in samples]
+    def check_chunk(samples: np.ndarray) -> list[int]:
+        for sample in samples:
+            check(int(sample))
+        return list(samples)
 
     def check(sample: int) -> None:
         data = packed.stored(sample)
@@ -337,7 +363,7 @@ def outcome(payload: Path, records: np.ndarray) -> dict[str, Any]:
     }
 
 
-def in_order(work: Callable[[np.ndarray], list], samples: np.ndarray, workers: int) -> Iterator[Any]:
+def in_order(work: Callable[[np.ndarray], list[Result]], samples: np.ndarray, workers: int) -> Generator[Result, None, None]:
     """What `work` makes of each chunk of `samples`, in their order, by forked worker processes.
 
     An exception of a worker is raised here at once, and so is a worker's death (ChildProcessError).
@@ -345,7 +371,7 @@ def in_order(work: Callable[[np.ndarray], list], samples: np.ndarray, workers: i
     gc.collect()  # a worker that inherits a dead DALI pipeline and collects it waits for threads that it does not have
     context = multiprocessing.get_context("fork")  # the source, a million paths, is shared and not sent
     pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(), work))
-    waiting: deque = deque()
+    waiting: deque[Future[list[Result]]] = deque()
     try:
         for first in range(0, len(samples), CHUNK):
             waiting.append(pool.submit(work_on, samples[first : first + CHUNK]))
@@ -359,7 +385,10 @@ def in_order(work: Callable[[np.ndarray], list], samples: np.ndarray, workers: i
         pool.shutdown(cancel_futures=True)
 
 
-def start_worker(parent: int, work: Callable[[np.ndarray], list]) -> None:
+_work: Callable[[np.ndarray], list[Any]]  # of this worker process
+
+
+def start_worker(parent: int, work: Callable[[np.ndarray], list[Any]]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -373,11 +402,11 @@ def leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def work_on(samples: np.ndarray) -> list:
+def work_on(samples: np.ndarray) -> list[Any]:
     return _work(samples)
 
 
-def progress(items: Iterable[Any], title: str, done: int, total: int) -> Iterator[Any]:
+def progress(items: Iterable[Result], title: str, done: int, total: int) -> Generator[Result, None, None]:
     """Pass `items` on, showing on stderr how many are done of `total`, how fast, and how long the rest will take."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     shown_at = 0.0
@@ -394,7 +423,7 @@ def progress(items: Iterable[Any], title: str, done: int, total: int) -> Iterato
 def agreed(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """The JSON object at `path`. Raises ValueError saying where it is not what `plan` asks for."""
     try:
-        found = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
         then, now = (flat({key: each[key] for key in plan}) for each in (found, plan))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of a conversion: move it away, or use --overwrite") from error

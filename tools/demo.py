@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -39,13 +40,14 @@ def main(out: Path, data: Path) -> None:
     scores = baselines(recipes["rsa"], data)
     preview(recipes["rsa"], open_source(data, "pretrain"), out / "views.png", images=8)
     for method in METHODS:
-        scores[method] = train(recipes[method], data, out / method, overwrite=True)
+        train(recipes[method], data, out / method, overwrite=True)
+        scores[method] = json.loads((out / method / "result.json").read_text())
     draw_curves(out, scores, out / "curves.png")
     report([out / method for method in METHODS], out / "report.html")
     show(scores, out, time.perf_counter() - began)
 
 
-def baselines(recipe: Recipe, data: Path) -> dict[str, dict]:
+def baselines(recipe: Recipe, data: Path) -> dict[str, dict[str, Any]]:
     """Scores of raw pixels and of the network before training."""
     run = build_run(recipe, len(open_source(data, "pretrain").manifest))
     evaluation = Evaluation(data, recipe, run.device, run.dtype)
@@ -57,7 +59,7 @@ def baselines(recipe: Recipe, data: Path) -> dict[str, dict]:
     }
 
 
-def show(scores: dict[str, dict], out: Path, seconds: float) -> None:
+def show(scores: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
     table = Table("top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture")
     columns = ("knn_top1", "knn20_top1", "linear_top1")
     for name, score in scores.items():
@@ -68,7 +70,7 @@ def show(scores: dict[str, dict], out: Path, seconds: float) -> None:
     click.echo(json.dumps({name: {column: score[column] for column in columns} for name, score in scores.items()}))
 
 
-def draw_curves(out: Path, scores: dict[str, dict], path: Path) -> None:
+def draw_curves(out: Path, scores: dict[str, dict[str, Any]], path: Path) -> None:
     """The losses, each on its method's own scale, and the accuracies beside those that need no training."""
     figure = draw(read_runs([out / method for method in METHODS]), (LOSS, KNN))
     knn = figure.axes[1]

@@ -9,6 +9,7 @@ import json
 import shutil
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,7 +35,7 @@ def read_classes(path: Path) -> list[str]:
     return names
 
 
-def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) -> dict:
+def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) -> dict[str, Any]:
     """Write the folders of `classes` of every split in `src` to `dst`, or leave them if they are already there; returns
     what lies there.
 
@@ -67,10 +68,10 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
         for folder in folders:
             (partial / folder).parent.mkdir(parents=True, exist_ok=True)
             (partial / folder).symlink_to(src / folder, target_is_directory=True)
-    record["images"] = {split: sum(len(images[Path(split, name)]) for name in classes) for split in splits}
-    (partial / "subset.json").write_text(json.dumps(record))
+    counts = {split: sum(len(images[Path(split, name)]) for name in classes) for split in splits}
+    (partial / "subset.json").write_text(json.dumps(record | {"images": counts}))
     partial.rename(dst)
-    return {"path": str(dst), "classes": len(classes), **record["images"]}
+    return {"path": str(dst), "classes": len(classes), **counts}
 
 
 @click.command()

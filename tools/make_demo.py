@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 VERSION = 3  # of the drawing: another one makes other images
@@ -28,10 +29,11 @@ TEST_SHARE = 0.2
 OVERSAMPLING = 2  # drawn larger and reduced, for smooth edges
 CHROMA = 0.06  # how far a colour's channels lie from its grey
 
-Array = np.ndarray
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
-def shape_mask(shape: str, x: Array, y: Array) -> Array:
+def shape_mask(shape: str, x: Array, y: Array) -> Mask:
     """Where the shape is, on coordinates in which it fills about the unit circle."""
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     if shape == "disc":
@@ -41,11 +43,13 @@ def shape_mask(shape: str, x: Array, y: Array) -> Array:
     if shape == "triangle":
         return np.maximum(abs(x) * 0.866 + y * 0.5, -y) < 0.55
     if shape == "star":
-        return radius < 0.68 + 0.32 * np.cos(5 * angle)
-    return (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 0.95)
+        edge: Array = 0.68 + 0.32 * np.cos(5 * angle)
+        return radius < edge
+    cross: Mask = (np.minimum(abs(x), abs(y)) < 0.32) & (np.maximum(abs(x), abs(y)) < 0.95)
+    return cross
 
 
-def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) -> Array:
+def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) -> Mask:
     """The share of the second colour at each pixel, on coordinates in which a period is one unit."""
     if texture == "stripes":
         return np.sin(2 * np.pi * x) > 0
@@ -61,7 +65,7 @@ def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) ->
 def noise(size: int, cells: int, rng: np.random.Generator) -> Array:
     """`(size, size)` smooth noise in 0..1 with `cells` independent values along each side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
-    return np.asarray(coarse.resize((size, size), Image.BICUBIC)) / 255
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
 
 
 def tint(grey: float, rng: np.random.Generator) -> Array:
@@ -96,24 +100,27 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     grey, step = rng.uniform(0.15, 0.85), rng.uniform(0.45, 0.6)
     first, second = tint(grey, rng), tint(grey + (step if grey < 0.5 else -step), rng)
     share = texture_share(texture, u / period + phase[0], v / period + phase[1], rng)
-    canvas = np.where(shape_mask(shape, u, v)[..., None], mixed(first, second, share), background(size, x, y, rng))
+    inside = mixed(first, second, share.astype(np.float64))
+    canvas = np.where(shape_mask(shape, u, v)[..., None], inside, background(size, x, y, rng))
     sun = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0, 0.15) * (x * np.cos(sun) + y * np.sin(sun))  # from one side
     canvas = (canvas * light[..., None] - 0.5) * rng.uniform(0.6, 1) + 0.5 + rng.uniform(-0.22, 0.22)
-    image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8)).resize((size_px, size_px), Image.BOX)
+    image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
+    image = image.resize((size_px, size_px), Image.Resampling.BOX)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
     grain = rng.normal(0, rng.uniform(1, 5), (size_px, size_px, 3))
     return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
 
-def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0) -> dict:
+def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0) -> dict[str, str | int]:
     """Write `root/train` and `root/test`, or leave them if they are already there; returns what lies there.
 
     An interrupted run leaves nothing under `root`. Raises ValueError when `root` holds something else.
     """
     settings = {"version": VERSION, "per_class": per_class, "size_px": size_px, "seed": seed}
     test = round(per_class * TEST_SHARE)
-    result = {"root": str(root), "classes": len(CLASSES), "train": (per_class - test) * 10, "test": test * 10}
+    result: dict[str, str | int] = {"root": str(root), "classes": len(CLASSES)}
+    result |= {"train": (per_class - test) * 10, "test": test * 10}
     record = root / "demo.json"
     if record.is_file() and json.loads(record.read_text()) == settings:
         return result

@@ -28,14 +28,24 @@ def main(
     short_side: int | None,
     jpeg_quality: int,
     seed: int,
-    **options: int,
+    workers: int,
+    overwrite: bool,
 ) -> None:
     """Convert the images in SRC to tar shards in DST. The last line printed is a JSON object of what lies there."""
     encoding = Encoding("passthrough", shortest_px=short_side, jpeg_quality=jpeg_quality)
     shard_bytes = shard_mb * 10**6
     shards = Format("shards", "", lambda path, _, done: ShardWriter(path, shard_bytes, done), open_shards, stored_label)
     settings = {"shard_bytes": shard_bytes, "short_side_px": short_side, "jpeg_quality": jpeg_quality, "seed": seed}
-    run(src, dst, shards, encoding, lambda n: epoch_order(n, seed, 0), settings=settings, **options)
+    run(
+        src,
+        dst,
+        shards,
+        encoding,
+        lambda count: epoch_order(count, seed, 0),
+        settings=settings,
+        workers=workers,
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main(
     smart_threshold: int | None,
     write_mode: str,
     seed: int,
-    **options: int,
+    workers: int,
+    overwrite: bool,
 ) -> None:
     """Convert the images in SRC to .beton files in DST. The last line printed is a JSON object of what lies there."""
     if write_mode == "smart" and smart_threshold is None:
@@ -62,7 +63,16 @@ def main(
         smart_threshold_bytes=smart_threshold,
         seed=seed,
     )
-    run(src, dst, BETON, encoding, np.arange, settings=asdict(encoding), **options)
+    run(
+        src,
+        dst,
+        BETON,
+        encoding,
+        np.arange,
+        settings=asdict(encoding),
+        workers=workers,
+        overwrite=overwrite,
+    )
 
 
 if __name__ == "__main__":

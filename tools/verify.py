@@ -15,6 +15,8 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
         data = path.read_bytes()
         if isinstance(header := header_size(path), str):
             raise ValueError(header)
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with no_warnings(), Image.open(io.BytesIO(data)) as image:
             notes = {}
             deep = ", 16 bits" if any(";16" in str(tile) for tile in image.tile) else ""
             if image.mode != "RGB" or deep:
@@ -79,6 +81,14 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
         kind = "empty" if str(error) == "empty file" else "truncated" if "truncated" in str(error).lower() else "corrupt"
         notes = {kind: str(error)}
     return hashlib.sha256(data).digest(), notes
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Silences warnings; `catch_warnings(action="ignore")` came with Python 3.11."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
@@ -157,7 +167,7 @@ def repaired(path: Path, max_pixels: int) -> bytes | None:
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with no_warnings():
             image = Image.fromarray(to_rgb(Image.open(io.BytesIO(path.read_bytes()))))
     except Exception:  # as in `inspect`
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from rsa_fast import recipes
 from rsa_fast.methods.byol import Byol
 from rsa_fast.methods.method import Loss, Method
 from rsa_fast.methods.moco import MoCo
@@ -27,25 +28,37 @@ def build_method(recipe: Recipe) -> Method:
 
     Raises ValueError when the recipe's `bn` does not suit the number of ranks.
     """
-    r, groups = recipe, bn_groups(recipe.bn)
-    encoder = Encoder(r.arch, r.stem, r.width, r.zero_init_residual, r.recompute_stages, r.compile)
-    match r.method:
-        case "byol":
-            method = Byol(encoder, r.hidden_dim, r.out_dim, r.pairs)
-        case "rsa":
-            method = Rsa(encoder, r.hidden_dim, r.out_dim)
-        case "simsiam":
-            method = SimSiam(encoder, r.projector_layers, r.out_dim, r.hidden_dim, r.constant_predictor_lr)
-        case "simsiam-rsa":
-            sizes = (r.projector_layers, r.out_dim, r.hidden_dim)
-            method = SimSiamRsa(encoder, *sizes, constant_predictor_lr=r.constant_predictor_lr, aa_target=r.aa_target)
-        case "simclr":
-            method = SimClr(encoder, r.out_dim, r.temperature)
-        case "moco":
-            method = MoCo(encoder, r.out_dim, r.queue_size, r.temperature, groups)
-        case "ressl":
-            sizes = (r.hidden_dim, r.out_dim, r.queue_size)
-            method = ReSsl(encoder, *sizes, r.temperature, r.teacher_temperature, groups)
-        case "supervised":
-            method = Supervised(encoder, r.classes)
-    return convert_batchnorm(method, groups).to(memory_format=torch.channels_last)
+    groups = bn_groups(recipe.bn)
+    encoder = Encoder(
+        recipe.arch,
+        recipe.stem,
+        recipe.width,
+        zero_init_residual=recipe.zero_init_residual,
+        recompute_stages=recipe.recompute_stages,
+        compiled=recipe.compile,
+    )
+    method = convert_batchnorm(method_of(recipe, encoder), groups)
+    method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    return method
+
+
+def method_of(recipe: Recipe, encoder: Encoder) -> Method:
+    """The method whose recipe it is, around `encoder`. Raises TypeError for a recipe of none."""
+    match recipe:
+        case recipes.Byol():
+            return Byol(recipe, encoder)
+        case recipes.Rsa():
+            return Rsa(recipe, encoder)
+        case recipes.SimSiamRsa():  # before SimSiam, which it extends
+            return SimSiamRsa(recipe, encoder)
+        case recipes.SimSiam():
+            return SimSiam(recipe, encoder)
+        case recipes.SimClr():
+            return SimClr(recipe, encoder)
+        case recipes.MoCo():
+            return MoCo(recipe, encoder)
+        case recipes.ReSsl():
+            return ReSsl(recipe, encoder)
+        case recipes.Supervised():
+            return Supervised(recipe, encoder)
+    raise TypeError(f"no method has recipes of type {type(recipe).__name__}: use build_recipe")

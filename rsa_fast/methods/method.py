@@ -29,10 +29,20 @@ class Loss:
 
 
 class Method(nn.Module):
-    """`reads` names the views it computes with, and no other is made; `forward` is one step's loss on this rank's batch."""
+    """`reads` names the views that the method computes with; no other view is made.
+
+    `encoder` is the network that is trained for later use. `forward` returns one step's loss on
+    this rank's batch.
+    """
 
     reads: frozenset[str]
     encoder: Encoder
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        # nn.Module would register the encoder here, and a state dict would contain it twice: the
+        # network of a subclass that contains the encoder registers it.
+        object.__setattr__(self, "encoder", encoder)
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         raise NotImplementedError
@@ -49,15 +59,11 @@ class TargetMethod(Method):
     """Has an online network that learns and a target network that follows it without gradient."""
 
     def __init__(self, online: Projected) -> None:
-        super().__init__()
+        super().__init__(online.encoder)
         self.online = online
         # A copy of the weights. Its BatchNorm runs in train mode on batch statistics, as in the reference code, so its
         # running statistics drift on their own and are never read.
         self.target = copy.deepcopy(online).requires_grad_(False)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.online.encoder
 
     @torch.no_grad()
     def after_step(self, tau: float) -> None:

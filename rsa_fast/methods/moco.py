@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.views import Batch
+from rsa_fast import recipes
 from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.methods.byol import PAIRS
 from rsa_fast.methods.method import Loss, TargetMethod, mlp_without_bn, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.syncbn import bn_groups
 
 
 class QueueMethod(TargetMethod):
@@ -21,13 +23,15 @@ class QueueMethod(TargetMethod):
     that its parts do not hold the same images as the online network's and statistics give no pair away (ShuffleBN).
     """
 
-    def __init__(
-        self, encoder: Encoder, hidden_dim: int | None, out_dim: int, queue_size: int, temperature: float, bn_groups: int
-    ) -> None:
-        hidden_dim = hidden_dim or encoder.feature_dim
-        super().__init__(Projected(encoder, mlp_without_bn(encoder.feature_dim, hidden_dim, out_dim)))
-        self.temperature, self.bn_groups = temperature, bn_groups
-        self.register_buffer("queue", F.normalize(torch.randn(out_dim, queue_size), dim=0))
+    queue: Tensor
+    pointer: Tensor
+
+    def __init__(self, recipe: recipes.Queue, encoder: Encoder, hidden_dim: int) -> None:
+        head = mlp_without_bn(encoder.feature_dim, hidden_dim, recipe.out_dim)
+        super().__init__(Projected(encoder, head))
+        self.temperature, self.bn_groups = recipe.temperature, bn_groups(recipe.bn)
+        noise = torch.randn(recipe.out_dim, recipe.queue_size)
+        self.register_buffer("queue", F.normalize(noise, dim=0))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the next column to replace
 
     @torch.no_grad()
@@ -57,8 +61,8 @@ class MoCo(QueueMethod):
 
     reads = frozenset(PAIRS["AA"])
 
-    def __init__(self, encoder: Encoder, out_dim: int, queue_size: int, temperature: float, bn_groups: int) -> None:
-        super().__init__(encoder, None, out_dim, queue_size, temperature, bn_groups)
+    def __init__(self, recipe: recipes.MoCo, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder, hidden_dim=encoder.feature_dim)
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """InfoNCE of both directions, summed, against the queue as it was; then the keys of both enter it."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipelines.views import Batch
+from rsa_fast import recipes
 from rsa_fast.methods.method import Loss, unit
 from rsa_fast.methods.moco import QueueMethod
 from rsa_fast.networks import Encoder
@@ -17,18 +18,9 @@ class ReSsl(QueueMethod):
 
     reads = frozenset({"aggressive_1", "weak_2"})
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        hidden_dim: int,
-        out_dim: int,
-        queue_size: int,
-        temperature: float,
-        teacher_temperature: float,
-        bn_groups: int,
-    ) -> None:
-        super().__init__(encoder, hidden_dim, out_dim, queue_size, temperature, bn_groups)
-        self.teacher_temperature = teacher_temperature
+    def __init__(self, recipe: recipes.ReSsl, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder, recipe.hidden_dim)
+        self.teacher_temperature = recipe.teacher_temperature
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """Cross-entropy of both distributions over the queue as it was; then the teacher's embeddings enter it."""

@@ -8,17 +8,19 @@ crop's aggressive prediction, so that the noisy aggressive pairs count less as t
 from __future__ import annotations
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast.methods.byol import Byol, distance
+from rsa_fast import recipes
+from rsa_fast.methods.byol import BootstrapMethod, distance
 from rsa_fast.methods.method import Loss
 from rsa_fast.networks import Encoder
 
 
-class Rsa(Byol):
+class Rsa(BootstrapMethod):
     """Reads all four views (multi-stage augmentation, MA)."""
 
-    def __init__(self, encoder: Encoder, hidden_dim: int, out_dim: int) -> None:
-        super().__init__(encoder, hidden_dim, out_dim)
-        self.views = VIEWS
+    reads = frozenset(VIEWS)
+
+    def __init__(self, recipe: recipes.Rsa, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder)
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """Eq. 5, in 0..8. The aggressive targets are the online *predictions*, detached, as in the reference code."""

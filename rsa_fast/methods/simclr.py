@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.views import Batch
+from rsa_fast import recipes
 from rsa_fast.distributed import gather, rank
 from rsa_fast.methods.byol import PAIRS
 from rsa_fast.methods.method import Loss, Method, mlp, unit
@@ -18,14 +19,11 @@ class SimClr(Method):
 
     reads = frozenset(PAIRS["AA"])
 
-    def __init__(self, encoder: Encoder, out_dim: int, temperature: float) -> None:
-        super().__init__()
-        self.online = Projected(encoder, mlp(encoder.feature_dim, encoder.feature_dim, out_dim))
-        self.temperature = temperature
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.online.encoder
+    def __init__(self, recipe: recipes.SimClr, encoder: Encoder) -> None:
+        super().__init__(encoder)
+        head = mlp(encoder.feature_dim, encoder.feature_dim, recipe.out_dim)
+        self.online = Projected(encoder, head)
+        self.temperature = recipe.temperature
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """NT-Xent over the global batch, the mean over its 2B views; `beta` is not used."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.views import VIEWS, Batch
+from rsa_fast import recipes
 from rsa_fast.methods.byol import PAIRS
 from rsa_fast.methods.method import Loss, Method, unit
 from rsa_fast.networks import Encoder, Projected
@@ -22,22 +23,17 @@ class SimSiam(Method):
 
     reads = frozenset(PAIRS["AA"])
 
-    def __init__(
-        self, encoder: Encoder, projector_layers: int, out_dim: int, hidden_dim: int, constant_predictor_lr: bool
-    ) -> None:
-        super().__init__()
-        self.online = Projected(encoder, projector(encoder.feature_dim, projector_layers, out_dim))
+    def __init__(self, recipe: recipes.SimSiam, encoder: Encoder) -> None:
+        super().__init__(encoder)
+        head = projector(encoder.feature_dim, recipe.projector_layers, recipe.out_dim)
+        self.online = Projected(encoder, head)
         self.predictor = nn.Sequential(
-            nn.Linear(out_dim, hidden_dim, bias=False),
-            nn.BatchNorm1d(hidden_dim),
+            nn.Linear(recipe.out_dim, recipe.hidden_dim, bias=False),
+            nn.BatchNorm1d(recipe.hidden_dim),
             nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, out_dim),
+            nn.Linear(recipe.hidden_dim, recipe.out_dim),
         )
-        self.constant_predictor_lr = constant_predictor_lr
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.online.encoder
+        self.constant_predictor_lr = recipe.constant_predictor_lr
 
     def constant_lr_parameters(self) -> Iterable[nn.Parameter]:
         return self.predictor.parameters() if self.constant_predictor_lr else ()
@@ -62,11 +58,9 @@ class SimSiamRsa(SimSiam):
 
     reads = frozenset(VIEWS)
 
-    def __init__(self, encoder: Encoder, *sizes: int, constant_predictor_lr: bool, aa_target: str) -> None:
-        super().__init__(encoder, *sizes, constant_predictor_lr)
-        if aa_target not in ("pred", "proj"):
-            raise ValueError(f"no aa_target {aa_target!r}: choose pred or proj")
-        self.aa_target = aa_target
+    def __init__(self, recipe: recipes.SimSiamRsa, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder)
+        self.aa_target = recipe.aa_target
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         (p_1, z_1), (p_2, z_2) = self.embed(batch.aggressive_1), self.embed(batch.aggressive_2)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipelines.views import Batch
+from rsa_fast import recipes
 from rsa_fast.methods.method import Loss, Method, unit
 from rsa_fast.networks import Encoder
 
@@ -16,9 +17,10 @@ class Supervised(Method):
 
     reads = frozenset({"weak_1"})
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
-        super().__init__()
-        self.encoder, self.classifier = encoder, nn.Linear(encoder.feature_dim, classes)
+    def __init__(self, recipe: recipes.Supervised, encoder: Encoder) -> None:
+        super().__init__(encoder)
+        self.encoder = encoder  # no other network contains the encoder: it is registered here
+        self.classifier = nn.Linear(encoder.feature_dim, recipe.classes)
 
     def forward(self, batch: Batch, beta: float) -> Loss:
         """Cross-entropy, with the batch's top-1 in percent; `beta` is not used."""

@@ -8,16 +8,13 @@ import gc
 import json
 import os
 import sys
-import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gpulint import COPY, GpuLint
-from torch.utils._pytree import tree_leaves
+from gpulint import GpuLint
 
 from pipelines import VIEWS, Batch, Order, open_source, open_views
 from rsa_fast import engine
@@ -32,35 +29,12 @@ RANKS = 8
 
 
 class Watch(GpuLint):
-    """A context in which waiting for the device is an error, and `found` counts what it was asked to do.
+    """A context in which a wait for the device is an error.
 
-    `faults` are what the lint objects to, with the line of ours that did it: pageable copies, fp32 or NCHW convolutions,
-    products and lists of tensors of mixed types or devices.
+    When it ends, `found` holds the number of kernels, copies and collectives that it was entered
+    for, the bytes that NCCL reduced, the matrix products, the peak of the device's memory in GiB,
+    and the lint's faults.
     """
-
-    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
-        # In the 7.0 that the fake GPU is, cuDNN has no bf16, and what torch does instead is not channels_last
-        super().__init__(strict=False, channels_last=dtype != torch.bfloat16)
-        self.dtype = dtype
-        self.faults: Counter[str] = Counter()
-
-    def bad(self, kind: str, message: str) -> None:
-        if kind in ("H2D", "D2H"):  # from and to pinned memory: see below
-            return
-        ours = [f for f in traceback.extract_stack() if "/rsa_fast/" in f.filename or "/pipelines/" in f.filename]
-        place = f", {Path(ours[-1].filename).name}: {ours[-1].line}" if ours else ""
-        self.faults[f"{kind}: {message}{place}"] += 1
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func in COPY:
-            both = [t for t in tree_leaves((out, args)) if isinstance(t, torch.Tensor)]
-            on_host = [t for t in both if not t.is_cuda]
-            if len({t.device.type for t in both}) > 1 and not all(t.is_pinned() for t in on_host):
-                self.bad("pageable-copy", str(func))
-        if "convolution" in str(func) and any(t.dtype != self.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor)):
-            self.bad("convolution-of-wrong-type", str(func))
-        return out
 
     def counts(self) -> list[int]:
         return [RUNTIME.ghost_count(0), RUNTIME.ghost_count(1), RUNTIME.ghost_nccl(1)]
@@ -74,13 +48,14 @@ class Watch(GpuLint):
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
         torch.cuda.set_sync_debug_mode("default")
-        kernels, copies, reduced = (now - then for now, then in zip(self.counts(), self.before, strict=True))
+        spent = [now - then for now, then in zip(self.counts(), self.before, strict=True)]
+        kernels, copies, reduced_bytes = spent
         self.found = {
             "kernels": kernels,
             "copies": copies,
-            "collectives": sum(n for name, n in self.count.items() if name.startswith("c10d")),
-            "all_reduce_bytes": reduced,
-            "products": {" ".join(key): n for key, n in sorted(self.gemm.items())},
+            "collectives": self.collectives,
+            "all_reduce_bytes": reduced_bytes,
+            "products": dict(sorted(self.products.items())),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "faults": dict(self.faults),
         }
@@ -167,7 +142,7 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
             with Watch(run.dtype) as watch:
                 for batch in batches:
                     meter.add(run.step, train_step(run, batch), run.skipped)
-        views = [getattr(batch, name) for name in run.method.reads]
+        views = [batch.views[name] for name in run.method.reads]
         assert all(v.is_cuda and v.dtype == run.dtype and v.is_contiguous(memory_format=torch.channels_last) for v in views)
         assert run.step == 5
         results[case] = watch.found
@@ -187,6 +162,8 @@ def planted_faults() -> dict[str, dict]:
         "item": lambda batch: batch.label[0].item(),
         "boolean mask": lambda batch: batch.label[batch.label > 0],
         "waiting copy": lambda batch: torch.ones(1).cuda(),
+        "waiting copy of pinned memory": lambda batch: torch.ones(1).pin_memory().cuda(),
+        "copy to the host": lambda batch: batch.label.cpu(),
         "index on the host": lambda batch: batch.label[torch.zeros(1, dtype=torch.int64)],
         "pageable-copy": lambda batch: torch.ones(1).to("cuda", non_blocking=True),
         "convolution-of-wrong-type": lambda batch: fp32(F.conv2d, batch.weak_1, batch.weak_1),
@@ -204,7 +181,7 @@ def planted_faults() -> dict[str, dict]:
         fields = {"optimizer": "lars", "bn": "sync", "precision": "fp16", "width": 8, "batch_size": 64, "device": "cuda"}
         run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 64)
         view = torch.zeros(8, 3, 16, 16, dtype=run.dtype, device="cuda").to(memory_format=torch.channels_last)
-        batch = Batch(torch.zeros(8, dtype=torch.int64, device="cuda"), *[view] * len(VIEWS))
+        batch = Batch(torch.zeros(8, dtype=torch.int64, device="cuda"), dict.fromkeys(VIEWS, view))
         for _ in range(2):
             train_step(run, batch)
         run.method.register_forward_pre_hook(lambda _, inputs, plant=plant: (plant(inputs[0]), None)[1])

@@ -84,7 +84,7 @@ def open_loader(source, backend, rank=0, world_size=1, **options):
 def views_of(batches, ids) -> dict[int, list[torch.Tensor]]:
     """By sample id, the views and the label of batches that were read whole."""
     return {
-        int(sample): [batch.label[i], *(getattr(batch, name)[i] for name in VIEWS)]
+        int(sample): [batch.label[i], *(batch.views[name][i] for name in VIEWS)]
         for batch, chosen in zip(batches, ids, strict=True)
         for i, sample in enumerate(chosen)
     }
@@ -93,8 +93,10 @@ def views_of(batches, ids) -> dict[int, list[torch.Tensor]]:
 def assert_stood_in(batches, ids, whole: dict[int, list[torch.Tensor]], bad=BAD) -> None:
     for batch, chosen in zip(batches, ids, strict=True):
         wanted = [whole[stand_in(int(sample), bad, len(whole))] for sample in chosen]
-        for part, name in enumerate(("label", *VIEWS)):
-            assert torch.equal(getattr(batch, name), torch.stack([parts[part] for parts in wanted])), name
+        assert torch.equal(batch.label, torch.stack([parts[0] for parts in wanted]))
+        for part, name in enumerate(VIEWS, 1):
+            stacked = torch.stack([parts[part] for parts in wanted])
+            assert torch.equal(batch.views[name], stacked), name
 
 
 def epoch_ids(order: Order, epoch: int, step: int = 0) -> list[np.ndarray]:

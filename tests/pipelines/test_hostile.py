@@ -21,7 +21,7 @@ from pipelines import beton
 from pipelines.beton import BetonWriter, beton_source
 from pipelines.manifest import MAX_PIXELS, Manifest, Paths, read_cache
 from pipelines.npz import read_npz
-from pipelines.packed import ENTRY, read_description
+from pipelines.packed import ENTRY, read_classes
 from pipelines.shards import INDEX, ShardWriter, shard_source
 from pipelines.sources import open_source
 
@@ -142,7 +142,7 @@ class Exploit:
 
 
 def test_arrays_that_would_run_code_or_fill_the_memory_are_refused(tmp_path):
-    place, wanted = tmp_path / "a.npz", {"a": "<i8"}
+    place, wanted = tmp_path / "a.npz", {"a": np.dtype("<i8")}
     np.savez(place, a=np.arange(5))
     assert read_npz(place, wanted)["a"].tolist() == [0, 1, 2, 3, 4] and read_npz(place, wanted)["a"].flags.writeable
 
@@ -415,7 +415,7 @@ def test_any_index_is_valid_or_refused(shards, index, data, changes):
 def test_any_description_is_valid_or_refused(place, content):
     (place / "train.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"train\.json does not describe the images beside it"):
-        read_description(place / "train.json", "beton", 6)
+        read_classes(place / "train.json", "beton", 6)
 
 
 @pytest.mark.parametrize("classes", [None, "abc", [1, 2], {"a": 1}])
@@ -424,4 +424,4 @@ def test_a_description_nests_little_and_holds_names(tmp_path, classes):
     for text in ("[" * 100_000, json.dumps({"format": "beton", "version": 1, "count": 6, "classes": classes})):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"train\.json does not describe the images beside it"):
-            read_description(path, "beton", 6)
+            read_classes(path, "beton", 6)

@@ -39,7 +39,7 @@ def test_views_equal_the_reference(folder, backend, aggressive_on):
     for ours, theirs in zip(batches(folder, backend, aggressive_on), batches(folder, "torchvision"), strict=True):
         assert torch.equal(ours.label, theirs.label)
         for name in VIEWS:
-            gap = (getattr(ours, name) - getattr(theirs, name)).abs() * 0.2 * 255  # in levels
+            gap = (ours.views[name] - theirs.views[name]).abs() * 0.2 * 255  # in levels
             allowed = RESIZE_LEVELS.get(backend, 1e-4) + (0.4 if aggressive_on == "device" and "aggressive" in name else 0)
             assert gap.mean() < allowed + (0.1 if backend == "resident" and aggressive_on == "device" else 0), name
 
@@ -51,10 +51,10 @@ def test_dtype_layout_and_rounding(folder, backend, aggressive_on, dtype):
     batch = batches(folder, backend, aggressive_on, dtype=dtype)[0]
     assert batch.label.dtype == torch.int64 and batch.label.shape == (8,)
     for name in VIEWS:
-        view = getattr(batch, name)
+        view = batch.views[name]
         assert view.shape == (8, 3, 16, 16) and view.dtype == dtype
         assert view.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(view, getattr(exact, name).to(dtype))
+        assert torch.equal(view, exact.views[name].to(dtype))
 
 
 @every_backend
@@ -63,9 +63,11 @@ def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, agg
     every, some = batches(folder, backend, aggressive_on)[1], batches(folder, backend, aggressive_on, reads)[1]
     for name in VIEWS:
         if name in reads:
-            assert torch.equal(getattr(some, name), getattr(every, name))
+            assert torch.equal(some.views[name], every.views[name])
         else:
-            assert getattr(some, name) is None
+            assert name not in some.views
+            with pytest.raises(AttributeError, match=f"no {name}, only {', '.join(reads)}: "):
+                getattr(some, name)
 
 
 @every_backend
@@ -84,7 +86,8 @@ def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on, w
     ranks = [batches(folder, backend, aggressive_on, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         for name in VIEWS:
-            assert torch.equal(getattr(batch, name), torch.cat([getattr(rank[step], name) for rank in ranks]))
+            together = torch.cat([rank[step].views[name] for rank in ranks])
+            assert torch.equal(batch.views[name], together)
 
 
 @every_backend
@@ -145,7 +148,7 @@ def test_a_view_in_use_is_not_written_again_and_memory_of_others_is(folder, back
         before, others = kept.clone(), set()
         for epoch in range(1, 9):
             for batch in loader.batches(epoch):
-                others |= {getattr(batch, name).data_ptr() for name in VIEWS}
+                others |= {batch.views[name].data_ptr() for name in VIEWS}
         assert torch.equal(kept, before)
         assert kept.untyped_storage().data_ptr() not in others
         assert len(others) <= len(VIEWS) * (loader.job.prefetch_batches + 3)  # of 40 batches
@@ -226,11 +229,13 @@ def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
 def test_views_of_photographs_at_224_px_against_pil(imagenet, backend, weak_levels, aggressive_on):
     source = open_source(imagenet, "train")
     spec = ViewSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    views = []
+    loaded = []
     for name, place in ((backend, aggressive_on), ("torchvision", "host")):
         with open_views(source, spec, frozenset(VIEWS), Order(320, 32, 0), backend=name, aggressive_on=place) as loader:
-            views.append(next(iter(loader.batches(0))))
+            loaded.append(next(iter(loader.batches(0))))
+    ours, theirs = loaded
     for name in VIEWS:
-        gap = (getattr(views[0], name) - getattr(views[1], name)).abs() * torch.tensor(spec.std).view(3, 1, 1) * 255
+        apart = (ours.views[name] - theirs.views[name]).abs()
+        gap = apart * torch.tensor(spec.std).view(3, 1, 1) * 255
         allowed = weak_levels + (0.4 if aggressive_on == "device" and "aggressive" in name else 0)
         assert gap.mean() < allowed, name

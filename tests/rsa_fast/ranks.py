@@ -50,7 +50,9 @@ def steps_of_every_method() -> dict[tuple, tuple]:
             fields = {key: value for key, value in options.items() if key in RECIPES[name].model_fields}
             run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
             for step in range(2):  # each amplifies rounding tenfold
-                batch = Batch(**{key: mine(value) for key, value in vars(some_batch(step)).items()})
+                whole = some_batch(step)
+                views = {key: mine(view) for key, view in whole.views.items()}
+                batch = Batch(mine(whole.label), views)
                 losses.append(train_step(run, batch).total.detach())
             results[name, bn] = mean(torch.stack(losses)), run.method.state_dict()
     finally:

@@ -13,7 +13,7 @@ from rsa_fast.engine import build_run, choose_dtype, train, train_step
 from rsa_fast.metrics import read_metrics
 from rsa_fast.recipes import Recipe, build_recipe
 
-TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY = {"width": 8, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
 
 
@@ -186,7 +186,7 @@ def test_unlabelled_data_trains_without_evaluation(folder, tmp_path, capsys):
 def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
     run = build_run(tiny(precision="bf16"), 40)
     views = {v: torch.randn(8, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last) for v in VIEWS}
-    loss = train_step(run, Batch(torch.zeros(8, dtype=torch.long), **views))
+    loss = train_step(run, Batch(torch.zeros(8, dtype=torch.long), views))
     assert loss.total.dtype == torch.float32 and all(p.dtype == torch.float32 for p in run.method.parameters())
     convolutions = [p for p in run.method.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)

@@ -34,8 +34,9 @@ def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tupl
     trained = [p for p in run.method.parameters() if p.requires_grad]
     run.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in trained))
     for step in range(2):
-        images = {name: mine(view).to(dtype) for name, view in vars(some_batch(step)).items()}
-        losses.append(train_step(run, Batch(**images)).total.detach())
+        batch = some_batch(step)
+        views = {name: mine(view).to(dtype) for name, view in batch.views.items()}
+        losses.append(train_step(run, Batch(mine(batch.label), views)).total.detach())
     return losses, gradients, run.method.state_dict()
 
 

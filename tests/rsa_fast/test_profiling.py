@@ -28,7 +28,7 @@ from rsa_fast.recipes import METHODS, build_recipe
 from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, watched
 from rsa_fast.tuning import tune
 
-TINY = {"width": 4, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu", "backend": "native"}
+TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu", "backend": "native"}
 HEADS = {"hidden_dim": 16, "out_dim": 8}
 OWN = {"simclr": {"out_dim": 8}, "moco": {"out_dim": 8, "queue_size": 16, "bn": "local"}, "supervised": {"classes": 2}}
 OWN["ressl"] = {**HEADS, "queue_size": 16}
@@ -40,7 +40,8 @@ def tiny(method: str, **overrides):
 
 def noise() -> Batch:
     generator = torch.Generator().manual_seed(0)
-    return Batch(torch.arange(8) % 2, **{name: torch.randn(8, 3, 16, 16, generator=generator) for name in VIEWS})
+    views = {name: torch.randn(8, 3, 16, 16, generator=generator) for name in VIEWS}
+    return Batch(torch.arange(8) % 2, views)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -310,6 +311,18 @@ def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(folde
     assert yaml.safe_load((tmp_path / "tuned.yaml").read_text()) == {"dataset": "cifar10", "method": "rsa", **fastest}
     plain = build_recipe("cifar10", "rsa").model_dump()
     assert build_recipe("cifar10", "rsa", tmp_path / "tuned.yaml").model_dump() == plain | fastest
+
+
+def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_decoders(folder, monkeypatch):
+    monkeypatch.setattr(tuning, "choose_backend", lambda source, device: ("dali", ""))
+    monkeypatch.setattr(tuning, "find_spec", lambda name: name != "ffcv")  # DALI is installed, FFCV is not
+    settings = tuning.candidates(open_source(folder, "pretrain"), torch.device("cuda"))
+    backends = [setting["backend"] for setting in settings]
+    fewer = min(backends.count("native"), backends.count("dali"))
+    assert backends[: 2 * fewer] == ["native", "dali"] * fewer or backends[: 2 * fewer] == ["dali", "native"] * fewer
+    dali = [setting for setting in settings if setting["backend"] == "dali"]
+    assert {setting["decode_on"] for setting in dali} == {"gpu", "cpu"}
+    assert {setting["aggressive_on"] for setting in dali} == {"device"}  # host would bring the crops back
 
 
 def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp_path):

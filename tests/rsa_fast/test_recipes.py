@@ -2,7 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from rsa_fast.recipes import ABLATIONS, DATASETS, METHODS, build_recipe, dump_yaml, parse_set, resolve, row
+from rsa_fast.recipes import (
+    ABLATIONS,
+    DATASETS,
+    LOADING_FIELDS,
+    METHODS,
+    build_recipe,
+    dump_yaml,
+    parse_set,
+    resolve,
+    row,
+)
 
 # dataset: images, px, batch, steps per epoch, peak lr, beta, epochs (RSA section 4.1)
 PAPER = {
@@ -36,6 +46,19 @@ def test_every_row_works_with_every_method_and_survives_its_yaml(tmp_path):
             recipe = build_recipe(dataset, method)
             (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
             assert build_recipe(dataset, method, tmp_path / "recipe.yaml") == recipe
+
+
+def test_loading_is_every_loading_field_of_the_recipe():
+    given = {
+        "backend": "native",
+        "threads": 3,
+        "prefetch_batches": 5,
+        "aggressive_on": "device",
+        "decode_on": "cpu",
+        "on_bad_image": "skip",
+    }
+    assert build_recipe("cifar10", "rsa", overrides=given).loading == given
+    assert set(LOADING_FIELDS) == given.keys()
 
 
 # Fields that a method sets, by dataset: the default configuration matrix of the methods' own papers and codes.
