@@ -1,0 +1,250 @@
+"""`python backends.py training FOLDER`, on a fake GPU: ImageNet-1K's RSA recipe from every backend.
+
+Each run makes three steps of rank 0 of eight, with an image that is damaged in the second batch,
+and one more after a resume in the middle of the epoch. Prints for each case what the third step
+waited for, which images were left out, and how far the crops in the device's memory are from those
+of the same backend on a CPU, in 8-bit levels.
+
+Kernels compute nothing here, so that only what the host sends to the device can be compared.
+
+`python backends.py planted FOLDER` loads batches by a DALI backend with one fault each, which the
+checks above have to find.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import natural_image
+from PIL import Image
+from programs import RANKS, Watch, as_rank_0_of_8
+
+from pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
+from pipelines.beton import BetonWriter
+from pipelines.loading import Job, Landing, Loader
+from pipelines.packed import ENTRY
+from rsa_fast import engine
+from rsa_fast.meter import Meter
+from rsa_fast.metrics import Screen
+from rsa_fast.recipes import build_recipe
+
+dali = importlib.import_module("dali_stand_in") if find_spec("nvidia.dali") else None
+PER_RANK, STEPS, BAD_STEP = 8, 3, 1
+COUNT = PER_RANK * RANKS * 5  # five steps an epoch, so that the resume is in the middle of one
+SIDE_PX = 40
+CASES = {
+    "dali, decode on gpu": {"backend": "dali", "decode_on": "gpu"},
+    "native, device": {"backend": "native", "aggressive_on": "device"},
+    "native, host": {"backend": "native", "aggressive_on": "host"},
+    "resident, device": {"backend": "resident", "aggressive_on": "device"},
+    "resident, host": {"backend": "resident", "aggressive_on": "host"},
+}
+if find_spec("ffcv"):
+    CASES["ffcv, device"] = {"backend": "ffcv", "aggressive_on": "device"}
+    CASES["ffcv, host"] = {"backend": "ffcv", "aggressive_on": "host"}
+if find_spec("nvidia.dali"):
+    CASES["dali, decode on gpu"] = {"backend": "dali", "decode_on": "gpu"}
+    CASES["dali, decode on cpu"] = {"backend": "dali", "decode_on": "cpu"}
+
+
+def write_images(data: Path, beton: bool) -> None:
+    """JPEGs as an image folder, or in a .beton file."""
+    entries = np.zeros(COUNT, ENTRY)
+    data.mkdir(parents=True)
+    writer = BetonWriter(data / "train.beton", COUNT, 4096, entries[:0]) if beton else None
+    for i in range(COUNT):
+        file, label = io.BytesIO(), i % 2
+        Image.fromarray(natural_image(i, SIDE_PX, SIDE_PX)).save(file, "JPEG", quality=92)
+        if writer:
+            place = writer.append(file.getvalue(), label)
+            entries[i] = (*place, file.tell(), label, SIDE_PX, SIDE_PX, False)
+        else:
+            (folder := data / "train" / f"class_{label}").mkdir(parents=True, exist_ok=True)
+            (folder / f"{i:03}.jpg").write_bytes(file.getvalue())
+    if writer:
+        writer.finish(entries)
+        writer.close()
+
+
+def damage(source: Source, data: Path, sample: int) -> None:
+    """Make a JPEG's Huffman table impossible, which its header does not show.
+
+    Every decoder refuses it. The file keeps its size and its time, so that it is not scanned again.
+    """
+    if source.beton:
+        entry = source.encoded.__self__.entries[sample]
+        path, offset = source.beton, int(entry["offset"])
+    else:
+        path, offset = data / source.manifest.paths[sample], 0
+    content, times = path.read_bytes(), path.stat()
+    with path.open("r+b") as file:
+        file.seek(content.index(b"\xff\xc4", offset) + 5)  # marker, length, table's number
+        file.write(b"\xff" * 16)  # how many codes there are of each length
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def levels_of(tensor: torch.Tensor) -> np.ndarray:
+    """A copy of the memory of `(B, 3, S, S)` uint8 levels that lie in memory as `(B, S, S, 3)`."""
+    count, channels, height, width = tensor.shape
+    memory = ctypes.string_at(tensor.data_ptr(), tensor.numel())
+    return np.frombuffer(memory, np.uint8).reshape(count, height, width, channels)
+
+
+def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, object]:
+    """Train one case; what `main` prints of it."""
+    beton = loading["backend"] == "ffcv"
+    write_images(data := folder / "data", beton)
+    sent: list[dict[str, np.ndarray]] = []  # by step, the levels that the host sent, by view
+    watch, waits, loaders = Watch(), [], []
+    pipelines = dali.pipelines if dali else 0
+    order = Order(COUNT, PER_RANK * RANKS, 0, 0, RANKS)
+    bad = int(order.ids(0, BAD_STEP)[3])
+
+    def open_damaged(*arguments, **options) -> Source:
+        source = open_source(*arguments, **options)
+        damage(source, data, bad)
+        return source
+
+    def open_kept(*arguments, **options) -> Loader:
+        loaders.append(open_views(*arguments, **options))
+        return loaders[-1]
+
+    def finish(landing: Landing, levels: dict, params: np.ndarray, finish=Landing.finish):
+        if landing.job.device.type == "cuda":
+            if dali:
+                dali.finish_work()
+            sent.append({name: levels_of(view) for name, view in levels.items()})
+        return finish(landing, levels, params)
+
+    def add(meter: Meter, step: int, *arguments, add=Meter.add) -> None:
+        add(meter, step, *arguments)
+        if step == STEPS - 2:
+            waits.append(dali.waits if dali else 0)
+            watch.__enter__()
+        if step == STEPS - 1:
+            watch.__exit__(None, None, None)
+            waits.append(dali.waits if dali else 0)
+
+    fields = {"batch_size": PER_RANK * RANKS, "device": "cuda", "precision": "fp16", "width": 8}
+    fields |= {"on_bad_image": "skip", "arch": "resnet18", "keep_last": 1, **loading}
+    recipe = build_recipe("imagenet1k", "rsa", overrides=fields)
+    patched = engine.open_source, engine.open_views, Landing.finish, Meter.add
+    engine.open_source, engine.open_views = open_damaged, open_kept
+    Landing.finish, Meter.add = finish, add
+    try:
+        engine.train(recipe, data, folder / "run", stop_at_step=STEPS)
+        engine.train(recipe, data, folder / "run", resume=True, stop_at_step=STEPS + 1)
+    finally:
+        engine.open_source, engine.open_views, Landing.finish, Meter.add = patched
+    first, resumed = loaders
+    pixels = [loader.images for loader in loaders] if name == "resident, device" else []
+    return {
+        "faults": watch.found["faults"],
+        "dali_waits": waits[1] - waits[0],
+        "dali_pipelines": (dali.pipelines if dali else 0) - pipelines,
+        "skipped": [sorted(first.skipped) == [bad], sorted(resumed.skipped) in ([], [bad])],
+        "gaps": [resident_gap(p, data, bad) for p in pixels] or gaps(sent, data, folder / "run", recipe.views, loading, order),
+    }
+
+
+def gaps(
+    sent: list[dict[str, np.ndarray]],
+    data: Path,
+    cache: Path | None,
+    spec: ViewSpec,
+    loading: dict[str, str],
+    order: Order,
+) -> list[float]:
+    """By step, the largest difference of what was sent from what the backend makes on a CPU."""
+    source = open_source(data, "pretrain", cache=cache)
+    options = {"backend": loading["backend"], "aggressive_on": "host", "on_bad_image": "skip"}
+    scale, bias = device_ops.affine(spec, torch.device("cpu"))
+    found = []
+    with open_views(source, spec, frozenset(VIEWS), order, **options) as loader:
+        for levels, batch in zip(sent, loader.batches(0), strict=False):
+            wanted = {name: ((batch.views[name] - bias) / scale).numpy() for name in levels}
+            pairs = ((levels[name].transpose(0, 3, 1, 2), wanted[name]) for name in levels)
+            found.append(max(float(np.abs(one - other).max()) for one, other in pairs))
+    return found
+
+
+def resident_gap(pixels: torch.Tensor, data: Path, bad: int) -> float:
+    """The largest difference of the images in the device's memory from the files."""
+    source = open_source(data, "pretrain")
+    memory = ctypes.string_at(pixels.data_ptr(), pixels.numel())
+    held = np.frombuffer(memory, np.uint8).reshape(COUNT, 3, SIDE_PX, SIDE_PX)
+    images = np.stack([source.read(i).transpose(2, 0, 1) for i in range(COUNT) if i != bad])
+    return float(np.abs(np.delete(held, bad, 0).astype(np.int64) - images).max())
+
+
+def training(folder: Path) -> dict[str, dict[str, object]]:
+    as_rank_0_of_8()
+    engine.Loop.stop_at_fault = lambda *_: None  # it judges values
+    Screen.write = lambda *_: None  # the times of no GPU
+    if dali:
+        dali.install()
+    results = {}
+    for number, (name, loading) in enumerate(CASES.items()):
+        results[name] = run_case(folder / str(number), name, loading)
+    return results
+
+
+def planted(folder: Path) -> dict[str, dict[str, object]]:
+    """By fault, the gap of the second batch and how often the host waited for it, or the error."""
+    from pipelines.dali_views import DaliViews
+
+    class ReleasedEarly(DaliViews):
+        def land_gpu(self, crops, ids, params):
+            self.pipe.release_outputs()
+            self.pipe.release_outputs.side_effect = None  # the next call does nothing
+            return super().land_gpu(crops, ids, params)
+
+    class HostWaits(DaliViews):
+        def outputs(self):
+            return self.pipe.share_outputs()
+
+    class UnknownKeyword(DaliViews):
+        def outputs(self):
+            return self.pipe.share_outputs(non_blocking=True)
+
+    dali.install()
+    write_images(folder / "data", beton=False)
+    source = open_source(folder / "data", "pretrain")
+    spec, reads = build_recipe("imagenet1k", "rsa").views, frozenset(VIEWS)
+    order, device = Order(COUNT, PER_RANK, 0), torch.device("cuda")
+    results = {}
+    for kind in (DaliViews, ReleasedEarly, HostWaits, UnknownKeyword):
+        sent = []
+
+        def finish(landing, levels, params, finish=Landing.finish, sent=sent):
+            dali.finish_work()
+            sent.append({name: levels_of(view) for name, view in levels.items()})
+            return finish(landing, levels, params)
+
+        job = Job(source, spec, reads, order, device, torch.float16, 1, 1, "device", "gpu")
+        real, Landing.finish = Landing.finish, finish
+        loader, waits = kind(job), dali.waits
+        try:
+            next(loader.batches(0))
+            gap = gaps(sent, folder / "data", None, spec, {"backend": "dali"}, order)[0]
+            results[kind.__name__] = {"gap": gap, "waits": dali.waits - waits}
+        except TypeError as error:
+            results[kind.__name__] = {"error": str(error)}
+        finally:
+            Landing.finish = real
+    return results
+
+
+if __name__ == "__main__":
+    result = globals()[sys.argv[1]](Path(sys.argv[2]))
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # threads of NCCL wait for what never comes

@@ -1,0 +1,40 @@
+"""Every backend on a GPU, as far as the host's side of it goes: nothing waits and the right bytes arrive."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from backends import CASES
+from fake_gpu import on_fake_gpu
+
+PROGRAM = Path(__file__).with_name("backends.py")
+LEVELS = 1e-3  # float32's rounding of what is compared; the pixels are equal
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backends")
+    return json.loads(on_fake_gpu(PROGRAM, "training", folder))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(results, case):
+    found = results[case]
+    assert found["faults"] == {} and found["dali_waits"] == 0
+    assert found["skipped"] == [True, True]
+    assert len(found["gaps"]) == (2 if case == "resident, device" else 4)
+    assert max(found["gaps"]) < LEVELS
+    # DALI starts once for each run, and again after the bad image
+    assert found["dali_pipelines"] == (3 if case.startswith("dali") else 0)
+
+
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
+def test_the_stand_in_for_dali_finds_memory_given_back_early_waits_and_unknown_keywords(tmp_path):
+    found = json.loads(on_fake_gpu(PROGRAM, "planted", tmp_path))
+    assert found["DaliViews"] == {"gap": pytest.approx(0, abs=LEVELS), "waits": 0}
+    assert found["ReleasedEarly"]["gap"] > 50
+    assert found["HostWaits"]["waits"] == 1
+    assert "unexpected keyword argument 'non_blocking'" in found["UnknownKeyword"]["error"]
