@@ -30,7 +30,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -49,11 +51,14 @@ CORES_PER_GPU = 4  # where none are given: an AWS p3.16xlarge has 32 for 8 V100s
 
 ACCURACY = (
     "memory within 2% of the allocator's, or 15 MiB; time, with a V100's efficiency: "
-    "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow"
+    "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow; "
+    "relative to a V100 in Lambda's table, an H100 29%, an H200 59% and a B200 168% too fast"
 )
 NVIDIA = "NVIDIA/DeepLearningExamples, ResNet50 v1.5 for PyTorch"
 TIMM = "timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv"
-LAMBDA = "none found in channels_last; Lambda, whose V100 has 833, has {}"  # lambdal/deeplearning-benchmark, fp16
+NONE = "none found in channels_last"
+LAMBDA = NONE + "; Lambda, whose V100 has 833, has {}"  # lambdal/deeplearning-benchmark, fp16
+INFERENCE = NONE + "; NVIDIA's rate of inference is {}, a V100's 3,382"  # in the tables of `NVIDIA`
 
 
 @dataclass(frozen=True)
@@ -69,26 +74,64 @@ class Gpu:
     resnet50: dict[str, float]
     source: str
     jpegs_per_s: float | None = None  # decoded on the GPU; None: no figure found
+    bf16: bool = True  # in hardware; NVIDIA has it since Ampere
 
 
 GPUS = {
     # Tesla V100 SXM2 data sheet.
-    "v100-16g": Gpu(15.77, 125, 15.7, 900, 150, {"fp16": 1200, "fp32": 367}, NVIDIA),
-    "v100-32g": Gpu(31.75, 125, 15.7, 900, 150, {"fp16": 1156, "fp32": 356}, NVIDIA),
+    "v100-16g": Gpu(15.77, 125, 15.7, 900, 150, {"fp16": 1200, "fp32": 367}, NVIDIA, bf16=False),
+    "v100-32g": Gpu(31.75, 125, 15.7, 900, 150, {"fp16": 1156, "fp32": 356}, NVIDIA, bf16=False),
+    # T4 data sheet, PCIe 3.0 x16. The bandwidth is from the Turing white paper: the data sheet
+    # rounds it to 300 GB/s. torch reports this memory in hpcaitech/Open-Sora issue 697.
+    "t4": Gpu(14.75, 65, 8.1, 320, 16, {}, INFERENCE.format("1,198"), bf16=False),
+    # A10 data sheet, PCIe 4.0 x16. torch reports this memory in zai-org/CogVLM issue 236.
+    "a10": Gpu(21.99, 125, 62.5, 600, 32, {}, LAMBDA.format("638")),
     # A100 SXM4 data sheet; JPEGs: NVIDIA's blog on its hardware decoder, as quoted in DALI issue 5362.
     "a100-40g": Gpu(39.39, 312, 156, 1555, 300, {}, LAMBDA.format("1,396, with PCIe"), 7000),
     "a100-80g": Gpu(79.15, 312, 156, 2039, 300, {"fp16": 2470, "fp32": 938}, NVIDIA, 7000),
-    # H100 SXM5 data sheet; GA102 and Ada white papers, PCIe 4.0 x16.
+    # L4 and L40S data sheets, PCIe 4.0 x16. The L4's gives 242 and 120 TFLOP/s, with sparsity.
+    # torch reports this memory in public logs; under older drivers an L4 has 22.16 GiB.
+    "l4": Gpu(22.03, 121, 60, 300, 32, {}, NONE),
+    "l40s": Gpu(44.52, 362, 183, 864, 32, {}, NONE),
+    # H100 SXM5 and H200 SXM data sheets. torch reports the H200's memory in public logs.
     "h100-80g": Gpu(79.1, 989, 494, 3350, 450, {}, LAMBDA.format("2,790")),
+    "h200": Gpu(139.8, 989, 494, 4800, 450, {}, LAMBDA.format("3,079")),
+    # Blackwell data sheet of October 2025, HGX B200: 4.5 and 2.2 PFLOP/s, with sparsity.
+    # CUDA reports this memory in pytorch/ao pull request 4002.
+    "b200": Gpu(178.35, 2250, 1100, 7700, 900, {}, LAMBDA.format("3,076")),
+    # GA102, Ada and RTX Blackwell white papers, PCIe 4.0 x16; PCIe 5.0 x16 for the RTX 5090.
+    # torch reports the RTX 5090's memory in TrajectoryCrafter/TrajectoryCrafter issue 20.
     "rtx-3090": Gpu(23.69, 71, 35.6, 936, 32, {"fp16": 1218}, TIMM),
     "rtx-4090": Gpu(23.64, 165.2, 82.6, 1008, 32, {}, LAMBDA.format("1,301")),
+    "rtx-5090": Gpu(31.36, 209.5, 104.8, 1792, 64, {}, NONE),
+}
+
+# The driver's names of these cards, without "NVIDIA", "Tesla" and "GeForce". Other versions of the
+# same GPU (PCIe, NVL, laptop, MIG slice) have other names and clocks, memory or links: no row.
+DEVICES = {
+    "V100-SXM2-16GB": "v100-16g",
+    "V100-SXM2-32GB": "v100-32g",
+    "T4": "t4",
+    "A10": "a10",
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-SXM4-80GB": "a100-80g",
+    "L4": "l4",
+    "L40S": "l40s",
+    "H100 80GB HBM3": "h100-80g",
+    "H200": "h200",
+    "B200": "b200",
+    "RTX 3090": "rtx-3090",
+    "RTX 4090": "rtx-4090",
+    "RTX 5090": "rtx-5090",
 }
 
 # Training images, GiB of their files, and their side in pixels where it is one. ImageNet: ILSVRC2012_img_train.tar, or its
 # part by the number of images; Tiny ImageNet: its zip file; the others by their pixels.
 DATA: dict[str, tuple[int, float, int | None]] = {
     **dict.fromkeys(("cifar10", "cifar100"), (50_000, 0.15, 32)),
-    **{"stl10": (105_000, 2.7, 96), "tinyimagenet": (100_000, 0.22, 64), "demo": (2_400, 0.01, 64)},
+    "stl10": (105_000, 2.7, 96),
+    "tinyimagenet": (100_000, 0.22, 64),
+    "demo": (2_400, 0.01, 64),
     **dict.fromkeys(("imagenet1k", "imagenet1k-100ep"), (1_281_167, 137.7, None)),
     "imagenet100": (126_689, 13.6, None),
 }
@@ -103,7 +146,13 @@ class Ledger(TorchDispatchMode):
         self.live: set[int] = set()
         self.live_bytes = self.peak_bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace != "aten":  # prim.device asks, and computes nothing
@@ -143,6 +192,19 @@ class Ledger(TorchDispatchMode):
         return sum(a for a, m in times if a > m), sum(m for a, m in times if a <= m)
 
 
+def gpu_row(device_name: str, total_gib: float) -> str | None:
+    """The key in `GPUS` of the card that `torch.cuda.get_device_name` calls `device_name`, or None.
+
+    `total_gib` is the memory that torch reports. It must be within 10% of the row's: ECC takes 6%
+    of a GDDR6 memory, and drivers differ by 2%. A card whose memory was cut or rebuilt has no row.
+    """
+    name = device_name
+    for prefix in ("NVIDIA ", "Tesla ", "GeForce "):
+        name = name.removeprefix(prefix)
+    row = DEVICES.get(name)
+    return row if row and abs(total_gib / GPUS[row].memory_gib - 1) < 0.1 else None
+
+
 def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with which one process normalises as each of `world_size` does; SyncBatchNorm is taken for BatchNorm, and
     nothing is compiled."""
@@ -163,10 +225,10 @@ def trace(recipe: Recipe, images: int, precision: str) -> tuple[Ledger, Method]:
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         method.to_empty(device=device).train()
         optimizer = build_optimizer(recipe, method, plan.peak_lr)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         shape = (images, 3, recipe.views.size_px, recipe.views.size_px)
         views = {name: torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) for name in sorted(method.reads)}
-        batch = Batch(torch.zeros(images, dtype=torch.int64), **views)
+        batch = Batch(torch.zeros(images, dtype=torch.int64), views)
         ledger.operations.clear()
         train_step(Run(recipe, plan, method, method, optimizer, scaler, device, dtype), batch)
     return ledger, method
@@ -189,7 +251,8 @@ def decode_rate(recipe: Recipe, reads: frozenset[str], source: Source | None = N
     with TemporaryDirectory() as folder:
         for seed in range(8 if source is None else 0):
             rng = np.random.default_rng(seed)
-            coarse = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8)).resize((468, 401), Image.BICUBIC)
+            small = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
+            coarse = small.resize((468, 401), Image.Resampling.BICUBIC)
             levels = (np.asarray(coarse) + rng.normal(0, 20, (401, 468, 1))).clip(0, 255).astype(np.uint8)
             Image.fromarray(levels).save(f"{folder}/{seed}.jpg", quality=90)
         source = source or open_source(folder, "pretrain")
@@ -208,7 +271,7 @@ def facts(recipe: Recipe, data: Path | None, source: Source | None) -> tuple[int
     """Training images, GiB of files, and GiB of pixels if the resident backend will hold them on the GPU."""
     images, file_gib, side_px = DATA[recipe.dataset]
     pixels = images * 3 * side_px**2 if side_px else None
-    if source:
+    if data and source:
         files = (os.path.join(place, name) for place, _, names in os.walk(data, followlinks=True) for name in names)
         sizes = source.manifest.sizes.astype(np.int64)
         images, file_gib = len(sizes), sum(map(os.path.getsize, files)) / GIB
@@ -232,7 +295,7 @@ def plan(
     Without `data` the dataset is as published. `tflop_per_step` is of one GPU, what starts with `decode` of one node. A batch
     that does not fit in memory is planned all the same, and said; `remedy` is then the setting with which it fits, or None.
     Raises ValueError for an unknown GPU, and for a batch that the images do not fill or that does not divide among the GPUs,
-    and for bf16 on a V100.
+    and for bf16 on a GPU without it.
     """
     if gpu not in GPUS:
         raise ValueError(f"no GPU {gpu!r}{nearest(gpu.lower(), GPUS)}: choose from {', '.join(GPUS)}")
@@ -241,8 +304,10 @@ def plan(
     images, file_gib, resident_gib = facts(recipe, data, source)
     order = Order(images, recipe.batch_size, recipe.seed, 0, world)
     batch = order.batch_per_rank
-    precision = recipe.precision if recipe.precision != "auto" else "fp16" if gpu.startswith("v100") else "bf16"
-    if precision == "bf16" and gpu.startswith("v100"):
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if card.bf16 else "fp16"
+    if precision == "bf16" and not card.bf16:
         raise ValueError(f"precision: bf16 is not in a {gpu}'s hardware: use fp16, fp32 or auto")
     alone = of_one_rank(recipe, world)
     ledger, method = trace(alone, batch, precision)
@@ -281,8 +346,14 @@ def plan(
     epoch_min = len(order) * limits_ms[bottleneck] / 60e3
     return {
         "kind": "predicted",
-        **{"dataset": recipe.dataset, "method": recipe.method, "gpu": gpu, "gpus": gpus, "nodes": nodes},
-        **{"precision": precision, "batch_size": recipe.batch_size, "batch_per_gpu": batch},
+        "dataset": recipe.dataset,
+        "method": recipe.method,
+        "gpu": gpu,
+        "gpus": gpus,
+        "nodes": nodes,
+        "precision": precision,
+        "batch_size": recipe.batch_size,
+        "batch_per_gpu": batch,
         "parameters": sum(p.numel() for p in method.parameters()),
         "trained_parameters": trained,
         "gflop_per_image": {part: ledger.flop(part) / batch / 1e9 for part in ("online", "target", "backward")},

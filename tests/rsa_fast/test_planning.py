@@ -12,16 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
 
-from pipelines import Batch, open_source
+from pipelines import VIEWS, Batch, open_source
 from rsa_fast import planning
 from rsa_fast.cli import main
 from rsa_fast.engine import build_run, train_step
-from rsa_fast.planning import GIB, GPUS, Ledger, plan, trace
+from rsa_fast.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
 from rsa_fast.recipes import DATASETS, build_recipe
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")
-TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, "batch_size": 8, "epochs": 3}
+TINY = {"width": 8, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, "batch_size": 8, "epochs": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,8 @@ def test_flop_of_the_traced_step_are_those_of_a_real_one(method):
     recipe = build_recipe("cifar10", method, overrides=overrides | ({"bn": "split:2"} if method == "moco" else {}))
     run = build_run(recipe, 1600)
     with FlopCounterMode(display=False) as counter:
-        train_step(run, Batch(torch.zeros(16, dtype=torch.int64), *torch.zeros(4, 16, 3, 16, 16)))
+        views = {name: torch.zeros(16, 3, 16, 16) for name in VIEWS}
+        train_step(run, Batch(torch.zeros(16, dtype=torch.int64), views))
     ledger, _ = trace(recipe, 16, "fp32")
     assert ledger.flop() == counter.get_total_flops() > 0
     assert ledger.flop("online") > ledger.flop("target") > 0
@@ -107,15 +108,15 @@ def test_the_plan_of_imagenet_on_eight_v100s():
 
 MEMORY_OF_A_STEP = """
 import torch
-from pipelines import Batch
+from pipelines import VIEWS, Batch
 from rsa_fast.engine import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
 run = build_run(build_recipe("cifar10", "rsa", overrides={"device": "cuda", "precision": "fp16"}), 50_000)
 for _ in range(2):
-    views = [torch.empty(256, 3, 32, 32, dtype=run.dtype, device="cuda") for _ in range(4)]
+    views = {name: torch.empty(256, 3, 32, 32, dtype=run.dtype, device="cuda") for name in VIEWS}
     torch.cuda.reset_peak_memory_stats()
-    train_step(run, Batch(torch.zeros(256, dtype=torch.int64, device="cuda"), *views))
+    train_step(run, Batch(torch.zeros(256, dtype=torch.int64, device="cuda"), views))
 print(torch.cuda.max_memory_allocated())
 """
 
@@ -129,17 +130,17 @@ def test_peak_memory_is_that_of_the_caching_allocator():
 IMAGENET_STEP = """
 import sys
 import torch
-from pipelines import Batch
+from pipelines import VIEWS, Batch
 from rsa_fast.engine import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
 overrides = {"batch_size": 256, "device": "cuda", "precision": "fp16", "bn": "local", "recompute_stages": int(sys.argv[1])}
 run = build_run(build_recipe("imagenet1k", "rsa", overrides=overrides), 1_281_167)
-views = [torch.empty(256, 3, 224, 224, dtype=run.dtype, device="cuda") for _ in range(4)]
-views = [view.to(memory_format=torch.channels_last) for view in views]
+views = {name: torch.empty(256, 3, 224, 224, dtype=run.dtype, device="cuda") for name in VIEWS}
+views = {name: view.to(memory_format=torch.channels_last) for name, view in views.items()}
 try:
     for _ in range(2):
-        train_step(run, Batch(torch.zeros(256, dtype=torch.int64, device="cuda"), *views))
+        train_step(run, Batch(torch.zeros(256, dtype=torch.int64, device="cuda"), views))
     print(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 except torch.OutOfMemoryError:
     print("out of memory")
@@ -178,6 +179,92 @@ def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
     assert "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow" in planning.ACCURACY
     share, source = planning.efficiency(GPUS["h100-80g"], "bf16")
     assert share == planning.efficiency(V100, "fp16")[0] and "none found in channels_last" in source
+
+
+@pytest.mark.parametrize(
+    ("gpu", "images_per_s", "error"),
+    [("a10", 638, -0.05), ("h100-80g", 2790, 0.29), ("h200", 3079, 0.59), ("b200", 3076, 1.68)],
+)
+def test_rates_in_lambda_s_table_are_missed_by_what_the_planner_says(gpu, images_per_s, error):
+    """Lambda trains in NCHW, so that only the ratio to its V100, 833 images/s, can be compared."""
+    assert GPUS[gpu].source.endswith(f"Lambda, whose V100 has 833, has {images_per_s:,}")
+    resnet = ("imagenet1k", "supervised", 256, "fp16")
+    ratio = predicted(*resnet, GPUS[gpu]) / predicted(*resnet)
+    assert ratio / (images_per_s / 833) - 1 == pytest.approx(error, abs=0.01)
+    assert "an H100 29%, an H200 59% and a B200 168% too fast" in planning.ACCURACY
+
+
+def test_a_t4_infers_as_much_slower_than_a_v100_as_nvidia_measured():
+    traced, _ = trace(build_recipe("imagenet1k", "supervised"), 256, "fp16")
+    forward = Ledger()
+    forward.operations = [operation for operation in traced.operations if operation[0] == "online"]
+    v100_ms, t4_ms = (sum(forward.roofline_ms(GPUS[gpu], "fp16")) for gpu in ("v100-32g", "t4"))
+    assert v100_ms / t4_ms == pytest.approx(1198 / 3382, rel=0.1)
+    assert "inference is 1,198, a V100's 3,382" in planning.efficiency(GPUS["t4"], "fp16")[1]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_peaks_of_a_card_stand_to_each_other_as_its_tensor_cores_have_it(gpu):
+    """TF32 is half as fast as fp16; without TF32, fp32 runs on the other cores, at an eighth."""
+    card = GPUS[gpu]
+    assert card.fp16_tflops / card.fp32_tflops == pytest.approx(2 if card.bf16 else 8, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "total_gib", "row"),
+    [
+        ("Tesla V100-SXM2-16GB", 15.78, "v100-16g"),
+        ("Tesla V100-SXM2-32GB", 31.75, "v100-32g"),
+        ("Tesla T4", 14.56, "t4"),
+        ("NVIDIA A10", 21.99, "a10"),
+        ("A100-SXM4-40GB", 39.59, "a100-40g"),  # an older driver
+        ("NVIDIA A100-SXM4-40GB", 39.39, "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", 79.25, "a100-80g"),
+        ("NVIDIA L4", 22.16, "l4"),
+        ("NVIDIA L4", 23.5, "l4"),  # without ECC
+        ("NVIDIA L40S", 44.43, "l40s"),
+        ("NVIDIA H100 80GB HBM3", 79.19, "h100-80g"),
+        ("NVIDIA H200", 139.81, "h200"),
+        ("NVIDIA B200", 178.36, "b200"),
+        ("NVIDIA GeForce RTX 3090", 23.69, "rtx-3090"),
+        ("NVIDIA GeForce RTX 4090", 23.99, "rtx-4090"),  # Windows
+        ("NVIDIA GeForce RTX 5090", 31.84, "rtx-5090"),
+        ("Tesla V100-PCIE-32GB", 31.75, None),
+        ("Tesla V100-SXM3-32GB", 31.75, None),
+        ("NVIDIA A10G", 22.06, None),
+        ("NVIDIA A100-PCIE-40GB", 39.39, None),
+        ("NVIDIA A100 80GB PCIe", 79.15, None),
+        ("NVIDIA L40", 44.4, None),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.5, None),
+        ("NVIDIA H200 NVL", 139.8, None),
+        ("NVIDIA GB200", 184.0, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.69, None),
+        ("NVIDIA GeForce RTX 4090", 47.4, None),  # rebuilt with 48 GB
+        ("NVIDIA GeForce RTX 4090 D", 23.64, None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", 23.5, None),
+        ("AMD Instinct MI300X", 191.5, None),
+    ],
+)
+def test_a_device_s_name_and_memory_lead_to_its_row_or_to_none(device_name, total_gib, row):
+    assert gpu_row(device_name, total_gib) == row
+
+
+def test_every_row_has_one_device_name_and_its_own_memory():
+    assert sorted(planning.DEVICES.values()) == sorted(GPUS)
+    for name, row in planning.DEVICES.items():
+        assert gpu_row(name, GPUS[row].memory_gib) == row
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [("t4", "fp16"), ("v100-16g", "fp16"), ("l4", "bf16")])
+def test_auto_precision_is_bf16_where_the_hardware_has_it(gpu, chosen):
+    assert plan(tiny(), gpu)["precision"] == chosen
+
+
+def test_bf16_is_refused_where_the_hardware_lacks_it():
+    with pytest.raises(ValueError, match="bf16 is not in a t4's hardware: use fp16, fp32 or auto"):
+        plan(tiny(precision="bf16"), "t4")
 
 
 def test_rates_of_the_paper_s_code_are_the_said_share_of_the_predicted_ones():
