@@ -1,0 +1,137 @@
+"""Values that no rearrangement of the code may move: losses of every method, views of every backend.
+
+They were recorded before methods, datasets and backends got rooms of their own. After a change that
+is meant to move them: RSA_FAST_REWRITE_GOLDEN=1 pytest tests/rsa_fast/test_golden.py, and look at
+the difference in golden.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import natural_image
+from PIL import Image
+
+from pipelines import VIEWS, Batch, Order, ViewSpec, open_source, open_views
+from pipelines.beton import BetonWriter
+from pipelines.packed import ENTRY
+from rsa_fast.engine import build_run, train_step
+from rsa_fast.recipes import METHODS, build_recipe
+
+PLACE = Path(__file__).with_name("golden.json")
+TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu"}
+OWN = {"out_dim": 8, "hidden_dim": 16, "queue_size": 16, "bn": "local", "classes": 3}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+COUNT, BATCH = 12, 4
+CASES = {  # backend and where its views are made
+    "resident host": ("resident", "host"),
+    "resident device": ("resident", "device"),
+    "native host": ("native", "host"),
+    "native device": ("native", "device"),
+    "torchvision": ("torchvision", "host"),
+    "dali host": ("dali", "host"),
+    "dali device": ("dali", "device"),
+    "ffcv host": ("ffcv", "host"),
+    "ffcv device": ("ffcv", "device"),
+}
+NEEDS = {"dali": "nvidia.dali", "ffcv": "ffcv"}
+# These compute in whole numbers, so that their bits are the same on every machine. The others
+# round floating point numbers, and of them only means are compared.
+EXACT = ("resident host", "native host", "torchvision", "ffcv host")
+
+
+def golden(part: str, name: str, value: object) -> object:
+    """The recorded value; where a rewrite is asked for, `value`, which is recorded."""
+    if os.environ.get("RSA_FAST_REWRITE_GOLDEN"):
+        recorded = json.loads(PLACE.read_text()) if PLACE.is_file() else {}
+        recorded.setdefault(part, {})[name] = value
+        PLACE.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    return json.loads(PLACE.read_text())[part][name]
+
+
+def losses(method: str) -> list[float]:
+    """Of the first ten steps in float64 from seed 0, on views of white noise."""
+    known = type(build_recipe("cifar10", method)).model_fields
+    overrides = TINY | {name: value for name, value in OWN.items() if name in known}
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = build_run(build_recipe("cifar10", method, overrides=overrides), 40)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(10):
+        noise = torch.randn(4, 8, 3, 16, 16, dtype=torch.float64, generator=generator)
+        views = [view.to(memory_format=torch.channels_last) for view in noise]
+        views[2:] = [view + 0.1 * other for view, other in zip(views[:2], views[2:], strict=True)]
+        label = torch.arange(8) % 3
+        batch = Batch(label, dict(zip(VIEWS, views, strict=True)))
+        values.append(train_step(run, batch).total.item())
+    return values
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_losses_of_a_method_stay(method):
+    values = losses(method)
+    assert values == pytest.approx(golden("losses", method, values), rel=1e-9)
+    assert len(set(values)) > 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[tuple[int, bool], Path]:
+    """By their side in pixels, images as PNG files and, raw, in a .beton file."""
+    places = {}
+    for side_px in (32, 300):
+        images = [natural_image(i, side_px, side_px) for i in range(COUNT)]
+        folder = tmp_path_factory.mktemp(f"images_{side_px}")
+        for i, image in enumerate(images):
+            (place := folder / "train" / f"class_{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i:02}.png")
+        packed = tmp_path_factory.mktemp(f"beton_{side_px}")
+        entries = np.zeros(COUNT, ENTRY)
+        writer = BetonWriter(packed / "train.beton", COUNT, 2**20, entries[:0])
+        for i, image in enumerate(images):
+            content = image.tobytes()
+            place = writer.append(content, i % 2)
+            entries[i] = (*place, len(content), i % 2, side_px, side_px, True)
+        writer.finish(entries)
+        writer.close()
+        places |= {(side_px, False): folder, (side_px, True): packed}
+    return places
+
+
+@pytest.mark.parametrize("side_px", [32, 300])
+@pytest.mark.parametrize("case", CASES)
+def test_the_views_of_a_backend_stay(data, case, side_px):
+    backend, aggressive_on = CASES[case]
+    if backend in NEEDS and not find_spec(NEEDS[backend]):
+        pytest.skip(f"{NEEDS[backend]} is not installed")
+    source = open_source(data[side_px, backend == "ffcv"], "pretrain")
+    spec = ViewSpec(32 if side_px == 32 else 224, MEAN, STD)
+    levels = {name: [] for name in VIEWS}
+    options = {"backend": backend, "aggressive_on": aggressive_on}
+    with open_views(source, spec, frozenset(VIEWS), Order(COUNT, BATCH, 7), **options) as loader:
+        for batch in loader.batches(3):
+            for name in VIEWS:
+                view = batch.views[name] * torch.tensor(STD).view(3, 1, 1)
+                levels[name].append(255 * (view + torch.tensor(MEAN).view(3, 1, 1)))
+    key = f"{case} {spec.size_px} px"
+    if case in EXACT:
+        digest = hashlib.sha256()
+        for name in VIEWS:
+            digest.update(torch.cat(levels[name]).round().to(torch.uint8).numpy().tobytes())
+        assert digest.hexdigest() == golden("views", key, digest.hexdigest())
+    else:
+        means = {}
+        for name in VIEWS:
+            mean_level = torch.cat(levels[name]).mean((2, 3)).flatten()  # (COUNT * 3,)
+            means[name] = [round(level, 3) for level in mean_level.tolist()]
+        recorded = golden("views", key, means)
+        for name in VIEWS:
+            assert means[name] == pytest.approx(recorded[name], abs=0.05), name
