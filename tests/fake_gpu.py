@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,9 @@ def environment() -> dict[str, str]:
     """The environment variables of a process that runs on the fake runtime."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LD_PRELOAD": str(build.build())}
+    if folder := os.environ.get("RSA_FAST_GPU_COVERAGE"):  # see gpuless/gpu_lines.py
+        own["COVERAGE_FILE"] = str(Path(folder).absolute() / "data")
+        own["COVERAGE_PROCESS_START"] = str(ROOT / "tests" / "gpuless" / "coverage.ini")
     return os.environ | own
 
 
