@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from backend_cases import CASES
 from conftest import natural_image
 from PIL import Image
 from programs import RANKS, Watch, as_rank_0_of_8
@@ -41,19 +42,6 @@ dali = importlib.import_module("dali_stand_in") if find_spec("nvidia.dali") else
 PER_RANK, STEPS, BAD_STEP = 8, 3, 1
 COUNT = PER_RANK * RANKS * 5  # five steps an epoch, so that the resume is in the middle of one
 SIDE_PX = 40
-CASES = {
-    "dali, decode on gpu": {"backend": "dali", "decode_on": "gpu"},
-    "native, device": {"backend": "native", "aggressive_on": "device"},
-    "native, host": {"backend": "native", "aggressive_on": "host"},
-    "resident, device": {"backend": "resident", "aggressive_on": "device"},
-    "resident, host": {"backend": "resident", "aggressive_on": "host"},
-}
-if find_spec("ffcv"):
-    CASES["ffcv, device"] = {"backend": "ffcv", "aggressive_on": "device"}
-    CASES["ffcv, host"] = {"backend": "ffcv", "aggressive_on": "host"}
-if find_spec("nvidia.dali"):
-    CASES["dali, decode on gpu"] = {"backend": "dali", "decode_on": "gpu"}
-    CASES["dali, decode on cpu"] = {"backend": "dali", "decode_on": "cpu"}
 
 
 def write_images(data: Path, beton: bool) -> None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from backends import CASES
+from backend_cases import CASES
 from fake_gpu import on_fake_gpu
 
 PROGRAM = Path(__file__).with_name("backends.py")

@@ -1,0 +1,18 @@
+"""The backends that backends.py runs on the fake GPU, for it and for its test, which has no GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+CASES = {
+    "native, device": {"backend": "native", "aggressive_on": "device"},
+    "native, host": {"backend": "native", "aggressive_on": "host"},
+    "resident, device": {"backend": "resident", "aggressive_on": "device"},
+    "resident, host": {"backend": "resident", "aggressive_on": "host"},
+}
+if find_spec("ffcv"):
+    CASES["ffcv, device"] = {"backend": "ffcv", "aggressive_on": "device"}
+    CASES["ffcv, host"] = {"backend": "ffcv", "aggressive_on": "host"}
+if find_spec("nvidia.dali"):
+    CASES["dali, decode on gpu"] = {"backend": "dali", "decode_on": "gpu"}
+    CASES["dali, decode on cpu"] = {"backend": "dali", "decode_on": "cpu"}
