@@ -1,0 +1,171 @@
+"""What the parts of `tools.gpu_report` measure on: the GPU, recipes, images, batches, backends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines import Batch, Source, open_source
+from rsa_fast.engine import Run, choose_device, choose_dtype
+from rsa_fast.recipes import Recipe, build_recipe
+from tools.gpu_report.worker import Settings, SkippedError
+
+NODE_GPUS = 8  # the ImageNet-1K recipes' batch sizes are those of a node with so many GPUs
+SMALL_PX = 96  # images up to this size train as CIFAR's do; larger ones are photographs
+STEPS = 100_000  # of a run's schedules; any number does, as no such run is trained to its end
+WARM_UP_STEPS = 3  # the first chooses cuDNN's algorithms and allocates the momentum
+MOST_CONVERTED = 5000  # photographs of the caller that are converted for FFCV
+SMI = {
+    "driver": "driver_version",
+    "power limit, W": "power.limit",
+    "SM clock, MHz": "clocks.sm",
+    "highest SM clock, MHz": "clocks.max.sm",
+    "memory clock, MHz": "clocks.mem",
+}
+
+Result = TypeVar("Result")
+
+
+def gpu() -> torch.device:
+    """The GPU. Raises SkippedError where there is none."""
+    if not torch.cuda.is_available():
+        raise SkippedError("torch finds no GPU; `rsa-fast doctor` says why")
+    return choose_device("cuda")
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Facts of the first GPU by their names in `SMI`; none where nvidia-smi is missing or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = f"--query-gpu={','.join(SMI.values())}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return {}
+    words = done.stdout.partition("\n")[0].split(",")
+    return dict(zip(SMI, map(str.strip, words), strict=True))
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory() -> None:
+    """Give back what earlier measurements have left in torch's and in DALI's memory pools."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if dali := sys.modules.get("nvidia.dali.backend"):
+        dali.ReleaseUnusedMemory()
+
+
+def build(settings: Settings, dataset: str, method: str, **fields: Any) -> Recipe:
+    """A recipe on the GPU with an explicit precision. `fields` win over the settings' overrides."""
+    device = gpu()
+    overrides = {"device": "cuda", "threads": cores(), **settings.overrides, **fields}
+    recipe = build_recipe(dataset, method, overrides=overrides)
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    precision = names[choose_dtype(recipe.precision, device)]
+    return build_recipe(dataset, method, overrides=overrides | {"precision": precision})
+
+
+def imagenet(settings: Settings, method: str, **fields: Any) -> Recipe:
+    """A method's ImageNet-1K recipe with the batch that one GPU of a node has."""
+    batch_size = build_recipe("imagenet1k", method).batch_size // NODE_GPUS
+    return build(settings, "imagenet1k", method, **({"batch_size": batch_size} | fields))
+
+
+def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:
+    """What `work` returns for the first of `batch_size`, half of it, ... that fits on the GPU."""
+    while True:
+        free_memory()
+        try:
+            return work(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+
+
+def ready_batch(run: Run, reads: Iterable[str]) -> Batch:
+    """Random views on the GPU, those named in `reads`, and labels."""
+    images, size_px = run.recipe.batch_size, run.recipe.views.size_px
+    shape = (images, 3, size_px, size_px)
+    views = {}
+    for name in sorted(reads):
+        view = torch.randn(shape, device=run.device, dtype=run.dtype)
+        views[name] = view.to(memory_format=torch.channels_last)
+    return Batch(torch.zeros(images, dtype=torch.int64, device=run.device), views)
+
+
+def photographs(settings: Settings, backend: str = "native") -> Path:
+    """A folder of photographs in the form that a backend reads: the caller's, or drawn ones.
+
+    Raises SkippedError when the caller's photographs are too many to be converted.
+    """
+    folder = settings.data if settings.data and not small(settings) else drawn(settings)
+    if backend != "ffcv" or open_source(folder, "pretrain").beton:
+        return folder
+    converted = settings.scratch / ("beton" if settings.data else "drawn-beton")
+    if not converted.exists():
+        from tools.to_ffcv import main as to_ffcv
+
+        if (count := len(open_source(folder, "pretrain").manifest)) > MOST_CONVERTED:
+            raise SkippedError(f"{count:,} images take too long to convert: give a folder that tools.to_ffcv made")
+        to_ffcv([str(folder), str(converted), "--write-mode", "passthrough"], standalone_mode=False)
+    return converted
+
+
+def small(settings: Settings) -> Source | None:
+    """The caller's images if they are small ones, as CIFAR's are."""
+    source = open_source(settings.data, "pretrain", settings.scratch) if settings.data else None
+    return source if source and source.manifest.sizes.max() <= SMALL_PX else None
+
+
+def drawn(settings: Settings) -> Path:
+    """Drawn, labelled JPEGs of ImageNet's mean size, 468x401 px and 110 kB; made once."""
+    folder, partial = settings.scratch / "photographs", settings.scratch / "photographs.partial"
+    if folder.exists():
+        return folder
+    for label in (0, 1):
+        (partial / "train" / f"class_{label}").mkdir(parents=True)
+
+    def save(seed: int) -> None:
+        photograph(seed).save(partial / "train" / f"class_{seed % 2}" / f"{seed:05}.jpg", quality=90)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(save, range(settings.images)))
+    partial.rename(folder)
+    return folder
+
+
+def photograph(seed: int) -> Image.Image:
+    """Smooth colours under grain."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((468, 401), Image.Resampling.BICUBIC))
+    return Image.fromarray((smooth + rng.normal(0, 20, (401, 468, 1))).clip(0, 255).astype(np.uint8))
+
+
+def check_dali() -> None:
+    """Raises ImportError where DALI is missing, and SkippedError where it cannot use the GPU."""
+    from nvidia.dali import Pipeline, types
+
+    pipe = Pipeline(batch_size=1, num_threads=1, device_id=0)
+    with pipe:
+        pipe.set_outputs(types.Constant(0, shape=[1], device="gpu"))
+    try:
+        pipe.build()
+    except RuntimeError as error:
+        raise SkippedError(f"DALI cannot use this GPU: {error}") from error

@@ -1,0 +1,149 @@
+"""Parts of `tools.gpu_report`: the memory and the time of a training step on a ready batch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from pipelines import Batch
+from rsa_fast.engine import Run, build_run, train_step
+from rsa_fast.planning import GIB
+from rsa_fast.profiling import ratio
+from rsa_fast.timeline import Timeline
+from tools.gpu_report.inputs import (
+    STEPS,
+    WARM_UP_STEPS,
+    free_memory,
+    gpu,
+    imagenet,
+    largest_that_fits,
+    nvidia_smi,
+    ready_batch,
+)
+from tools.gpu_report.worker import Case, Row, Settings, SkippedError
+
+
+def memory(settings: Settings) -> list[Case]:
+    """RSA and BYOL in both half precisions, by batch size, with and without recomputed stages."""
+    gpu()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    cases = [
+        Case(
+            f"{method}, {precision}, batch {batch_size}, recompute_stages {stages}",
+            partial(peak, settings, method, precision, batch_size, stages),
+        )
+        for batch_size in sorted(settings.batch_sizes, reverse=True)
+        for precision in (("fp16", "bf16") if has_bf16 else ("fp16",))
+        for method in ("rsa", "byol")
+        for stages in (0, 1, 2)
+    ]
+    return cases if has_bf16 else [*cases, Case("bf16", without_bf16)]
+
+
+def without_bf16(_: float) -> Iterator[Row]:
+    raise SkippedError("the card has none")
+
+
+def peak(settings: Settings, method: str, precision: str, batch_size: int, stages: int, _: float) -> Iterator[Row]:
+    """What a steady step allocates, and what torch has reserved for it and the steps before."""
+    device = gpu()
+    fields = {"precision": precision, "batch_size": batch_size, "recompute_stages": stages}
+    recipe = imagenet(settings, method, **fields)
+    row: Row = {"recipe": recipe.model_dump(mode="json")}
+    free_memory()
+    before = torch.cuda.memory_allocated(device)
+    try:
+        run = build_run(recipe, STEPS * batch_size)
+        batch = ready_batch(run, run.method.reads)
+        for _ in range(WARM_UP_STEPS):
+            train_step(run, batch)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        train_step(run, batch)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        yield row | {"note": "does not fit in the GPU's memory"}
+        return
+    allocated = torch.cuda.max_memory_allocated(device) - before
+    yield row | {
+        "allocated_gib": allocated / GIB,
+        "reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+    }
+
+
+def step(settings: Settings) -> list[Case]:
+    """RSA and BYOL in turns, and supervised training: eager, then compiled, which takes minutes."""
+    gpu()
+    return [
+        Case(" and ".join(methods) + of_mode(compiled), partial(turns, settings, methods, compiled))
+        for compiled in (False, True)
+        for methods in (("rsa", "byol"), ("supervised",))
+    ]
+
+
+def of_mode(compiled: bool) -> str:
+    return ", compiled" if compiled else ", eager"
+
+
+def turns(settings: Settings, methods: tuple[str, ...], compiled: bool, _: float) -> Iterator[Row]:
+    """Times of the steps of some methods, which take turns on one batch."""
+
+    def work(batch_size: int) -> list[Row]:
+        torch.compiler.reset()
+        fields = {"batch_size": batch_size, "compile": compiled}
+        recipes = {method: imagenet(settings, method, **fields) for method in methods}
+        runs = {method: build_run(recipe, STEPS * batch_size) for method, recipe in recipes.items()}
+        reads = {name for run in runs.values() for name in run.method.reads}
+        batch = ready_batch(runs[methods[0]], reads)
+        warm_up_s = {method: warm_up(run, batch) for method, run in runs.items()}
+        times = step_times(runs, batch, settings.repeats)
+        clock_mhz = nvidia_smi().get("SM clock, MHz")  # before it falls again
+        rows = []
+        for method, times_ms in times.items():
+            low_ms, median_ms, high_ms = statistics.quantiles(times_ms, n=4)
+            row: Row = {
+                "case": method + of_mode(compiled),
+                "recipe": recipes[method].model_dump(mode="json"),
+            }
+            row |= {"batch_size": batch_size, "precision": recipes[method].precision}
+            row |= {
+                "step_ms": median_ms,
+                "low_ms": low_ms,
+                "high_ms": high_ms,
+                "times_ms": times_ms,
+            }
+            row |= {"images_per_s": 1e3 * batch_size / median_ms, "warm_up_s": warm_up_s[method]}
+            row |= {"sm_clock_mhz": clock_mhz}
+            rows.append(row | ({"over_byol": ratio(times_ms, times["byol"])} if "byol" in times else {}))
+        return rows
+
+    yield from largest_that_fits(max(settings.batch_sizes), work)
+
+
+def warm_up(run: Run, batch: Batch) -> float:
+    """The seconds of the first steps: cuDNN tries its algorithms, and the network is compiled."""
+    began = time.perf_counter()
+    for _ in range(WARM_UP_STEPS):
+        train_step(run, batch)
+    torch.cuda.synchronize(run.device)
+    return time.perf_counter() - began
+
+
+def step_times(runs: dict[str, Run], batch: Batch, repeats: int) -> dict[str, list[float]]:
+    """The milliseconds of `repeats` steps of each run, by events; nothing waits in between."""
+    timeline = Timeline(batch.label.device)
+    for _ in range(repeats):
+        for name, run in runs.items():
+            timeline.begin(name)
+            train_step(run, batch)
+    timeline.begin("end")
+    timeline.wait()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for (name, begun), (_, ended) in pairwise(timeline.marks):
+        times[name].append(begun.elapsed_time(ended))
+    return times

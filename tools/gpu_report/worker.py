@@ -1,0 +1,172 @@
+"""The process in which the parts of `tools.gpu_report` run, and the report's end of it.
+
+A part is a function `part(settings) -> list[Case]`, named as "module:function"; a case is one
+measurement. Parts run in a process of their own because a fault on a GPU outlives the call that
+caused it, because a library can crash, and because a driver can hang. This module imports only the
+standard library, so that a library that is missing skips a part and does not end the report.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+Row = dict[str, Any]  # what a case measured: JSON values by name
+# begins (a case's name), row (a Row with its "case"), left_out (names of cases), skipped (a reason)
+# and fault (a Row) describe the part that runs; over (None) ends it.
+Message = tuple[str, Any]
+
+OURS = ("pipelines", "rsa_fast", "tools")  # an import that fails in these packages is a fault
+TRACEBACK_LINES = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the parts measure."""
+
+    scratch: Path  # a folder for data and runs, which exists
+    data: Path | None  # images of the caller
+    batch_sizes: tuple[int, ...]
+    images: int  # photographs drawn where the caller has none
+    repeats: int  # steps or batches in each measurement
+    overrides: dict[str, Any]  # fields of every recipe
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `work(seconds)` yields rows and should take at most `seconds`."""
+
+    name: str
+    work: Callable[[float], Iterable[Row]]
+
+
+class SkippedError(Exception):
+    """A measurement that this machine cannot do; the message is the reason."""
+
+
+class Worker:
+    """A process that runs one part after another."""
+
+    def __init__(self, settings: Settings) -> None:
+        context = get_context("spawn")  # a fork would inherit the threads' locks
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, settings, os.getpid()))
+        self.process.start()
+        theirs.close()
+
+    def run(self, place: str, share_s: float, ends_at: float, killed_at: float) -> Iterator[Message]:
+        """What the part at `place` reports. Times are those of `time.monotonic()`.
+
+        No case begins when the part has run for `share_s` seconds, imports left out, or after
+        `ends_at`. At `killed_at` the process is killed, whatever it does. After a message "fault"
+        the process is gone.
+        """
+        try:
+            self.connection.send((place, share_s, ends_at))
+            while self.connection.poll(max(0.0, killed_at - time.monotonic())):
+                kind, value = self.connection.recv()
+                if kind == "over":
+                    return
+                yield kind, value
+            fault = "TimeoutError", "it went on long after its share of the time and was killed"
+        except (EOFError, OSError):
+            self.process.join()
+            fault = "ProcessError", f"its process ended with exit code {self.process.exitcode}"
+        self.close()
+        yield "fault", {"type": fault[0], "message": fault[1], "traceback": ""}
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        if self.connection.closed:
+            return
+        try:
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def serve(connection: Connection[Message, tuple[str, float, float]], settings: Settings, parent: int) -> None:
+    """The life of the worker's process: it runs the parts that the connection names."""
+    os.setsid()
+    Thread(target=follow, args=(parent,), daemon=True).start()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; stdout is for the table
+    with suppress(EOFError, OSError):
+        while True:
+            place, share_s, ends_at = connection.recv()
+            for message in run_part(place, settings, share_s, ends_at):
+                connection.send(message)
+            connection.send(("over", None))
+    os._exit(0)  # a thread of a case that ran out of time must not hold the process
+
+
+def follow(parent: int) -> None:
+    """End this process and all that it started once its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def run_part(place: str, settings: Settings, share_s: float, ends_at: float) -> Iterator[Message]:
+    """Run the cases of a part one by one. An exception ends its case, not the part."""
+    try:
+        module, _, name = place.partition(":")
+        part = getattr(import_module(module), name)
+        ends_at = min(ends_at, time.monotonic() + share_s)
+        cases: list[Case] = part(settings)
+    except Exception as error:
+        kind, value = outcome(error)
+        yield kind, value
+        return
+    for number, case in enumerate(cases):
+        seconds = (ends_at - time.monotonic()) / (len(cases) - number)
+        if seconds <= 0:
+            yield "left_out", [case.name for case in cases[number:]]
+            return
+        yield "begins", case.name
+        try:
+            for row in case.work(seconds):
+                yield (
+                    "row",
+                    {"case": case.name} | {key: jsonable(value) for key, value in row.items()},
+                )
+        except Exception as error:
+            kind, value = outcome(error)
+            yield "row", {"case": case.name, kind: value}
+
+
+def outcome(error: Exception) -> Message:
+    """What an exception means: a reason to skip, a note that is the result, or a fault."""
+    if isinstance(error, SkippedError):
+        return "skipped", str(error)
+    # The backends raise ValueError from the ImportError of a library that is missing.
+    missing = error if isinstance(error, ImportError) else error.__cause__
+    if isinstance(missing, ImportError) and (missing.name or "").partition(".")[0] not in OURS:
+        return "skipped", str(missing)
+    if "out of memory" in str(error):  # torch.OutOfMemoryError, and what cuDNN and DALI raise
+        return "note", "does not fit in the GPU's memory"
+    lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
+    return "fault", {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "\n".join(lines),
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
