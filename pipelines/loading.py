@@ -22,7 +22,6 @@ from torch.utils.data import get_worker_info
 
 from pipelines import device_ops
 from pipelines.draws import draw
-from pipelines.host_ops import jpeg_size
 from pipelines.order import Order
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
@@ -62,6 +61,8 @@ class Job:
 
     def jpeg(self, sample: int) -> bytes | None:
         """The stored bytes of a JPEG whose header says the manifest's size; of anything else PIL is the judge (`read`)."""
+        from pipelines.host_ops import jpeg_size  # numba: a GPU can train from memory without it
+
         data = self.source.jpeg(sample)
         return data if data and jpeg_size(np.frombuffer(data, np.uint8)) == self.size(sample) else None
 

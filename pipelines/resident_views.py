@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from pipelines import device_ops
-from pipelines.host_ops import batch_views
 from pipelines.loading import Job, Landing, Loader, finish_on_device, in_parts
 from pipelines.views import Batch
 
@@ -52,6 +51,8 @@ class ResidentViews(Loader):
             yield self.make(epoch, self.stand_ins[self.job.order.ids(epoch, s)])
 
     def host_views(self, epoch: int, ids: np.ndarray) -> Batch:
+        from pipelines.host_ops import batch_views
+
         params = self.job.params(epoch, ids)
         slot = self.landing.slot(len(ids))
         outputs = self.landing.arrays(slot)

@@ -23,9 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from pipelines import VIEWS, Batch, Order, Source, choose_backend, open_source, open_views
-from pipelines.host_ops import batch_views
 from pipelines.loading import Loader
-from pipelines.native_views import NativeViews
 from rsa_fast.doctor import read_cgroups
 from rsa_fast.engine import Run, build_run, choose_device, train_step
 from rsa_fast.recipes import Loading, Recipe
@@ -247,6 +245,9 @@ def profile(
 def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
     """Microseconds per image, on one thread and from the page cache, of reading, decoding, making both crops, and both
     aggressive stages; and the bytes of all images as they are stored."""
+    from pipelines.host_ops import batch_views  # numba, without which a GPU can train
+    from pipelines.native_views import NativeViews
+
     order = Order(len(source.manifest), min(STAGE_IMAGES, len(source.manifest)), run.recipe.seed)
     with open_views(
         source,
