@@ -45,8 +45,11 @@ constexpr int ON_HOST = -1;
 // A V100's compute capability, or the lowest one that CUDA 13 has kernels for.
 constexpr int COMPUTE_MAJOR = 7, COMPUTE_MINOR = CUDART_VERSION < 13000 ? 0 : 5;
 constexpr int MULTIPROCESSORS = 80;
-constexpr int THREADS_PER_BLOCK = 1024;
-constexpr size_t SHARED_BYTES = 48 << 10, SHARED_BYTES_OPT_IN = 96 << 10;
+constexpr int WARP_SIZE = 32;
+constexpr int THREADS_PER_BLOCK = 1024, THREADS_PER_MULTIPROCESSOR = 2048;
+constexpr int REGISTERS = 65536;
+constexpr int GRID_SIZE_X = 2147483647;
+constexpr int SHARED_BYTES = 48 << 10, SHARED_BYTES_OPT_IN = 96 << 10;
 constexpr size_t PAGE_BYTES = 4096;
 
 std::atomic<long> kernels{0}, copies{0}, waits{0}, events{0}, all_reduces{0}, reduced_bytes{0};
@@ -138,10 +141,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->minor = COMPUTE_MINOR;
   properties->totalGlobalMem = device_bytes();
   properties->multiProcessorCount = MULTIPROCESSORS;
-  properties->warpSize = 32;
+  properties->warpSize = WARP_SIZE;
   properties->maxThreadsPerBlock = THREADS_PER_BLOCK;
-  properties->maxThreadsPerMultiProcessor = 2048;
-  properties->regsPerMultiprocessor = properties->regsPerBlock = 65536;
+  properties->maxThreadsPerMultiProcessor = THREADS_PER_MULTIPROCESSOR;
+  properties->regsPerMultiprocessor = properties->regsPerBlock = REGISTERS;
   properties->sharedMemPerBlock = SHARED_BYTES;
   properties->sharedMemPerBlockOptin = SHARED_BYTES_OPT_IN;
   properties->sharedMemPerMultiprocessor = SHARED_BYTES_OPT_IN;
@@ -149,7 +152,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->memoryBusWidth = 4096;
   properties->maxThreadsDim[0] = properties->maxThreadsDim[1] = THREADS_PER_BLOCK;
   properties->maxThreadsDim[2] = 64;
-  properties->maxGridSize[0] = 2147483647;
+  properties->maxGridSize[0] = GRID_SIZE_X;
   properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
   properties->textureAlignment = 512;
   properties->unifiedAddressing = 1;
@@ -157,13 +160,20 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = COMPUTE_MAJOR; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = COMPUTE_MINOR; break;
-    case cudaDevAttrMultiProcessorCount: *value = MULTIPROCESSORS; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = SHARED_BYTES_OPT_IN; break;
-    default: *value = 0;
-  }
+  static const std::map<cudaDeviceAttr, int> values = {
+      {cudaDevAttrComputeCapabilityMajor, COMPUTE_MAJOR},
+      {cudaDevAttrComputeCapabilityMinor, COMPUTE_MINOR},
+      {cudaDevAttrMultiProcessorCount, MULTIPROCESSORS},
+      {cudaDevAttrWarpSize, WARP_SIZE},
+      {cudaDevAttrMaxThreadsPerBlock, THREADS_PER_BLOCK},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, THREADS_PER_MULTIPROCESSOR},
+      {cudaDevAttrMaxRegistersPerBlock, REGISTERS},
+      {cudaDevAttrMaxSharedMemoryPerBlock, SHARED_BYTES},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, SHARED_BYTES_OPT_IN},
+      {cudaDevAttrMaxGridDimX, GRID_SIZE_X},
+  };
+  auto found = values.find(attribute);
+  *value = found == values.end() ? 0 : found->second;
   return cudaSuccess;
 }
 
