@@ -31,7 +31,7 @@ COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
 BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)  # tests/tools/test_bench.py runs them
 
 # What makes a command short; the rest is as it stands.
-NARROW = "--set arch=resnet18 --set width=8"
+NARROW = "--set arch=resnet18 --set width=4"
 RECIPE = "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
 SMALL = {
     "train --dataset cifar10": NARROW,  # and ImageNet's network whole: detection needs it

@@ -19,7 +19,7 @@ import torch
 from rsa_fast import checkpoint
 
 EPOCH_STEPS = 5  # of 40 images in batches of 8
-SETTINGS = ["width=8", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32", "base_lr=0.5"]
+SETTINGS = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32", "base_lr=0.5"]
 SETTINGS += ["knn_every_epochs=0", f"log_every_steps={EPOCH_STEPS}"]
 PATIENCE_S = 240  # for what takes ten seconds on an idle machine
 

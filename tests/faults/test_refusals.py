@@ -17,7 +17,7 @@ from rsa_fast.engine import train
 from rsa_fast.metrics import read_metrics
 from rsa_fast.recipes import Recipe, build_recipe
 
-TINY = {"width": 8, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 100, "knn_every_epochs": 0}
 
 

@@ -11,7 +11,7 @@ from rsa_fast import checkpoint
 from rsa_fast.cli import main
 from rsa_fast.recipes import DATASETS, METHODS
 
-TINY = ["width=8", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+TINY = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
 
 
 def run(*arguments: object):

@@ -68,7 +68,7 @@ def test_knn_of_a_bank_smaller_than_k_uses_all_of_it():
 
 def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     torch.manual_seed(0)
-    encoder = Encoder("resnet18", "cifar", width=8).train()
+    encoder = Encoder("resnet18", "cifar", width=4).train()
     buffers = {name: value.clone() for name, value in encoder.named_buffers()}
     spec = ViewSpec(20, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     source = open_source(folder, "test")
@@ -116,7 +116,7 @@ def test_a_crop_larger_than_the_resized_image_is_refused(folder):
 
 def tiny(**overrides):
     return build_recipe(
-        "cifar10", "rsa", overrides={"width": 8, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides}
+        "cifar10", "rsa", overrides={"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides}
     )
 
 
@@ -136,7 +136,7 @@ def test_classifiers_are_trained_on_crops_of_8_percent_or_more_and_flips(folder)
 
 def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_nothing(folder, monkeypatch):
     torch.manual_seed(0)
-    evaluation, encoder = Evaluation(folder, tiny(), CPU, torch.float32), Encoder("resnet18", "cifar", width=8)
+    evaluation, encoder = Evaluation(folder, tiny(), CPU, torch.float32), Encoder("resnet18", "cifar", width=4)
     for buffer in (value for name, value in encoder.named_buffers() if name.endswith("running_mean")):
         buffer.fill_(-0.5)
     before, twin = copy.deepcopy(encoder.state_dict()), copy.deepcopy(encoder)

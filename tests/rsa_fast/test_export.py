@@ -213,7 +213,7 @@ def test_the_card_and_the_header_hold_recipe_and_fingerprint(trained, tmp_path):
 
 @pytest.mark.parametrize(("step", "measured"), [(20, True), (30, False)])
 def test_the_card_holds_the_accuracy_of_its_own_step_only(tmp_path, step, measured):
-    path, *_ = train(tmp_path, "cifar10", {"width": 8})
+    path, *_ = train(tmp_path, "cifar10", {"width": 4})
     scores = {"knn_protocol": "knn/1", "knn_top1": 37.123, "linear_top1": None, "images_per_s": 350.0}
     (tmp_path / "result.json").write_text(json.dumps({"step": step, **scores}))
     export(path, "safetensors", tmp_path / "out" / "encoder.safetensors")

@@ -20,7 +20,7 @@ BATCH = 6
 
 def small(name: str = "rsa", **overrides) -> torch.nn.Module:
     torch.manual_seed(0)
-    fields = {"width": 8, "hidden_dim": 12, "out_dim": 5, **overrides}
+    fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, **overrides}
     built = build_method(build_recipe("cifar10", name, overrides=fields)).double()
     for network in (built.online, built.target):
         for block in network.modules():  # a zero gain, the initial one, stops the gradient of its block's convolutions

@@ -20,7 +20,7 @@ from rsa_fast.networks import Encoder
 from rsa_fast.recipes import METHODS, RECIPES, build_recipe
 
 BATCH = 6
-TINY = {"width": 8, "batch_size": BATCH, "hidden_dim": 12, "out_dim": 5, "queue_size": 16, "bn": "local", "classes": 3}
+TINY = {"width": 4, "batch_size": BATCH, "hidden_dim": 12, "out_dim": 5, "queue_size": 16, "bn": "local", "classes": 3}
 
 
 def small(name: str, **overrides) -> Method:
@@ -288,7 +288,7 @@ def test_the_predictor_keeps_the_peak_rate_when_told_to():
     from rsa_fast.optim import set_learning_rate
 
     for constant in (True, False):
-        run = build_run(build_recipe("cifar10", "simsiam", overrides={"width": 8, "constant_predictor_lr": constant}), 256)
+        run = build_run(build_recipe("cifar10", "simsiam", overrides={"width": 4, "constant_predictor_lr": constant}), 256)
         set_learning_rate(run.optimizer, 0.01)
         rate = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
         assert {rate[p] for p in run.method.predictor.parameters()} == {run.plan.peak_lr if constant else 0.01}

@@ -21,7 +21,7 @@ from rsa_fast.recipes import DATASETS, build_recipe
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")
-TINY = {"width": 8, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, "batch_size": 8, "epochs": 3}
+TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, "batch_size": 8, "epochs": 3}
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from rsa_fast.recipes import METHODS, build_recipe
 from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, watched
 from rsa_fast.tuning import tune
 
-TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu", "backend": "native"}
+TINY = {"width": 4, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu", "backend": "native"}
 HEADS = {"hidden_dim": 16, "out_dim": 8}
 OWN = {"simclr": {"out_dim": 8}, "moco": {"out_dim": 8, "queue_size": 16, "bn": "local"}, "supervised": {"classes": 2}}
 OWN["ressl"] = {**HEADS, "queue_size": 16}

@@ -17,7 +17,7 @@ from tools.bench import main, ratio
     [
         (("views", "--batch-size", "8", "--turns", "1"), {"resident_host_ratio", "resident_device_ratio", "draw_ms"}),
         (
-            ("step", "--width", "8", "--batch-size", "8", "--turns", "1"),
+            ("step", "--width", "4", "--batch-size", "8", "--turns", "1"),
             {"loop_efficiency", "rsa_over_byol", "bf16_channels_last_speedup", "step_ms", "images_per_s"},
         ),
     ],
