@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rsa_fast.datasets import DATASETS
+from rsa_fast.methods import ABLATIONS, METHODS
+
 if TYPE_CHECKING:
     from pipelines import Backend
     from rsa_fast.recipes import Recipe
@@ -24,9 +27,6 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
 # The names of the tables in other modules, which import torch: help and the shell's completion are quick without.
-DATASETS = ("cifar10", "cifar100", "stl10", "tinyimagenet", "imagenet100", "imagenet1k", "imagenet1k-100ep", "demo")
-METHODS = ("rsa", "byol", "simsiam", "simsiam-rsa", "simclr", "moco", "ressl", "supervised")
-ABLATIONS = ("aa", "aw", "ma-fixed", "ma-decay")
 BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export")
 GPUS = (
@@ -261,7 +261,7 @@ def recipe_of(
 
     `overrides` holds those options by the names of the recipe's fields, None if not given.
     """
-    from rsa_fast.recipes import ABLATIONS, build_recipe, parse_set, read_yaml
+    from rsa_fast.recipes import build_recipe, parse_set, read_yaml
 
     named = read_yaml(config) if config else {}
     fields: dict[str, Any] = {}
@@ -291,7 +291,7 @@ def recipes(name: str | None) -> None:
     """
     if not name:
         click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}")
-        click.echo(json.dumps({"datasets": DATASETS, "methods": METHODS}))
+        click.echo(json.dumps({"datasets": list(DATASETS), "methods": METHODS}))
         return
     from rich.console import Console
     from rich.table import Table

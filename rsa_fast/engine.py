@@ -42,7 +42,7 @@ from rsa_fast.distributed import (
 from rsa_fast.evaluate import Evaluation
 from rsa_fast.feature_stats import feature_stats
 from rsa_fast.meter import Meter, warn_of_collapse
-from rsa_fast.methods import Loss, Method, build_method
+from rsa_fast.methods.method import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
 from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import FREE_FIELDS, Plan, Recipe, dump_yaml, resolve
@@ -111,7 +111,7 @@ def train_step(run: Run, batch: Batch) -> Loss:
     now = run.schedule(run.step)
     set_learning_rate(run.optimizer, now["lr"])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss: Loss = run.forward(batch, now.get("beta", 0.0))
+        loss: Loss = run.forward(batch, now)
     run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # untyped in torch
     run.scaler.step(run.optimizer)
     # get_scale() would wait for the device. `update` changes this tensor in place.
@@ -121,7 +121,7 @@ def train_step(run: Run, batch: Batch) -> Loss:
     run.skipped = None if scale is None or before is None else scale < before
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    run.method.after_step(run.schedule(run.step).get("tau", 1.0))  # the next step's tau: see TargetMethod.after_step
+    run.method.after_step(run.schedule(run.step))  # the next step's: see TargetMethod.after_step
     return loss
 
 

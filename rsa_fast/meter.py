@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines import Batch
 from rsa_fast.distributed import world_size
-from rsa_fast.methods import Loss
+from rsa_fast.methods.method import Loss
 
 COLLAPSE_STD = 0.02  # of embedding_std; healthy runs stay above .1, those whose heads have BatchNorm above .9
 COLLAPSE_FROM_STEP = 200  # heads without BatchNorm start alike

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rsa_fast.methods import Method
+from rsa_fast.methods.method import Method
 from rsa_fast.recipes import Recipe
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]  # or groups, with their own options

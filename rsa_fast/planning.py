@@ -38,8 +38,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipelines import RESIDENT_BYTES, VIEWS, Batch, Order, Source, open_source, open_views
+from rsa_fast.datasets import DATASETS
 from rsa_fast.engine import Run, choose_dtype, train_step
-from rsa_fast.methods import Method, build_method
+from rsa_fast.methods.method import Method, build_method
 from rsa_fast.optim import build_optimizer
 from rsa_fast.recipes import Recipe, build_recipe, nearest, resolve
 
@@ -123,17 +124,6 @@ DEVICES = {
     "RTX 3090": "rtx-3090",
     "RTX 4090": "rtx-4090",
     "RTX 5090": "rtx-5090",
-}
-
-# Training images, GiB of their files, and their side in pixels where it is one. ImageNet: ILSVRC2012_img_train.tar, or its
-# part by the number of images; Tiny ImageNet: its zip file; the others by their pixels.
-DATA: dict[str, tuple[int, float, int | None]] = {
-    **dict.fromkeys(("cifar10", "cifar100"), (50_000, 0.15, 32)),
-    "stl10": (105_000, 2.7, 96),
-    "tinyimagenet": (100_000, 0.22, 64),
-    "demo": (2_400, 0.01, 64),
-    **dict.fromkeys(("imagenet1k", "imagenet1k-100ep"), (1_281_167, 137.7, None)),
-    "imagenet100": (126_689, 13.6, None),
 }
 
 
@@ -269,7 +259,8 @@ def decode_rate(recipe: Recipe, reads: frozenset[str], source: Source | None = N
 
 def facts(recipe: Recipe, data: Path | None, source: Source | None) -> tuple[int, float, float | None]:
     """Training images, GiB of files, and GiB of pixels if the resident backend will hold them on the GPU."""
-    images, file_gib, side_px = DATA[recipe.dataset]
+    about = DATASETS[recipe.dataset]
+    images, file_gib, side_px = about.images, about.file_gib, about.side_px
     pixels = images * 3 * side_px**2 if side_px else None
     if data and source:
         files = (os.path.join(place, name) for place, _, names in os.walk(data, followlinks=True) for name in names)

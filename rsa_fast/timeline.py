@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rsa_fast.engine import Run
+from rsa_fast.methods.method import Now
 
 # "backward" holds GradScaler's look at the gradients, "other" the schedules, the scaler and the zeroing of gradients.
 PARTS = ("forward_online", "forward_target", "loss", "backward", "optimiser", "ema", "other")
@@ -75,9 +76,9 @@ def watched(run: Run, timeline: Timeline) -> Iterator[None]:
     def network(*_: object) -> None:
         timeline.begin("forward_online" if torch.is_grad_enabled() else "forward_target")
 
-    def after_step(tau: float) -> None:
+    def after_step(now: Now) -> None:
         timeline.begin("ema")
-        type(run.method).after_step(run.method, tau)
+        type(run.method).after_step(run.method, now)
         timeline.begin("other")
 
     hooks = [run.method.register_forward_pre_hook(begin("loss")), run.method.register_forward_hook(begin("backward"))]

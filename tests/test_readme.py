@@ -9,7 +9,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,13 +115,14 @@ def test_the_method_in_the_readme_trains_and_is_barlow_twins():
     from rsa_fast.networks import Encoder
 
     torch.manual_seed(0)
-    method = space["BarlowTwins"](Encoder("resnet18", "cifar", 4), 16, 3, 0.005)
+    recipe = SimpleNamespace(hidden_dim=16, out_dim=3, off_diagonal=0.005)
+    method = space["BarlowTwins"](recipe, Encoder("resnet18", "cifar", 8))
     views = {f"aggressive_{i}": torch.randn(6, 3, 8, 8) for i in (1, 2)}
     batch = Batch(torch.zeros(6, dtype=torch.int64), views)
     optimizer = torch.optim.SGD(method.parameters(), 0.1)
     losses = []
     for step in range(20):
-        loss = method(batch, 0.0)
+        loss = method(batch, {"beta": 0.0})
         if step == 0:
             z = [method.online(view) for view in views.values()]
             z = [((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()).tolist() for x in z]
@@ -134,3 +137,25 @@ def test_the_method_in_the_readme_trains_and_is_barlow_twins():
         optimizer.step()
         losses.append(loss.total.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_method_s_file_in_its_folder_is_all_that_it_takes_to_train_it(folder, tmp_path):
+    (code,) = [code for code in PYTHON if "class BarlowTwins" in code]
+    for package in ("pipelines", "rsa_fast"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "rsa_fast" / "methods" / "barlow_twins.py").write_text(code)
+
+    def rsa_fast(*words: object) -> str:
+        command = [sys.executable, "-m", "rsa_fast", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "barlow-twins" in json.loads(rsa_fast("recipes").splitlines()[-1])["methods"]
+    sets = ["width=8", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+    options = ["--dataset", "cifar10", "--method", "barlow-twins", "--epochs", 2, "--batch-size", 8]
+    options += ["--data", folder, "--out", tmp_path / "run", *(w for s in sets for w in ("--set", s))]
+    result = json.loads(rsa_fast("train", *options).splitlines()[-1])
+    assert result["method"] == "barlow-twins" and result["step"] == 2 * (40 // 8)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert any(record.get("diagonal", 0) > 0 for record in records)

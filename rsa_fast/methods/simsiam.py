@@ -1,4 +1,4 @@
-"""SimSiam (Chen & He 2021; github.com/facebookresearch/simsiam), alone and with RSA (RSA section 4.7).
+"""SimSiam (Chen & He 2021; github.com/facebookresearch/simsiam).
 
 One network: its predictor learns to predict the network's own projection of the other view, held fixed.
 """
@@ -6,25 +6,47 @@ One network: its predictor learns to predict the network's own projection of the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
-import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.views import VIEWS, Batch
-from rsa_fast import recipes
-from rsa_fast.methods.byol import PAIRS
-from rsa_fast.methods.method import Loss, Method, unit
+from pipelines.views import Batch
+from rsa_fast.methods.method import PAIRS, Loss, Method, Now, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.recipes import Recipe
+from rsa_fast.sourced import Rows, cite
+
+
+class SimSiamRecipe(Recipe):
+    projector_layers: int = Field(ge=2)
+    out_dim: int = Field(ge=1)  # of projector and predictor
+    hidden_dim: int = Field(ge=1)  # of the predictor
+    constant_predictor_lr: bool = True  # the predictor keeps the peak learning rate
 
 
 class SimSiam(Method):
     """`projector_layers` is 3 in the paper and 2 in its CIFAR recipe, `hidden_dim` that of the predictor. With
     `constant_predictor_lr` the predictor keeps the peak learning rate (the official --fix-pred-lr)."""
 
+    recipe_type: ClassVar[type[Recipe]] = SimSiamRecipe
+    rows: ClassVar[Rows] = {
+        "all": cite("facebookresearch/simsiam issue 9: the CIFAR recipe", projector_layers=2)
+        | cite("SimSiam 3, builder.py", out_dim=2048, hidden_dim=512),
+        "224px": cite("SimSiam 3, builder.py", projector_layers=3),
+        "imagenet1k": cite(
+            "SimSiam 4",
+            optimizer="sgd",
+            base_lr=0.05,
+            batch_size=512,
+            weight_decay=1e-4,
+            warmup_epochs=0,
+        ),
+    }
     reads = frozenset(PAIRS["AA"])
 
-    def __init__(self, recipe: recipes.SimSiam, encoder: Encoder) -> None:
-        super().__init__(encoder)
+    def __init__(self, recipe: SimSiamRecipe, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder)
         head = projector(encoder.feature_dim, recipe.projector_layers, recipe.out_dim)
         self.online = Projected(encoder, head)
         self.predictor = nn.Sequential(
@@ -43,33 +65,10 @@ class SimSiam(Method):
         z = self.online(images)
         return unit(self.predictor(z)), unit(z.detach())
 
-    def forward(self, batch: Batch, beta: float) -> Loss:
-        """Symmetrised negative cosine, the mean of both directions, in -1..1; `beta` is not used."""
+    def forward(self, batch: Batch, now: Now) -> Loss:
+        """Symmetrised negative cosine, the mean of both directions, in -1..1."""
         (p_1, z_1), (p_2, z_2) = self.embed(batch.aggressive_1), self.embed(batch.aggressive_2)
         return Loss((negative_cosine(p_1, z_2) + negative_cosine(p_2, z_1)) / 2, z_1, {})
-
-
-class SimSiamRsa(SimSiam):
-    """The weak targets are the same network's projections of the weak views, made without gradient.
-
-    The paper releases no code for it. `aa_target` chooses what an aggressive pair is drawn to: `pred`, RSA's predictions, or
-    `proj`, SimSiam's projections, with which beta = 1 is SimSiam.
-    """
-
-    reads = frozenset(VIEWS)
-
-    def __init__(self, recipe: recipes.SimSiamRsa, encoder: Encoder) -> None:
-        super().__init__(recipe, encoder)
-        self.aa_target = recipe.aa_target
-
-    def forward(self, batch: Batch, beta: float) -> Loss:
-        (p_1, z_1), (p_2, z_2) = self.embed(batch.aggressive_1), self.embed(batch.aggressive_2)
-        with torch.no_grad():
-            w_1, w_2 = unit(self.online(batch.weak_1)), unit(self.online(batch.weak_2))
-        t_1, t_2 = (p_1.detach(), p_2.detach()) if self.aa_target == "pred" else (z_1, z_2)
-        weak = (negative_cosine(p_1, w_2) + negative_cosine(p_2, w_1)) / 2
-        aggressive = (negative_cosine(p_1, t_2) + negative_cosine(p_2, t_1)) / 2
-        return Loss((1 - beta) * weak + beta * aggressive, z_1, {"weak": weak, "aggressive": aggressive})
 
 
 def projector(in_dim: int, layers: int, out_dim: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ import pytest
 from budget import hold, rewrite
 from fake_gpu import on_fake_gpu
 
-from rsa_fast.recipes import METHODS
+from rsa_fast.methods import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ def steps_of_every_method() -> dict[tuple, tuple]:
 
     from pipelines.views import Batch
     from rsa_fast.engine import build_run, train_step
-    from rsa_fast.recipes import METHODS, RECIPES, build_recipe
+    from rsa_fast.methods import METHODS, method_class
+    from rsa_fast.recipes import build_recipe
 
     results = {}
     cases = [(name, "sync") for name in METHODS] + [(name, "split:2") for name in ("moco", "ressl")]
@@ -47,7 +48,7 @@ def steps_of_every_method() -> dict[tuple, tuple]:
         for name, bn in cases:
             # a zero gain, the initial one, would stop the gradient of its block's convolutions
             options = TINY | {"bn": bn, "zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.01}
-            fields = {key: value for key, value in options.items() if key in RECIPES[name].model_fields}
+            fields = {key: value for key, value in options.items() if key in method_class(name).recipe_type.model_fields}
             run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
             for step in range(2):  # each amplifies rounding tenfold
                 whole = some_batch(step)

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from rsa_fast import checkpoint
 from rsa_fast.cli import main
-from rsa_fast.recipes import DATASETS, METHODS
+from rsa_fast.datasets import DATASETS
+from rsa_fast.methods import METHODS
 
 TINY = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
 

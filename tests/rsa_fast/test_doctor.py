@@ -156,7 +156,7 @@ def test_the_shared_memory_wanted_is_that_of_the_batches_in_flight():
 def test_a_checkpoint_is_as_large_as_stated():
     import torch
 
-    from rsa_fast.methods import build_method
+    from rsa_fast.methods.method import build_method
     from rsa_fast.recipes import build_recipe
 
     with torch.device("meta"):

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 from rsa_fast import checkpoint
 from rsa_fast.cli import main
 from rsa_fast.encoders import load_encoder
-from rsa_fast.methods import build_method
+from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 

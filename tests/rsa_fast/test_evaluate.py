@@ -23,7 +23,7 @@ from rsa_fast import checkpoint, evaluate, linear
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.evaluate import Evaluation, features, gather_rows, knn
-from rsa_fast.methods import build_method
+from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 

@@ -19,7 +19,7 @@ from rsa_fast import checkpoint
 from rsa_fast import export as module
 from rsa_fast.cli import main
 from rsa_fast.export import SUFFIXES, export
-from rsa_fast.methods import build_method
+from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import Recipe, build_recipe, validate
 

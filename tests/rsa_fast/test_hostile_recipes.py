@@ -11,11 +11,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rsa_fast.recipes import METHODS, RECIPES, Recipe, ViewSpec, build_recipe, dump_yaml, parse_set
+from rsa_fast.methods import METHODS, method_class
+from rsa_fast.recipes import Recipe, ViewSpec, build_recipe, dump_yaml, parse_set
 
 quick = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck), derandomize=True)
 KEYS = sorted(
-    {name for recipe in RECIPES.values() for name in recipe.model_fields}
+    {name for method in METHODS for name in method_class(method).recipe_type.model_fields}
     | {f"views.{name}" for name in ViewSpec.__dataclass_fields__}
     | {"views.", "views", "views.size_px.x", ""}
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsa_fast.meter import Meter, embedding_std, warn_of_collapse
-from rsa_fast.methods import Loss
+from rsa_fast.methods.method import Loss
 
 CPU = torch.device("cpu")
 

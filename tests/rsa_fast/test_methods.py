@@ -9,8 +9,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast.methods import build_method
-from rsa_fast.methods.method import mlp
+from rsa_fast.methods.method import build_method, mlp
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 from rsa_fast.schedules import tau
@@ -59,7 +58,7 @@ def test_rsa_s_loss_is_equation_5(beta):
     z = [unit_rows(probe.target(view)) for view in (batch.weak_1, batch.weak_2)]
     weak = mse(q[0], z[1]) + mse(q[1], z[0])
     aggressive = mse(q[0], q[1]) + mse(q[1], q[0])
-    loss = method(batch, beta)
+    loss = method(batch, {"beta": beta})
     assert loss.total.item() == pytest.approx((1 - beta) * weak + beta * aggressive, abs=1e-12)
     assert loss.parts["weak"].item() == pytest.approx(weak, abs=1e-12)
     assert loss.parts["aggressive"].item() == pytest.approx(aggressive, abs=1e-12)
@@ -70,7 +69,7 @@ def test_rsa_s_gradient_holds_every_target_fixed():
     """Against the same loss with all four targets as constants; without the stop-gradients the two would differ."""
     beta, batch = 0.4, some_batch()
     method = small()
-    method(batch, beta).total.backward()
+    method(batch, {"beta": beta}).total.backward()
     other = small()
     q_1, q_2 = (other.predict(view) for view in (batch.aggressive_1, batch.aggressive_2))
     z_1, z_2 = (torch.tensor(other.project(view).tolist(), dtype=torch.float64) for view in (batch.weak_1, batch.weak_2))
@@ -93,9 +92,9 @@ def test_at_beta_1_no_target_network_is_heard_and_at_beta_0_no_aggressive_target
         changed = Batch(batch.label, dict(batch.views))
         for name in unheard:
             changed.views[name] = some_batch(9).weak_1
-        loss = one(batch, beta)
+        loss = one(batch, {"beta": beta})
         loss.total.backward()
-        other(changed, beta).total.backward()
+        other(changed, {"beta": beta}).total.backward()
         for p, q in zip(one.online.parameters(), other.online.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
         if beta == 0:
@@ -109,7 +108,7 @@ def test_byol_s_loss_sums_both_directions(pairs):
     views = (batch.aggressive_1, batch.aggressive_2 if pairs == "AA" else batch.weak_2)
     q = [unit_rows(probe.predictor(probe.online(view))) for view in views]
     z = [unit_rows(probe.target(view)) for view in views]
-    loss = method(batch, 0.3)
+    loss = method(batch, {"beta": 0.3})
     assert loss.total.item() == pytest.approx(mse(q[0], z[1]) + mse(q[1], z[0]), abs=1e-12)
     loss.total.backward()
     assert all(p.grad is None for p in method.target.parameters())
@@ -124,7 +123,7 @@ def test_methods_need_only_the_views_they_read():
         batch = some_batch()
         for name in set(VIEWS) - method.reads:
             del batch.views[name]
-        assert torch.isfinite(method(batch, 0.0).total)
+        assert torch.isfinite(method(batch, {"beta": 0.0}).total)
 
 
 def test_after_step_is_the_moving_average_of_weights_only():
@@ -135,7 +134,7 @@ def test_after_step_is_the_moving_average_of_weights_only():
     before = {name: value.clone() for name, value in method.target.state_dict().items()}
     method(some_batch(), 0.3)  # moves the BatchNorm buffers of both networks
     buffers = {name: value.clone() for name, value in method.target.named_buffers()}
-    method.after_step(0.9)
+    method.after_step({"tau": 0.9})
     online = dict(method.online.named_parameters())
     for name, p in method.target.named_parameters():
         torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * online[name])
@@ -150,14 +149,14 @@ def test_the_target_moves_when_the_reference_code_moves_it():
     losses = []
     for step in range(total):
         batch = some_batch(step)
-        theirs.after_step(tau(step + 1, total, 0.99))
-        theirs_loss = theirs(batch, 0.3).total
-        ours_loss = ours(batch, 0.3).total
+        theirs.after_step({"tau": tau(step + 1, total, 0.99)})
+        theirs_loss = theirs(batch, {"beta": 0.3}).total
+        ours_loss = ours(batch, {"beta": 0.3}).total
         for optimizer, loss in zip(optimizers, (ours_loss, theirs_loss), strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        ours.after_step(tau(step + 2, total, 0.99))
+        ours.after_step({"tau": tau(step + 2, total, 0.99)})
         losses.append((ours_loss.item(), theirs_loss.item()))
     assert all(a == b for a, b in losses) and len(set(losses)) == total
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

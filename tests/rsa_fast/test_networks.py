@@ -14,8 +14,9 @@ from test_other_methods import BATCH, TINY, some_batch
 from pipelines.views import Batch
 from rsa_fast import networks
 from rsa_fast.engine import build_run, train, train_step
+from rsa_fast.methods import method_class
 from rsa_fast.networks import Encoder
-from rsa_fast.recipes import RECIPES, build_recipe
+from rsa_fast.recipes import build_recipe
 
 METHODS = ("rsa", "simclr", "moco")
 COMPILER = os.environ.get("CXX", "g++")
@@ -25,7 +26,7 @@ def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tupl
     """Losses and gradients of two of the engine's steps on this rank's part, and the state after them; one block a stage."""
     # a zero gain, the initial one, would stop the gradient of its block's convolutions
     options = TINY | {"zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.1} | fields
-    options = {key: value for key, value in options.items() if key in RECIPES[method].model_fields}
+    options = {key: value for key, value in options.items() if key in method_class(method).recipe_type.model_fields}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(networks.LAYERS, "resnet18", (networks.BasicBlock, [1, 1, 1, 1]))
         torch.set_default_dtype(dtype)

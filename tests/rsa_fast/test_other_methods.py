@@ -10,14 +10,14 @@ import torch
 from torchvision.models.resnet import BasicBlock
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast.methods import Method, build_method
-from rsa_fast.methods.method import unit
+from rsa_fast.methods import METHODS, method_class
+from rsa_fast.methods.method import Method, build_method, unit
 from rsa_fast.methods.moco import info_nce, shuffle
 from rsa_fast.methods.ressl import relational
 from rsa_fast.methods.simclr import nt_xent
 from rsa_fast.methods.simsiam import negative_cosine, projector
 from rsa_fast.networks import Encoder
-from rsa_fast.recipes import METHODS, RECIPES, build_recipe
+from rsa_fast.recipes import build_recipe
 
 BATCH = 6
 TINY = {"width": 4, "batch_size": BATCH, "hidden_dim": 12, "out_dim": 5, "queue_size": 16, "bn": "local", "classes": 3}
@@ -25,7 +25,7 @@ TINY = {"width": 4, "batch_size": BATCH, "hidden_dim": 12, "out_dim": 5, "queue_
 
 def small(name: str, **overrides) -> Method:
     torch.manual_seed(0)
-    fields = {key: value for key, value in TINY.items() if key in RECIPES[name].model_fields}
+    fields = {key: value for key, value in TINY.items() if key in method_class(name).recipe_type.model_fields}
     method = build_method(build_recipe("cifar10", name, overrides={**fields, **overrides})).double()
     for block in method.modules():  # a zero gain, the initial one, stops the gradient of its block's convolutions
         if isinstance(block, BasicBlock):
@@ -107,7 +107,7 @@ def test_simsiam_is_the_negative_cosine_of_predictions_and_fixed_projections():
         for one, two in ((0, 1), (1, 0)):
             a, b = p[one][i].tolist(), z[two][i].tolist()
             total -= dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) / 2
-    loss = method(batch, 0.3)
+    loss = method(batch, {"beta": 0.3})
     assert loss.total.item() == pytest.approx(total / BATCH, abs=1e-12) and -1 <= loss.total.item() <= 1
     loss.total.backward()
     fixed = [x.detach() for x in z]
@@ -130,7 +130,7 @@ def test_simsiam_with_rsa_mixes_weak_and_aggressive_targets(aa_target):
     aggressive = -(cosine(p[0], t[1]) + cosine(p[1], t[0])).mean() / 2
     expected = (1 - beta) * weak + beta * aggressive
     expected.backward()
-    loss = method(batch, beta)
+    loss = method(batch, {"beta": beta})
     loss.total.backward()
     assert loss.total.item() == pytest.approx(expected.item(), abs=1e-12)
     assert loss.parts["weak"].item() == pytest.approx(weak.item(), abs=1e-12)
@@ -142,7 +142,7 @@ def test_simsiam_with_rsa_at_beta_1_on_projections_is_simsiam():
     batch = some_batch()
     plain, ours = small("simsiam"), small("simsiam-rsa", aa_target="proj")
     ours.load_state_dict(plain.state_dict())
-    assert torch.equal(plain(batch, 0.0).total, ours(batch, 1.0).total)
+    assert torch.equal(plain(batch, {"beta": 0.0}).total, ours(batch, {"beta": 1.0}).total)
 
 
 def test_moco_adds_both_directions_on_one_snapshot_of_the_queue_and_then_enqueues_every_key():
@@ -152,7 +152,7 @@ def test_moco_adds_both_directions_on_one_snapshot_of_the_queue_and_then_enqueue
     q = [unit(probe.online(view)) for view in views]
     k = [unit(probe.target(view)) for view in views]
     expected = info_nce(q[0], k[1], probe.queue, 0.1) + info_nce(q[1], k[0], probe.queue, 0.1)
-    loss = method(batch, 0.0)
+    loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(method.queue[:, : 2 * BATCH].T, torch.cat(k), rtol=0, atol=1e-12)
     assert torch.equal(method.queue[:, 2 * BATCH :], probe.queue[:, 2 * BATCH :]) and method.pointer == 2 * BATCH
@@ -178,7 +178,7 @@ def test_ressl_reads_one_aggressive_and_one_weak_view():
     probe = copy.deepcopy(method)
     student, teacher = unit(probe.online(batch.aggressive_1)), unit(probe.target(batch.weak_2))
     expected = relational(student, teacher, probe.queue, 0.1, 0.04)
-    assert method(batch, 0.0).total.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert method(batch, {"beta": 0.0}).total.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(method.queue[:, :BATCH].T, teacher, rtol=0, atol=1e-12)
     assert method.pointer == BATCH and torch.equal(method.queue[:, BATCH:], probe.queue[:, BATCH:])
 
@@ -207,7 +207,7 @@ def test_supervised_is_the_cross_entropy_of_the_labels():
     method, batch = small("supervised"), some_batch()
     logits = copy.deepcopy(method).classifier(copy.deepcopy(method).encoder(batch.weak_1))
     total = -sum(log_softmax(row)[label] for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)) / BATCH
-    loss = method(batch, 0.0)
+    loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(total, abs=1e-12)
     right = sum(row.index(max(row)) == label for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True))
     assert loss.parts["train_top1"].item() == pytest.approx(100 * right / BATCH)
@@ -219,16 +219,16 @@ def test_supervised_is_the_cross_entropy_of_the_labels():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_needs_only_the_views_it_reads(name):
     method, batch = small(name), some_batch()
-    expected = copy.deepcopy(method)(batch, 0.3).total
+    expected = copy.deepcopy(method)(batch, {"beta": 0.3}).total
     for view in set(VIEWS) - method.reads:
         del batch.views[view]
-    assert torch.equal(method(batch, 0.3).total, expected)
+    assert torch.equal(method(batch, {"beta": 0.3}).total, expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_all_that_learns_and_no_target_queue_or_buffer(name):
     method, batch = small(name), some_batch()
-    loss = method(batch, 0.3)
+    loss = method(batch, {"beta": 0.3})
     loss.total.backward()
     for key, parameter in method.named_parameters():
         assert (parameter.grad is None) == key.startswith("target"), key
@@ -243,7 +243,7 @@ def test_gradients_equal_finite_differences(name):
     """Along random directions of the parameters that learn; at beta 0 no output of theirs is held fixed."""
     method, batch = small(name), some_batch()
     probe = copy.deepcopy(method)  # forward moves buffers: every evaluation has its own copy
-    probe(batch, 0.0).total.backward()
+    probe(batch, {"beta": 0.0}).total.backward()
     learning = [p for p in probe.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(1)
     step = 1e-6
@@ -256,7 +256,7 @@ def test_gradients_equal_finite_differences(name):
             with torch.no_grad():
                 for p, d in zip((p for p in moved.parameters() if p.requires_grad), direction, strict=True):
                     p.add_(sign * step * d)
-            ends.append(moved(batch, 0.0).total.item())
+            ends.append(moved(batch, {"beta": 0.0}).total.item())
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=2e-4, abs=1e-7)
 
 
@@ -265,7 +265,7 @@ def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     """A few steps on one batch, with the row's own optimiser and heads at a small width."""
     from rsa_fast.engine import build_run, train_step
 
-    fields = {key: value for key, value in TINY.items() if key in RECIPES[name].model_fields}
+    fields = {key: value for key, value in TINY.items() if key in method_class(name).recipe_type.model_fields}
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
     run = build_run(build_recipe("cifar10", name, overrides=fields), BATCH)
     double = some_batch()

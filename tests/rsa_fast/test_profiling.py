@@ -22,9 +22,10 @@ from pipelines.native_views import NativeViews
 from rsa_fast import engine, profiling, timeline, tuning
 from rsa_fast.cli import main
 from rsa_fast.engine import build_run, train_step
+from rsa_fast.methods import METHODS
 from rsa_fast.methods import rsa as rsa_method
 from rsa_fast.profiling import evict, open_subject, profile, verdict
-from rsa_fast.recipes import METHODS, build_recipe
+from rsa_fast.recipes import build_recipe
 from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, watched
 from rsa_fast.tuning import tune
 

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from rsa_fast.datasets import DATASETS
+from rsa_fast.methods import ABLATIONS, METHODS
 from rsa_fast.recipes import (
-    ABLATIONS,
-    DATASETS,
     LOADING_FIELDS,
-    METHODS,
     build_recipe,
     dump_yaml,
     parse_set,
@@ -145,7 +144,7 @@ def test_overrides_reach_the_views_and_later_ones_win(tmp_path):
         ("epochs", 0, r"epochs = 0: .*greater than or equal to 1"),
         ("optimizer", "adam", r"optimizer = 'adam'"),
         ("epochs", "many", r"epochs = 'many'"),
-        ("temperature", 0.2, r"no field 'temperature': rsa does not use it, simclr, moco, ressl do"),
+        ("temperature", 0.2, r"no field 'temperature': rsa does not use it, moco, ressl, simclr do"),
         ("recompute_stages", 5, r"recompute_stages = 5: .*less than or equal to 4"),
         ("compile", "inductor", r"compile = 'inductor': .*boolean"),
         ("bn", "split:0", r"bn = 'split:0'"),

@@ -14,14 +14,19 @@ from typing import get_args
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import write_folder
+from conftest import ROOT, write_folder
 
 import pipelines
 import rsa_fast
 from rsa_fast import cli, encoders, engine, planning, recipes
 from rsa_fast.cli import main
+from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluate import PROTOCOLS
 from rsa_fast.export import SUFFIXES
+from rsa_fast.methods import ABLATIONS, METHODS, method_class
+from rsa_fast.methods.method import Method
+
+SCALES = {"all"} | {scale for dataset in DATASETS.values() for scale in dataset.scales}
 
 
 def python(code: str, **env: str) -> str:
@@ -53,9 +58,20 @@ def test_help_imports_none_of_what_takes_time(words):
     assert python(code).splitlines()[-1] == "set()"
 
 
+def test_every_file_of_the_methods_is_a_method_with_its_recipe_and_rows():
+    files = {path.stem for path in (ROOT / "rsa_fast" / "methods").glob("*.py")} - {"__init__", "method"}
+    assert {name.replace("-", "_") for name in METHODS} == files
+    for name in METHODS:
+        method = method_class(name)
+        assert issubclass(method, Method) and issubclass(method.recipe_type, recipes.Recipe)
+        assert "all" in method.rows and set(method.rows) <= SCALES
+        cited = {field for row in method.rows.values() for field in row}
+        assert cited <= set(method.recipe_type.model_fields)
+    assert {ABLATIONS[name][0] for name in ABLATIONS} <= set(METHODS)
+
+
 def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
-    assert list(cli.DATASETS) == list(recipes.DATASETS) and list(cli.METHODS) == list(recipes.METHODS)
-    assert list(cli.ABLATIONS) == list(recipes.ABLATIONS) and list(cli.GPUS) == list(planning.GPUS)
+    assert list(cli.GPUS) == list(planning.GPUS)
     assert list(cli.BACKENDS) == list(pipelines.BACKENDS) and set(cli.FORMATS) == set(SUFFIXES)
     names = {(command, param.name): set(param.type.choices) for command, param in named()}
     assert {f"linear-{name}" for name in names["eval", "variant"]} | {"knn"} == set(PROTOCOLS)
