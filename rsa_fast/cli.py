@@ -348,9 +348,9 @@ def evaluate(
     if extra := {key for key, value in options.items() if value is not None} - takes:
         raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
     from rsa_fast.encoders import load_encoder
-    from rsa_fast.engine import choose_device, choose_dtype
     from rsa_fast.evaluate import Evaluation
     from rsa_fast.recipes import build_recipe, validate
+    from rsa_fast.step import choose_device, choose_dtype
 
     encoder, recipe = load_encoder(checkpoint)
     if dataset:

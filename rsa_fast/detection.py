@@ -35,8 +35,9 @@ from pipelines.coco import CocoImages, open_loader, reading_plan
 from pipelines.order import Order
 from rsa_fast import checkpoint
 from rsa_fast.encoders import load_encoder
-from rsa_fast.engine import choose_device, choose_dtype, prepare_folder
 from rsa_fast.metrics import Metrics, environment
+from rsa_fast.run_folder import prepare_folder
+from rsa_fast.step import choose_device, choose_dtype
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects: `CocoImages`
 

@@ -1,15 +1,11 @@
-"""Training: build a run, step through it, write it down, resume it exactly.
+"""Training: the loop over steps, its records and checkpoints, and resuming it exactly.
 
-    result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
-
-A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `report.html` and `checkpoints/`.
+result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import signal
 import sys
 import threading
@@ -21,19 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import Batch, Loader, Order, open_source, open_views
-from pipelines.files import write_whole
+from pipelines import Loader, Order, open_source, open_views
 from rsa_fast import checkpoint
 from rsa_fast.distributed import (
     STOP_SIGNALS,
     Heartbeat,
     barrier,
     highest,
-    local_rank,
     process_group,
     rank,
     restarted,
@@ -42,87 +33,22 @@ from rsa_fast.distributed import (
 from rsa_fast.evaluate import Evaluation
 from rsa_fast.feature_stats import feature_stats
 from rsa_fast.meter import Meter, warn_of_collapse
-from rsa_fast.methods.method import Loss, Method, build_method
 from rsa_fast.metrics import Metrics, environment
-from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
-from rsa_fast.recipes import FREE_FIELDS, Plan, Recipe, dump_yaml, resolve
-
-RUN_FILES = (
-    "recipe.yaml",
-    "env.json",
-    "metrics.jsonl",
-    "result.json",
-    "nonfinite.json",
-    "checkpoints",
-    "report.html",
-    "tensorboard",
-    "wandb",
+from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml
+from rsa_fast.run_folder import (
+    begun,
+    check_folder,
+    full_disk_named,
+    job,
+    prepare_folder,
+    report_or_say,
+    write_text,
 )
+from rsa_fast.step import Run, build_run, train_step
 
 
 class StoppedError(Exception):
     """A signal ended the run after its checkpoint was written."""
-
-
-@dataclass
-class Run:
-    """Everything a step reads or changes. `step` is the only clock."""
-
-    recipe: Recipe
-    plan: Plan
-    method: Method
-    forward: nn.Module  # the method, or DDP around it
-    optimizer: Sgd
-    scaler: GradScaler
-    device: torch.device
-    dtype: torch.dtype
-    step: int = 0
-    skipped: Tensor | None = None  # whether fp16's scaler left the last step out, on the device
-
-    def schedule(self, step: int) -> dict[str, float]:
-        """What changes with the step, counted from 0: lr, and tau and beta where the method has them."""
-        return self.recipe.schedule(step, self.plan)
-
-
-def build_run(recipe: Recipe, count: int) -> Run:
-    """A fresh run over `count` images: networks seeded by the recipe, on the device, in training mode."""
-    device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.precision, device)
-    plan = resolve(recipe, count, world_size())
-    torch.manual_seed(recipe.seed)
-    method = build_method(recipe).to(device).train()
-    optimizer = build_optimizer(recipe, method, plan.peak_lr)
-    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-    forward: nn.Module = method
-    if world_size() > 1:
-        # Buffers are not broadcast: each rank has its own statistics, and all the same queue. The graph is not declared static:
-        # DDP would look for tensors in what forward returns, find none in a Loss, and never reduce a gradient.
-        forward = DistributedDataParallel(
-            method,
-            [device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    return Run(recipe, plan, method, forward, optimizer, scaler, device, dtype)
-
-
-def train_step(run: Run, batch: Batch) -> Loss:
-    """One optimiser step; returns the loss on the device. Nothing here waits for the device."""
-    now = run.schedule(run.step)
-    set_learning_rate(run.optimizer, now["lr"])
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss: Loss = run.forward(batch, now)
-    run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    run.scaler.step(run.optimizer)
-    # get_scale() would wait for the device. `update` changes this tensor in place.
-    scale = run.scaler._scale if run.scaler.is_enabled() else None
-    before = None if scale is None else scale.clone()
-    run.scaler.update()
-    run.skipped = None if scale is None or before is None else scale < before
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    run.method.after_step(run.schedule(run.step))  # the next step's: see TargetMethod.after_step
-    return loss
 
 
 def train(
@@ -338,69 +264,6 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, previous[number])
 
 
-def job() -> str | None:
-    """What torchrun calls all its starts of this job."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def begun(out: Path) -> bool:
-    """Whether the run in `out` is this job's, from before torchrun started it again."""
-    try:
-        return bool(json.loads((out / "env.json").read_text())["job"] == job())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make `out`, or refuse it."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: --out wants a folder")
-    found = [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
-    if found and not (resume or overwrite):
-        raise FileExistsError(f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out")
-    if resume and not out.is_dir():
-        raise FileNotFoundError(f"no whole checkpoint, for there is no folder {out}: start without --resume")
-    if resume and found and not set(found) & set(RUN_FILES):
-        raise FileExistsError(f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make `out`, or refuse it. Overwriting removes a run's own files and nothing else."""
-    import shutil
-
-    check_folder(out, resume, overwrite)
-    if overwrite:
-        for name in RUN_FILES:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def full_disk_named(out: Path) -> Iterator[None]:
-    """A write that finds no room raises an OSError without a path."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
-            raise
-        raise OSError(f"{out} was not written to: {error.strerror}. Once it has room, go on with --resume") from error
-
-
-def report_or_say(folder: Path) -> None:
-    """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
-    try:
-        from rsa_fast.report import report  # matplotlib, a seventh of the time to import all of this
-
-        report([folder])
-    except Exception as error:
-        print(f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
 def snapshot(run: Run, fingerprint: str) -> dict[str, Any]:
     """All that a checkpoint holds."""
     return {
@@ -455,23 +318,3 @@ def announce(run: Run, count: int) -> None:
     print("  ".join(f"{key} {value}" for key, value in numbers.items()), file=sys.stderr)
     if run.plan.warmup_steps >= run.plan.total_steps:
         print(f"the learning rate only warms up: warmup_epochs is {run.recipe.warmup_epochs}", file=sys.stderr)
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ValueError when cuda is wanted and missing."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is wanted and torch finds none; use device=cpu, or check the driver with nvidia-smi")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", local_rank())
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The compute type; V100s emulate bf16, which `auto` does not count as having it."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision != "auto":
-        return named[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

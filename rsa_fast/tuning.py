@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from pipelines import AggressiveOn, Backend, DecodeOn, Source, choose_backend, open_source
-from rsa_fast.engine import Run, build_run, train_step
 from rsa_fast.profiling import loading_of, open_loader, steady
 from rsa_fast.recipes import Loading, Recipe
+from rsa_fast.step import Run, build_run, train_step
 from rsa_fast.timeline import Timeline
 
 

@@ -18,11 +18,11 @@ from gpulint import GpuLint
 
 from pipelines import VIEWS, Batch, Order, open_source, open_views
 from rsa_fast import engine
-from rsa_fast.engine import build_run, train_step
 from rsa_fast.meter import Meter
 from rsa_fast.methods import METHODS
 from rsa_fast.metrics import Screen
 from rsa_fast.recipes import LOADING_FIELDS, build_recipe
+from rsa_fast.step import build_run, train_step
 
 RUNTIME = ctypes.CDLL(None)  # the fake one
 RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long

@@ -9,9 +9,10 @@ from conftest import write_folder
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast import checkpoint
-from rsa_fast.engine import build_run, choose_dtype, train, train_step
+from rsa_fast.engine import train
 from rsa_fast.metrics import read_metrics
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.step import build_run, choose_dtype, train_step
 
 TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}

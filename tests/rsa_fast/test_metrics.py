@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_engine import same, tiny, weights
 
-from rsa_fast import engine, metrics
+from rsa_fast import engine, metrics, run_folder
 from rsa_fast.engine import train
 from rsa_fast.metrics import Metrics, numbers, read_metrics
 
@@ -157,7 +157,7 @@ def test_a_run_that_is_replaced_leaves_no_records_behind(tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "run-id").write_text("old")
     (tmp_path / "report.html").write_text("old")
-    engine.prepare_folder(tmp_path, resume=False, overwrite=True)
+    run_folder.prepare_folder(tmp_path, resume=False, overwrite=True)
     assert not list(tmp_path.iterdir())
 
 

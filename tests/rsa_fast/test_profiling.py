@@ -19,13 +19,13 @@ from fake_gpu import on_fake_gpu
 
 from pipelines import VIEWS, Batch, open_source
 from pipelines.native_views import NativeViews
-from rsa_fast import engine, profiling, timeline, tuning
+from rsa_fast import profiling, step, timeline, tuning
 from rsa_fast.cli import main
-from rsa_fast.engine import build_run, train_step
 from rsa_fast.methods import METHODS
 from rsa_fast.methods import rsa as rsa_method
 from rsa_fast.profiling import evict, open_subject, profile, verdict
 from rsa_fast.recipes import build_recipe
+from rsa_fast.step import build_run, train_step
 from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, watched
 from rsa_fast.tuning import tune
 
@@ -109,7 +109,7 @@ def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_th
     run.method.online.encoder.conv1.weight.register_post_accumulate_grad_hook(clock.late(1000))
     for module, name, ms in (
         *((rsa_method, "distance", 100), (sys.modules["torch.optim.sgd"], "_fused_sgd", 2000)),
-        *((torch, "_foreach_lerp_", 3000), (engine, "set_learning_rate", 4000)),
+        *((torch, "_foreach_lerp_", 3000), (step, "set_learning_rate", 4000)),
     ):
         monkeypatch.setattr(module, name, clock.late(ms, getattr(module, name)))
     watch = Timeline(run.device)
