@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     wanted = {
         str(path.relative_to(ROOT)) for name in ("pipelines", "rsa_fast", "tools") for path in (ROOT / name).rglob("*.py")
     }
+    wanted |= {"pipelines/py.typed", "rsa_fast/py.typed"}  # type checkers read their annotations
     names = set(zipfile.ZipFile(wheel).namelist())
     about = f"rsa_fast-{PROJECT['version']}.dist-info"
     assert {name for name in names if not name.startswith(about)} == wanted

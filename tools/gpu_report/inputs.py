@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from pipelines import Batch, Source, open_source
-from rsa_fast.engine import Run, choose_device, choose_dtype
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.step import Run, choose_device, choose_dtype
 from tools.gpu_report.worker import Settings, SkippedError
 
 NODE_GPUS = 8  # the ImageNet-1K recipes' batch sizes are those of a node with so many GPUs

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 
 from pipelines import Batch
-from rsa_fast.engine import Run, build_run, train_step
 from rsa_fast.planning import GIB
 from rsa_fast.profiling import ratio
+from rsa_fast.step import Run, build_run, train_step
 from rsa_fast.timeline import Timeline
 from tools.gpu_report.inputs import (
     STEPS,
