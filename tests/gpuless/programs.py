@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from gpulint import GpuLint
 
 from pipelines import VIEWS, Batch, Order, open_source, open_views
 from rsa_fast import engine
+from rsa_fast.distributed import highest, process_group
 from rsa_fast.meter import Meter
 from rsa_fast.methods import METHODS
 from rsa_fast.metrics import Screen
@@ -193,6 +195,17 @@ def planted_faults() -> dict[str, dict]:
         except RuntimeError as error:
             results[name] = {"error": str(error)}
     return results
+
+
+def process_group_of_torchrun() -> dict[str, object]:
+    """What the environment that torchrun gives to a process makes of it on a GPU."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}
+    os.environ |= ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with process_group("cuda", 60.0):
+        found = {"backend": dist.get_backend(), "device": torch.cuda.current_device()}
+        return found | {"highest": highest(3)}
 
 
 def images(folder: Path, count: int) -> Path:

@@ -38,6 +38,12 @@ def test_every_check_finds_the_fault_that_is_planted_for_it():
         assert costs[name] == {"error": "called a synchronizing CUDA operation"}, name
     for name in LINT:
         (fault,) = costs[name]["faults"]
-        assert fault.startswith(name) and re.search(r"engine\.py: loss.* = run\.forward\(", fault)
+        assert fault.startswith(name) and re.search(r"step\.py: loss.* = run\.forward\(", fault)
     for name in BUDGET:
         assert costs[name]["faults"] == {} and name in differences(costs[name], sound), name
+
+
+def test_a_process_of_torchrun_takes_its_own_gpu_and_meets_the_others_by_nccl(monkeypatch):
+    monkeypatch.setenv("GHOST_N", "2")
+    found = json.loads(on_fake_gpu(PROGRAMS, "process_group_of_torchrun"))
+    assert found == {"backend": "nccl", "device": 1, "highest": 3}

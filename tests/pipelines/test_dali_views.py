@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -68,3 +69,11 @@ def test_one_decode_and_only_the_crops_that_are_read(folder):
         assert sum("Image" in name for name in names) == 1 and names.count("Resize") == crops
     arguments = str(operators(build_graph(job(folder), "gpu", None)))
     assert "adjust_orientation': 'False" in arguments or "adjust_orientation': '0" in arguments
+
+
+def test_views_made_on_the_host_are_refused_on_a_gpu_before_dali_starts(folder):
+    from pipelines.dali_views import DaliViews
+
+    on_gpu = replace(job(folder), device=torch.device("cuda"), aggressive_on="host")
+    with pytest.raises(ValueError, match="aggressive_on: host would bring the crops back from the GPU; use device"):
+        DaliViews(on_gpu)

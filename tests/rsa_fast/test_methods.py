@@ -132,7 +132,7 @@ def test_after_step_is_the_moving_average_of_weights_only():
         for p in method.online.parameters():
             p.add_(torch.randn_like(p))
     before = {name: value.clone() for name, value in method.target.state_dict().items()}
-    method(some_batch(), 0.3)  # moves the BatchNorm buffers of both networks
+    method(some_batch(), {"beta": 0.3})  # moves the BatchNorm buffers of both networks
     buffers = {name: value.clone() for name, value in method.target.named_buffers()}
     method.after_step({"tau": 0.9})
     online = dict(method.online.named_parameters())
@@ -164,7 +164,7 @@ def test_the_target_moves_when_the_reference_code_moves_it():
 
 def test_each_view_is_one_batchnorm_batch():
     method = small()
-    method(some_batch(), 0.3)
+    method(some_batch(), {"beta": 0.3})
     for network in (method.online, method.target):
         assert network.encoder.bn1.num_batches_tracked == 2
     assert method.predictor[1].num_batches_tracked == 2

@@ -11,8 +11,8 @@ from torchvision.models.resnet import BasicBlock
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast.methods import METHODS, method_class
-from rsa_fast.methods.method import Method, build_method, unit
-from rsa_fast.methods.moco import info_nce, shuffle
+from rsa_fast.methods.method import Method, build_method, shuffle, unit
+from rsa_fast.methods.moco import info_nce
 from rsa_fast.methods.ressl import relational
 from rsa_fast.methods.simclr import nt_xent
 from rsa_fast.methods.simsiam import negative_cosine, projector
