@@ -168,7 +168,7 @@ class Landing:
         self.table = level_table(job.spec, job.dtype) if self.finished else np.tile(np.arange(256, dtype=np.uint8), (3, 1))
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
-            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]  # untyped
+            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]  # torch gives no types
         self.ring: list[Slot] = []
         self.used = 0
         self.idle: list[np.ndarray] = []
@@ -211,7 +211,7 @@ class Landing:
 
         def receive(stream: torch.cuda.Stream) -> dict[str, Tensor]:
             copies = {name: view.to(self.job.device, non_blocking=True) for name, view in slot.views.items()}
-            slot.read = stream.record_event()  # type: ignore[no-untyped-call]  # untyped
+            slot.read = stream.record_event()  # type: ignore[no-untyped-call]  # torch gives no types
             return copies
 
         return self.on_stream(receive, ids, params)

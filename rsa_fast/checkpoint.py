@@ -53,7 +53,7 @@ class Writer:
         self.wait()
         snapshot = self.snapshot(state, ())
         streams = [torch.cuda.current_stream(device) for device in self.devices]
-        copied = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]  # untyped in torch
+        copied = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]  # torch gives no types
         self.writing = self.thread.submit(self.write, snapshot, copied)
 
     def snapshot(self, value: Any, place: Place) -> Any:

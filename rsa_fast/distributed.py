@@ -165,7 +165,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    everyone: Tensor = Gather.apply(x)  # type: ignore[no-untyped-call]  # untyped in torch
+    everyone: Tensor = Gather.apply(x)  # type: ignore[no-untyped-call]  # torch gives no types
     return everyone
 
 

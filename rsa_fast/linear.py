@@ -99,7 +99,7 @@ def train_head(
         for rows, labels in batches(epoch):
             optimizer.zero_grad()
             loss = F.cross_entropy(head(rows), labels)
-            loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives no types
             optimizer.step()
         schedule.step()
         with torch.no_grad():

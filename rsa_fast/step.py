@@ -64,7 +64,7 @@ def train_step(run: Run, batch: Batch) -> Loss:
     set_learning_rate(run.optimizer, now["lr"])
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         loss: Loss = run.forward(batch, now)
-    run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+    run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # torch gives no types
     run.scaler.step(run.optimizer)
     # get_scale() would wait for the device. `update` changes this tensor in place.
     scale = run.scaler._scale if run.scaler.is_enabled() else None

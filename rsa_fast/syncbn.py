@@ -85,7 +85,7 @@ class SyncBatchNorm(GroupedBatchNorm):
         self.num_batches_tracked.add_(1)
         arguments = x, self.weight, self.bias, self.eps
         outputs: tuple[Tensor, Tensor, Tensor]
-        outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]  # untyped in torch
+        outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]  # torch gives no types
         normalised, mean, variance = outputs
         count = world_size() * x.numel() // x.shape[1]
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)

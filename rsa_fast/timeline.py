@@ -37,7 +37,7 @@ class Timeline:
             if self.marks and self.marks[-1][0] == "optimiser":
                 self.idle.append(self.marks[-1][1].query())
             stream = torch.cuda.current_stream(self.device)
-            now = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]  # untyped in torch
+            now = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]  # torch gives no types
         self.marks.append((part, now))
 
     def time(

@@ -33,11 +33,17 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def method_class(name: str) -> type[Method]:
-    """The method of that name: the class with rows in its file."""
+    """The method of that name: the class with `rows` in its file.
+
+    Raises ValueError when the file has none, or several.
+    """
     module = import_module(f"rsa_fast.methods.{FILES[name]}")
-    (method,) = (
+    methods = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == module.__name__ and "rows" in vars(value)
-    )
-    return method
+    ]
+    if len(methods) != 1:
+        found = ", ".join(method.__name__ for method in methods) or "none"
+        raise ValueError(f"{module.__file__}: one class with `rows` makes a method, found {found}")
+    return methods[0]

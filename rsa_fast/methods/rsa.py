@@ -10,7 +10,6 @@ from __future__ import annotations
 from pipelines.views import VIEWS, Batch
 from rsa_fast.methods.byol import HEADS, BootstrapMethod, BootstrapRecipe, distance
 from rsa_fast.methods.method import BETA, BetaRecipe, Loss, Now
-from rsa_fast.networks import Encoder
 from rsa_fast.sourced import stacked
 
 
@@ -24,9 +23,6 @@ class Rsa(BootstrapMethod):
     recipe_type = RsaRecipe
     rows = stacked(HEADS, BETA)
     reads = frozenset(VIEWS)
-
-    def __init__(self, recipe: RsaRecipe, encoder: Encoder) -> None:
-        super().__init__(recipe, encoder)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
         """Eq. 5, in 0..8. The aggressive targets are the online *predictions*, detached, as in the reference code."""

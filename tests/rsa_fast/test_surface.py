@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from types import ModuleType
 from typing import get_args
 
 import click
@@ -18,7 +19,7 @@ from conftest import ROOT, write_folder
 
 import pipelines
 import rsa_fast
-from rsa_fast import cli, encoders, engine, planning, recipes
+from rsa_fast import cli, encoders, engine, methods, planning, recipes
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluate import PROTOCOLS
@@ -68,6 +69,19 @@ def test_every_file_of_the_methods_is_a_method_with_its_recipe_and_rows():
         cited = {field for row in method.rows.values() for field in row}
         assert cited <= set(method.recipe_type.model_fields)
     assert {ABLATIONS[name][0] for name in ABLATIONS} <= set(METHODS)
+
+
+def test_a_file_of_the_methods_without_one_method_is_named(monkeypatch):
+    module = ModuleType("rsa_fast.methods.broken")
+    module.__file__ = "methods/broken.py"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(methods.FILES, "broken", "broken")
+    with pytest.raises(ValueError, match=r"broken\.py: one class with `rows` makes a method, found none"):
+        method_class("broken")
+    for name in ("One", "Two"):
+        setattr(module, name, type(name, (), {"rows": {}, "__module__": module.__name__}))
+    with pytest.raises(ValueError, match="found One, Two"):
+        method_class("broken")
 
 
 def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():

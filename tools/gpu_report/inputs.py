@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 
 from pipelines import Batch, Source, open_source
+from rsa_fast.planning import photograph
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.step import Run, choose_device, choose_dtype
 from tools.gpu_report.worker import Settings, SkippedError
@@ -148,14 +147,6 @@ def drawn(settings: Settings) -> Path:
         list(pool.map(save, range(settings.images)))
     partial.rename(folder)
     return folder
-
-
-def photograph(seed: int) -> Image.Image:
-    """Smooth colours under grain."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((468, 401), Image.Resampling.BICUBIC))
-    return Image.fromarray((smooth + rng.normal(0, 20, (401, 468, 1))).clip(0, 255).astype(np.uint8))
 
 
 def check_dali() -> None:
