@@ -237,8 +237,8 @@ def train(
         from rsa_fast.distributed import launch
 
         ctx.exit(launch(processes, max_restarts, sys.argv[1:]))
-    from rsa_fast import engine
     from rsa_fast.distributed import STOPPED_EXIT_CODE
+    from rsa_fast.training import engine
 
     try:
         result = engine.train(recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from, force=force)
@@ -347,10 +347,10 @@ def evaluate(
     options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
     if extra := {key for key, value in options.items() if value is not None} - takes:
         raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
-    from rsa_fast.encoders import load_encoder
-    from rsa_fast.evaluate import Evaluation
+    from rsa_fast.evaluation.encoders import load_encoder
+    from rsa_fast.evaluation.evaluate import Evaluation
     from rsa_fast.recipes import build_recipe, validate
-    from rsa_fast.step import choose_device, choose_dtype
+    from rsa_fast.training.step import choose_device, choose_dtype
 
     encoder, recipe = load_encoder(checkpoint)
     if dataset:
@@ -395,7 +395,7 @@ def detect(
     """Fine-tune an encoder on COCO as Mask R-CNN R50-FPN: AP, AP50, AP75 of boxes and masks, in percent."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    from rsa_fast.detection import detect as run
+    from rsa_fast.evaluation.detection import detect as run
 
     result = run(
         checkpoint,
@@ -445,7 +445,7 @@ def preview(
     dataset, method = (dataset, None) if config else (dataset or "imagenet1k", "rsa")
     recipe = recipe_of(dataset, method, config, sets, {"backend": backend, "seed": seed})
     from pipelines import open_source
-    from rsa_fast.preview import preview as run
+    from rsa_fast.insight.preview import preview as run
 
     source = open_source(data, "pretrain")
     click.echo(json.dumps(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
@@ -463,7 +463,7 @@ def preview(
 @click.option("--overwrite", is_flag=True, help="Replace the file, and a README.md that is not this checkpoint's card.")
 def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write an encoder for another library, with a model card."""
-    from rsa_fast.export import export as run
+    from rsa_fast.evaluation.export import export as run
 
     click.echo(json.dumps(run(checkpoint, format, out, overwrite)))
 
@@ -478,7 +478,7 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
 
     Versions, GPUs, limits and disks; exit code 1 if a check fails.
     """
-    from rsa_fast import doctor
+    from rsa_fast.insight import doctor
 
     checks = doctor.diagnose(data, out)
     if not plain:
@@ -493,7 +493,7 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
 @click.option("--out", type=NEW_FILE, help="The page to write; RUN/report.html where there is one RUN.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw a run as a web page, or several over each other."""
-    from rsa_fast.report import report as run
+    from rsa_fast.insight.report import report as run
 
     click.echo(json.dumps({"out": str(run(list(runs), out))}))
 
@@ -542,12 +542,12 @@ def profile(
     names = [name.strip() for name in methods.split(",")]
     recipes = {name: recipe_of(dataset, name, config, sets, overrides) for name in names}
     if tune:
-        from rsa_fast import tuning
+        from rsa_fast.insight import tuning
 
         click.echo(json.dumps(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
         return
-    from rsa_fast import profiling
-    from rsa_fast.profile_page import page, table
+    from rsa_fast.insight import profiling
+    from rsa_fast.insight.profile_page import page, table
 
     report = profiling.profile(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
     if html:
@@ -590,7 +590,7 @@ def plan(
 ) -> None:
     """Predict memory, time and decoding of a run on other GPUs."""
     recipe = recipe_of(dataset, method, config, sets, {"epochs": epochs, "batch_size": batch_size})
-    from rsa_fast import planning
+    from rsa_fast.insight import planning
 
     found = planning.plan(recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data)
     planning.show(found)

@@ -20,7 +20,8 @@ from conftest import ROOT, write_folder
 
 import pipelines.sources
 import rsa_fast
-from rsa_fast import cli, detection
+from rsa_fast import cli
+from rsa_fast.evaluation import detection
 
 README = (ROOT / "README.md").read_text()
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"

@@ -49,12 +49,12 @@ from pipelines import (
 from pipelines.draws import draw
 from pipelines.loading import Loader
 from pipelines.manifest import array_manifest
-from rsa_fast.engine import train
-from rsa_fast.evaluate import Evaluation
-from rsa_fast.meter import Meter
-from rsa_fast.profiling import Repeated, loading_of, open_loader, ratio
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.insight.profiling import Repeated, loading_of, open_loader, ratio
 from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
-from rsa_fast.step import Run, build_run, choose_device, choose_dtype, train_step
+from rsa_fast.training.engine import train
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, train_step
 from tools.to_ffcv import main as to_ffcv
 
 CIFAR = build_recipe("cifar10", "rsa").views

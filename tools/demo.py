@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import open_source
-from rsa_fast.engine import train
-from rsa_fast.evaluate import Evaluation
-from rsa_fast.preview import preview
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.insight.preview import preview
+from rsa_fast.insight.report import KNN, LOSS, draw, read_runs, report
 from rsa_fast.recipes import Recipe, build_recipe
-from rsa_fast.report import KNN, LOSS, draw, read_runs, report
-from rsa_fast.step import build_run
+from rsa_fast.training.engine import train
+from rsa_fast.training.step import build_run
 from tools.make_demo import make_demo
 
 METHODS = ("rsa", "byol")

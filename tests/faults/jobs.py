@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rsa_fast import checkpoint
+from rsa_fast.training import checkpoint
 
 EPOCH_STEPS = 5  # of 40 images in batches of 8
 SETTINGS = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32", "base_lr=0.5"]
@@ -25,7 +25,7 @@ PATIENCE_S = 240  # for what takes ten seconds on an idle machine
 
 # Python and torch are imported once and each run forks from there: a start takes a tenth of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.engine"])
+FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
 
 
 def arguments(data: Path, out: Path, *options: object) -> list[str]:

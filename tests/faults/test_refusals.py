@@ -12,10 +12,11 @@ import torch
 from conftest import write_folder
 
 from pipelines import Order
-from rsa_fast import checkpoint, schedules
-from rsa_fast.engine import train
-from rsa_fast.metrics import read_metrics
+from rsa_fast import schedules
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.training import checkpoint
+from rsa_fast.training.engine import train
+from rsa_fast.training.metrics import read_metrics
 
 TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 100, "knn_every_epochs": 0}

@@ -17,9 +17,9 @@ import torch
 from conftest import write_folder
 from jobs import EPOCH_STEPS, Job, assert_same_run, finish, fork, losses, newest, state, until
 
-from rsa_fast import checkpoint
-from rsa_fast.encoders import load_encoder
-from rsa_fast.evaluate import Evaluation
+from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.training import checkpoint
 
 LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
 STOPPED = 75

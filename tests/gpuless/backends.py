@@ -33,10 +33,10 @@ from pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, o
 from pipelines.beton import BetonWriter
 from pipelines.loading import Job, Landing, Loader
 from pipelines.packed import ENTRY
-from rsa_fast import engine
-from rsa_fast.meter import Meter
-from rsa_fast.metrics import Screen
 from rsa_fast.recipes import build_recipe
+from rsa_fast.training import engine
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.metrics import Screen
 
 dali = importlib.import_module("dali_stand_in") if find_spec("nvidia.dali") else None
 PER_RANK, STEPS, BAD_STEP = 8, 3, 1

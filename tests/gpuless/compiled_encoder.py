@@ -20,7 +20,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
 
 from rsa_fast import networks
-from rsa_fast.planning import Ledger
+from rsa_fast.insight.planning import Ledger
 from rsa_fast.syncbn import convert_batchnorm
 
 IMAGES, SIZE_PX = 64, 224

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from gpulint import GpuLint
 
 from pipelines import VIEWS, Batch, Order, open_source, open_views
-from rsa_fast import engine
 from rsa_fast.distributed import highest, process_group
-from rsa_fast.meter import Meter
 from rsa_fast.methods import METHODS
-from rsa_fast.metrics import Screen
 from rsa_fast.recipes import LOADING_FIELDS, build_recipe
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training import engine
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.metrics import Screen
+from rsa_fast.training.step import build_run, train_step
 
 RUNTIME = ctypes.CDLL(None)  # the fake one
 RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long

@@ -39,7 +39,7 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     from pipelines.views import Batch
     from rsa_fast.methods import METHODS, method_class
     from rsa_fast.recipes import build_recipe
-    from rsa_fast.step import build_run, train_step
+    from rsa_fast.training.step import build_run, train_step
 
     results = {}
     cases = [(name, "sync") for name in METHODS] + [(name, "split:2") for name in ("moco", "ressl")]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from fake_gpu import on_fake_gpu
 
-from rsa_fast import checkpoint
+from rsa_fast.training import checkpoint
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -265,7 +265,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch
-from rsa_fast import checkpoint
+from rsa_fast.training import checkpoint
 w = torch.empty(4_000_000)
 with checkpoint.Writer(Path(sys.argv[1]), keep_last=2) as writer:
     for step in range(1, 10_000):
@@ -300,7 +300,7 @@ SNAPSHOT_WITHOUT_SYNC = """
 import sys
 from pathlib import Path
 import torch
-from rsa_fast import checkpoint
+from rsa_fast.training import checkpoint
 w = torch.zeros(8, 4, 3, 3, device="cuda").to(memory_format=torch.channels_last)
 live = {"step": 1, "recipe": {}, "method": {"w": w, "count": torch.zeros((), dtype=torch.int64, device="cuda")}}
 with checkpoint.Writer(Path(sys.argv[1]), keep_last=2) as writer:

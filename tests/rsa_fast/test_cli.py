@@ -7,10 +7,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from rsa_fast import checkpoint
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import METHODS
+from rsa_fast.training import checkpoint
 
 TINY = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
 

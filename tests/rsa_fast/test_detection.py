@@ -17,11 +17,12 @@ from torchvision.ops import masks_to_boxes
 
 from pipelines.coco import CocoImages, reading_plan
 from pipelines.order import Order
-from rsa_fast import checkpoint, detection
 from rsa_fast.cli import main
-from rsa_fast.detection import build_model, build_sgd, coco_scores, detect, find_objects, learning_rate, precise_bn
-from rsa_fast.metrics import read_metrics
+from rsa_fast.evaluation import detection
+from rsa_fast.evaluation.detection import build_model, build_sgd, coco_scores, detect, find_objects, learning_rate, precise_bn
 from rsa_fast.networks import Encoder
+from rsa_fast.training import checkpoint
+from rsa_fast.training.metrics import read_metrics
 
 encode = pytest.importorskip("pycocotools.mask", reason="transfer needs pycocotools").encode
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import rsa_fast.doctor as doctor
+import rsa_fast.insight.doctor as doctor
 from rsa_fast.cli import main
-from rsa_fast.doctor import Check, reach, report
+from rsa_fast.insight.doctor import Check, reach, report
 
 V100, A10, H100 = ("Tesla V100-SXM2-32GB", (7, 0)), ("NVIDIA A10", (8, 6)), ("NVIDIA H100", (9, 0))
 TORCH_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from torch import nn
 from torchvision.models import resnet18
 
-from rsa_fast import checkpoint
 from rsa_fast.cli import main
-from rsa_fast.encoders import load_encoder
+from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
+from rsa_fast.training import checkpoint
 
 
 def lived_in(network: nn.Module) -> nn.Module:

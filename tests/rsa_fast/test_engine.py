@@ -8,11 +8,11 @@ import torch
 from conftest import write_folder
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast import checkpoint
-from rsa_fast.engine import train
-from rsa_fast.metrics import read_metrics
 from rsa_fast.recipes import Recipe, build_recipe
-from rsa_fast.step import build_run, choose_dtype, train_step
+from rsa_fast.training import checkpoint
+from rsa_fast.training.engine import train
+from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.step import build_run, choose_dtype, train_step
 
 TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
@@ -124,7 +124,7 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
 
 def test_ranks_that_find_different_checkpoints_do_not_train(folder, tmp_path, monkeypatch):
     train(tiny(), folder, tmp_path, stop_at_step=5)
-    monkeypatch.setattr("rsa_fast.engine.highest", lambda step: step + 5)
+    monkeypatch.setattr("rsa_fast.training.engine.highest", lambda step: step + 5)
     with pytest.raises(FileNotFoundError, match="rank 0 found the checkpoint of step 5, another rank 10's"):
         train(tiny(), folder, tmp_path, resume=True)
 

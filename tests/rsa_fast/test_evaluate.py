@@ -19,13 +19,14 @@ from pipelines.plain import PlainImages, plain_image
 from pipelines.sources import open_source
 from pipelines.torchvision_views import weak_view
 from pipelines.views import ViewSpec
-from rsa_fast import checkpoint, evaluate, linear
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
-from rsa_fast.evaluate import Evaluation, features, gather_rows, knn
+from rsa_fast.evaluation import evaluate, linear
+from rsa_fast.evaluation.evaluate import Evaluation, features, gather_rows, knn
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
+from rsa_fast.training import checkpoint
 
 CPU = torch.device("cpu")
 

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from rsa_fast import checkpoint
-from rsa_fast import export as module
 from rsa_fast.cli import main
-from rsa_fast.export import SUFFIXES, export
+from rsa_fast.evaluation import export as module
+from rsa_fast.evaluation.export import SUFFIXES, export
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import Recipe, build_recipe, validate
+from rsa_fast.training import checkpoint
 
 INSTALL = "is not installed: pip install 'rsa-fast[export,dev]'"
 safetensors = pytest.importorskip("safetensors", reason=f"safetensors {INSTALL}")

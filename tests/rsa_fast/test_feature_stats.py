@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipelines import VIEWS, Batch
-from rsa_fast.feature_stats import COSINE_BINS, effective_rank, feature_stats
+from rsa_fast.evaluation.feature_stats import COSINE_BINS, effective_rank, feature_stats
 
 
 def some_batch(*views: str) -> Batch:

@@ -24,7 +24,7 @@ from pipelines.beton import BetonWriter
 from pipelines.packed import ENTRY
 from rsa_fast.methods import METHODS
 from rsa_fast.recipes import build_recipe
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training.step import build_run, train_step
 
 PLACE = Path(__file__).with_name("golden.json")
 TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu"}

@@ -7,8 +7,8 @@ import torch
 
 from pipelines import VIEWS, Order, open_source, open_views
 from rsa_fast.recipes import build_recipe
-from rsa_fast.step import build_run, train_step
 from rsa_fast.syncbn import SyncBatchNorm
+from rsa_fast.training.step import build_run, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

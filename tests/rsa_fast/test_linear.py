@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipelines.order import epoch_order
-from rsa_fast import linear
-from rsa_fast.linear import fast, fit, rsa_large, rsa_small, train_head
+from rsa_fast.evaluation import linear
+from rsa_fast.evaluation.linear import fast, fit, rsa_large, rsa_small, train_head
 
 CLASSES, DIM = 3, 8
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rsa_fast.meter import Meter, embedding_std, warn_of_collapse
 from rsa_fast.methods.method import Loss
+from rsa_fast.training.meter import Meter, embedding_std, warn_of_collapse
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsa_fast.optim import Lars, Sgd
+from rsa_fast.training.optim import Lars, Sgd
 
 SHAPES = [(8, 3, 3, 3), (8,), (5, 8), (5,)]
 

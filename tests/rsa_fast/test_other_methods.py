@@ -263,7 +263,7 @@ def test_gradients_equal_finite_differences(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     """A few steps on one batch, with the row's own optimiser and heads at a small width."""
-    from rsa_fast.step import build_run, train_step
+    from rsa_fast.training.step import build_run, train_step
 
     fields = {key: value for key, value in TINY.items() if key in method_class(name).recipe_type.model_fields}
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
@@ -284,8 +284,8 @@ def test_the_key_encoder_keeps_a_fixed_momentum(name):
 
 
 def test_the_predictor_keeps_the_peak_rate_when_told_to():
-    from rsa_fast.optim import set_learning_rate
-    from rsa_fast.step import build_run
+    from rsa_fast.training.optim import set_learning_rate
+    from rsa_fast.training.step import build_run
 
     for constant in (True, False):
         run = build_run(build_recipe("cifar10", "simsiam", overrides={"width": 4, "constant_predictor_lr": constant}), 256)

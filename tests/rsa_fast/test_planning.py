@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
 
 from pipelines import VIEWS, Batch, open_source
-from rsa_fast import planning
 from rsa_fast.cli import main
-from rsa_fast.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
+from rsa_fast.insight import planning
+from rsa_fast.insight.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
 from rsa_fast.recipes import build_recipe
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training.step import build_run, train_step
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")
@@ -109,7 +109,7 @@ def test_the_plan_of_imagenet_on_eight_v100s():
 MEMORY_OF_A_STEP = """
 import torch
 from pipelines import VIEWS, Batch
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
 run = build_run(build_recipe("cifar10", "rsa", overrides={"device": "cuda", "precision": "fp16"}), 50_000)
@@ -131,7 +131,7 @@ IMAGENET_STEP = """
 import sys
 import torch
 from pipelines import VIEWS, Batch
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
 overrides = {"batch_size": 256, "device": "cuda", "precision": "fp16", "bn": "local", "recompute_stages": int(sys.argv[1])}

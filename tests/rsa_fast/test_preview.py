@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipelines import VIEWS, Order, open_source, open_views
 from pipelines.draws import VIEW_PARAMS, draw
-from rsa_fast import preview as module
 from rsa_fast.cli import main
-from rsa_fast.preview import AMPLIFY, CROP_INKS, heading, preview, view_labels, view_levels, windows
+from rsa_fast.insight import preview as module
+from rsa_fast.insight.preview import AMPLIFY, CROP_INKS, heading, preview, view_labels, view_levels, windows
 from rsa_fast.recipes import build_recipe
 
 RESIZE_LEVELS = {"dali": 0.6}  # DALI's resize rounds otherwise than PIL's: tests/pipelines/test_loaders.py

@@ -14,10 +14,10 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from rsa_fast import report as module
 from rsa_fast.cli import main
-from rsa_fast.report import KNN, LOSS, draw, read_runs, report
-from rsa_fast.run_folder import report_or_say
+from rsa_fast.insight import report as module
+from rsa_fast.insight.report import KNN, LOSS, draw, read_runs, report
+from rsa_fast.training.run_folder import report_or_say
 
 SVG = "{http://www.w3.org/2000/svg}"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

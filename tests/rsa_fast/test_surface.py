@@ -19,13 +19,16 @@ from conftest import ROOT, write_folder
 
 import pipelines
 import rsa_fast
-from rsa_fast import cli, encoders, engine, methods, planning, recipes
+from rsa_fast import cli, methods, recipes
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
-from rsa_fast.evaluate import PROTOCOLS
-from rsa_fast.export import SUFFIXES
+from rsa_fast.evaluation import encoders
+from rsa_fast.evaluation.evaluate import PROTOCOLS
+from rsa_fast.evaluation.export import SUFFIXES
+from rsa_fast.insight import planning
 from rsa_fast.methods import ABLATIONS, METHODS, method_class
 from rsa_fast.methods.method import Method
+from rsa_fast.training import engine
 
 SCALES = {"all"} | {scale for dataset in DATASETS.values() for scale in dataset.scales}
 

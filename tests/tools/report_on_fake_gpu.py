@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from rsa_fast import engine, evaluate, linear, planning
+from rsa_fast.evaluation import evaluate, linear
+from rsa_fast.insight import planning
+from rsa_fast.training import engine
 from tools.gpu_report import checks, loops
 from tools.gpu_report.__main__ import main
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from rsa_fast.engine import train
 from rsa_fast.recipes import build_recipe
+from rsa_fast.training.engine import train
 from tools.demo import METHODS, baselines, draw_curves
 from tools.make_demo import make_demo
 

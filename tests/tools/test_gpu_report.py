@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rsa_fast import planning
+from rsa_fast.insight import planning
 from rsa_fast.recipes import build_recipe
 from tools.gpu_report import __main__ as gpu_report
 from tools.gpu_report import checks, inputs, loops

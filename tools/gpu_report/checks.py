@@ -24,11 +24,11 @@ from PIL import Image
 from pipelines import VIEWS, Order, Source, open_source, open_views
 from pipelines.draws import draw
 from pipelines.torchvision_views import aggressive_view, weak_view
-from rsa_fast.meter import Meter
+from rsa_fast.insight.planning import GIB, gpu_row
+from rsa_fast.insight.profiling import loading_of, open_loader
 from rsa_fast.methods import METHODS
-from rsa_fast.planning import GIB, gpu_row
-from rsa_fast.profiling import loading_of, open_loader
-from rsa_fast.step import build_run, train_step
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.step import build_run, train_step
 from tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,

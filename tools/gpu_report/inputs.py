@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from pipelines import Batch, Source, open_source
-from rsa_fast.planning import photograph
+from rsa_fast.insight.planning import photograph
 from rsa_fast.recipes import Recipe, build_recipe
-from rsa_fast.step import Run, choose_device, choose_dtype
+from rsa_fast.training.step import Run, choose_device, choose_dtype
 from tools.gpu_report.worker import Settings, SkippedError
 
 NODE_GPUS = 8  # the ImageNet-1K recipes' batch sizes are those of a node with so many GPUs

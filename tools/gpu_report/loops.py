@@ -18,15 +18,15 @@ import torch
 
 from pipelines import Source, open_source
 from pipelines.manifest import array_manifest
-from rsa_fast import checkpoint
-from rsa_fast.engine import train
-from rsa_fast.evaluate import Evaluation
-from rsa_fast.meter import Meter
-from rsa_fast.metrics import read_metrics
-from rsa_fast.profiling import loading_of, open_loader, ratio, steady
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.insight.profiling import loading_of, open_loader, ratio, steady
+from rsa_fast.insight.timeline import Timeline
 from rsa_fast.recipes import Recipe
-from rsa_fast.step import build_run, train_step
-from rsa_fast.timeline import Timeline
+from rsa_fast.training import checkpoint
+from rsa_fast.training.engine import train
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.step import build_run, train_step
 from tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,

@@ -1,4 +1,4 @@
-"""What `rsa_fast.planning` predicts for what `tools.gpu_report` has measured."""
+"""What `rsa_fast.insight.planning` predicts for what `tools.gpu_report` has measured."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def predicted(part: str, row: Row, card: str | None) -> Row:
 
     `card` is the card's name in `planning.GPUS`; without one only memory is predicted.
     """
-    from rsa_fast.planning import GIB, of_one_rank, plan, trace
+    from rsa_fast.insight.planning import GIB, of_one_rank, plan, trace
     from rsa_fast.recipes import validate
 
     recipe = validate(row["recipe"])

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 
 from pipelines import Batch
-from rsa_fast.planning import GIB
-from rsa_fast.profiling import ratio
-from rsa_fast.step import Run, build_run, train_step
-from rsa_fast.timeline import Timeline
+from rsa_fast.insight.planning import GIB
+from rsa_fast.insight.profiling import ratio
+from rsa_fast.insight.timeline import Timeline
+from rsa_fast.training.step import Run, build_run, train_step
 from tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,

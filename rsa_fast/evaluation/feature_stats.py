@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import Batch
-from rsa_fast.evaluate import embed
+from rsa_fast.evaluation.evaluate import embed
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
 COSINE_BINS = 20  # of equal width from 0 to 1: features follow a ReLU, so that no cosine is negative

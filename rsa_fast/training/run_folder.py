@@ -80,7 +80,7 @@ def full_disk_named(out: Path) -> Iterator[None]:
 def report_or_say(folder: Path) -> None:
     """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
     try:
-        from rsa_fast.report import report  # matplotlib, a seventh of the time to import all of this
+        from rsa_fast.insight.report import report  # matplotlib, a seventh of the time to import all of this
 
         report([folder])
     except Exception as error:

@@ -40,9 +40,9 @@ from torch.utils.flop_counter import flop_registry
 from pipelines import RESIDENT_BYTES, VIEWS, Batch, Order, Source, open_source, open_views
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods.method import Method, build_method
-from rsa_fast.optim import build_optimizer
 from rsa_fast.recipes import Recipe, build_recipe, nearest, resolve
-from rsa_fast.step import Run, choose_dtype, train_step
+from rsa_fast.training.optim import build_optimizer
+from rsa_fast.training.step import Run, choose_dtype, train_step
 
 GIB, BLOCK = 2**30, 512  # bytes; CUDA's caching allocator hands out multiples of the second
 OVERHEAD_GIB = 1.5  # chosen: CUDA's context, cuDNN's workspaces, NCCL's buffers

@@ -24,10 +24,10 @@ from torch.profiler import ProfilerActivity
 
 from pipelines import VIEWS, Batch, Order, Source, choose_backend, open_source, open_views
 from pipelines.loading import Loader
-from rsa_fast.doctor import read_cgroups
+from rsa_fast.insight.doctor import read_cgroups
+from rsa_fast.insight.timeline import PARTS, Timeline, peak_bytes, reset_peak, used_bytes, watched
 from rsa_fast.recipes import Loading, Recipe
-from rsa_fast.step import Run, build_run, choose_device, train_step
-from rsa_fast.timeline import PARTS, Timeline, peak_bytes, reset_peak, used_bytes, watched
+from rsa_fast.training.step import Run, build_run, choose_device, train_step
 
 MODES = {"step": "step, ready batch", "views": "views, page cache", "both": "both", "cold_views": "views, from the disk"}
 COMPARED = ("step", "views", "both")

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from rsa_fast.profiling import MODES
-from rsa_fast.report import svg
-from rsa_fast.timeline import PARTS
+from rsa_fast.insight.profiling import MODES
+from rsa_fast.insight.report import svg
+from rsa_fast.insight.timeline import PARTS
 
 
 def table(report: dict[str, Any]) -> Table:

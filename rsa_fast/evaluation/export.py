@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 from pipelines.files import write_whole
-from rsa_fast import checkpoint
-from rsa_fast.encoders import arch_of, load_encoder
+from rsa_fast.evaluation.encoders import arch_of, load_encoder
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe, dump_yaml
+from rsa_fast.training import checkpoint
 
 SUFFIXES = {  # detectron2 and timm choose their reader by it
     "torchvision": ".pth",

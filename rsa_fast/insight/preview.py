@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipelines import VIEWS, Backend, Order, Source, choose_backend, open_views
 from pipelines.draws import draw
 from rsa_fast.recipes import Recipe
-from rsa_fast.step import choose_device
+from rsa_fast.training.step import choose_device
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # by draws' operation numbers
 TILE_PX, GAP_PX, LINE_PX, FRAME_PX = 192, 14, 17, 3  # the widest label fits below a tile of 192 px

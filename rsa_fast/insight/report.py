@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from rsa_fast.metrics import read_metrics
+from rsa_fast.training.metrics import read_metrics
 
 STYLES, MARKERS = ("-", "--", ":"), "o^s"  # of a panel's keys
 COLUMNS, PANEL_INCHES = 3, (4.6, 3.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rsa_fast.methods.method import Now
-from rsa_fast.step import Run
+from rsa_fast.training.step import Run
 
 # "backward" holds GradScaler's look at the gradients, "other" the schedules, the scaler and the zeroing of gradients.
 PARTS = ("forward_online", "forward_target", "loss", "backward", "optimiser", "ema", "other")

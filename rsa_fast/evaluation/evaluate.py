@@ -1,4 +1,4 @@
-"""How good a frozen encoder is: kNN, and the linear classifiers of `rsa_fast.linear`. Accuracies are top-1 in percent.
+"""How good a frozen encoder is: kNN, and the linear classifiers of `linear`. Accuracies are top-1 in percent.
 
     evaluation = Evaluation(data, recipe, device, dtype)
     scores = evaluation.score(encoder, ("knn", "linear-rsa-small"), recalibrate=True)
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from pipelines import Order, open_source, open_views
 from pipelines.plain import PlainImages
-from rsa_fast import linear
 from rsa_fast.distributed import gather, rank, world_size
-from rsa_fast.linear import Batches, Features
+from rsa_fast.evaluation import linear
+from rsa_fast.evaluation.linear import Batches, Features
 from rsa_fast.recipes import Recipe
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
@@ -113,7 +113,7 @@ class Evaluation:
 
         The encoder is in eval mode meanwhile, and comes back unchanged. linear-rsa-small and
         linear-rsa-large use `epochs`, and linear-rsa-small uses `nesterov`; None means the
-        protocol's own value (see `rsa_fast.linear`).
+        protocol's own value (see `rsa_fast.evaluation.linear`).
         `recalibrate` is of linear-rsa-small: the classifier is trained on a copy with BatchNorm in train mode, whose running
         statistics its images replace, as happens in eval_single.py of github.com/tmllab/RSA. Raises ValueError when there
         are several ranks to recalibrate on: each would have statistics of its own.

@@ -33,11 +33,11 @@ from torchvision.models.detection.rpn import RPNHead
 
 from pipelines.coco import CocoImages, open_loader, reading_plan
 from pipelines.order import Order
-from rsa_fast import checkpoint
-from rsa_fast.encoders import load_encoder
-from rsa_fast.metrics import Metrics, environment
-from rsa_fast.run_folder import prepare_folder
-from rsa_fast.step import choose_device, choose_dtype
+from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.training import checkpoint
+from rsa_fast.training.metrics import Metrics, environment
+from rsa_fast.training.run_folder import prepare_folder
+from rsa_fast.training.step import choose_device, choose_dtype
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects: `CocoImages`
 

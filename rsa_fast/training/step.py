@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines import Batch
 from rsa_fast.distributed import local_rank, world_size
 from rsa_fast.methods.method import Loss, Method, build_method
-from rsa_fast.optim import Sgd, build_optimizer, set_learning_rate
 from rsa_fast.recipes import Plan, Recipe, resolve
+from rsa_fast.training.optim import Sgd, build_optimizer, set_learning_rate
 
 
 @dataclass

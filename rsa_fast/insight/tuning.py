@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from pipelines import AggressiveOn, Backend, DecodeOn, Source, choose_backend, open_source
-from rsa_fast.profiling import loading_of, open_loader, steady
+from rsa_fast.insight.profiling import loading_of, open_loader, steady
+from rsa_fast.insight.timeline import Timeline
 from rsa_fast.recipes import Loading, Recipe
-from rsa_fast.step import Run, build_run, train_step
-from rsa_fast.timeline import Timeline
+from rsa_fast.training.step import Run, build_run, train_step
 
 
 def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict[str, Any]:

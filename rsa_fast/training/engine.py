@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from pipelines import Loader, Order, open_source, open_views
-from rsa_fast import checkpoint
 from rsa_fast.distributed import (
     STOP_SIGNALS,
     Heartbeat,
@@ -30,12 +29,13 @@ from rsa_fast.distributed import (
     restarted,
     world_size,
 )
-from rsa_fast.evaluate import Evaluation
-from rsa_fast.feature_stats import feature_stats
-from rsa_fast.meter import Meter, warn_of_collapse
-from rsa_fast.metrics import Metrics, environment
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.evaluation.feature_stats import feature_stats
 from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml
-from rsa_fast.run_folder import (
+from rsa_fast.training import checkpoint
+from rsa_fast.training.meter import Meter, warn_of_collapse
+from rsa_fast.training.metrics import Metrics, environment
+from rsa_fast.training.run_folder import (
     begun,
     check_folder,
     full_disk_named,
@@ -44,7 +44,7 @@ from rsa_fast.run_folder import (
     report_or_say,
     write_text,
 )
-from rsa_fast.step import Run, build_run, train_step
+from rsa_fast.training.step import Run, build_run, train_step
 
 
 class StoppedError(Exception):

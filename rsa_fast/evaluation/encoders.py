@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from rsa_fast import checkpoint
 from rsa_fast.networks import LAYERS, Encoder
 from rsa_fast.recipes import Recipe, validate
+from rsa_fast.training import checkpoint
 
 STAGE = re.compile(r"((?:.*\.)?)(layer1|\d+)\.0\.conv1\.weight")  # prefix, and the name or number of a stage
 FOLLOWER = re.compile(r"(^|[._])(k|momentum|target|teacher|ema)[._]")  # in the prefix of a network that follows another

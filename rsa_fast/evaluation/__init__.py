@@ -1,0 +1,1 @@
+"""What an encoder is worth after pre-training: scores, detection, embeddings, exports."""
