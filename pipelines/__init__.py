@@ -76,14 +76,28 @@ def open_views(
     if backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if aggressive_on not in AGGRESSIVE_ON:
-        raise ValueError(f"no aggressive_on {aggressive_on!r}: choose from {', '.join(AGGRESSIVE_ON)}")
+        raise ValueError(
+            f"no aggressive_on {aggressive_on!r}: choose from {', '.join(AGGRESSIVE_ON)}"
+        )
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"no on_bad_image {on_bad_image!r}: choose from {', '.join(ON_BAD_IMAGE)}")
     if not reads or not reads <= set(VIEWS):
         raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(VIEWS)}")
     if aggressive_on == "auto":
         aggressive_on = "device" if device.type == "cuda" else "host"
-    job = Job(source, spec, reads, order, device, dtype, threads, prefetch_batches, aggressive_on, decode_on, on_bad_image)
+    job = Job(
+        source,
+        spec,
+        reads,
+        order,
+        device,
+        dtype,
+        threads,
+        prefetch_batches,
+        aggressive_on,
+        decode_on,
+        on_bad_image,
+    )
     if backend == "auto":
         backend, reason = choose_backend(source, device)
         print(f"backend {backend}: {reason}", file=sys.stderr)
@@ -116,7 +130,9 @@ def choose_backend(source: Source, device: torch.device) -> tuple[AutomaticBacke
 
     sizes = source.manifest.sizes
     pixels = 3 * int(sizes.astype(np.int64).prod(1).sum())
-    if pixels <= min(RESIDENT_BYTES, free_bytes(device) // 2) and (device.type == "cpu" or (sizes == sizes[0]).all()):
+    if pixels <= min(RESIDENT_BYTES, free_bytes(device) // 2) and (
+        device.type == "cpu" or (sizes == sizes[0]).all()
+    ):
         return "resident", f"the images take {pixels / 2**30:.2f} GiB decoded and stay in memory"
     if source.beton and find_spec("ffcv"):
         return "ffcv", f"{source.beton.name} is FFCV's"

@@ -18,7 +18,14 @@ from pipelines.sources import Source
 
 VERSION = 2  # of ffcv's format
 HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page_bytes", "<u4"), ("count", "<u8"), ("allocations_ptr", "<u8")], align=True
+    [
+        ("version", "<u2"),
+        ("fields", "<u2"),
+        ("page_bytes", "<u4"),
+        ("count", "<u8"),
+        ("allocations_ptr", "<u8"),
+    ],
+    align=True,
 )
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -56,14 +63,19 @@ def open_beton(path: Path) -> Packed:
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}, this code reads {VERSION}")
         fields = table(path, FIELD, header["fields"], HEADER.itemsize)
-        found = {name.decode("ascii", "replace"): int(kind) for name, kind in zip(fields["name"], fields["type"], strict=True)}
+        found = {
+            name.decode("ascii", "replace"): int(kind)
+            for name, kind in zip(fields["name"], fields["type"], strict=True)
+        }
         if not WANTED.items() <= found.items() or not set(found.values()) <= set(FIELD_TYPES):
             raise ValueError(f"fields {found}, wanted {WANTED} (name: ffcv's type number)")
         record = np.dtype([(name, FIELD_TYPES[kind]) for name, kind in found.items()], align=True)
         metadata = table(path, record, header["count"], HEADER.itemsize + fields.nbytes)
         start = int(header["allocations_ptr"])
         if not 0 < start <= length:
-            raise ValueError("its allocation table is missing: it is truncated, or its writer never finished")
+            raise ValueError(
+                "its allocation table is missing: it is truncated, or its writer never finished"
+            )
         allocations = table(path, ALLOCATION, (length - start) // ALLOCATION.itemsize, start)
         return Packed([path], entries_of(metadata, allocations))
     except ValueError as error:
@@ -72,7 +84,9 @@ def open_beton(path: Path) -> Packed:
 
 def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
     if (room := max(0, path.stat().st_size - offset) // record.itemsize) < count:
-        raise ValueError(f"truncated: {room} of {count} records of {record.itemsize} bytes from byte {offset}")
+        raise ValueError(
+            f"truncated: {room} of {count} records of {record.itemsize} bytes from byte {offset}"
+        )
     return np.fromfile(path, record, int(count), offset=offset)
 
 
@@ -84,10 +98,16 @@ def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
     known = rank < len(allocations)
     known[known] = allocations["ptr"][rank[known]] == image["data_ptr"][known]
     if not known.all():
-        raise ValueError(f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its allocation table")
+        raise ValueError(
+            f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its allocation table"
+        )
     entries = np.zeros(len(metadata), ENTRY)
     entries["offset"], entries["size"] = image["data_ptr"], allocations["size"][rank]
-    entries["height"], entries["width"], entries["raw"] = image["height"], image["width"], image["mode"] == RAW
+    entries["height"], entries["width"], entries["raw"] = (
+        image["height"],
+        image["width"],
+        image["mode"] == RAW,
+    )
     entries["label"] = metadata["label"]
     return entries
 
@@ -108,7 +128,9 @@ class BetonWriter:
         self.count, self.page = count, page
         self.record = np.dtype([("image", IMAGE), ("label", FIELD_TYPES[1])], align=True)
         tables = HEADER.itemsize + len(WANTED) * FIELD.itemsize + count * self.record.itemsize
-        self.end = int(done["offset"][-1] + done["size"][-1]) if len(done) else -(-tables // page) * page
+        self.end = (
+            int(done["offset"][-1] + done["size"][-1]) if len(done) else -(-tables // page) * page
+        )
         self.file = path.open("r+b" if len(done) else "w+b")
         if len(done) and path.stat().st_size < self.end:
             raise ValueError(f"{path} is shorter than its journal says: restart with --overwrite")
@@ -118,7 +140,9 @@ class BetonWriter:
     def append(self, data: bytes, label: int) -> tuple[int, int]:
         """Write one image; returns the file's index, which is 0, and the position in it. The label waits for `finish`."""
         if len(data) > self.page:
-            raise ValueError(f"an image of {len(data):,} bytes does not fit a page of {self.page:,}")
+            raise ValueError(
+                f"an image of {len(data):,} bytes does not fit a page of {self.page:,}"
+            )
         if len(data) > self.page - self.end % self.page:
             self.pad_page()
         self.file.write(data)
@@ -145,11 +169,19 @@ class BetonWriter:
         fields = np.zeros(len(WANTED), FIELD)
         fields["name"], fields["type"] = list(WANTED), list(WANTED.values())
         metadata = np.zeros(self.count, self.record)
-        metadata["image"]["data_ptr"], metadata["image"]["mode"] = entries["offset"], entries["raw"] * RAW
-        metadata["image"]["height"], metadata["image"]["width"] = entries["height"], entries["width"]
+        metadata["image"]["data_ptr"], metadata["image"]["mode"] = (
+            entries["offset"],
+            entries["raw"] * RAW,
+        )
+        metadata["image"]["height"], metadata["image"]["width"] = (
+            entries["height"],
+            entries["width"],
+        )
         metadata["label"] = entries["label"]
         self.file.seek(0)
-        self.file.write(np.array((VERSION, len(WANTED), self.page, self.count, self.end), HEADER).tobytes())
+        self.file.write(
+            np.array((VERSION, len(WANTED), self.page, self.count, self.end), HEADER).tobytes()
+        )
         self.file.write(fields.tobytes() + metadata.tobytes())
         self.sync()
 

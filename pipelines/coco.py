@@ -22,7 +22,9 @@ from pipelines.order import Order, epoch_order
 from pipelines.sources import read_rgb
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects
-LAYOUT = "wanted: train2017/, val2017/ and annotations/instances_{train,val}2017.json, in COCO's format"
+LAYOUT = (
+    "wanted: train2017/, val2017/ and annotations/instances_{train,val}2017.json, in COCO's format"
+)
 
 
 class CocoImages(Dataset[Sample]):
@@ -44,10 +46,17 @@ class CocoImages(Dataset[Sample]):
                 f"{path} names {len(absent_images)} images that {self.folder} lacks: {', '.join(absent_images[:5])}"
             )
         for entry in self.coco.anns.values():
-            if lacking := {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"} - entry.keys():
-                raise ValueError(f"{path}: annotation {entry['id']} has no {', '.join(sorted(lacking))}; {LAYOUT}")
+            if (
+                lacking := {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"}
+                - entry.keys()
+            ):
+                raise ValueError(
+                    f"{path}: annotation {entry['id']} has no {', '.join(sorted(lacking))}; {LAYOUT}"
+                )
             if entry["image_id"] not in images or entry["category_id"] not in categories:
-                raise ValueError(f"{path}: annotation {entry['id']} is of an image or a category that is not there")
+                raise ValueError(
+                    f"{path}: annotation {entry['id']} is of an image or a category that is not there"
+                )
         self.ids = sorted(images)
         self.categories = {key: categories[key]["name"] for key in sorted(categories)}
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
@@ -56,11 +65,17 @@ class CocoImages(Dataset[Sample]):
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
         """The annotations of an image that are learned: single objects with an area, no crowds."""
-        return [entry for entry in self.coco.imgToAnns[image_id] if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0]
+        return [
+            entry
+            for entry in self.coco.imgToAnns[image_id]
+            if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0
+        ]
 
     def portrait(self) -> np.ndarray:
         """`(len(self),)` bool: which images are higher than wide."""
-        return np.array([self.coco.imgs[key]["height"] > self.coco.imgs[key]["width"] for key in self.ids])
+        return np.array(
+            [self.coco.imgs[key]["height"] > self.coco.imgs[key]["width"] for key in self.ids]
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,11 +86,17 @@ class CocoImages(Dataset[Sample]):
         image = torch.from_numpy(read_rgb(self.folder / entry["file_name"])).permute(2, 0, 1)
         size = entry["height"], entry["width"]
         if image.shape[1:] != size:
-            raise ValueError(f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, its annotations say {size}")
+            raise ValueError(
+                f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, its annotations say {size}"
+            )
         boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4).float()
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([self.labels[item["category_id"]] for item in objects], dtype=torch.int64)
-        masks = torch.from_numpy(np.array([self.coco.annToMask(item) for item in objects], np.uint8).reshape(-1, *size))
+        labels = torch.tensor(
+            [self.labels[item["category_id"]] for item in objects], dtype=torch.int64
+        )
+        masks = torch.from_numpy(
+            np.array([self.coco.annToMask(item) for item in objects], np.uint8).reshape(-1, *size)
+        )
         if flip:
             image, masks = image.flip(-1), masks.flip(-1)
             boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
@@ -87,7 +108,9 @@ def read_annotations(path: Path) -> Any:
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
-        raise ValueError(f"detection needs pycocotools ({error}): pip install pycocotools") from error
+        raise ValueError(
+            f"detection needs pycocotools ({error}): pip install pycocotools"
+        ) from error
     try:
         with redirect_stdout(sys.stderr):
             coco = COCO(str(path))
@@ -98,7 +121,9 @@ def read_annotations(path: Path) -> Any:
     return coco
 
 
-def reading_plan(order: Order, portrait: np.ndarray, first: int, end: int) -> Iterator[list[tuple[int, bool]]]:
+def reading_plan(
+    order: Order, portrait: np.ndarray, first: int, end: int
+) -> Iterator[list[tuple[int, bool]]]:
     """The batches of the steps from `first` up to `end`, each a list of (index, flip): a pure function of seed and step.
 
     All but one batch of an epoch hold images of one orientation, so that little is padded (detectron2's grouping).
@@ -117,4 +142,10 @@ def reading_plan(order: Order, portrait: np.ndarray, first: int, end: int) -> It
 def open_loader(
     images: CocoImages, plan: Iterable[list[tuple[int, bool]]], workers: int, device: torch.device
 ) -> DataLoader[Sample]:
-    return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=list, pin_memory=device.type == "cuda")
+    return DataLoader(
+        images,
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+    )

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install nvidia-dali-cuda120 (for CUDA 12; nvidia-dali-cuda130 for CUDA 13)"
 Encoded = tuple[np.ndarray, np.ndarray, list[np.ndarray]]  # a batch's ids, parameters and files
-Reading = list[Future[tuple[int, np.ndarray]]]  # a batch's files while they are read: sample id, bytes
+Reading = list[
+    Future[tuple[int, np.ndarray]]
+]  # a batch's files while they are read: sample id, bytes
 
 
 def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) -> Pipeline:
@@ -75,7 +77,9 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
                 preallocate_height_hint=tallest,
             )
         else:
-            image = fn.decoders.image(image, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False)
+            image = fn.decoders.image(
+                image, device="cpu", output_type=DALIImageType.RGB, adjust_orientation=False
+            )
             image = image.gpu() if device == "gpu" else image
         crops = []
         for crop in job.crops:
@@ -102,7 +106,9 @@ def regions(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A flip swaps the ends along x.
     """
-    top, left, height, width, flip = (params[name] for name in ("top", "left", "height", "width", "flip"))
+    top, left, height, width, flip = (
+        params[name] for name in ("top", "left", "height", "width", "flip")
+    )
     right = left + width
     start = np.stack([top, np.where(flip, right, left)], 1)
     end = np.stack([top + height, np.where(flip, left, right)], 1)
@@ -121,7 +127,9 @@ class DaliViews(Loader):
         super().__init__(job)
         self.on_gpu = job.device.type == "cuda"
         if self.on_gpu and job.aggressive_on == "host":
-            raise ValueError("aggressive_on: host would bring the crops back from the GPU; use device, or backend native")
+            raise ValueError(
+                "aggressive_on: host would bring the crops back from the GPU; use device, or backend native"
+            )
         self.pool = ThreadPoolExecutor(job.threads)
         self.landing = Landing(job)
         self.pipe = self.start()

@@ -20,12 +20,18 @@ BLUR_PASSES = 3  # PIL's GaussianBlur
 def send(array: np.ndarray, device: torch.device) -> Tensor:
     """A host array on `device`, without waiting for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
     """Crop, resize and flip `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)`, antialiased as PIL's bilinear resize."""
-    fields = np.stack([params[name] for name in ("top", "left", "height", "width", "flip")]).astype(np.float32)
+    fields = np.stack([params[name] for name in ("top", "left", "height", "width", "flip")]).astype(
+        np.float32
+    )
     top, left, height, width, flip = send(fields, images.device)
     across = triangle_weights(left, width, images.shape[3], size_px, flip)
     down = triangle_weights(top, height, images.shape[2], size_px, torch.zeros_like(flip))
@@ -33,7 +39,9 @@ def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
     return round_level(down[:, None] @ rows.view(-1, *images.shape[1:3], size_px))
 
 
-def triangle_weights(start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor) -> Tensor:
+def triangle_weights(
+    start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor
+) -> Tensor:
     """`(B, size_out, size_in)`: each output pixel's weights over the window `[start, start + length)`, mirrored if `flip`."""
     out = torch.arange(size_out, device=start.device, dtype=torch.float32)
     out = torch.where(flip[:, None] > 0, size_out - 1 - out, out)  # (B, size_out)
@@ -50,13 +58,19 @@ def aggressive_stage(levels: Tensor, params: np.ndarray) -> Tensor:
     """Jitter in each sample's own order, grayscale and blur of `(B, 3, S, S)` levels; the input is left as it is."""
     steps = [blend_weights(params, slot) for slot in range(4)] + [grayscale_weights(params)]
     weights = send(np.stack(steps), levels.device)[..., None, None, None]  # (5, 3, B, 1, 1, 1)
-    levels = levels.clone()  # from here in place: fresh 6 MB temporaries cost more than the arithmetic on a CPU
+    levels = (
+        levels.clone()
+    )  # from here in place: fresh 6 MB temporaries cost more than the arithmetic on a CPU
     for slot in range(5):
         blend_(levels, *weights[slot])
-        if slot < 4 and len(chosen := np.flatnonzero(params["jitter"] & (params["order"][:, slot] == HUE))):
+        if slot < 4 and len(
+            chosen := np.flatnonzero(params["jitter"] & (params["order"][:, slot] == HUE))
+        ):
             index, turns = send(chosen, levels.device), params["factor"][chosen, HUE]
             shift = send(np.trunc(turns.astype(np.float64) * 255).astype(np.float32), levels.device)
-            levels.index_copy_(0, index, shift_hue(levels.index_select(0, index), shift[:, None, None]))
+            levels.index_copy_(
+                0, index, shift_hue(levels.index_select(0, index), shift[:, None, None])
+            )
     if len(chosen := np.flatnonzero(params["blur_sigma_px"] > 0)):
         index, sigma = send(chosen, levels.device), params["blur_sigma_px"][chosen]
         levels.index_copy_(0, index, blur(levels.index_select(0, index), sigma))
@@ -77,7 +91,9 @@ def blend_weights(params: np.ndarray, slot: int) -> np.ndarray:
 
 def grayscale_weights(params: np.ndarray) -> np.ndarray:
     """The fifth blend: all the way to the pixel's gray, where grayscale is on."""
-    return np.stack([params["grayscale"], np.zeros(len(params)), np.ones(len(params))]).astype(np.float32)
+    return np.stack([params["grayscale"], np.zeros(len(params)), np.ones(len(params))]).astype(
+        np.float32
+    )
 
 
 def blend_(levels: Tensor, towards: Tensor, mean_share: Tensor, own_share: Tensor) -> None:
@@ -90,7 +106,13 @@ def blend_(levels: Tensor, towards: Tensor, mean_share: Tensor, own_share: Tenso
 def gray_level(levels: Tensor) -> Tensor:
     """ITU-R 601 luma `(B, 1, S, S)`, rounded; exact in float32, whose 24 bits hold PIL's 16-bit fixed point."""
     r, g, b = levels[:, 0:1], levels[:, 1:2], levels[:, 2:3]
-    return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).add_(0.5).floor_()
+    return (
+        (r * (19595 / 65536))
+        .add_(g, alpha=38470 / 65536)
+        .add_(b, alpha=7471 / 65536)
+        .add_(0.5)
+        .floor_()
+    )
 
 
 def shift_hue(levels: Tensor, shift: Tensor) -> Tensor:
@@ -101,7 +123,9 @@ def shift_hue(levels: Tensor, shift: Tensor) -> Tensor:
     # Levels are whole, so these are 1 where red (green) is the largest and 0 elsewhere; torch.where is slower on a CPU
     is_red, is_green = (r - v).add_(1).clamp_(min=0), (g - v).add_(1).clamp_(min=0)
     rise = (r - g).lerp_(b - r, is_green).lerp_(g - b, is_red).div_(spread.clamp(min=1))
-    sextant = rise.add_(is_green.mul_(-2).add_(10).lerp_(torch.full_like(v, 6), is_red))  # one turn up: positive
+    sextant = rise.add_(
+        is_green.mul_(-2).add_(10).lerp_(torch.full_like(v, 6), is_red)
+    )  # one turn up: positive
     hue = sextant.mul_(1 / 6).frac_().mul_(255).floor_().add_(shift)
     hue -= (hue * (1 / 256)).floor_().mul_(256)
     chroma = (spread.mul_(255) / v.clamp(min=1)).floor_().mul_(v).mul_(1 / 255)
@@ -122,12 +146,16 @@ def box_matrices(sigma_px: np.ndarray, size: int) -> np.ndarray:
     """`(B, size, size)` float32: one box blur whose three passes have variance sigma squared, edges repeated."""
     variance = sigma_px.astype(np.float64) ** 2 / BLUR_PASSES
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
-    radius = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    radius = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (
+        6 * (variance - (whole + 1) ** 2)
+    )
     reach = int(np.ceil(radius.max()))
     matrices = np.zeros((len(sigma_px), size, size), np.float32)
     pixel = np.arange(size)
     for offset in range(-reach, reach + 1):
-        tap = np.clip(radius + 1 - abs(offset), 0, 1) / (2 * radius + 1)  # 1 inside the box, its fraction at the ends
+        tap = np.clip(radius + 1 - abs(offset), 0, 1) / (
+            2 * radius + 1
+        )  # 1 inside the box, its fraction at the ends
         matrices[:, pixel, np.clip(pixel + offset, 0, size - 1)] += tap[:, None]
     return matrices
 
@@ -138,11 +166,15 @@ def round_level(levels: Tensor) -> Tensor:
 
 def affine(spec: ViewSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """`(1, 3, 1, 1)` scale and bias that take a channel's 8-bit level to its normalised value."""
-    mean, std = (torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+    mean, std = (
+        torch.tensor(x, dtype=torch.float64).view(1, 3, 1, 1) for x in (spec.mean, spec.std)
+    )
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def normalise(levels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Levels `(B, 3, S, S)` to the normalised, channels_last view in the compute dtype, in one pass over memory."""
-    out = torch.empty(levels.shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last)
+    out = torch.empty(
+        levels.shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last
+    )
     return torch.addcmul(bias, levels, scale, out=out)

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pipelines.views import ViewSpec
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-ORDERS = np.array(list(permutations(range(4))), np.int8)  # (24, 4): the orders of the four jitter operations
+ORDERS = np.array(
+    list(permutations(range(4))), np.int8
+)  # (24, 4): the orders of the four jitter operations
 CROP_TRIES = 10  # torchvision's RandomResizedCrop.get_params
 
 VIEW_PARAMS = np.dtype(
@@ -84,19 +86,28 @@ def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarr
     params["factor"] = centre + strength * (2 * u[..., FACTOR : FACTOR + 4] - 1)
     params["grayscale"] = u[..., GRAYSCALE] < spec.grayscale_p
     low, high = spec.blur_sigma_px
-    params["blur_sigma_px"] = np.where(u[..., BLUR] < spec.blur_p, low + (high - low) * u[..., SIGMA], 0)
+    params["blur_sigma_px"] = np.where(
+        u[..., BLUR] < spec.blur_p, low + (high - low) * u[..., SIGMA], 0
+    )
     return params
 
 
 def crop_windows(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     """Top, left, height, width, each `(n, 2)`: the first of ten tries that fits, else the largest central window."""
-    image_h, image_w = (np.asarray(sizes)[:, None, axis].astype(np.float64) for axis in (0, 1))  # (n, 1)
+    image_h, image_w = (
+        np.asarray(sizes)[:, None, axis].astype(np.float64) for axis in (0, 1)
+    )  # (n, 1)
     low, high = spec.crop_area
     area = (image_h * image_w)[..., None] * (low + (high - low) * u[..., AREA : AREA + CROP_TRIES])
     log_low, log_high = np.log(spec.crop_aspect)
     aspect = np.exp(log_low + (log_high - log_low) * u[..., ASPECT : ASPECT + CROP_TRIES])
     widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (widths > 0) & (widths <= image_w[..., None]) & (heights > 0) & (heights <= image_h[..., None])
+    fits = (
+        (widths > 0)
+        & (widths <= image_w[..., None])
+        & (heights > 0)
+        & (heights <= image_h[..., None])
+    )
     first = fits.argmax(-1)[..., None]
     accepted = fits.any(-1)
     # torchvision's fallback: the whole image, narrowed to the nearest allowed aspect

@@ -39,7 +39,9 @@ try:
 except ImportError as error:
     raise ValueError(f"backend ffcv needs FFCV ({error}): {INSTALL}, or use image files") from error
 torch.set_num_threads(torch_threads)  # importing ffcv sets one
-Compiler.set_num_threads = staticmethod(lambda count: None)  # torch's and numba's, process-wide, at every epoch
+Compiler.set_num_threads = staticmethod(
+    lambda count: None
+)  # torch's and numba's, process-wide, at every epoch
 
 # What FFCV passes to read a file from memory: the file's bytes, the position at which each image
 # starts (sorted), and the size of each image in bytes.
@@ -69,7 +71,11 @@ def decode_views(
     data, starts, sizes = storage
     for i in range(len(ids)):
         field = metadata[ids[i]]
-        start, height, width = field["data_ptr"], np.uint32(field["height"]), np.uint32(field["width"])
+        start, height, width = (
+            field["data_ptr"],
+            np.uint32(field["height"]),
+            np.uint32(field["width"]),
+        )
         stored = data[start : start + sizes[np.searchsorted(starts, start)]]
         if failed[i]:
             continue
@@ -78,13 +84,18 @@ def decode_views(
             jpeg_height, jpeg_width = jpeg_size(stored)
             # FFCV would leave the rest of a larger image as it is in memory.
             other_size = jpeg_height != height or jpeg_width != width
-            failed[i] = other_size or (decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0)
+            failed[i] = other_size or (
+                decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False)
+                != 0
+            )
         elif len(stored) == 3 * height * width:
             image = stored.reshape(height, width, 3)
         else:
             failed[i] = True
         if not failed[i]:
-            sample_views(image, params[i], table, weak_1[i], weak_2[i], aggressive_1[i], aggressive_2[i])
+            sample_views(
+                image, params[i], table, weak_1[i], weak_2[i], aggressive_1[i], aggressive_2[i]
+            )
 
 
 class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
@@ -95,7 +106,10 @@ class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
         self.write = write
 
     def declare_state_and_memory(self, previous_state: object) -> tuple[object, None]:
-        return previous_state, None  # no memory: FFCV writes its own again while batches may be in use, 10 of 15 kept ones
+        return (
+            previous_state,
+            None,
+        )  # no memory: FFCV writes its own again while batches may be in use, 10 of 15 kept ones
 
     def generate_code(self) -> Callable[..., object]:
         return self.write
@@ -126,13 +140,18 @@ class FfcvViews(Loader):
                 os_cache=True,
                 order=OrderOption.SEQUENTIAL,
                 batches_ahead=job.prefetch_batches,
-                pipelines={"image": PipelineSpec("image", decoder=Decoder(self.write)), "label": None},
+                pipelines={
+                    "image": PipelineSpec("image", decoder=Decoder(self.write)),
+                    "label": None,
+                },
             )
         finally:
             Compiler.set_enabled(True)
         reader = self.loader.reader  # opened later than the source
         images = reader.metadata[f"f{reader.field_names.index('image')}"]
-        if not np.array_equal(np.stack([images["height"], images["width"]], 1), job.source.manifest.sizes):
+        if not np.array_equal(
+            np.stack([images["height"], images["width"]], 1), job.source.manifest.sizes
+        ):
             raise ValueError(f"{job.source.beton} was replaced while it was opened: start again")
 
     def close(self) -> None:
@@ -152,7 +171,9 @@ class FfcvViews(Loader):
 
             def work(part: slice) -> None:
                 outputs = (view[part] for view in views)
-                decode_views(ids[part], metadata, storage, params[part], table, failed[part], *outputs)
+                decode_views(
+                    ids[part], metadata, storage, params[part], table, failed[part], *outputs
+                )
 
             in_parts(self.pool, self.job.threads, len(ids), work)
             for i in np.flatnonzero(failed):
@@ -165,9 +186,16 @@ class FfcvViews(Loader):
 
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         self.epoch = epoch
-        ids = np.concatenate([self.job.order.ids(epoch, s) for s in range(step, len(self))] or [np.zeros(0, np.int64)])
-        self.loader.traversal_order.sample_order = lambda _: ids  # a class of ours is refused by a fault of 1.0.2
-        self.loader.first_traversal_order = ids  # the loader cuts every order to the length of its first
+        ids = np.concatenate(
+            [self.job.order.ids(epoch, s) for s in range(step, len(self))]
+            or [np.zeros(0, np.int64)]
+        )
+        self.loader.traversal_order.sample_order = lambda _: (
+            ids
+        )  # a class of ours is refused by a fault of 1.0.2
+        self.loader.first_traversal_order = (
+            ids  # the loader cuts every order to the length of its first
+        )
         running = iter(self.loader)
         try:
             for _ in range(step, len(self)):
@@ -176,8 +204,12 @@ class FfcvViews(Loader):
                     raise made
                 yield self.landing.batch(*made)
         finally:
-            running.iter_ixes = iter(())  # no batch after the one at work; its own signal is heeded by a full queue only
-            while running.is_alive():  # its last act is to put a None, for which a full queue has no room
+            running.iter_ixes = iter(
+                ()
+            )  # no batch after the one at work; its own signal is heeded by a full queue only
+            while (
+                running.is_alive()
+            ):  # its last act is to put a None, for which a full queue has no room
                 while not running.output_queue.empty():
                     running.output_queue.get_nowait()
                 running.join(0.01)

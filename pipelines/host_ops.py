@@ -41,7 +41,9 @@ def sample_views(
     `params` `(2,)` of `draws.VIEW_PARAMS`; `table` `(3, 256)` maps a channel's 8-bit level to the normalised value; each
     output is `(S, S, 3)` of the table's dtype, or empty when it is not read.
     """
-    size = max(max(weak_1.shape[0], weak_2.shape[0]), max(aggressive_1.shape[0], aggressive_2.shape[0]))
+    size = max(
+        max(weak_1.shape[0], weak_2.shape[0]), max(aggressive_1.shape[0], aggressive_2.shape[0])
+    )
     planes = np.empty((3, size, size), np.uint8)
     for crop in range(2):
         weak, aggressive = (weak_1, aggressive_1) if crop == 0 else (weak_2, aggressive_2)
@@ -74,7 +76,9 @@ def batch_views(
         height, width = sizes[ids[b]]
         first = offsets[ids[b]]
         image = pixels[first : first + height * width * 3].reshape(height, width, 3)
-        sample_views(image, params[b], table, weak_1[b], weak_2[b], aggressive_1[b], aggressive_2[b])
+        sample_views(
+            image, params[b], table, weak_1[b], weak_2[b], aggressive_1[b], aggressive_2[b]
+        )
 
 
 @kernel
@@ -85,7 +89,9 @@ def jpeg_size(data: np.ndarray) -> tuple[int, int]:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are tables
             return data[at + 5] * 256 + data[at + 6], data[at + 7] * 256 + data[at + 8]
-        at += 1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]  # fill bytes, or a segment
+        at += (
+            1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]
+        )  # fill bytes, or a segment
     return 0, 0
 
 
@@ -141,17 +147,28 @@ def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
             weights[i - low] = max(1.0 - abs((i - centre + 0.5) / support), 0.0)
             total += weights[i - low]
         for i in range(low, high):
-            fixed[i - first[out], out] = np.int32(0.5 + weights[i - low] / total * (1 << RESIZE_BITS))
+            fixed[i - first[out], out] = np.int32(
+                0.5 + weights[i - low] / total * (1 << RESIZE_BITS)
+            )
     return first, fixed
 
 
 @kernel
-def crop_resize_flip(image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, planes: np.ndarray) -> None:
+def crop_resize_flip(
+    image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, planes: np.ndarray
+) -> None:
     """The window of `image` `(H, W, 3)` resized to `planes` `(3, S, S)`, then mirrored if `flip`."""
     size = planes.shape[1]
     pixels = image.reshape(image.shape[0], image.shape[1] * 3)
-    if height > size and 2 * width < height + size:  # Pillow 13 resizes such a window down first, older ones never do
-        pixels, top, left, height = resize_down(pixels, top, 3 * left, height, 3 * width, size), 0, 0, size
+    if (
+        height > size and 2 * width < height + size
+    ):  # Pillow 13 resizes such a window down first, older ones never do
+        pixels, top, left, height = (
+            resize_down(pixels, top, 3 * left, height, 3 * width, size),
+            0,
+            0,
+            size,
+        )
     rows = resize_across(pixels, top, left, height, width, flip, size)
     resized = resize_down(rows, 0, 0, height, 3 * size, size)
     for c in range(3):
@@ -162,10 +179,14 @@ def crop_resize_flip(image: np.ndarray, top: int, left: int, height: int, width:
 
 
 @kernel
-def resize_across(pixels: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int) -> np.ndarray:
+def resize_across(
+    pixels: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int
+) -> np.ndarray:
     """A window of interleaved rows `(H, 3 * W)` to `(height, 3 * size)` uint8, in which red, green and blue stand apart."""
     first, weights = bilinear_taps(width, size)
-    place = np.empty(size, np.uint32)  # of each output's first tap; unsigned, for which numba asks not whether it is negative
+    place = np.empty(
+        size, np.uint32
+    )  # of each output's first tap; unsigned, for which numba asks not whether it is negative
     weight = np.empty(weights.shape, np.int32)
     for x in range(size):
         out = size - 1 - x if flip else x
@@ -173,17 +194,26 @@ def resize_across(pixels: np.ndarray, top: int, left: int, height: int, width: i
         for t in range(len(weights)):
             weight[t, out] = weights[t, x]
     rows = np.empty((height, 3 * size), np.uint8)
-    line, tap = np.empty(width, np.int32), np.empty(size, np.int32)  # red, green and blue in one integer
+    line, tap = (
+        np.empty(width, np.int32),
+        np.empty(size, np.int32),
+    )  # red, green and blue in one integer
     total = np.empty(3 * size, np.int32)
     red, green, blue = total[:size], total[size:][:size], total[2 * size :][:size]
     for y in range(height):
         pixel = pixels[top + y][3 * left :]
         for x in range(width):
-            line[x] = np.int32(pixel[3 * x]) | np.int32(pixel[3 * x + 1]) << 8 | np.int32(pixel[3 * x + 2]) << 16
+            line[x] = (
+                np.int32(pixel[3 * x])
+                | np.int32(pixel[3 * x + 1]) << 8
+                | np.int32(pixel[3 * x + 2]) << 16
+            )
         total[:] = HALF
         for t in range(len(weights)):
             weight_t, from_t = weight[t], line[t:]
-            for x in range(size):  # one look-up for three channels, in a loop of its own: the other one is vectorised then
+            for x in range(
+                size
+            ):  # one look-up for three channels, in a loop of its own: the other one is vectorised then
                 tap[x] = from_t[place[x]]
             for x in range(size):
                 rgb, w = tap[x], weight_t[x]
@@ -192,12 +222,16 @@ def resize_across(pixels: np.ndarray, top: int, left: int, height: int, width: i
                 blue[x] += w * (rgb >> 16)
         row = rows[y]
         for i in range(3 * size):
-            row[i] = total[i] >> RESIZE_BITS  # weights are positive and sum to one: 0..255 without a clip
+            row[i] = (
+                total[i] >> RESIZE_BITS
+            )  # weights are positive and sum to one: 0..255 without a clip
     return rows
 
 
 @kernel
-def resize_down(pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int) -> np.ndarray:
+def resize_down(
+    pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int
+) -> np.ndarray:
     """A window of `(H, W)` uint8 to `(size, width)`."""
     first, weights = bilinear_taps(height, size)
     out = np.empty((size, width), np.uint8)
@@ -269,9 +303,15 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
         count = min(BLOCK, r.size - start)
         red, green, blue = r[start:][:count], g[start:][:count], b[start:][:count]
         for i in range(count):
-            hue[i], saturation[i], value[i] = hsv(np.int32(red[i]), np.int32(green[i]), np.int32(blue[i]))
-        for i in range(count):  # a loop of its own: one loop for both keeps too much at hand to be vectorised well
-            red[i], green[i], blue[i] = rgb((np.int32(hue[i]) + shift) & 255, np.float32(saturation[i]), np.float32(value[i]))
+            hue[i], saturation[i], value[i] = hsv(
+                np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
+            )
+        for i in range(
+            count
+        ):  # a loop of its own: one loop for both keeps too much at hand to be vectorised well
+            red[i], green[i], blue[i] = rgb(
+                (np.int32(hue[i]) + shift) & 255, np.float32(saturation[i]), np.float32(value[i])
+            )
 
 
 @kernel
@@ -294,14 +334,18 @@ def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.in
 
 
 @kernel
-def rgb(hue: np.int32, saturation: np.float32, value: np.float32) -> tuple[np.uint8, np.uint8, np.uint8]:
+def rgb(
+    hue: np.int32, saturation: np.float32, value: np.float32
+) -> tuple[np.uint8, np.uint8, np.uint8]:
     """Convert.c's hsv2rgb, from a whole hue and float32 levels."""
     sector = (hue * 6 * 257 + 257) >> 16  # hue * 6 // 255
     fraction = np.float32(hue * 6 - sector * 255)  # of 255
     chroma = value * saturation
     p = np.uint8(value - chroma * np.float32(1 / 255) + np.float32(0.5))
     q = np.uint8(value - chroma * fraction * np.float32(1 / 255**2) + np.float32(0.5))
-    t = np.uint8(value - chroma * (np.float32(255) - fraction) * np.float32(1 / 255**2) + np.float32(0.5))
+    t = np.uint8(
+        value - chroma * (np.float32(255) - fraction) * np.float32(1 / 255**2) + np.float32(0.5)
+    )
     v = np.uint8(value)
     sector = sector % 6
     red = v if sector == 0 or sector == 5 else (q if sector == 1 else (t if sector == 4 else p))
@@ -313,7 +357,12 @@ def rgb(hue: np.int32, saturation: np.float32, value: np.float32) -> tuple[np.ui
 @kernel
 def box_radius(sigma_px: np.float32) -> np.float32:
     """Radius of the box whose three passes have variance sigma squared (BoxBlur.c, Gwosdek et al. 2011)."""
-    one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)  # float32 throughout, as PIL
+    one, two, three, six = (
+        np.float32(1),
+        np.float32(2),
+        np.float32(3),
+        np.float32(6),
+    )  # float32 throughout, as PIL
     variance = sigma_px * sigma_px / np.float32(BLUR_PASSES)
     length = np.float32(math.sqrt(12.0 * variance + 1.0))
     whole = np.float32(math.floor((length - 1.0) / 2.0))
@@ -405,7 +454,9 @@ def finish_views(
     """All views of ready weak crops `(B, S, S, 3)` uint8, as `batch_views`; an unread crop is empty."""
     for b in range(len(params)):
         for crop in range(2):
-            levels, weak, aggressive = (first, weak_1, aggressive_1) if crop == 0 else (second, weak_2, aggressive_2)
+            levels, weak, aggressive = (
+                (first, weak_1, aggressive_1) if crop == 0 else (second, weak_2, aggressive_2)
+            )
             size = levels.shape[1]
             if size == 0:
                 continue

@@ -64,7 +64,9 @@ class Job:
         from pipelines.host_ops import jpeg_size  # numba: a GPU can train from memory without it
 
         data = self.source.jpeg(sample)
-        return data if data and jpeg_size(np.frombuffer(data, np.uint8)) == self.size(sample) else None
+        return (
+            data if data and jpeg_size(np.frombuffer(data, np.uint8)) == self.size(sample) else None
+        )
 
     def read(self, sample: int) -> np.ndarray:
         """`(H, W, 3)` uint8 by PIL. Raises ValueError when it is damaged, or not of the manifest's size any more, in which its
@@ -125,17 +127,25 @@ class Loader(ABC):
                 except (OSError, ValueError) as error:
                     fault = f"sample {stand_in}{f', {manifest.paths[stand_in]}' if manifest.paths else ''}: {error}"
                     if self.job.on_bad_image == "stop":
-                        raise ValueError(f"{fault}. To train on without it: --on-bad-image skip") from error
+                        raise ValueError(
+                            f"{fault}. To train on without it: --on-bad-image skip"
+                        ) from error
                     self.skip(stand_in, fault)
-        raise ValueError(f"none of the {len(manifest)} images can be read; one of them: {self.skipped[sample]}")
+        raise ValueError(
+            f"none of the {len(manifest)} images can be read; one of them: {self.skipped[sample]}"
+        )
 
     def skip(self, sample: int, fault: str) -> None:
         """Remember a bad image, and say so once; a worker process leaves that to the one that it works for."""
         if self.skipped.setdefault(sample, fault) is fault and get_worker_info() is None:
-            sys.stderr.write(f"skipped {fault}\n")  # at once: print() writes the end of a line by itself, and others between
+            sys.stderr.write(
+                f"skipped {fault}\n"
+            )  # at once: print() writes the end of a line by itself, and others between
 
 
-def in_parts(pool: ThreadPoolExecutor, parts: int, count: int, work: Callable[[slice], None]) -> None:
+def in_parts(
+    pool: ThreadPoolExecutor, parts: int, count: int, work: Callable[[slice], None]
+) -> None:
     """Run `work` on `count` samples cut into equal slices, one per thread, and wait."""
     edges = np.linspace(0, count, parts + 1).astype(int)
     list(pool.map(lambda part: work(slice(edges[part], edges[part + 1])), range(parts)))
@@ -162,10 +172,16 @@ class Landing:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.finished = job.device.type == "cpu" and job.aggressive_on == "host"  # the host writes what the batch holds
+        self.finished = (
+            job.device.type == "cpu" and job.aggressive_on == "host"
+        )  # the host writes what the batch holds
         made = job.reads if job.aggressive_on == "host" else {VIEWS[crop] for crop in job.crops}
         self.names = [name for name in VIEWS if name in made]
-        self.table = level_table(job.spec, job.dtype) if self.finished else np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        self.table = (
+            level_table(job.spec, job.dtype)
+            if self.finished
+            else np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        )
         self.stream: torch.cuda.Stream | None = None
         if job.device.type == "cuda":
             self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]  # torch gives no types
@@ -181,7 +197,14 @@ class Landing:
             return Slot({name: self.lend(shape) for name in self.names})
         depth = self.job.prefetch_batches + 2
         if len(self.ring) < depth:
-            self.ring.append(Slot({name: torch.empty(shape, dtype=torch.uint8).pin_memory() for name in self.names}))
+            self.ring.append(
+                Slot(
+                    {
+                        name: torch.empty(shape, dtype=torch.uint8).pin_memory()
+                        for name in self.names
+                    }
+                )
+            )
         self.used += 1
         return self.ring[(self.used - 1) % depth]
 
@@ -210,14 +233,20 @@ class Landing:
             return Batch(self.job.labels(ids), views)
 
         def receive(stream: torch.cuda.Stream) -> dict[str, Tensor]:
-            copies = {name: view.to(self.job.device, non_blocking=True) for name, view in slot.views.items()}
+            copies = {
+                name: view.to(self.job.device, non_blocking=True)
+                for name, view in slot.views.items()
+            }
             slot.read = stream.record_event()  # type: ignore[no-untyped-call]  # torch gives no types
             return copies
 
         return self.on_stream(receive, ids, params)
 
     def on_stream(
-        self, receive: Callable[[torch.cuda.Stream], dict[str, Tensor]], ids: np.ndarray, params: np.ndarray
+        self,
+        receive: Callable[[torch.cuda.Stream], dict[str, Tensor]],
+        ids: np.ndarray,
+        params: np.ndarray,
     ) -> Batch:
         """The batch of the levels `(B, S, S, 3)` that `receive(stream)` brings to the GPU, made on the landing's stream."""
         assert self.stream is not None  # only batches for a GPU are made here
@@ -233,13 +262,20 @@ class Landing:
     def finish(self, levels: dict[str, Tensor], params: np.ndarray) -> dict[str, Tensor]:
         """The views read, of 8-bit levels `(B, 3, S, S)` on the device."""
         if self.job.aggressive_on == "host":
-            return {name: device_ops.normalise(view, *self.affine, self.job.dtype) for name, view in levels.items()}
+            return {
+                name: device_ops.normalise(view, *self.affine, self.job.dtype)
+                for name, view in levels.items()
+            }
         crops = self.job.crops
         weak = torch.cat([levels[VIEWS[crop]] for crop in crops]).float().contiguous()
-        return finish_on_device(self.job, weak, np.concatenate([params[:, crop] for crop in crops]), self.affine)
+        return finish_on_device(
+            self.job, weak, np.concatenate([params[:, crop] for crop in crops]), self.affine
+        )
 
 
-def finish_on_device(job: Job, weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def finish_on_device(
+    job: Job, weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
     """The views read, of the weak levels `(C * B, 3, S, S)` of all crops that are needed; `params` `(C * B,)`."""
     stages = [weak]
     if job.reads & set(VIEWS[2:]):
@@ -261,4 +297,6 @@ def level_table(spec: ViewSpec, dtype: torch.dtype) -> np.ndarray:
 
 def bits(tensor: Tensor) -> np.ndarray:
     """The memory of a tensor as integers, for kernels that only move values of types numpy may not know (bfloat16)."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    ).numpy()

@@ -32,7 +32,9 @@ CACHE: dict[str, np.dtype] = {
     "labels": np.dtype("<i8"),
     "sizes": np.dtype("<i4"),
 }
-CHUNK = 4096  # files at a time: few enough to hold as Python objects, enough to spare a million futures
+CHUNK = (
+    4096  # files at a time: few enough to hold as Python objects, enough to spare a million futures
+)
 
 
 class Paths(Sequence[str]):
@@ -45,10 +47,14 @@ class Paths(Sequence[str]):
         if not isinstance(paths, bytes):
             rest = iter(paths)
             chunks = iter(lambda: list(islice(rest, CHUNK)), [])
-            paths = b"\0".join(os.fsencode("\0".join(chunk)) for chunk in chunks)  # the one character no file name has
+            paths = b"\0".join(
+                os.fsencode("\0".join(chunk)) for chunk in chunks
+            )  # the one character no file name has
         self.text = paths
         ends = np.flatnonzero(np.frombuffer(self.text, np.uint8) == 0)
-        self.bounds = np.concatenate([[-1], ends, [len(self.text)]]) if self.text else np.zeros(1, np.int64)
+        self.bounds = (
+            np.concatenate([[-1], ends, [len(self.text)]]) if self.text else np.zeros(1, np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -61,13 +67,17 @@ class Paths(Sequence[str]):
         if isinstance(index, slice):
             chosen = range(len(self))[index]
             if len(chosen) > 1 and chosen.step == 1:
-                return os.fsdecode(self.text[self.bounds[chosen[0]] + 1 : self.bounds[chosen[-1] + 1]]).split("\0")
+                return os.fsdecode(
+                    self.text[self.bounds[chosen[0]] + 1 : self.bounds[chosen[-1] + 1]]
+                ).split("\0")
             return [self[i] for i in chosen]
         i = range(len(self))[index]  # negative ones count from the end; IndexError beyond it
         return os.fsdecode(self.text[self.bounds[i] + 1 : self.bounds[i + 1]])
 
     def __iter__(self) -> Iterator[str]:
-        return chain.from_iterable(self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
+        return chain.from_iterable(
+            self[start : start + CHUNK] for start in range(0, len(self), CHUNK)
+        )
 
 
 Listing = tuple[Paths, np.ndarray, tuple[str, ...]]  # paths, their labels (int64), class names
@@ -86,18 +96,28 @@ class Manifest:
     labels: np.ndarray
     sizes: np.ndarray
     fingerprint: str  # of names, labels, bytes and sizes; the same wherever the data lies
-    paths: Paths = field(default_factory=Paths)  # relative to the data folder; empty for binary files
+    paths: Paths = field(
+        default_factory=Paths
+    )  # relative to the data folder; empty for binary files
 
     def __post_init__(self) -> None:
         count, sizes = self.labels.size, self.sizes
-        if self.labels.shape != (count,) or sizes.shape != (count, 2) or len(self.paths or self.labels) != count:
-            raise ValueError(f"{self.labels.shape} labels, {sizes.shape} sizes and {len(self.paths)} paths")
+        if (
+            self.labels.shape != (count,)
+            or sizes.shape != (count, 2)
+            or len(self.paths or self.labels) != count
+        ):
+            raise ValueError(
+                f"{self.labels.shape} labels, {sizes.shape} sizes and {len(self.paths)} paths"
+            )
         if not ((self.labels >= -1) & (self.labels < max(1, len(self.classes)))).all():
             raise ValueError(f"labels up to {self.labels.max()} of {len(self.classes)} classes")
         if (bad := (sizes < 1).any(1) | (sizes.astype(np.int64).prod(1) > MAX_PIXELS)).any():
             first = int(bad.argmax())
             name = self.paths[first] if self.paths else first
-            raise ValueError(f"image {name} is {sizes[first].tolist()} px: images of 1 to {MAX_PIXELS:,} pixels are read")
+            raise ValueError(
+                f"image {name} is {sizes[first].tolist()} px: images of 1 to {MAX_PIXELS:,} pixels are read"
+            )
         parts = b"/%b/" % self.paths.text.replace(b"\0", b"/") if self.paths else b""
         if b"//" in parts or b"/../" in parts:
             outside = next(path for path in self.paths if {"", ".."} & set(path.split("/")))
@@ -111,7 +131,9 @@ class Manifest:
         return len(self) > 0 and bool((self.labels >= 0).all())
 
 
-def array_manifest(data: Path, split: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Manifest:
+def array_manifest(
+    data: Path, split: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> Manifest:
     """The manifest of images already in memory, `pixels` `(N, H, W, 3)` uint8."""
     digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
     digest.update(np.ascontiguousarray(labels, np.int64).data)
@@ -119,7 +141,9 @@ def array_manifest(data: Path, split: str, pixels: np.ndarray, labels: np.ndarra
     return Manifest(split, classes, np.asarray(labels, np.int64), sizes, digest.hexdigest())
 
 
-def file_manifest(data: Path, split: str, listing: Callable[[], Listing], cache: str | Path | None = None) -> Manifest:
+def file_manifest(
+    data: Path, split: str, listing: Callable[[], Listing], cache: str | Path | None = None
+) -> Manifest:
     """The manifest of the image files that `listing()` finds, scanned or read from the cache.
 
     The cache holds while names, labels, bytes and modification times are unchanged, which takes a stat of every file, or
@@ -131,7 +155,9 @@ def file_manifest(data: Path, split: str, listing: Callable[[], Listing], cache:
     with take_turn(places) as lock:
         manifest = read_cache(places, split, vouched(lock.read(), data))
         if manifest is None:
-            lock.truncate(0)  # should this process fail, those who wait must not take an older word for its own
+            lock.truncate(
+                0
+            )  # should this process fail, those who wait must not take an older word for its own
             began_s = time.time()
             paths, labels, classes = listing()
             stats = by_threads(lambda path: file_stat(f"{data}/{path}"), paths, np.int64)
@@ -142,7 +168,9 @@ def file_manifest(data: Path, split: str, listing: Callable[[], Listing], cache:
                 whole = fingerprint(paths, labels, classes, stats[:, 0], sizes)
                 manifest = Manifest(split, classes, labels, sizes, whole, paths)
                 write_cache(places, state, manifest)
-            lock.write(json.dumps({"began_s": began_s, "data": os.path.realpath(data), "state": state}))
+            lock.write(
+                json.dumps({"began_s": began_s, "data": os.path.realpath(data), "state": state})
+            )
     return manifest
 
 
@@ -170,7 +198,11 @@ def vouched(text: str, data: Path) -> str:
     # alone: a notebook started yesterday should see what was changed today.
     try:
         found = json.loads(text)
-        if "RANK" in os.environ and found["began_s"] > started_s() and found["data"] == os.path.realpath(data):
+        if (
+            "RANK" in os.environ
+            and found["began_s"] > started_s()
+            and found["data"] == os.path.realpath(data)
+        ):
             return str(found["state"])
     except (ValueError, KeyError, TypeError, RecursionError):  # nothing yet, or a writer was killed
         pass
@@ -179,8 +211,14 @@ def vouched(text: str, data: Path) -> str:
 
 def started_s() -> float:
     """When this process started, as `time.time()` counts, rounded up."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine's, rounded down
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + (ticks + 1) / os.sysconf("SC_CLK_TCK")
+    ticks = int(
+        Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    )  # since the machine's, rounded down
+    return (
+        time.time()
+        - time.clock_gettime(time.CLOCK_BOOTTIME)
+        + (ticks + 1) / os.sysconf("SC_CLK_TCK")
+    )
 
 
 def by_threads(work: Callable[[str], tuple[int, int]], paths: Paths, dtype: type) -> np.ndarray:
@@ -190,7 +228,9 @@ def by_threads(work: Callable[[str], tuple[int, int]], paths: Paths, dtype: type
         return np.array([work(path) for path in paths[start : start + CHUNK]], dtype)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return np.concatenate([np.empty((0, 2), dtype), *pool.map(rows, range(0, len(paths), CHUNK))])
+        return np.concatenate(
+            [np.empty((0, 2), dtype), *pool.map(rows, range(0, len(paths), CHUNK))]
+        )
 
 
 def file_stat(path: str) -> tuple[int, int]:
@@ -212,7 +252,10 @@ def scan(data: Path, paths: Paths) -> np.ndarray:
 
     sizes = by_threads(size, paths, np.int32)
     if faults:
-        shown = "\n".join([f"  {path}: {faults[path]}" for path in sorted(faults)[:20]] + ["  ..."] * (len(faults) > 20))
+        shown = "\n".join(
+            [f"  {path}: {faults[path]}" for path in sorted(faults)[:20]]
+            + ["  ..."] * (len(faults) > 20)
+        )
         found = f"{len(faults)} of {len(paths)} files under {data} are no whole images"
         raise ValueError(f"{found}; replace or delete them:\n{shown}")
     return sizes
@@ -229,8 +272,14 @@ def header_size(path: Path) -> tuple[int, int] | str:
                 if b"\xff\xd9" not in file.read():
                     return "truncated JPEG (no end marker)"
             return height, width
-    except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
-        return "empty file" if path.stat().st_size == 0 else f"{type(error).__name__}: {str(error).split(' <')[0]}"
+    except (
+        Exception
+    ) as error:  # on damaged bytes decoders raise whatever their authors did not think of
+        return (
+            "empty file"
+            if path.stat().st_size == 0
+            else f"{type(error).__name__}: {str(error).split(' <')[0]}"
+        )
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
@@ -240,7 +289,13 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return total.hexdigest()
 
 
-def fingerprint(paths: Paths, labels: np.ndarray, classes: tuple[str, ...], lengths: np.ndarray, sizes: np.ndarray) -> str:
+def fingerprint(
+    paths: Paths,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    lengths: np.ndarray,
+    sizes: np.ndarray,
+) -> str:
     """SHA-256 of the classes and of a line per file, joined by newlines, then of the sizes; `lengths` is in bytes."""
     lines = chain(classes, map("{}\t{}\t{}".format, paths, labels.tolist(), lengths.tolist()))
     total, joint = hashlib.sha256(), b""
@@ -260,10 +315,23 @@ def read_cache(places: list[Path], split: str, state: str) -> Manifest | None:
             if meta["state"] != state:
                 continue
             classes, whole = tuple(map(str, meta["classes"])), str(meta["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: it will be written anew
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # damaged: it will be written anew
             continue
         try:
-            return Manifest(split, classes, stored["labels"], stored["sizes"], whole, Paths(stored["paths"].tobytes()))
+            return Manifest(
+                split,
+                classes,
+                stored["labels"],
+                stored["sizes"],
+                whole,
+                Paths(stored["paths"].tobytes()),
+            )
         except ValueError as error:
             raise ValueError(f"{place} is no work of this program: {error}. Delete it") from error
     return None
@@ -271,8 +339,12 @@ def read_cache(places: list[Path], split: str, state: str) -> Manifest | None:
 
 def write_cache(places: list[Path], state: str, manifest: Manifest) -> None:
     """Write to the first place that takes it, by rename; a read-only dataset without `cache` is scanned each time."""
-    meta = json.dumps({"state": state, "classes": manifest.classes, "fingerprint": manifest.fingerprint})
-    meta_bytes, path_bytes = (np.frombuffer(text, np.uint8) for text in (meta.encode(), manifest.paths.text))
+    meta = json.dumps(
+        {"state": state, "classes": manifest.classes, "fingerprint": manifest.fingerprint}
+    )
+    meta_bytes, path_bytes = (
+        np.frombuffer(text, np.uint8) for text in (meta.encode(), manifest.paths.text)
+    )
     for place in places:
         partial = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:

@@ -59,7 +59,9 @@ class NativeViews(Loader):
         outputs = self.landing.arrays(slot)
 
         def work(first: int) -> None:
-            images = [self.readable(int(sample), self.decode) for sample in ids[first : first + CHUNK]]
+            images = [
+                self.readable(int(sample), self.decode) for sample in ids[first : first + CHUNK]
+            ]
             slot.wait()
             for i, (sample, image) in enumerate(images, first):
                 if sample != ids[i]:
@@ -67,7 +69,12 @@ class NativeViews(Loader):
                     params[i] = self.job.params(epoch, ids[i : i + 1])[0]
                 sample_views(image, params[i], self.landing.table, *(out[i] for out in outputs))
 
-        return [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)], slot, ids, params
+        return (
+            [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)],
+            slot,
+            ids,
+            params,
+        )
 
     def decode(self, sample: int) -> np.ndarray:
         """`(H, W, 3)` uint8, equal to `job.read(sample)`."""

@@ -25,7 +25,10 @@ def read_npz(path: Path, wanted: Mapping[str, np.dtype]) -> dict[str, np.ndarray
 def read_array(stored: zipfile.ZipFile, length: int, name: str, wanted: np.dtype) -> np.ndarray:
     """One array of the zip file, which is `length` bytes long."""
     member = stored.getinfo(f"{name}.npy")
-    if member.compress_type != zipfile.ZIP_STORED or max(member.file_size, member.compress_size) > length:
+    if (
+        member.compress_type != zipfile.ZIP_STORED
+        or max(member.file_size, member.compress_size) > length
+    ):
         raise ValueError(f"{member.filename} is compressed or larger than the file")
     data = bytearray(stored.read(member))
     header = io.BytesIO(data)

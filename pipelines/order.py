@@ -34,7 +34,9 @@ class Order:
                 "add images, or lower --batch-size (it is global)"
             )
         if self.batch_size % self.world_size:
-            raise ValueError(f"batch_size {self.batch_size} is global and does not divide among {self.world_size} ranks")
+            raise ValueError(
+                f"batch_size {self.batch_size} is global and does not divide among {self.world_size} ranks"
+            )
 
     def __len__(self) -> int:
         return self.count // self.batch_size

@@ -44,18 +44,28 @@ class Packed:
         self.paths, self.entries = tuple(files), entries
         file, start, size = entries["file"], entries["offset"], entries["size"]
         if (outside := (file < 0) | (file >= len(files)) | (start < 0) | (size < 1)).any():
-            raise ValueError(f"image {outside.argmax()} lies outside its file: the table is damaged, convert the data again")
+            raise ValueError(
+                f"image {outside.argmax()} lies outside its file: the table is damaged, convert the data again"
+            )
         self.files = [path.open("rb", buffering=0) for path in files]
         lengths = np.array([os.fstat(opened.fileno()).st_size for opened in self.files], np.int64)
         if (beyond := np.flatnonzero(size > lengths[file] - start)).size:
             last = entries[beyond[-1]]
-            path, found, end = files[last["file"]], lengths[last["file"]], int(last["offset"]) + int(last["size"])
-            raise ValueError(f"{path} is truncated: {found:,} bytes, its images end at {end:,}. Copy or convert it again")
+            path, found, end = (
+                files[last["file"]],
+                lengths[last["file"]],
+                int(last["offset"]) + int(last["size"]),
+            )
+            raise ValueError(
+                f"{path} is truncated: {found:,} bytes, its images end at {end:,}. Copy or convert it again"
+            )
         order = np.lexsort((start, file))
         file, start, end = file[order], start[order], (start + size)[order]
         if (on_another := (file[1:] == file[:-1]) & (start[1:] < end[:-1])).any():
             pair = sorted(order[on_another.argmax() :][:2].tolist())
-            raise ValueError(f"images {pair[0]} and {pair[1]} lie on one another: the table is damaged, convert the data again")
+            raise ValueError(
+                f"images {pair[0]} and {pair[1]} lie on one another: the table is damaged, convert the data again"
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -64,11 +74,15 @@ class Packed:
         """The bytes of one image as stored: a JPEG or, where the entry says raw, its pixels."""
         entry = self.entries[sample]
         try:
-            data = os.pread(self.files[entry["file"]].fileno(), int(entry["size"]), int(entry["offset"]))
+            data = os.pread(
+                self.files[entry["file"]].fileno(), int(entry["size"]), int(entry["offset"])
+            )
         except OSError as error:
             raise ValueError(f"cannot read {self.name(sample)}: {error}") from error
         if len(data) != entry["size"]:
-            raise ValueError(f"{self.name(sample)}: {len(data)} of {entry['size']} bytes: the file was cut since it was opened")
+            raise ValueError(
+                f"{self.name(sample)}: {len(data)} of {entry['size']} bytes: the file was cut since it was opened"
+            )
         return data
 
     def decode(self, sample: int, data: bytes) -> np.ndarray:
@@ -81,10 +95,16 @@ class Packed:
                 pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
             else:
                 pixels = to_rgb(Image.open(io.BytesIO(data)))
-        except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
-            raise ValueError(f"cannot decode {self.name(sample)}: {error}. Convert the data again") from error
+        except (
+            Exception
+        ) as error:  # on damaged bytes decoders raise whatever their authors did not think of
+            raise ValueError(
+                f"cannot decode {self.name(sample)}: {error}. Convert the data again"
+            ) from error
         if pixels.shape != shape:
-            raise ValueError(f"{self.name(sample)} is {pixels.shape}, its table says {shape}. Convert the data again")
+            raise ValueError(
+                f"{self.name(sample)} is {pixels.shape}, its table says {shape}. Convert the data again"
+            )
         return pixels
 
     def read(self, sample: int) -> np.ndarray:
@@ -102,7 +122,9 @@ class Packed:
         try:
             manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
         except ValueError as error:
-            raise ValueError(f"{self.paths[0]} and what is beside it: {error}. Convert the data again") from error
+            raise ValueError(
+                f"{self.paths[0]} and what is beside it: {error}. Convert the data again"
+            ) from error
         return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
 
 
@@ -118,9 +140,15 @@ def read_classes(path: Path, form: str, count: int) -> tuple[str, ...]:
         if found["version"] != VERSION:
             raise ValueError(f"version {found['version']}, this code reads {VERSION}")
         if (found["format"], found["count"]) != (form, count):
-            raise ValueError(f"it describes {found['count']} images as {found['format']}, beside {count} as {form}")
-        if not isinstance(found["classes"], list) or not all(isinstance(name, str) for name in found["classes"]):
+            raise ValueError(
+                f"it describes {found['count']} images as {found['format']}, beside {count} as {form}"
+            )
+        if not isinstance(found["classes"], list) or not all(
+            isinstance(name, str) for name in found["classes"]
+        ):
             raise ValueError("its classes are no list of names")
         return tuple(found["classes"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe the images beside it ({error}): remove it, or convert again") from error
+        raise ValueError(
+            f"{path} does not describe the images beside it ({error}): remove it, or convert again"
+        ) from error

@@ -48,11 +48,15 @@ class PlainImages:
         world_size: int = 1,
     ) -> None:
         if resize_px and resize_px < spec.size_px:
-            raise ValueError(f"images resized to {resize_px} px do not fill the centre crop of {spec.size_px} px")
+            raise ValueError(
+                f"images resized to {resize_px} px do not fill the centre crop of {spec.size_px} px"
+            )
         self.source, self.size_px, self.resize_px = source, spec.size_px, resize_px
         self.batch_size, self.device, self.dtype, self.threads = batch_size, device, dtype, threads
         self.ids = range(rank, len(source.manifest), world_size)
-        self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std))
+        self.mean, self.std = (
+            torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std)
+        )
 
     @property
     def transform(self) -> str:
@@ -70,4 +74,7 @@ class PlainImages:
                 ids = self.ids[first : first + self.batch_size]
                 pixels = torch.from_numpy(np.stack(list(pool.map(read, ids)))).to(self.device)
                 images = (pixels.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-                yield images.to(self.dtype, memory_format=torch.channels_last), labels[ids].to(self.device)
+                yield (
+                    images.to(self.dtype, memory_format=torch.channels_last),
+                    labels[ids].to(self.device),
+                )

@@ -59,7 +59,9 @@ class ResidentViews(Loader):
 
         def work(chunk: slice) -> None:
             source = (self.pixels, self.offsets, self.sizes, ids[chunk])
-            batch_views(*source, params[chunk], self.landing.table, *(out[chunk] for out in outputs))
+            batch_views(
+                *source, params[chunk], self.landing.table, *(out[chunk] for out in outputs)
+            )
 
         in_parts(self.pool, self.job.threads, len(ids), work)
         return self.landing.batch(slot, ids, params)

@@ -19,7 +19,14 @@ from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source, split_folder
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # 512 and 10,240 bytes
-INDEX = {"shard": "file", "offset": "offset", "size": "size", "label": "label", "height": "height", "width": "width"}
+INDEX = {
+    "shard": "file",
+    "offset": "offset",
+    "size": "size",
+    "label": "label",
+    "height": "height",
+    "width": "width",
+}
 INDEX_VERSION = "v1.2"  # of wds2idx
 
 
@@ -47,7 +54,9 @@ def open_shards(folder: Path) -> Packed:
         if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
             raise ValueError(f"{shards} shards of {count} images")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards ({error}): convert the data again") from error
+        raise ValueError(
+            f"{index} is no index of shards ({error}): convert the data again"
+        ) from error
     entries = np.zeros(count, ENTRY)
     for column, field in INDEX.items():
         entries[field] = columns[column]
@@ -138,7 +147,10 @@ class ShardWriter:
         self.end_shard()
         shards = np.split(np.arange(len(entries)), np.flatnonzero(np.diff(entries["file"])) + 1)
         for shard, samples in enumerate(shards):
-            lines = [f"{INDEX_VERSION} {len(samples)}\n", *(index_line(sample, entries[sample]) for sample in samples)]
+            lines = [
+                f"{INDEX_VERSION} {len(samples)}\n",
+                *(index_line(sample, entries[sample]) for sample in samples),
+            ]
             with shard_path(self.folder, shard).with_suffix(".idx").open("w") as file:
                 file.writelines(lines)
                 file.flush()

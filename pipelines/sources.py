@@ -22,7 +22,11 @@ from pipelines.manifest import Listing, Manifest, Paths, array_manifest, file_ma
 
 SPLITS = ("pretrain", "train", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-BINARY_FOLDERS = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100", "stl10_binary": "STL10"}
+BINARY_FOLDERS = {
+    "cifar-10-batches-py": "CIFAR10",
+    "cifar-100-python": "CIFAR100",
+    "stl10_binary": "STL10",
+}
 LAYOUT = (
     "wanted: train/<class>/*.jpg with val/<class>/*.jpg or test/<class>/*.jpg, one flat folder of images, "
     f"torchvision's {', '.join(BINARY_FOLDERS)}, "
@@ -36,7 +40,9 @@ class Source:
 
     manifest: Manifest
     read: Callable[[int], np.ndarray]  # (H, W, 3) uint8, decoded by PIL
-    encoded: Callable[[int], bytes] | None = None  # the image file as stored; None where pixels are stored
+    encoded: Callable[[int], bytes] | None = (
+        None  # the image file as stored; None where pixels are stored
+    )
     beton: Path | None = None  # the FFCV file all of it lies in
 
     def jpeg(self, sample: int) -> bytes | None:
@@ -67,10 +73,14 @@ def open_source(data: str | Path, split: str, cache: str | Path | None = None) -
         return beton_source(packed, split) if packed.is_file() else shard_source(data, split)
     manifest = file_manifest(data, split, lambda: list_images(data, split), cache)
 
-    def path(sample: int) -> Path:  # made when asked for: a million Path objects take a quarter of a gigabyte
+    def path(
+        sample: int,
+    ) -> Path:  # made when asked for: a million Path objects take a quarter of a gigabyte
         return data / manifest.paths[sample]
 
-    return Source(manifest, lambda sample: read_rgb(path(sample)), lambda sample: path(sample).read_bytes())
+    return Source(
+        manifest, lambda sample: read_rgb(path(sample)), lambda sample: path(sample).read_bytes()
+    )
 
 
 def packed_place(data: Path, split: str) -> Path | None:
@@ -81,10 +91,15 @@ def packed_place(data: Path, split: str) -> Path | None:
             Path(entry)
             for entry in entries
             if entry.name.startswith(names)
-            and (entry.name.endswith((".beton", ".ffcv")) or (entry.name in names and any(Path(entry).glob("shard-*.tar"))))
+            and (
+                entry.name.endswith((".beton", ".ffcv"))
+                or (entry.name in names and any(Path(entry).glob("shard-*.tar")))
+            )
         )
     if len(found) > 1:
-        raise ValueError(f"{data} holds {', '.join(path.name for path in found)} for one split: keep one, move the others away")
+        raise ValueError(
+            f"{data} holds {', '.join(path.name for path in found)} for one split: keep one, move the others away"
+        )
     return found[0] if found else None
 
 
@@ -94,7 +109,9 @@ def download(data: str | Path, dataset: str) -> None:
 
     by_name = {name.lower(): name for name in BINARY_FOLDERS.values()}
     if dataset not in by_name:
-        raise ValueError(f"--download knows {', '.join(by_name)}; put the images of {dataset} under {data} yourself: {LAYOUT}")
+        raise ValueError(
+            f"--download knows {', '.join(by_name)}; put the images of {dataset} under {data} yourself: {LAYOUT}"
+        )
     getattr(datasets, by_name[dataset])(str(data), download=True)
 
 
@@ -111,22 +128,32 @@ def binary_source(data: Path, dataset: str, split: str) -> Source:
             images = getattr(datasets, dataset)(str(data), train=split != "test")
             pixels, labels = images.data, images.targets
     except RuntimeError as error:
-        raise ValueError(f"{dataset} under {data} is incomplete or corrupt ({error}): delete it and use --download") from error
+        raise ValueError(
+            f"{dataset} under {data} is incomplete or corrupt ({error}): delete it and use --download"
+        ) from error
     pixels = np.ascontiguousarray(pixels)
-    manifest = array_manifest(data, split, pixels, np.asarray(labels, np.int64), tuple(images.classes))
+    manifest = array_manifest(
+        data, split, pixels, np.asarray(labels, np.int64), tuple(images.classes)
+    )
     return Source(manifest, pixels.__getitem__)
 
 
 def list_images(data: Path, split: str) -> Listing:
     """Paths relative to `data` (sorted), labels (-1: none) and class names of an image folder's split."""
     root = split_folder(data, split)
-    if (root / "val_annotations.txt").is_file():  # Tiny ImageNet's validation folder: one flat folder and a table
-        rows = [line.split("\t")[:2] for line in (root / "val_annotations.txt").read_text().splitlines()]
+    if (
+        root / "val_annotations.txt"
+    ).is_file():  # Tiny ImageNet's validation folder: one flat folder and a table
+        rows = [
+            line.split("\t")[:2] for line in (root / "val_annotations.txt").read_text().splitlines()
+        ]
         label = {wnid: i for i, wnid in enumerate(sorted({wnid for _, wnid in rows}))}
         paths = Paths(str((root / "images" / name).relative_to(data)) for name, _ in rows)
         return paths, np.array([label[wnid] for _, wnid in rows], np.int64), tuple(label)
     with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        folders = sorted(
+            entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()
+        )
     if not folders:
         paths = Paths(images_below(root, data))
         if not paths:
@@ -135,9 +162,15 @@ def list_images(data: Path, split: str) -> Listing:
     by_class = {name: Paths(images_below(root / name, data)) for name in folders}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty:
-        raise ValueError(f"no images in {len(empty)} class folder(s) of {root}: {', '.join(empty[:10])}. Fill or remove them")
+        raise ValueError(
+            f"no images in {len(empty)} class folder(s) of {root}: {', '.join(empty[:10])}. Fill or remove them"
+        )
     counts = [len(paths) for paths in by_class.values()]
-    return Paths(chain.from_iterable(by_class.values())), np.repeat(np.arange(len(counts)), counts), tuple(by_class)
+    return (
+        Paths(chain.from_iterable(by_class.values())),
+        np.repeat(np.arange(len(counts)), counts),
+        tuple(by_class),
+    )
 
 
 def split_folder(data: Path, split: str) -> Path:
@@ -147,18 +180,25 @@ def split_folder(data: Path, split: str) -> Path:
     for name in ("val", "test"):
         if (data / name).is_dir():
             return data / name
-    raise FileNotFoundError(f"no val/ or test/ folder in {data}: without one there is no evaluation")
+    raise FileNotFoundError(
+        f"no val/ or test/ folder in {data}: without one there is no evaluation"
+    )
 
 
 def images_below(folder: Path, data: Path) -> list[str]:
     """Paths relative to `data` of the images in `folder` and below, sorted. Linked folders are followed, hidden ones not."""
-    found, waiting = [], [(os.fspath(folder), "".join(f"{part}/" for part in folder.relative_to(data).parts))]
+    found, waiting = (
+        [],
+        [(os.fspath(folder), "".join(f"{part}/" for part in folder.relative_to(data).parts))],
+    )
     while waiting:
         place, prefix = waiting.pop()
         with os.scandir(place) as entries:
             for entry in entries:  # no stat: the listing says what a folder is
                 name = entry.name
-                if name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not entry.is_dir(follow_symlinks=False):
+                if name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not entry.is_dir(
+                    follow_symlinks=False
+                ):
                     found.append(prefix + name)
                 elif not name.startswith(".") and entry.is_dir():
                     waiting.append((entry.path, f"{prefix}{name}/"))
@@ -169,7 +209,9 @@ def read_rgb(path: Path) -> np.ndarray:
     """Decode one image file to `(H, W, 3)` uint8. Raises ValueError naming the file when it cannot be read whole."""
     try:
         return to_rgb(Image.open(io.BytesIO(path.read_bytes())))
-    except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
+    except (
+        Exception
+    ) as error:  # on damaged bytes decoders raise whatever their authors did not think of
         raise ValueError(f"cannot read image {path}: {error}. Replace or delete it") from error
 
 

@@ -15,7 +15,12 @@ from pipelines.loading import Loader
 from pipelines.views import VIEWS, Batch
 
 Delivery = tuple[Batch | ValueError, dict[int, str]]  # what a worker hands over: `__getitem__`
-JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)  # by draws' operation numbers
+JITTER = (
+    F.adjust_brightness,
+    F.adjust_contrast,
+    F.adjust_saturation,
+    F.adjust_hue,
+)  # by draws' operation numbers
 
 
 def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
@@ -79,7 +84,9 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
     def make(self, epoch: int, ids: np.ndarray) -> Batch:
         job = self.job
         views: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS if name in job.reads}
-        samples, pixels = zip(*(self.readable(int(sample), job.read) for sample in ids), strict=True)
+        samples, pixels = zip(
+            *(self.readable(int(sample), job.read) for sample in ids), strict=True
+        )
         ids = np.array(samples)
         for image, pair in zip(map(Image.fromarray, pixels), job.params(epoch, ids), strict=True):
             for crop in job.crops:
@@ -89,7 +96,8 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
                 if VIEWS[2 + crop] in views:
                     views[VIEWS[2 + crop]].append(self.to_tensor(aggressive_view(weak, pair[crop])))
         stacked = {
-            name: torch.stack(tensors).to(job.dtype, memory_format=torch.channels_last) for name, tensors in views.items()
+            name: torch.stack(tensors).to(job.dtype, memory_format=torch.channels_last)
+            for name, tensors in views.items()
         }
         return Batch(torch.from_numpy(job.source.manifest.labels[ids]), stacked)
 

@@ -19,7 +19,11 @@ torch.Size([32, 64])
 from importlib import import_module
 from typing import Any
 
-EXPORTS = {"build_recipe": "recipes", "load_encoder": "evaluation.encoders", "train": "training.engine"}
+EXPORTS = {
+    "build_recipe": "recipes",
+    "load_encoder": "evaluation.encoders",
+    "train": "training.engine",
+}
 __all__ = list(EXPORTS)
 
 

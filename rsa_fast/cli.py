@@ -58,7 +58,9 @@ class Name(click.Choice[str]):
         if value not in self.choices:
             from rsa_fast.recipes import nearest
 
-            raise ValueError(f"no {self.name} {value!r}{nearest(value, self.choices)}: choose from {', '.join(self.choices)}")
+            raise ValueError(
+                f"no {self.name} {value!r}{nearest(value, self.choices)}: choose from {', '.join(self.choices)}"
+            )
         return str(value)
 
 
@@ -106,18 +108,33 @@ class Group(click.Group):
             with NamedTemporaryFile("w", prefix="rsa-fast-", suffix=".txt", delete=False) as file:
                 traceback.print_exc(file=file)
             kept = f"The traceback is in {file.name}; rsa-fast --debug prints it."
-            raise click.ClickException(f"{type(error).__name__}: {error}\nNobody foresaw this. {kept}") from error
+            raise click.ClickException(
+                f"{type(error).__name__}: {error}\nNobody foresaw this. {kept}"
+            ) from error
 
 
 DATA = click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
 OUT = click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
-DATASET = click.option("--dataset", type=Name("dataset", *DATASETS), metavar="NAME", help=f"Row: {', '.join(DATASETS)}.")
-METHOD = click.option("--method", type=Name("method", *METHODS), metavar="NAME", help=f"{', '.join(METHODS)}.")
-CONFIG = click.option("--config", type=FILE, help="YAML of recipe fields, such as a run's recipe.yaml.")
-SET = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable.")
+DATASET = click.option(
+    "--dataset",
+    type=Name("dataset", *DATASETS),
+    metavar="NAME",
+    help=f"Row: {', '.join(DATASETS)}.",
+)
+METHOD = click.option(
+    "--method", type=Name("method", *METHODS), metavar="NAME", help=f"{', '.join(METHODS)}."
+)
+CONFIG = click.option(
+    "--config", type=FILE, help="YAML of recipe fields, such as a run's recipe.yaml."
+)
+SET = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable."
+)
 EPOCHS = click.option("--epochs", type=int, help="Override the recipe's epochs.")
 BATCH_SIZE = click.option("--batch-size", type=int, help="Override the recipe's global batch size.")
-BACKEND = click.option("--backend", type=Name("backend", *BACKENDS), metavar="NAME", help=f"{', '.join(BACKENDS)}.")
+BACKEND = click.option(
+    "--backend", type=Name("backend", *BACKENDS), metavar="NAME", help=f"{', '.join(BACKENDS)}."
+)
 JSON = click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
 
 
@@ -137,7 +154,11 @@ def main(debug: bool) -> None:
     "Recipe",
     DATASET,
     METHOD,
-    click.option("--ablation", type=Name("ablation", *ABLATIONS), help="A row of the paper's Table 1 instead of a method."),
+    click.option(
+        "--ablation",
+        type=Name("ablation", *ABLATIONS),
+        help="A row of the paper's Table 1 instead of a method.",
+    ),
     CONFIG,
     SET,
     EPOCHS,
@@ -147,25 +168,46 @@ def main(debug: bool) -> None:
 @section(
     "Images",
     DATA,
-    click.option("--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first."),
+    click.option(
+        "--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first."
+    ),
     BACKEND,
-    click.option("--on-bad-image", type=Name("policy", "stop", "skip"), help="Unreadable since the start (stop)."),
+    click.option(
+        "--on-bad-image",
+        type=Name("policy", "stop", "skip"),
+        help="Unreadable since the start (stop).",
+    ),
 )
 @section(
     "Run",
     OUT,
     click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop."),
-    click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly, or start."),
-    click.option("--force", is_flag=True, help="Resume although recipe or data differ; says in what."),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on from the newest checkpoint in --out, exactly, or start.",
+    ),
+    click.option(
+        "--force", is_flag=True, help="Resume although recipe or data differ; says in what."
+    ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
-    click.option("--init-from", type=FILE, help="Start, where nothing is resumed, from another run's weights."),
+    click.option(
+        "--init-from",
+        type=FILE,
+        help="Start, where nothing is resumed, from another run's weights.",
+    ),
     click.option("--wandb", is_flag=True, default=None, help="Records go to Weights & Biases too."),
 )
 @section(
     "Processes",
     click.option("--gpus", type=click.IntRange(1), help="GPUs of this machine, one process each."),
     click.option("--nproc", type=click.IntRange(1), help="Processes on the CPU instead."),
-    click.option("--max-restarts", type=click.IntRange(0), default=0, help="From the newest checkpoint, when one dies."),
+    click.option(
+        "--max-restarts",
+        type=click.IntRange(0),
+        default=0,
+        help="From the newest checkpoint, when one dies.",
+    ),
 )
 @click.pass_context
 def train(
@@ -229,9 +271,15 @@ def train(
 
         manifest = open_source(data, "pretrain").manifest
         recipe.check_labels(manifest.labelled, len(manifest.classes))
-        Order(len(manifest), recipe.batch_size, recipe.seed, 0, processes or 1)  # which refuses what does not divide
+        Order(
+            len(manifest), recipe.batch_size, recipe.seed, 0, processes or 1
+        )  # which refuses what does not divide
         click.echo(dump_yaml(recipe))
-        click.echo(json.dumps({"images": len(manifest), **asdict(resolve(recipe, len(manifest), processes or 1))}))
+        click.echo(
+            json.dumps(
+                {"images": len(manifest), **asdict(resolve(recipe, len(manifest), processes or 1))}
+            )
+        )
         return
     if processes and "RANK" not in os.environ:
         from rsa_fast.distributed import launch
@@ -241,7 +289,9 @@ def train(
     from rsa_fast.training import engine
 
     try:
-        result = engine.train(recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from, force=force)
+        result = engine.train(
+            recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from, force=force
+        )
     except engine.StoppedError as stopped:
         click.echo(str(stopped), err=True)
         ctx.exit(STOPPED_EXIT_CODE)
@@ -267,7 +317,9 @@ def recipe_of(
     fields: dict[str, Any] = {}
     if ablation:
         if method and method != ABLATIONS[ablation][0]:
-            raise click.UsageError(f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}")
+            raise click.UsageError(
+                f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}"
+            )
         method, fields = ABLATIONS[ablation]
     dataset, method = dataset or named.get("dataset"), method or named.get("method")
     if not (dataset and method):
@@ -303,7 +355,11 @@ def recipes(name: str | None) -> None:
     sources = row(dataset, recipe.method)
     table = Table("field", "value", "source", title=f"{dataset}/{recipe.method}")
     for field, value in recipe:
-        value = ", ".join(f"{key} {number}" for key, number in vars(value).items()) if field == "views" else str(value)
+        value = (
+            ", ".join(f"{key} {number}" for key, number in vars(value).items())
+            if field == "views"
+            else str(value)
+        )
         table.add_row(field, value, sources[field].source if field in sources else "")
     Console().print(table)
     click.echo(recipe.model_dump_json())
@@ -311,18 +367,45 @@ def recipes(name: str | None) -> None:
 
 @main.command("eval")
 @click.argument("protocol", type=Name("protocol", "knn", "linear"))
-@click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt, or another project's encoder.")
-@click.option("--data", required=True, type=FOLDER, help="Folder with labelled train and test images.")
 @click.option(
-    "--dataset", type=Name("dataset", *DATASETS), metavar="NAME", help="Row for size and normalisation, not the run's own."
+    "--checkpoint",
+    required=True,
+    type=FILE,
+    help="A run's checkpoints/step_*.pt, or another project's encoder.",
 )
-@click.option("--resize-px", metavar="PX", help="Short side of test images before the centre crop, or native.")
+@click.option(
+    "--data", required=True, type=FOLDER, help="Folder with labelled train and test images."
+)
+@click.option(
+    "--dataset",
+    type=Name("dataset", *DATASETS),
+    metavar="NAME",
+    help="Row for size and normalisation, not the run's own.",
+)
+@click.option(
+    "--resize-px", metavar="PX", help="Short side of test images before the centre crop, or native."
+)
 @section(
     "Linear classifier",
-    click.option("--protocol", "variant", type=Name("protocol", "fast", "rsa-small", "rsa-large"), help="Without it: fast."),
-    click.option("--epochs", type=click.IntRange(1), help="Of rsa-small (100), rsa-large (40); lr drops stay in proportion."),
-    click.option("--bn", type=Name("mode", "eval", "recalibrate"), help="Of rsa-small (eval); the RSA code recalibrates."),
-    click.option("--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code)."),
+    click.option(
+        "--protocol",
+        "variant",
+        type=Name("protocol", "fast", "rsa-small", "rsa-large"),
+        help="Without it: fast.",
+    ),
+    click.option(
+        "--epochs",
+        type=click.IntRange(1),
+        help="Of rsa-small (100), rsa-large (40); lr drops stay in proportion.",
+    ),
+    click.option(
+        "--bn",
+        type=Name("mode", "eval", "recalibrate"),
+        help="Of rsa-small (eval); the RSA code recalibrates.",
+    ),
+    click.option(
+        "--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code)."
+    ),
 )
 def evaluate(
     protocol: str,
@@ -343,7 +426,9 @@ def evaluate(
     if protocol == "knn" and variant:
         raise click.UsageError("knn has no --protocol")
     name = "knn" if protocol == "knn" else f"linear-{variant or 'fast'}"
-    takes = {"linear-rsa-small": {"epochs", "bn", "nesterov"}, "linear-rsa-large": {"epochs"}}.get(name, set())
+    takes = {"linear-rsa-small": {"epochs", "bn", "nesterov"}, "linear-rsa-large": {"epochs"}}.get(
+        name, set()
+    )
     options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
     if extra := {key for key, value in options.items() if value is not None} - takes:
         raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
@@ -356,26 +441,64 @@ def evaluate(
     if dataset:
         recipe = build_recipe(dataset, "rsa")
     if recipe is None:
-        raise click.UsageError(f"{checkpoint} has no recipe: --dataset says how images are sized and normalised")
+        raise click.UsageError(
+            f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
+        )
     if resize_px:
-        recipe = validate(recipe.model_dump() | {"eval_resize_px": None if resize_px == "native" else resize_px})
+        recipe = validate(
+            recipe.model_dump() | {"eval_resize_px": None if resize_px == "native" else resize_px}
+        )
     device = choose_device(recipe.device)
     evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
-    scores = evaluation.score(encoder.to(device), (name,), bn == "recalibrate", epochs=epochs, nesterov=nesterov)
+    scores = evaluation.score(
+        encoder.to(device), (name,), bn == "recalibrate", epochs=epochs, nesterov=nesterov
+    )
     click.echo(json.dumps({"checkpoint": str(checkpoint), **scores}))
 
 
 @main.command()
-@click.option("--checkpoint", required=True, type=FILE, help="A ResNet-50: a run's checkpoints/step_*.pt or another project's.")
-@click.option("--data", required=True, type=FOLDER, help="COCO: train2017/, val2017/, annotations/instances_*2017.json.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=FILE,
+    help="A ResNet-50: a run's checkpoints/step_*.pt or another project's.",
+)
+@click.option(
+    "--data",
+    required=True,
+    type=FOLDER,
+    help="COCO: train2017/, val2017/, annotations/instances_*2017.json.",
+)
 @OUT
-@click.option("--schedule", type=Name("schedule", "1x", "2x"), default="1x", help="90,000 steps at lr .02, or 180,000 at .03.")
-@click.option("--steps", type=click.IntRange(1), help="Shorten the schedule; its drops stay in proportion.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, help="Images per step; the learning rate follows it.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of new layers, order, flips, sizes and proposals.")
+@click.option(
+    "--schedule",
+    type=Name("schedule", "1x", "2x"),
+    default="1x",
+    help="90,000 steps at lr .02, or 180,000 at .03.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1), help="Shorten the schedule; its drops stay in proportion."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    help="Images per step; the learning rate follows it.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    help="Of new layers, order, flips, sizes and proposals.",
+)
 @click.option("--workers", type=click.IntRange(0), default=4, help="Processes that read images.")
 @click.option("--device", type=Name("device", "auto", "cpu", "cuda"), default="auto")
-@click.option("--precision", type=Name("precision", "auto", "fp32", "bf16", "fp16"), default="auto", help="Of the computation.")
+@click.option(
+    "--precision",
+    type=Name("precision", "auto", "fp32", "bf16", "fp16"),
+    default="auto",
+    help="Of the computation.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def detect(
@@ -420,9 +543,19 @@ def detect(
 @DATASET
 @CONFIG
 @SET
-@click.option("--images", type=click.IntRange(1), default=4, help="How many, from the first that training reads.")
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    default=4,
+    help="How many, from the first that training reads.",
+)
 @BACKEND
-@click.option("--compare", type=Name("backend", *BACKENDS), metavar="NAME", help="A second backend, and the difference.")
+@click.option(
+    "--compare",
+    type=Name("backend", *BACKENDS),
+    metavar="NAME",
+    help="A second backend, and the difference.",
+)
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Whose views.")
 @click.option("--seed", type=int, help="Of order and views.")
 def preview(
@@ -452,7 +585,12 @@ def preview(
 
 
 @main.command()
-@click.option("--checkpoint", required=True, type=FILE, help="A run's checkpoints/step_*.pt, or another project's.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=FILE,
+    help="A run's checkpoints/step_*.pt, or another project's.",
+)
 @click.option(
     "--format",
     required=True,
@@ -460,7 +598,11 @@ def preview(
     help="The first three hold the standard network only: 7x7 stem, 64 channels.",
 )
 @click.option("--out", required=True, type=NEW_FILE, help="File; README.md goes beside it.")
-@click.option("--overwrite", is_flag=True, help="Replace the file, and a README.md that is not this checkpoint's card.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace the file, and a README.md that is not this checkpoint's card.",
+)
 def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write an encoder for another library, with a model card."""
     from rsa_fast.evaluation.export import export as run
@@ -490,7 +632,9 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
-@click.option("--out", type=NEW_FILE, help="The page to write; RUN/report.html where there is one RUN.")
+@click.option(
+    "--out", type=NEW_FILE, help="The page to write; RUN/report.html where there is one RUN."
+)
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw a run as a web page, or several over each other."""
     from rsa_fast.insight.report import report as run
@@ -499,22 +643,41 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @main.command()
-@section("Recipe", DATASET, CONFIG, SET, click.option("--batch-size", type=int, help="Of this one device."))
+@section(
+    "Recipe",
+    DATASET,
+    CONFIG,
+    SET,
+    click.option("--batch-size", type=int, help="Of this one device."),
+)
 @section("Images", DATA, BACKEND, click.option("--threads", type=int, help="Of the loader."))
 @section(
     "Measurement",
-    click.option("--methods", default="rsa,byol", metavar="NAME,...", help="In turns; --tune takes the first."),
-    click.option("--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up."),
-    click.option("--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn."),
+    click.option(
+        "--methods",
+        default="rsa,byol",
+        metavar="NAME,...",
+        help="In turns; --tune takes the first.",
+    ),
+    click.option(
+        "--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up."
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn."
+    ),
     JSON,
     click.option("--html", type=NEW_FILE, help="Write the report as a page with stacked bars."),
     click.option("--trace", type=NEW_FILE, help="Write a Chrome trace of a few iterations."),
 )
 @section(
     "Tuning",
-    click.option("--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out."),
+    click.option(
+        "--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out."
+    ),
     click.option("--budget-s", type=click.FloatRange(0), default=300.0, help="Time for that."),
-    click.option("--out", type=NEW_FILE, default=Path("tuned.yaml"), help="File that train --config takes."),
+    click.option(
+        "--out", type=NEW_FILE, default=Path("tuned.yaml"), help="File that train --config takes."
+    ),
 )
 def profile(
     dataset: str | None,
@@ -564,15 +727,26 @@ def profile(
 @section(
     "Recipe",
     *(DATASET, METHOD, CONFIG, SET, EPOCHS, BATCH_SIZE),
-    click.option("--data", type=FOLDER, help="Folder with the images; without it the dataset as published."),
+    click.option(
+        "--data", type=FOLDER, help="Folder with the images; without it the dataset as published."
+    ),
 )
 @section(
     "Machine",
-    click.option("--gpu", required=True, type=Name("GPU", *GPUS), metavar="NAME", help=f"{', '.join(GPUS)}."),
+    click.option(
+        "--gpu", required=True, type=Name("GPU", *GPUS), metavar="NAME", help=f"{', '.join(GPUS)}."
+    ),
     click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs of a node."),
     click.option("--nodes", type=click.IntRange(1), default=1),
-    click.option("--cores", type=click.IntRange(1), help="CPU cores of a node; 4 a GPU where not given."),
-    click.option("--network-gbps", type=click.FloatRange(0, min_open=True), default=100.0, help="Of a node to the others."),
+    click.option(
+        "--cores", type=click.IntRange(1), help="CPU cores of a node; 4 a GPU where not given."
+    ),
+    click.option(
+        "--network-gbps",
+        type=click.FloatRange(0, min_open=True),
+        default=100.0,
+        help="Of a node to the others.",
+    ),
 )
 def plan(
     dataset: str | None,
@@ -592,7 +766,9 @@ def plan(
     recipe = recipe_of(dataset, method, config, sets, {"epochs": epochs, "batch_size": batch_size})
     from rsa_fast.insight import planning
 
-    found = planning.plan(recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data)
+    found = planning.plan(
+        recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data
+    )
     planning.show(found)
     click.echo(json.dumps(found))
 

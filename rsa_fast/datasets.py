@@ -38,13 +38,16 @@ SMALL |= cite("CODE methods/BYOL.py, at 64 px too", stem="cifar")
 LARGE = cite("PAPER 4.1", arch="resnet50", stem="imagenet", epochs=200)
 LARGE |= cite("CODE eval_multi.py", eval_resize_px=256)
 LARGE |= cite("PAPER 4.1; CODE train_multi.py getAugs", views={"size_px": 224, **IMAGENET_MEAN_STD})
-IMAGENET_1K = LARGE | cite("PAPER 4.1", optimizer="lars", weight_decay=1e-6, batch_size=2048, base_lr=0.6)
+IMAGENET_1K = LARGE | cite(
+    "PAPER 4.1", optimizer="lars", weight_decay=1e-6, batch_size=2048, base_lr=0.6
+)
 IMAGENET_1K |= cite("CODE README", warmup_epochs=10) | cite("CODE train_multi.py", bn="sync")
 
 
 DATASETS = {
     "cifar10": Dataset(
-        fields=SMALL | cite("CODE train_single.py getAugs", views={"size_px": 32, **CIFAR_MEAN_STD}),
+        fields=SMALL
+        | cite("CODE train_single.py getAugs", views={"size_px": 32, **CIFAR_MEAN_STD}),
         scales=("32px",),
         classes=10,
         images=50_000,
@@ -52,7 +55,8 @@ DATASETS = {
         side_px=32,
     ),
     "cifar100": Dataset(
-        fields=SMALL | cite("CODE train_single.py getAugs: CIFAR-10's", views={"size_px": 32, **CIFAR_MEAN_STD}),
+        fields=SMALL
+        | cite("CODE train_single.py getAugs: CIFAR-10's", views={"size_px": 32, **CIFAR_MEAN_STD}),
         scales=("32px",),
         classes=100,
         images=50_000,
@@ -77,7 +81,8 @@ DATASETS = {
         side_px=64,
     ),
     "imagenet100": Dataset(
-        fields=LARGE | cite("PAPER 4.1", optimizer="sgd", base_lr=0.2, weight_decay=1e-4, batch_size=256),
+        fields=LARGE
+        | cite("PAPER 4.1", optimizer="sgd", base_lr=0.2, weight_decay=1e-4, batch_size=256),
         scales=("224px", "imagenet100"),
         classes=100,
         images=126_689,

@@ -23,7 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SLURM's pre-emption sends the first two
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGINT,
+)  # SLURM's pre-emption sends the first two
 STOPPED_EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, --resume goes on
 BEAT_S = 1.0
 ANSWER_S = 5.0  # that the store, which rank 0 may hold, has for an answer
@@ -51,13 +55,22 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env:
         if missing := [name for name in names if name not in env]:
-            raise ValueError(f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun")
+            raise ValueError(
+                f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}: start with torchrun"
+            )
         # A store that outlives a restart gives the new ranks the old ones' addresses (pytorch issue 135712).
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            raise ValueError("torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: else a restart hangs")
+        if (
+            env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        ):
+            raise ValueError(
+                "torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: else a restart hangs"
+            )
         return {name: env[name] for name in names}
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000  # the same on all nodes, another for another job
+        port = (
+            20_000 + int(env["SLURM_JOB_ID"]) % 10_000
+        )  # the same on all nodes, another for another job
         host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
         values = (
             env["SLURM_PROCID"],
@@ -89,10 +102,14 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
         if cuda:
             torch.cuda.set_device(local_rank())
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+            )
         except RuntimeError as error:
             place = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-            raise ConnectionError(f"rank {env['RANK']} did not meet all {env['WORLD_SIZE']} at {place}: {error}") from error
+            raise ConnectionError(
+                f"rank {env['RANK']} did not meet all {env['WORLD_SIZE']} at {place}: {error}"
+            ) from error
     try:
         with Heartbeat(timeout_s) as heartbeat:
             try:
@@ -155,7 +172,9 @@ def highest(value: int) -> int:
 
 def barrier() -> None:
     if world_size() > 1:  # a named device, or NCCL warns that it guesses
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        dist.barrier(
+            device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        )
 
 
 def gather(x: Tensor) -> Tensor:
@@ -194,7 +213,9 @@ class Heartbeat:
         self.doing = "starting"
         self.silent_s = min(SILENT_S, timeout_s / 2)
         self.over = threading.Event()
-        self.heard = [("0 starting", time.monotonic())] * world_size()  # by rank, the last beat and when it was new
+        self.heard = [
+            ("0 starting", time.monotonic())
+        ] * world_size()  # by rank, the last beat and when it was new
         work = (self.beat, self.watch) if world_size() > 1 else ()
         self.threads = [threading.Thread(target=target, daemon=True) for target in work]
 
@@ -205,12 +226,17 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        for thread in self.threads:  # one that is in the store while Python ends would abort the process
+        for (
+            thread
+        ) in self.threads:  # one that is in the store while Python ends would abort the process
             thread.join(ANSWER_S)
 
     def beat(self) -> None:
         """The store may be rank 0's: when that is stopped, this waits for it, whatever its timeout."""
-        store, keys = dist.distributed_c10d._get_default_store(), [f"beat/{r}" for r in range(world_size())]
+        store, keys = (
+            dist.distributed_c10d._get_default_store(),
+            [f"beat/{r}" for r in range(world_size())],
+        )
         with suppress(RuntimeError):  # the store is gone, and with it the job
             for count in itertools.count():
                 store.set(keys[rank()], f"{count} {self.doing}")
@@ -227,7 +253,10 @@ class Heartbeat:
             silent = self.silent(self.silent_s)
             if rank() == min(set(range(world_size())) - silent.keys()):  # one says it for all
                 for r in silent.keys() - said:
-                    print(f"rank {r} has been silent for {self.silent_s:.0f} s; it was {silent[r]}", file=sys.stderr)
+                    print(
+                        f"rank {r} has been silent for {self.silent_s:.0f} s; it was {silent[r]}",
+                        file=sys.stderr,
+                    )
             said = set(silent)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
                 launcher = os.getppid()

@@ -44,7 +44,9 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         if arch not in LAYERS:
             raise ValueError(f"no arch {arch!r}: choose from {', '.join(LAYERS)}")
         if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"no stem {stem!r}: choose cifar (3x3, no max-pool) or imagenet (7x7, max-pool)")
+            raise ValueError(
+                f"no stem {stem!r}: choose cifar (3x3, no max-pool) or imagenet (7x7, max-pool)"
+            )
         self.width = width
         block, blocks = LAYERS[arch]
         super().__init__(block, blocks, zero_init_residual=zero_init_residual)
@@ -120,8 +122,14 @@ def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
 @contextmanager
 def statistics_apart(layers: list[nn.Module]) -> Iterator[None]:
     """BatchNorm's statistics are written to buffers that nobody reads."""
-    batchnorms = [module for layer in layers for module in layer.modules() if isinstance(module, _BatchNorm)]
-    kept = [(module, name, buffer) for module in batchnorms for name, buffer in module.named_buffers(recurse=False)]
+    batchnorms = [
+        module for layer in layers for module in layer.modules() if isinstance(module, _BatchNorm)
+    ]
+    kept = [
+        (module, name, buffer)
+        for module in batchnorms
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     for module, name, buffer in kept:
         setattr(module, name, torch.empty_like(buffer))
     try:

@@ -64,12 +64,16 @@ class Recipe(BaseModel):
     dataset: str
     method: str
     views: ViewSpec
-    eval_resize_px: int | None = Field(None, ge=1)  # short side before the centre crop; None: images as they are
+    eval_resize_px: int | None = Field(
+        None, ge=1
+    )  # short side before the centre crop; None: images as they are
     arch: Literal["resnet18", "resnet50"]
     stem: Literal["cifar", "imagenet"]
     width: int = Field(64, ge=1)  # channels of the first stage; 64 is the standard ResNet
     zero_init_residual: bool = True  # every residual block starts as the identity
-    bn: str = Field("local", pattern=r"^(local|sync|split:[1-9]\d*)$")  # over a rank's batch, all ranks', or an N-th of all
+    bn: str = Field(
+        "local", pattern=r"^(local|sync|split:[1-9]\d*)$"
+    )  # over a rank's batch, all ranks', or an N-th of all
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # global
     optimizer: Literal["sgd", "lars"]
@@ -79,7 +83,9 @@ class Recipe(BaseModel):
     weight_decay: float = Field(ge=0)
     trust_coefficient: float = Field(0.001, gt=0)  # LARS only (CODE common/lars.py)
     warmup_epochs: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, fp16 on other GPUs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 where the device has it, fp16 on other GPUs
+    )
     seed: int = Field(0, ge=0, lt=2**63)  # of the initialisation, the order and the views
 
     # --- changes the result by rounding alone
@@ -95,8 +101,12 @@ class Recipe(BaseModel):
     backend: Backend = "auto"
     threads: int = Field(2, ge=1)  # of the loader, per rank
     prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
-    aggressive_on: AggressiveOn = "auto"  # where the aggressive stage runs; auto: the device on a GPU
-    decode_on: DecodeOn = "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
+    aggressive_on: AggressiveOn = (
+        "auto"  # where the aggressive stage runs; auto: the device on a GPU
+    )
+    decode_on: DecodeOn = (
+        "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_bad_image: OnBadImage = "stop"  # which cannot be read any more: skip takes the next that can
 
@@ -126,12 +136,16 @@ class Recipe(BaseModel):
         if self.bn.startswith("split:"):
             groups = int(self.bn.removeprefix("split:"))
             if self.batch_size % groups or self.batch_size // groups < 2:
-                raise ValueError(f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts of 2 or more")
+                raise ValueError(
+                    f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts of 2 or more"
+                )
         return self
 
     def schedule(self, step: int, plan: Plan) -> dict[str, float]:
         """What changes with the step (counted from 0): the learning rate, and the method's own tau and beta."""
-        return {"lr": schedules.learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr)}
+        return {
+            "lr": schedules.learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr)
+        }
 
     def check_labels(self, labelled: bool, classes: int) -> None:
         """Raise ValueError when the method cannot train on a dataset with so many classes, or without labels."""
@@ -167,9 +181,13 @@ def recipe_type(method: str) -> type[Recipe]:
 def row(dataset: str, method: str) -> Fields:
     """The fields of a dataset and a method with their sources. Raises ValueError for a name that is not known."""
     if dataset not in DATASETS:
-        raise ValueError(f"no dataset {dataset!r}{nearest(dataset, DATASETS)}: choose from {', '.join(DATASETS)}")
+        raise ValueError(
+            f"no dataset {dataset!r}{nearest(dataset, DATASETS)}: choose from {', '.join(DATASETS)}"
+        )
     if method not in METHODS:
-        raise ValueError(f"no method {method!r}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}")
+        raise ValueError(
+            f"no method {method!r}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}"
+        )
     about, kind = DATASETS[dataset], method_class(method)
     fields = dict(about.fields)
     for scale in ("all", *about.scales):
@@ -179,7 +197,9 @@ def row(dataset: str, method: str) -> Fields:
     return fields
 
 
-def build_recipe(dataset: str, method: str, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+def build_recipe(
+    dataset: str, method: str, file: Path | None = None, overrides: dict[str, Any] | None = None
+) -> Recipe:
     """The row with the file's and then the caller's overrides; `views.blur_p` reaches into the views.
 
     Raises ValueError naming every unknown key, with the nearest known one, and every value out of range.
@@ -209,10 +229,15 @@ def validate(fields: dict[str, Any]) -> Recipe:
 
 def explain(error: Any, method: str) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    known = [*recipe_type(method).model_fields, *(f"views.{name}" for name in ViewSpec.__dataclass_fields__)]
+    known = [
+        *recipe_type(method).model_fields,
+        *(f"views.{name}" for name in ViewSpec.__dataclass_fields__),
+    ]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         owners = [name for name in METHODS if key in recipe_type(name).model_fields]
-        hint = f": {method} does not use it, {', '.join(owners)} do" if owners else nearest(key, known)
+        hint = (
+            f": {method} does not use it, {', '.join(owners)} do" if owners else nearest(key, known)
+        )
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
         return str(error["msg"]).removeprefix("Value error, ")
@@ -228,13 +253,22 @@ def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
     """`("beta_base=0.3", "views.blur_p=0")` to a dict, values read as YAML. Raises ValueError without an equals sign."""
     if bad := [item for item in items if "=" not in item]:
         raise ValueError(f"--set takes key=value, found {', '.join(bad)}")
-    return {key.strip(): load_yaml(value, f"--set {key}") for key, _, value in (item.partition("=") for item in items)}
+    return {
+        key.strip(): load_yaml(value, f"--set {key}")
+        for key, _, value in (item.partition("=") for item in items)
+    }
 
 
 def flatten(fields: dict[str, Any]) -> list[tuple[str, Any]]:
     views = fields.get("views")
-    rest = [(key, value) for key, value in fields.items() if not (key == "views" and isinstance(views, dict))]
-    return rest + [(f"views.{key}", value) for key, value in (views if isinstance(views, dict) else {}).items()]
+    rest = [
+        (key, value)
+        for key, value in fields.items()
+        if not (key == "views" and isinstance(views, dict))
+    ]
+    return rest + [
+        (f"views.{key}", value) for key, value in (views if isinstance(views, dict) else {}).items()
+    ]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -244,7 +278,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no UTF-8 text: {error}") from error
     fields = load_yaml(text, str(path))
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
-        raise ValueError(f"{path} holds {type(fields).__name__}, wanted recipe fields as `key: value` lines")
+        raise ValueError(
+            f"{path} holds {type(fields).__name__}, wanted recipe fields as `key: value` lines"
+        )
     return fields
 
 
@@ -261,7 +297,13 @@ def load_yaml(text: str, place: str) -> Any:
     """Raises ValueError naming the `place` of what is no YAML, or YAML that no recipe has."""
     try:
         return yaml.load(text, PlainYaml)
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # bad tags too
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # bad tags too
         raise ValueError(f"{place} is no YAML of a recipe: {str(error)[:500]}") from error
 
 

@@ -26,4 +26,8 @@ def cite(source: str, **fields: Any) -> Fields:
 
 def stacked(*rows: Rows) -> Rows:
     """Rows of several tables by scale, later ones on top."""
-    return {scale: {name: cited for row in rows for name, cited in row.get(scale, {}).items()} for row in rows for scale in row}
+    return {
+        scale: {name: cited for row in rows for name, cited in row.get(scale, {}).items()}
+        for row in rows
+        for scale in row
+    }

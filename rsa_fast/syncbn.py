@@ -25,7 +25,9 @@ def bn_groups(bn: str) -> int:
         return 1
     groups = world_size() if bn == "local" else int(bn.removeprefix("split:"))
     if groups % world_size():
-        raise ValueError(f"bn: {bn} does not divide among {world_size()} ranks: use sync, local, or a multiple of the ranks")
+        raise ValueError(
+            f"bn: {bn} does not divide among {world_size()} ranks: use sync, local, or a multiple of the ranks"
+        )
     return groups
 
 
@@ -64,10 +66,14 @@ class SplitBatchNorm(GroupedBatchNorm):
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        means, variances = (buffer.repeat(self.groups_here, 1) for buffer in (self.running_mean, self.running_var))
+        means, variances = (
+            buffer.repeat(self.groups_here, 1) for buffer in (self.running_mean, self.running_var)
+        )
         parts = zip(x.chunk(self.groups_here), means, variances, strict=True)
         options = (self.weight, self.bias, True, self.momentum, self.eps)
-        normalised = torch.cat([F.batch_norm(part, mean, variance, *options) for part, mean, variance in parts])
+        normalised = torch.cat(
+            [F.batch_norm(part, mean, variance, *options) for part, mean, variance in parts]
+        )
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
         return normalised
@@ -89,7 +95,9 @@ class SyncBatchNorm(GroupedBatchNorm):
         normalised, mean, variance = outputs
         count = world_size() * x.numel() // x.shape[1]
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype) * (count / (count - 1)), self.momentum)
+        self.running_var.lerp_(
+            variance.to(self.running_var.dtype) * (count / (count - 1)), self.momentum
+        )
         return normalised
 
 
@@ -112,7 +120,9 @@ class Normalise(torch.autograd.Function):
             variance, mean = torch.var_mean(wide(x), spatial(x), correction=0)
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)  # (ranks, C)
         mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)  # not mean(x^2) - mean(x)^2: that cancels
+        variance = (variances + (means - mean).square()).mean(
+            0
+        )  # not mean(x^2) - mean(x)^2: that cancels
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance
@@ -121,11 +131,19 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std = ctx.saved_tensors
         if has_kernels(x):
-            grad = grad.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else grad.contiguous()
-            reduced = torch.batch_norm_backward_reduce(grad, x, mean, inverse_std, weight, True, True, True)
+            grad = (
+                grad.contiguous(memory_format=torch.channels_last)
+                if x.ndim == 4
+                else grad.contiguous()
+            )
+            reduced = torch.batch_norm_backward_reduce(
+                grad, x, mean, inverse_std, weight, True, True, True
+            )
             sums, grad_weight, grad_bias = torch.stack(reduced[:2]), *reduced[2:]
             dist.all_reduce(sums)
-            count = torch.full((1,), world_size() * x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+            count = torch.full(
+                (1,), world_size() * x.numel() // x.shape[1], dtype=torch.int32, device=x.device
+            )
             saved = (mean, inverse_std, weight)
             grad_x = torch.batch_norm_backward_elemt(grad, x, *saved, sums[0], sums[1], count)
         else:
@@ -137,7 +155,9 @@ class Normalise(torch.autograd.Function):
             sums = (sums / (world_size() * x.numel() // x.shape[1])).view(2, *shape)
             scale = inverse_std if weight is None else inverse_std * weight
             grad_x = ((grad - sums[0] - hat * sums[1]) * scale.view(shape)).to(x.dtype)
-        return (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
+        return (
+            (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
+        )
 
 
 def has_kernels(x: Tensor) -> bool:

@@ -25,13 +25,17 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 def natural_image(seed: int, height: int, width: int) -> np.ndarray:
     """Smooth colour fields with edges and noise, `(H, W, 3)` uint8: enough structure to tell filters apart."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
     image = np.asarray(coarse).astype(np.int64) + rng.integers(-12, 13, (height, width, 3))
     image[height // 4 : height // 2, width // 3 : width // 2] = rng.integers(0, 256, 3)
     return image.clip(0, 255).astype(np.uint8)
 
 
-def write_folder(root: Path, splits: dict[str, int], size: tuple[int, int] = (20, 20), classes: int = 2) -> Path:
+def write_folder(
+    root: Path, splits: dict[str, int], size: tuple[int, int] = (20, 20), classes: int = 2
+) -> Path:
     """An ImageFolder of JPEGs with `splits[name]` images per class."""
     for split, per_class in splits.items():
         for label in range(classes):
@@ -53,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_images(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     archive = REAL_DATA / f"{name}.tar"
     if not archive.is_file():
-        pytest.skip(f"no {name}.tar: set RSA_FAST_TEST_DATA to a folder that holds it to test on real images")
+        pytest.skip(
+            f"no {name}.tar: set RSA_FAST_TEST_DATA to a folder that holds it to test on real images"
+        )
     place = tmp_path_factory.mktemp(name)
     with tarfile.open(archive) as tar:
         tar.extractall(place, filter="data")
@@ -78,6 +84,8 @@ def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tools.to_ffcv import main
 
     place = tmp_path_factory.mktemp("beton")
-    done = CliRunner().invoke(main, [str(folder), str(place), "--write-mode", "raw", "--workers", "1"])
+    done = CliRunner().invoke(
+        main, [str(folder), str(place), "--write-mode", "raw", "--workers", "1"]
+    )
     assert done.exit_code == 0, done.output
     return place

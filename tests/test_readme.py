@@ -29,13 +29,21 @@ FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 SHELL = "".join(text for language, text in FENCED if language in ("", "bash")).replace(" \\\n", " ")
 PYTHON = [text for language, text in FENCED if language == "python"]
 LINES = re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL} .*?) *(?:#.*)?$", SHELL, re.M)
-INLINE = [line for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", README) if not line.startswith("python -m tools.bench")]
+INLINE = [
+    line
+    for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", README)
+    if not line.startswith("python -m tools.bench")
+]
 COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
-BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)  # tests/tools/test_bench.py runs them
+BENCHMARKS = re.findall(
+    r"`python -m tools\.bench (\w+)", README
+)  # tests/tools/test_bench.py runs them
 
 # What makes a command short; the rest is as it stands.
 NARROW = "--set arch=resnet18 --set width=4"
-RECIPE = "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
+RECIPE = (
+    "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
+)
 SMALL = {
     "train --dataset cifar10": NARROW,  # and ImageNet's network whole: detection needs it
     "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
@@ -43,12 +51,21 @@ SMALL = {
     "detect": "--steps 1 --batch-size 2 --workers 0",
     "profile": f"{RECIPE} {NARROW} --repeats 1 --seconds 0 --budget-s 0",
 }
-PLACES = {"DATA": "data/cifar10", "OUT": "runs/out", "runs/a": "runs/cifar10", "runs/b": "runs/imagenet"}
+PLACES = {
+    "DATA": "data/cifar10",
+    "OUT": "runs/out",
+    "runs/a": "runs/cifar10",
+    "runs/b": "runs/imagenet",
+}
 
 
 def ready(line: str) -> list[str]:
     """The words of a command as they run here: small, and with the checkpoint that is there under the name that is told."""
-    line = re.sub(r"\$\(\[ -d (\S+) \] && echo (\S+)\)", lambda found: found[2] if Path(found[1]).is_dir() else "", line)
+    line = re.sub(
+        r"\$\(\[ -d (\S+) \] && echo (\S+)\)",
+        lambda found: found[2] if Path(found[1]).is_dir() else "",
+        line,
+    )
     words = [PLACES.get(word, word) for word in shlex.split(line)]
     for path in (Path(word) for word in words if re.search(r"checkpoints/step_\d+\.pt$", word)):
         for newest in sorted(path.parent.glob("step_*.pt"))[-1:]:
@@ -72,10 +89,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
         write_coco(place / "data" / "coco")
         fetch = {"train": 20, "test": 10}
-        patch.setattr(pipelines.sources, "download", lambda data, name: write_folder(data, fetch, size=(32, 32)))
+        patch.setattr(
+            pipelines.sources,
+            "download",
+            lambda data, name: write_folder(data, fetch, size=(32, 32)),
+        )
         patch.setattr(detection, "MODEL_OPTIONS", TINY)
         patch.setattr(detection, "PRECISE_BN_STEPS", 1)
-        for line in sorted(COMMANDS, key=lambda line: 2 - line.startswith("rsa-fast train") - 2 * line.startswith("python")):
+        for line in sorted(
+            COMMANDS,
+            key=lambda line: 2 - line.startswith("rsa-fast train") - 2 * line.startswith("python"),
+        ):
             words = ready(line)
             command = cli.main if words[0] == "rsa-fast" else importlib.import_module(words[2]).main
             ran[line] = CliRunner().invoke(command, words[1 if words[0] == "rsa-fast" else 3 :])
@@ -155,7 +179,13 @@ def test_a_method_s_file_in_its_folder_is_all_that_it_takes_to_train_it(folder, 
     assert "barlow-twins" in json.loads(rsa_fast("recipes").splitlines()[-1])["methods"]
     sets = ["width=8", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
     options = ["--dataset", "cifar10", "--method", "barlow-twins", "--epochs", 2, "--batch-size", 8]
-    options += ["--data", folder, "--out", tmp_path / "run", *(w for s in sets for w in ("--set", s))]
+    options += [
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+        *(w for s in sets for w in ("--set", s)),
+    ]
     result = json.loads(rsa_fast("train", *options).splitlines()[-1])
     assert result["method"] == "barlow-twins" and result["step"] == 2 * (40 // 8)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

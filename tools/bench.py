@@ -66,7 +66,10 @@ def images(count: int, size_px: int) -> Source:
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
     size, smooth = (size_px, size_px), Image.Resampling.BICUBIC
     pixels = np.stack([np.asarray(Image.fromarray(c).resize(size, smooth)) for c in coarse])
-    return Source(array_manifest(Path("."), "pretrain", pixels, np.zeros(count, np.int64), ("none",)), pixels.__getitem__)
+    return Source(
+        array_manifest(Path("."), "pretrain", pixels, np.zeros(count, np.int64), ("none",)),
+        pixels.__getitem__,
+    )
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -124,12 +127,19 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
     ids, sizes = np.arange(256), np.full((256, 2), 32)
     draw_ms = [1e3 * timed(lambda: draw(0, 0, ids, CIFAR, sizes)) for _ in range(100)]
     middle = {name: statistics.median(values) for name, values in rates.items()}
-    rows = [(f"{name}, four views, {dtype}", spread(values, "images/s")) for name, values in rates.items()]
+    rows = [
+        (f"{name}, four views, {dtype}", spread(values, "images/s"))
+        for name, values in rates.items()
+    ]
     rows.append(("drawing 2 x 256 views, one core", spread(draw_ms, "ms")))
     result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in middle.items()}
     result["resident_host_ratio"] = middle["resident"] / middle["torchvision"]
     result["resident_device_ratio"] = middle["resident-device"] / middle["torchvision"]
-    show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, {**result, "draw_ms": statistics.median(draw_ms)})
+    show(
+        f"views at {CIFAR.size_px} px, batch {batch_size}",
+        rows,
+        {**result, "draw_ms": statistics.median(draw_ms)},
+    )
 
 
 def rate(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf) -> float:
@@ -146,13 +156,22 @@ def rate(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf
 
 
 @main.command()
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An image folder with train/.",
+)
 @click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--turns", default=3, show_default=True)
 @click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
-def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str) -> None:
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16."
+)
+def backends(
+    data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str
+) -> None:
     """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
     source = open_source(data, "train")
     if source.encoded is None:
@@ -161,7 +180,10 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
     every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         sources = {"": source}
-        for name, mode in (("ffcv500", ["jpg", "--max-resolution", "500"]), ("ffcv_passthrough", ["passthrough"])):
+        for name, mode in (
+            ("ffcv500", ["jpg", "--max-resolution", "500"]),
+            ("ffcv_passthrough", ["passthrough"]),
+        ):
             to_ffcv([str(data), f"{folder}/{name}", "--write-mode", *mode], standalone_mode=False)
             sources[name] = open_source(f"{folder}/{name}", "train")
         rows: dict[str, tuple[Backend, str, frozenset[str]]] = {
@@ -176,7 +198,15 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
         order = Repeated(len(source.manifest), min(batch_size, len(source.manifest)), seed=0)
         loaders = {
             name: opened.enter_context(
-                open_views(sources[which], spec, reads, order, backend=backend, threads=2, dtype=getattr(torch, dtype))
+                open_views(
+                    sources[which],
+                    spec,
+                    reads,
+                    order,
+                    backend=backend,
+                    threads=2,
+                    dtype=getattr(torch, dtype),
+                )
             )
             for name, (backend, which, reads) in rows.items()
         }
@@ -188,7 +218,11 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
                 rates[name].append(order.batch_size * rate(loader, turn, seconds=seconds))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     result = {f"{name}_images_per_s": value for name, value in middle.items()}
-    result |= {f"{name}_ratio": middle[name] / middle["torchvision"] for name in rows if name != "torchvision"}
+    result |= {
+        f"{name}_ratio": middle[name] / middle["torchvision"]
+        for name in rows
+        if name != "torchvision"
+    }
     result["native_of_decode_limit"] = middle["native"] / middle["decode_limit"]
     title = f"{size} px, batch {order.batch_size}, {dtype}; four views unless named weak (two) or byol (two aggressive)"
     show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
@@ -196,7 +230,11 @@ def backends(data: Path, size: int, batch_size: int, turns: int, seconds: float,
 
 def decode_rate(files: list[bytes], seconds: float) -> float:
     """Images per second of nothing but decoding JPEGs to RGB, by two threads."""
-    images = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file[:2] == b"\xff\xd8"]
+    images = [
+        torch.frombuffer(bytearray(file), dtype=torch.uint8)
+        for file in files
+        if file[:2] == b"\xff\xd8"
+    ]
     deadline = time.perf_counter() + seconds
 
     def work(part: int) -> int:
@@ -223,10 +261,17 @@ def step(width: int, batch_size: int, turns: int) -> None:
         fields = {"width": width, "batch_size": batch_size, "precision": precision}
         return build_run(build_recipe("cifar10", method, overrides=fields), len(source.manifest))
 
-    rsa, byol, looped, contiguous = run_of("rsa"), run_of("byol"), run_of("rsa"), run_of("rsa", "fp32")
+    rsa, byol, looped, contiguous = (
+        run_of("rsa"),
+        run_of("byol"),
+        run_of("rsa"),
+        run_of("rsa", "fp32"),
+    )
     layout = torch.contiguous_format
     contiguous.method.to(memory_format=layout)  # type: ignore[call-overload]  # not in torch's types
-    with open_views(source, CIFAR, frozenset(VIEWS), order, device=rsa.device, dtype=rsa.dtype) as loader:
+    with open_views(
+        source, CIFAR, frozenset(VIEWS), order, device=rsa.device, dtype=rsa.dtype
+    ) as loader:
         ready = next(loader.batches(0))
         plain = {name: view.float().contiguous() for name, view in ready.views.items()}
         plain_batch = Batch(ready.label, plain)
@@ -257,7 +302,12 @@ def step(width: int, batch_size: int, turns: int) -> None:
 
 
 @main.command()
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An image folder with train/.",
+)
 @click.option("--arch", default="resnet50", show_default=True)
 @click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
 @click.option("--batch-size", default=16, show_default=True)
@@ -271,8 +321,16 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
         for backend in ("native", "dali", "ffcv"):
             source = open_source(folder if backend == "ffcv" else data, "pretrain")
             for method in ("rsa", "byol"):
-                fields = {"arch": arch, "views.size_px": size, "batch_size": batch_size, "bn": "local", "backend": backend}
-                run = build_run(build_recipe("imagenet1k", method, overrides=fields), len(source.manifest))
+                fields = {
+                    "arch": arch,
+                    "views.size_px": size,
+                    "batch_size": batch_size,
+                    "bn": "local",
+                    "backend": backend,
+                }
+                run = build_run(
+                    build_recipe("imagenet1k", method, overrides=fields), len(source.manifest)
+                )
                 loader = open_loader(run, source, loading_of(run.recipe, source, run.device))
                 loops[backend, method] = run, opened.enter_context(loader)
         reads: dict[tuple[str, str], list[dict[str, float]]] = {name: [] for name in loops}
@@ -285,29 +343,47 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
                     while time.perf_counter() - meter.began < seconds:
                         meter.add(run.step, train_step(run, next(batches)))
                     reads[name].append(meter.read())
-    values = {name: {key: [read[key] for read in turns] for key in reads[name][0]} for name, turns in reads.items()}
+    values = {
+        name: {key: [read[key] for read in turns] for key in reads[name][0]}
+        for name, turns in reads.items()
+    }
     result = {}
     for backend, method in loops:
         for key in ("step_ms", "wait_pct"):
             result[f"{backend}_{method}_{key}"] = statistics.median(values[backend, method][key])
     for backend, _ in loops:
-        result[f"{backend}_rsa_over_byol"] = ratio(values[backend, "rsa"]["step_ms"], values[backend, "byol"]["step_ms"])
+        result[f"{backend}_rsa_over_byol"] = ratio(
+            values[backend, "rsa"]["step_ms"], values[backend, "byol"]["step_ms"]
+        )
     title = f"{arch}, {size} px, batch {batch_size}"
     rows = [
-        (" ".join(name), f"{spread(of['step_ms'], 'ms')}, waits {spread(of['wait_pct'], '%')}") for name, of in values.items()
+        (" ".join(name), f"{spread(of['step_ms'], 'ms')}, waits {spread(of['wait_pct'], '%')}")
+        for name, of in values.items()
     ]
     show(title, rows, result)
 
 
 @main.command("all")
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="An image folder with train/.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An image folder with train/.",
+)
 @click.option("--json", "plain", is_flag=True, help="No tables.")
 def everything(data: Path, plain: bool) -> None:
     """All speeds that the README states, each measured by a process of its own: memory and threads of one slow the next."""
     figures = {}
-    for name, options in {"views": [], "step": [], "backends": ["--data", data], "training": ["--data", data]}.items():
+    for name, options in {
+        "views": [],
+        "step": [],
+        "backends": ["--data", data],
+        "training": ["--data", data],
+    }.items():
         command = [sys.executable, "-m", "tools.bench", name, *map(str, options)]
-        *table, last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        *table, last = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
         figures[name] = json.loads(last)
         if not plain:
             click.echo("\n".join(table))
@@ -332,10 +408,19 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @main.command()
-@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="CIFAR-10, or images like it.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/learn"), show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="CIFAR-10, or images like it.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/learn"), show_default=True
+)
 @click.option("--epochs", default=12, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Some of them; repeatable.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Some of them; repeatable."
+)
 def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
     """Train every method with the same backbone, epochs and data, and score each by kNN and a linear probe.
 
@@ -356,11 +441,25 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
             train(recipe, data, out / name, resume=begun)
         scores[name] = json.loads(result.read_text())
     columns = ("knn_top1", "knn20_top1", "linear_top1", "embedding_std", "images_per_s")
-    table = Table("top-1 %", *columns, title=f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}")
+    table = Table(
+        "top-1 %",
+        *columns,
+        title=f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}",
+    )
     for name, score in scores.items():
-        table.add_row(name, *("" if score.get(column) is None else f"{score[column]:.2f}" for column in columns))
+        table.add_row(
+            name,
+            *("" if score.get(column) is None else f"{score[column]:.2f}" for column in columns),
+        )
     Console().print(table)
-    click.echo(json.dumps({name: {column: score.get(column) for column in columns} for name, score in scores.items()}))
+    click.echo(
+        json.dumps(
+            {
+                name: {column: score.get(column) for column in columns}
+                for name, score in scores.items()
+            }
+        )
+    )
 
 
 def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:

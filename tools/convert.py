@@ -41,7 +41,9 @@ from pipelines.sources import Source, open_source, to_rgb
 Result = TypeVar("Result")
 
 WRITE_MODES = ("proportion", "jpg", "raw", "smart", "passthrough")
-JOURNAL = np.dtype([("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")])  # no PSNR (NaN): raw, or its own bytes
+JOURNAL = np.dtype(
+    [("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")]
+)  # no PSNR (NaN): raw, or its own bytes
 # PIL's nearest to ffcv's area filter (cv2.INTER_AREA): 0.87 levels from it on 60 photographs; BOX, which counts a pixel
 # whole where its centre falls, 2.80, BILINEAR 1.14, LANCZOS 1.90
 RESIZE_FILTER = Image.Resampling.HAMMING
@@ -51,9 +53,24 @@ REFRESH_EVERY_S = 0.2  # of the progress bar
 PARAMS: list[click.Parameter] = [  # of both commands
     click.Argument(["src"], type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.Argument(["dst"], type=click.Path(path_type=Path, file_okay=False)),
-    click.Option(["--jpeg-quality"], type=click.IntRange(1, 100), default=90, show_default=True, help="Of new JPEGs."),
-    click.Option(["--workers"], type=click.IntRange(1), default=os.cpu_count(), help="Processes; all cores by default."),
-    click.Option(["--overwrite"], is_flag=True, help="Delete what DST holds of these splits, and start afresh."),
+    click.Option(
+        ["--jpeg-quality"],
+        type=click.IntRange(1, 100),
+        default=90,
+        show_default=True,
+        help="Of new JPEGs.",
+    ),
+    click.Option(
+        ["--workers"],
+        type=click.IntRange(1),
+        default=os.cpu_count(),
+        help="Processes; all cores by default.",
+    ),
+    click.Option(
+        ["--overwrite"],
+        is_flag=True,
+        help="Delete what DST holds of these splits, and start afresh.",
+    ),
 ]
 
 
@@ -91,7 +108,10 @@ class Encoding:
                 assert self.smart_threshold_bytes is not None, "smart needs smart_threshold_bytes"
                 return pixels.nbytes <= self.smart_threshold_bytes
             case "proportion":  # a seed of its own, apart from those of the order and the views
-                share = float(keys(self.seed ^ 0x726177, 0, np.array([sample]))[0] >> np.uint64(11)) * 2.0**-53
+                share = (
+                    float(keys(self.seed ^ 0x726177, 0, np.array([sample]))[0] >> np.uint64(11))
+                    * 2.0**-53
+                )
                 return share >= self.compress_probability
         return False
 
@@ -198,18 +218,26 @@ def convert(
         "settings": settings,
         "source_fingerprint": source.manifest.fingerprint,
     }
-    work, final, description = dst / f"{split}.partial", dst / f"{split}{form.suffix}", dst / f"{split}.json"
+    work, final, description = (
+        dst / f"{split}.partial",
+        dst / f"{split}{form.suffix}",
+        dst / f"{split}.json",
+    )
     if overwrite:
         remove(description, work, final)
     if description.exists():
         found = agreed(description, plan)
         if not final.exists():
-            raise ValueError(f"{description} is there but {final} is not: put it back, or use --overwrite")
+            raise ValueError(
+                f"{description} is there but {final} is not: put it back, or use --overwrite"
+            )
         remove(work)  # a kill came between the last rename and this
         note(f"{final} is complete: left alone")
         return summary(final, found)
     if final.exists() and not (work / description.name).exists():
-        raise ValueError(f"{final} is in the way and no conversion of ours wrote it: move it, or use --overwrite")
+        raise ValueError(
+            f"{final} is in the way and no conversion of ours wrote it: move it, or use --overwrite"
+        )
     work.mkdir(parents=True, exist_ok=True)
     if (work / "plan.json").exists():
         agreed(work / "plan.json", plan)
@@ -218,7 +246,9 @@ def convert(
         write_json(work / "plan.json", plan)
     with (work / "journal").open("a+b") as journal:
         try:
-            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: gone with it, whatever its end
+            fcntl.lockf(
+                journal, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of this process: gone with it, whatever its end
         except OSError as error:
             raise ValueError(f"another run is writing {work}: wait for it or end it") from error
         if not (work / description.name).exists():
@@ -242,7 +272,13 @@ def convert(
 
 
 def fill(
-    source: Source, payload: Path, form: Format, encoding: Encoding, order: np.ndarray, journal: io.BufferedRandom, workers: int
+    source: Source,
+    payload: Path,
+    form: Format,
+    encoding: Encoding,
+    order: np.ndarray,
+    journal: io.BufferedRandom,
+    workers: int,
 ) -> np.ndarray:
     """Encode and write what the journal lacks; returns all records `(N,)` of `JOURNAL`."""
     records = np.zeros(len(order), JOURNAL)
@@ -266,8 +302,13 @@ def fill(
     def encode_chunk(samples: np.ndarray) -> list[Encoded]:
         return [encode(source, int(sample), encoding) for sample in samples]
 
-    images = progress(in_order(encode_chunk, order[written:], workers), "write", written, len(order))
-    with closing(writer), closing(images):  # the workers end now, whatever keeps an error's frames alive
+    images = progress(
+        in_order(encode_chunk, order[written:], workers), "write", written, len(order)
+    )
+    with (
+        closing(writer),
+        closing(images),
+    ):  # the workers end now, whatever keeps an error's frames alive
         for image in images:
             label = int(source.manifest.labels[order[written]])
             file, offset = writer.append(image.data, label)
@@ -290,14 +331,20 @@ def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
         return Encoded(data, height, width, raw=False)
     pixels = source.read(sample)
     if list(pixels.shape[:2]) != scanned.tolist():
-        raise ValueError(f"{name(source, sample)} was {scanned} pixels when scanned, now {pixels.shape[:2]}: start again")
+        raise ValueError(
+            f"{name(source, sample)} was {scanned} pixels when scanned, now {pixels.shape[:2]}: start again"
+        )
     if not same_size:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), RESIZE_FILTER, reducing_gap=None))
+        pixels = np.asarray(
+            Image.fromarray(pixels).resize((width, height), RESIZE_FILTER, reducing_gap=None)
+        )
     if encoding.stores_raw(sample, pixels):
         return Encoded(pixels.tobytes(), height, width, raw=True)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.jpeg_quality)
-    return Encoded(buffer.getvalue(), height, width, False, psnr_db(pixels, to_rgb(Image.open(buffer))))
+    return Encoded(
+        buffer.getvalue(), height, width, False, psnr_db(pixels, to_rgb(Image.open(buffer)))
+    )
 
 
 def plain_jpeg(source: Source, sample: int) -> bytes | None:
@@ -306,7 +353,9 @@ def plain_jpeg(source: Source, sample: int) -> bytes | None:
         data = source.encoded(sample) if source.encoded else b""
         with Image.open(io.BytesIO(data)) as image:
             plain = image.format == "JPEG" and image.mode in ("L", "RGB")
-            return data if plain and image.size[::-1] == tuple(source.manifest.sizes[sample]) else None
+            return (
+                data if plain and image.size[::-1] == tuple(source.manifest.sizes[sample]) else None
+            )
     except OSError:
         return None
 
@@ -317,11 +366,20 @@ def psnr_db(wanted: np.ndarray, found: np.ndarray) -> float:
     return min(100.0, float(10 * np.log10(255**2 / max(error, 1e-6))))
 
 
-def verify(source: Source, payload: Path, form: Format, order: np.ndarray, records: np.ndarray, workers: int) -> None:
+def verify(
+    source: Source,
+    payload: Path,
+    form: Format,
+    order: np.ndarray,
+    records: np.ndarray,
+    workers: int,
+) -> None:
     """Read every image back as a training run will. Raises ValueError naming what is not as encoded."""
     packed = form.open(payload)
     if not np.array_equal(packed.entries, records["entry"]):
-        raise ValueError(f"the tables of {payload} are not as written: the disk may be faulty; --overwrite restarts")
+        raise ValueError(
+            f"the tables of {payload} are not as written: the disk may be faulty; --overwrite restarts"
+        )
 
     def check_chunk(samples: np.ndarray) -> list[int]:
         for sample in samples:
@@ -331,7 +389,10 @@ def verify(source: Source, payload: Path, form: Format, order: np.ndarray, recor
     def check(sample: int) -> None:
         data = packed.stored(sample)
         original = name(source, int(order[sample]))
-        if zlib.crc32(data) != records["crc32"][sample] or form.label(packed, sample) != records["entry"]["label"][sample]:
+        if (
+            zlib.crc32(data) != records["crc32"][sample]
+            or form.label(packed, sample) != records["entry"]["label"][sample]
+        ):
             raise ValueError(
                 f"{packed.name(sample)} ({original}) is not as written: the disk may be faulty; --overwrite restarts"
             )
@@ -342,7 +403,9 @@ def verify(source: Source, payload: Path, form: Format, order: np.ndarray, recor
                 f"{original} of the source is damaged: replace or delete it, then --overwrite ({error})"
             ) from error
 
-    for _ in progress(in_order(check_chunk, np.arange(len(order)), workers), "verify", 0, len(order)):
+    for _ in progress(
+        in_order(check_chunk, np.arange(len(order)), workers), "verify", 0, len(order)
+    ):
         pass
 
 
@@ -359,28 +422,40 @@ def outcome(payload: Path, records: np.ndarray) -> dict[str, Any]:
         "jpg": len(records) - raw,
         "raw": raw,
         "reencoded": len(psnr),
-        "psnr_db": {"median": round(np.median(psnr), 2), "min": round(psnr.min(), 2)} if len(psnr) else None,
+        "psnr_db": {"median": round(np.median(psnr), 2), "min": round(psnr.min(), 2)}
+        if len(psnr)
+        else None,
     }
 
 
-def in_order(work: Callable[[np.ndarray], list[Result]], samples: np.ndarray, workers: int) -> Generator[Result, None, None]:
+def in_order(
+    work: Callable[[np.ndarray], list[Result]], samples: np.ndarray, workers: int
+) -> Generator[Result, None, None]:
     """What `work` makes of each chunk of `samples`, in their order, by forked worker processes.
 
     An exception of a worker is raised here at once, and so is a worker's death (ChildProcessError).
     """
     gc.collect()  # a worker that inherits a dead DALI pipeline and collects it waits for threads that it does not have
-    context = multiprocessing.get_context("fork")  # the source, a million paths, is shared and not sent
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(), work))
+    context = multiprocessing.get_context(
+        "fork"
+    )  # the source, a million paths, is shared and not sent
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=start_worker, initargs=(os.getpid(), work)
+    )
     waiting: deque[Future[list[Result]]] = deque()
     try:
         for first in range(0, len(samples), CHUNK):
             waiting.append(pool.submit(work_on, samples[first : first + CHUNK]))
-            if len(waiting) > 2 * workers:  # as much as a fast worker may be ahead of a slow one, and memory may hold
+            if (
+                len(waiting) > 2 * workers
+            ):  # as much as a fast worker may be ahead of a slow one, and memory may hold
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a worker died, killed for want of memory perhaps: run again, with fewer --workers") from error
+        raise ChildProcessError(
+            "a worker died, killed for want of memory perhaps: run again, with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -406,18 +481,33 @@ def work_on(samples: np.ndarray) -> list[Any]:
     return _work(samples)
 
 
-def progress(items: Iterable[Result], title: str, done: int, total: int) -> Generator[Result, None, None]:
+def progress(
+    items: Iterable[Result], title: str, done: int, total: int
+) -> Generator[Result, None, None]:
     """Pass `items` on, showing on stderr how many are done of `total`, how fast, and how long the rest will take."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     shown_at = 0.0
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:  # by a thread, beside which we fork
+    with Progress(
+        *columns, console=Console(stderr=True), auto_refresh=False
+    ) as bar:  # by a thread, beside which we fork
         task = bar.add_task(title, total=total, completed=done, rate="")
         for item in items:
             yield item
             done += 1
             if done == total or time.monotonic() - shown_at > REFRESH_EVERY_S:
                 speed, shown_at = bar.tasks[task].speed, time.monotonic()
-                bar.update(task, completed=done, rate=f"{speed:,.0f} images/s" if speed else "", refresh=True)
+                bar.update(
+                    task,
+                    completed=done,
+                    rate=f"{speed:,.0f} images/s" if speed else "",
+                    refresh=True,
+                )
 
 
 def agreed(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
@@ -426,11 +516,19 @@ def agreed(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         then, now = (flat({key: each[key] for key in plan}) for each in (found, plan))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of a conversion: move it away, or use --overwrite") from error
-    changed = [f"{key} was {then.get(key)}, now {now.get(key)}" for key in now | then if then.get(key) != now.get(key)]
+        raise ValueError(
+            f"{path} is not of a conversion: move it away, or use --overwrite"
+        ) from error
+    changed = [
+        f"{key} was {then.get(key)}, now {now.get(key)}"
+        for key in now | then
+        if then.get(key) != now.get(key)
+    ]
     if changed:
         shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changed)
-        raise ValueError(f"{path} is of other settings or another source: {shown}. Use the same, another DST, or --overwrite")
+        raise ValueError(
+            f"{path} is of other settings or another source: {shown}. Use the same, another DST, or --overwrite"
+        )
     return found
 
 
@@ -439,7 +537,9 @@ def flat(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(final: Path, description: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(final)} | {key: value for key, value in description.items() if key != "classes"}
+    return {"path": str(final)} | {
+        key: value for key, value in description.items() if key != "classes"
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -31,8 +31,12 @@ METHODS = ("rsa", "byol")
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--data", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True
+)
 def main(out: Path, data: Path) -> None:
     """Make the data, train, evaluate, draw."""
     began = time.perf_counter()
@@ -61,14 +65,20 @@ def baselines(recipe: Recipe, data: Path) -> dict[str, dict[str, Any]]:
 
 
 def show(scores: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
-    table = Table("top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture")
+    table = Table(
+        "top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture"
+    )
     columns = ("knn_top1", "knn20_top1", "linear_top1")
     for name, score in scores.items():
         table.add_row(name, *(f"{score[column]:.1f}" for column in columns))
     Console().print(table)
     files = "   ".join(str(out / name) for name in ("curves.png", "views.png", "report.html"))
     click.echo(f"{files}   {seconds / 60:.1f} minutes")
-    click.echo(json.dumps({name: {column: score[column] for column in columns} for name, score in scores.items()}))
+    click.echo(
+        json.dumps(
+            {name: {column: score[column] for column in columns} for name, score in scores.items()}
+        )
+    )
 
 
 def draw_curves(out: Path, scores: dict[str, dict[str, Any]], path: Path) -> None:

@@ -25,7 +25,9 @@ def read_classes(path: Path) -> list[str]:
 
     Raises ValueError when there is none, for one listed twice, and for what is no name of a folder.
     """
-    names = sorted(name for line in path.read_text().splitlines() if (name := line.split("#")[0].strip()))
+    names = sorted(
+        name for line in path.read_text().splitlines() if (name := line.split("#")[0].strip())
+    )
     if not names:
         raise ValueError(f"{path} lists no class: wanted one wnid a line, such as n01440764")
     if twice := sorted({name for name, following in pairwise(names) if name == following}):
@@ -49,14 +51,23 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
     if done.is_file() and (found := json.loads(done.read_text())).items() >= record.items():
         return {"path": str(dst), "classes": len(classes), **found["images"]}
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst} exists and is not the subset asked for: remove it, or name another folder")
+        raise ValueError(
+            f"{dst} exists and is not the subset asked for: remove it, or name another folder"
+        )
     splits = [split for split in SPLITS if (src / split).is_dir()]
     if "train" not in splits:
-        raise FileNotFoundError(f"no train/ in {src}: wanted an image folder, train/<class>/*.JPEG and val/<class>/*.JPEG")
+        raise FileNotFoundError(
+            f"no train/ in {src}: wanted an image folder, train/<class>/*.JPEG and val/<class>/*.JPEG"
+        )
     folders = [Path(split, name) for split in splits for name in classes]
-    images = {folder: images_below(src / folder, src) if (src / folder).is_dir() else [] for folder in folders}
+    images = {
+        folder: images_below(src / folder, src) if (src / folder).is_dir() else []
+        for folder in folders
+    }
     if missing := [str(folder) for folder, paths in images.items() if not paths]:
-        raise FileNotFoundError(f"{src} lacks {len(missing)} class folder(s), or they hold no images: {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{src} lacks {len(missing)} class folder(s), or they hold no images: {', '.join(missing)}"
+        )
     partial = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if copy:
@@ -77,7 +88,12 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
 @click.command()
 @click.argument("src", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option("--classes", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="One wnid a line.")
+@click.option(
+    "--classes",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="One wnid a line.",
+)
 @click.option("--copy", is_flag=True, help="Copy the files; without it, link the class folders.")
 def main(src: Path, dst: Path, classes: Path, copy: bool) -> None:
     """Make of the image folder SRC (train/, val/) the subset DST of the classes that a file lists."""

@@ -75,7 +75,11 @@ def tint(grey: float, rng: np.random.Generator) -> Array:
 
 def background(size: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
     """`(size, size, 3)`: two colours mixed by noise of two scales and a gradient."""
-    share = 0.6 * noise(size, 4, rng) + 0.4 * noise(size, 16, rng) + 0.3 * (x * rng.normal() + y * rng.normal())
+    share = (
+        0.6 * noise(size, 4, rng)
+        + 0.4 * noise(size, 16, rng)
+        + 0.3 * (x * rng.normal() + y * rng.normal())
+    )
     grey = rng.uniform(0.2, 0.8)
     return mixed(tint(grey, rng), tint(grey + rng.uniform(-0.25, 0.25), rng), share)
 
@@ -104,7 +108,9 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     canvas = np.where(shape_mask(shape, u, v)[..., None], inside, background(size, x, y, rng))
     sun = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0, 0.15) * (x * np.cos(sun) + y * np.sin(sun))  # from one side
-    canvas = (canvas * light[..., None] - 0.5) * rng.uniform(0.6, 1) + 0.5 + rng.uniform(-0.22, 0.22)
+    canvas = (
+        (canvas * light[..., None] - 0.5) * rng.uniform(0.6, 1) + 0.5 + rng.uniform(-0.22, 0.22)
+    )
     image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
     image = image.resize((size_px, size_px), Image.Resampling.BOX)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
@@ -112,7 +118,9 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
 
-def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0) -> dict[str, str | int]:
+def make_demo(
+    root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0
+) -> dict[str, str | int]:
     """Write `root/train` and `root/test`, or leave them if they are already there; returns what lies there.
 
     An interrupted run leaves nothing under `root`. Raises ValueError when `root` holds something else.
@@ -125,7 +133,9 @@ def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0
     if record.is_file() and json.loads(record.read_text()) == settings:
         return result
     if root.exists():
-        raise ValueError(f"{root} exists and is not the demo data asked for: remove it, or name another folder")
+        raise ValueError(
+            f"{root} exists and is not the demo data asked for: remove it, or name another folder"
+        )
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for label, (shape, texture) in enumerate(CLASSES):
@@ -143,7 +153,12 @@ def make_demo(root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0
 
 @click.command()
 @click.argument("root", type=click.Path(path_type=Path))
-@click.option("--per-class", default=300, show_default=True, help="Images of each class; a fifth is the test split.")
+@click.option(
+    "--per-class",
+    default=300,
+    show_default=True,
+    help="Images of each class; a fifth is the test split.",
+)
 @click.option("--size-px", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(root: Path, per_class: int, size_px: int, seed: int) -> None:

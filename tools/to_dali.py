@@ -18,8 +18,18 @@ from tools.convert import PARAMS, Encoding, Format, run
 
 
 @click.command(params=[*PARAMS])
-@click.option("--shard-mb", type=click.IntRange(1), default=1000, show_default=True, help="Largest shard, in 10^6 bytes.")
-@click.option("--short-side", type=click.IntRange(1), help="Reduce images to this short side in pixels, as new JPEGs.")
+@click.option(
+    "--shard-mb",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Largest shard, in 10^6 bytes.",
+)
+@click.option(
+    "--short-side",
+    type=click.IntRange(1),
+    help="Reduce images to this short side in pixels, as new JPEGs.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the shuffling.")
 def main(
     src: Path,
@@ -34,8 +44,19 @@ def main(
     """Convert the images in SRC to tar shards in DST. The last line printed is a JSON object of what lies there."""
     encoding = Encoding("passthrough", shortest_px=short_side, jpeg_quality=jpeg_quality)
     shard_bytes = shard_mb * 10**6
-    shards = Format("shards", "", lambda path, _, done: ShardWriter(path, shard_bytes, done), open_shards, stored_label)
-    settings = {"shard_bytes": shard_bytes, "short_side_px": short_side, "jpeg_quality": jpeg_quality, "seed": seed}
+    shards = Format(
+        "shards",
+        "",
+        lambda path, _, done: ShardWriter(path, shard_bytes, done),
+        open_shards,
+        stored_label,
+    )
+    settings = {
+        "shard_bytes": shard_bytes,
+        "short_side_px": short_side,
+        "jpeg_quality": jpeg_quality,
+        "seed": seed,
+    }
     run(
         src,
         dst,

@@ -29,7 +29,14 @@ from rich.text import Text
 
 from pipelines.files import write_whole
 from pipelines.manifest import Paths, header_size
-from pipelines.sources import BINARY_FOLDERS, Source, images_below, open_source, packed_place, to_rgb
+from pipelines.sources import (
+    BINARY_FOLDERS,
+    Source,
+    images_below,
+    open_source,
+    packed_place,
+    to_rgb,
+)
 from tools.convert import in_order, progress
 
 BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "no bytes at all"}
@@ -53,9 +60,14 @@ def verify_images(data: Path, paths: Paths, workers: int, max_pixels: int) -> Fi
 
     found: Findings = {kind: {} for kind in (*BAD, *NOTES)}
     first: dict[bytes, int] = {}
-    results = progress(in_order(inspect_chunk, np.arange(len(paths)), workers), "verify", 0, len(paths))
+    results = progress(
+        in_order(inspect_chunk, np.arange(len(paths)), workers), "verify", 0, len(paths)
+    )
     for sample, (digest, faults) in enumerate(results):
-        if not faults.keys() & BAD.keys() and (original := first.setdefault(digest, sample)) != sample:
+        if (
+            not faults.keys() & BAD.keys()
+            and (original := first.setdefault(digest, sample)) != sample
+        ):
             faults["duplicate"] = f"same bytes as {paths[original]}"
         for kind, detail in faults.items():
             found[kind][paths[sample]] = detail
@@ -77,8 +89,16 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
             if image.width * image.height > max_pixels:
                 notes["over_large"] = f"{image.width}x{image.height} px"
             to_rgb(image)
-    except Exception as error:  # on damaged bytes decoders raise whatever their authors did not think of
-        kind = "empty" if str(error) == "empty file" else "truncated" if "truncated" in str(error).lower() else "corrupt"
+    except (
+        Exception
+    ) as error:  # on damaged bytes decoders raise whatever their authors did not think of
+        kind = (
+            "empty"
+            if str(error) == "empty file"
+            else "truncated"
+            if "truncated" in str(error).lower()
+            else "corrupt"
+        )
         notes = {kind: str(error)}
     return hashlib.sha256(data).digest(), notes
 
@@ -95,7 +115,9 @@ def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
     """Read every sample of a set that is not plain image files; returns how many, and those that fail as `split/id`."""
     found: Findings = {"corrupt": {}}
     count = 0
-    test = packed_place(data, "test") or any((data / name).is_dir() for name in ("val", "test", *BINARY_FOLDERS))
+    test = packed_place(data, "test") or any(
+        (data / name).is_dir() for name in ("val", "test", *BINARY_FOLDERS)
+    )
     for split in ("pretrain", "test") if test else ("pretrain",):
         source = open_source(data, split)
         samples = np.arange(len(source.manifest))
@@ -104,7 +126,9 @@ def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
         def read_chunk(samples: np.ndarray, source: Source = source) -> list[str]:
             return [read_fault(source, int(sample)) for sample in samples]
 
-        for sample, fault in enumerate(progress(in_order(read_chunk, samples, workers), f"verify {split}", 0, len(samples))):
+        for sample, fault in enumerate(
+            progress(in_order(read_chunk, samples, workers), f"verify {split}", 0, len(samples))
+        ):
             if fault:
                 found["corrupt"][f"{split}/{sample}"] = fault
     return count, found
@@ -117,7 +141,11 @@ def read_fault(source: Source, sample: int) -> str:
     except Exception as error:  # as in `inspect`
         return str(error)
     expected = tuple(int(side) for side in source.manifest.sizes[sample])
-    return "" if size == expected else f"decodes to {size} px (height, width), the manifest says {expected}"
+    return (
+        ""
+        if size == expected
+        else f"decodes to {size} px (height, width), the manifest says {expected}"
+    )
 
 
 def fix(data: Path, found: Findings, workers: int, max_pixels: int) -> tuple[list[str], list[str]]:
@@ -126,8 +154,13 @@ def fix(data: Path, found: Findings, workers: int, max_pixels: int) -> tuple[lis
     Every original lies in `data/.rsa-fast/replaced/` afterwards. Raises ValueError, before anything is changed, when a file
     lies outside `data`, behind a linked folder.
     """
-    paths = sorted(set(chain.from_iterable(paths for kind, paths in found.items() if kind != "duplicate")))
-    inside = {folder: folder.resolve().is_relative_to(data.resolve()) for folder in {(data / path).parent for path in paths}}
+    paths = sorted(
+        set(chain.from_iterable(paths for kind, paths in found.items() if kind != "duplicate"))
+    )
+    inside = {
+        folder: folder.resolve().is_relative_to(data.resolve())
+        for folder in {(data / path).parent for path in paths}
+    }
     if outside := [path for path in paths if not inside[(data / path).parent]]:
         raise ValueError(
             f"{len(outside)} file(s) to fix lie outside {data}, behind links: {outside[0]} is {(data / outside[0]).resolve()}. "
@@ -136,7 +169,10 @@ def fix(data: Path, found: Findings, workers: int, max_pixels: int) -> tuple[lis
     lost = found["corrupt"].keys() | found["empty"].keys()
 
     def fix_chunk(samples: np.ndarray) -> list[bool]:
-        return [replace(data, paths[sample], paths[sample] not in lost, max_pixels) for sample in samples]
+        return [
+            replace(data, paths[sample], paths[sample] not in lost, max_pixels)
+            for sample in samples
+        ]
 
     done = list(progress(in_order(fix_chunk, np.arange(len(paths)), workers), "fix", 0, len(paths)))
     fixed = [path for path, repaired in zip(paths, done, strict=True) if repaired]
@@ -175,7 +211,10 @@ def repaired(path: Path, max_pixels: int) -> bytes | None:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
-        image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.LANCZOS)
+        image = image.resize(
+            (max(1, int(image.width * scale)), max(1, int(image.height * scale))),
+            Image.Resampling.LANCZOS,
+        )
     buffer = io.BytesIO()
     if path.suffix.lower() in (".jpg", ".jpeg"):
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -188,21 +227,43 @@ def show(data: Path, found: Findings) -> None:
     table = Table("", "images", "what", Column("the first", overflow="fold"), title=str(data))
     for kind, paths in found.items():
         first = next((f"{path}: {detail}" for path, detail in paths.items()), "")
-        plain = Text(first.encode("utf-8", "replace").decode())  # a name may be no UTF-8, and look like markup
+        plain = Text(
+            first.encode("utf-8", "replace").decode()
+        )  # a name may be no UTF-8, and look like markup
         table.add_row(kind, f"{len(paths):,}", (BAD | NOTES)[kind], plain)
     Console().print(table)
 
 
 @click.command()
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--fix", "fixing", is_flag=True, help="Repair image files, move away what cannot be; keep all originals.")
+@click.option(
+    "--fix",
+    "fixing",
+    is_flag=True,
+    help="Repair image files, move away what cannot be; keep all originals.",
+)
 @click.option("--workers", default=os.cpu_count(), show_default="all cores", type=click.IntRange(1))
 @click.option(
-    "--max-pixels", default=25_000_000, show_default=True, help="Above it, an image is over-large.", type=click.IntRange(1)
+    "--max-pixels",
+    default=25_000_000,
+    show_default=True,
+    help="Above it, an image is over-large.",
+    type=click.IntRange(1),
 )
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write all findings to this file as JSON.")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all findings to this file as JSON.",
+)
 @click.pass_context
-def main(context: click.Context, path: Path, fixing: bool, workers: int, max_pixels: int, report: Path | None) -> None:
+def main(
+    context: click.Context,
+    path: Path,
+    fixing: bool,
+    workers: int,
+    max_pixels: int,
+    report: Path | None,
+) -> None:
     """Decode every image under PATH: train/, val/ and test/, or one flat folder, or a converted set.
 
     Bad, exit code 1: corrupt, truncated and empty files. The rest are notes and exit code 0, for training takes them:
@@ -212,7 +273,9 @@ def main(context: click.Context, path: Path, fixing: bool, workers: int, max_pix
     empty ones away. The originals are in PATH/.rsa-fast/replaced/. The exit code is then 0: nothing bad is left.
     """
     try:
-        roots = [path / name for name in ("train", "val", "test") if (path / name).is_dir()] or [path]
+        roots = [path / name for name in ("train", "val", "test") if (path / name).is_dir()] or [
+            path
+        ]
         files = Paths(chain.from_iterable(images_below(root, path) for root in roots))
         if packed_place(path, "train") or packed_place(path, "test") or not files:
             if fixing:

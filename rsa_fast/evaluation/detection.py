@@ -41,7 +41,10 @@ from rsa_fast.training.step import choose_device, choose_dtype
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects: `CocoImages`
 
-SCHEDULES = {"1x": (90_000, 0.02), "2x": (180_000, 0.03)}  # steps, learning rate of a batch of 16 (RSA paper 4.4)
+SCHEDULES = {
+    "1x": (90_000, 0.02),
+    "2x": (180_000, 0.03),
+}  # steps, learning rate of a batch of 16 (RSA paper 4.4)
 # detectron2's where torchvision's differ: one short side in px is drawn per image, the last is for evaluation
 MODEL_OPTIONS: dict[str, Any] = {
     "min_size": (640, 672, 704, 736, 768, 800),
@@ -76,7 +79,9 @@ def detect(
     train, val = CocoImages(data, "train2017"), CocoImages(data, "val2017")
     if train.categories != val.categories:
         differ = sorted({name for _, name in train.categories.items() ^ val.categories.items()})
-        raise ValueError(f"train2017 and val2017 under {data} differ in the id or the name of: {', '.join(differ[:10])}")
+        raise ValueError(
+            f"train2017 and val2017 under {data} differ in the id or the name of: {', '.join(differ[:10])}"
+        )
     train.ids = [image_id for image_id in train.ids if train.objects(image_id)]
     order = Order(len(train), batch_size, seed)
     total_steps, peak_lr = steps or SCHEDULES[schedule][0], SCHEDULES[schedule][1] * batch_size / 16
@@ -90,21 +95,35 @@ def detect(
     optimizer = build_sgd(model)
     scaler = GradScaler(place.type, enabled=dtype == torch.float16)
     parts = {"method": model, "optimizer": optimizer, "scaler": scaler}
-    settings = {"encoder": str(encoder_path), "schedule": schedule, "steps": total_steps, "batch_size": batch_size}
-    settings |= {"seed": seed, "precision": precision, "images": len(train), "classes": len(train.categories)}
+    settings = {
+        "encoder": str(encoder_path),
+        "schedule": schedule,
+        "steps": total_steps,
+        "batch_size": batch_size,
+    }
+    settings |= {
+        "seed": seed,
+        "precision": precision,
+        "images": len(train),
+        "classes": len(train.categories),
+    }
     prepare_folder(out, resume, overwrite)
     step = restore(parts, settings, out) if resume else 0
     (out / "env.json").write_text(json.dumps(environment(), indent=1))
 
     def losses_of(batch: list[Sample], step: int) -> dict[str, Tensor]:
         images, targets = on_device(batch, place)
-        torch.manual_seed(seed + step)  # the model draws image sizes and proposals; a resumed run draws the same
+        torch.manual_seed(
+            seed + step
+        )  # the model draws image sizes and proposals; a resumed run draws the same
         with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
             losses: dict[str, Tensor] = model(images, targets)
         return losses
 
     stop = min(stop_at_step or total_steps, total_steps)
-    plan = reading_plan(order, train.portrait(), step, total_steps + min(PRECISE_BN_STEPS, total_steps))
+    plan = reading_plan(
+        order, train.portrait(), step, total_steps + min(PRECISE_BN_STEPS, total_steps)
+    )
     batches = iter(open_loader(train, plan, workers, place))
     model.train()
     with Metrics(out, total_steps, step) as metrics:
@@ -124,13 +143,17 @@ def detect(
                 values = {name: value.item() for name, value in losses.items()}
                 loss = sum(values.values())
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the losses are {values} at step {step}: lower --batch-size, the rate follows it")
+                    raise FloatingPointError(
+                        f"the losses are {values} at step {step}: lower --batch-size, the rate follows it"
+                    )
                 step_ms = 1e3 * (time.perf_counter() - began) / (step - began_step)
                 metrics.write({"step": step, "lr": lr, "loss": loss, **values, "step_ms": step_ms})
                 began, began_step = time.perf_counter(), step
             if step % CHECKPOINT_STEPS == 0 or step == stop:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint.save(out / "checkpoints", {"step": step, "recipe": settings, **state}, keep_last=2)
+                checkpoint.save(
+                    out / "checkpoints", {"step": step, "recipe": settings, **state}, keep_last=2
+                )
     result = {"out": str(out), **settings, "step": step}
     if step == total_steps:
         precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))
@@ -167,9 +190,12 @@ def build_model(
         image_std=std,
         **MODEL_OPTIONS,
     )
-    model.rpn.head = RPNHead(model.backbone.out_channels, 3)  # one convolution deep, as detectron2's
+    model.rpn.head = RPNHead(
+        model.backbone.out_channels, 3
+    )  # one convolution deep, as detectron2's
     given, wanted = (
-        {key: tuple(value.shape) for key, value in module.state_dict().items()} for module in (encoder, model.backbone.body)
+        {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        for module in (encoder, model.backbone.body)
     )
     if given != wanted:
         key, _ = min(given.items() ^ wanted.items())
@@ -179,7 +205,9 @@ def build_model(
         )
     model.backbone.body.load_state_dict(encoder.state_dict())
     for head in (model.rpn.head, model.roi_heads.box_predictor):
-        for layer in head.children():  # torchvision decodes boxes in their type: bf16 has steps of 4 px from 512 px on
+        for layer in (
+            head.children()
+        ):  # torchvision decodes boxes in their type: bf16 has steps of 4 px from 512 px on
             layer.register_forward_hook(lambda layer, inputs, output: output.float())
     return model
 
@@ -188,17 +216,27 @@ def build_sgd(model: nn.Module) -> torch.optim.SGD:
     """Momentum .9, weight decay 1e-4 but none on BatchNorm (detectron2); the caller sets the learning rate."""
     groups: dict[float, list[nn.Parameter]] = {0.0: [], 1e-4: []}
     for module in model.modules():
-        groups[0.0 if isinstance(module, nn.BatchNorm2d) else 1e-4] += module.parameters(recurse=False)
-    return torch.optim.SGD([{"params": p, "weight_decay": decay} for decay, p in groups.items()], lr=0.0, momentum=0.9)
+        groups[0.0 if isinstance(module, nn.BatchNorm2d) else 1e-4] += module.parameters(
+            recurse=False
+        )
+    return torch.optim.SGD(
+        [{"params": p, "weight_decay": decay} for decay, p in groups.items()], lr=0.0, momentum=0.9
+    )
 
 
 def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
     """Put the newest checkpoint into model, optimiser and scaler; returns its step. Raises ValueError for other settings."""
     state = checkpoint.load_latest(out / "checkpoints")
     then = state["recipe"]
-    differ = [f"  {key}: {then.get(key)!r} then, {now!r} now" for key, now in settings.items() if then.get(key) != now]
+    differ = [
+        f"  {key}: {then.get(key)!r} then, {now!r} now"
+        for key, now in settings.items()
+        if then.get(key) != now
+    ]
     if differ:
-        raise ValueError("\n".join(["the settings are not those this run was started with:", *differ]))
+        raise ValueError(
+            "\n".join(["the settings are not those this run was started with:", *differ])
+        )
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])
@@ -230,10 +268,17 @@ def find_objects(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             (found,) = model(on_device(batch, device)[0])
         found["boxes"][:, 2:] -= found["boxes"][:, :2]
-        masks = encode(np.asfortranarray((found["masks"][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy()))
+        masks = encode(
+            np.asfortranarray((found["masks"][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy())
+        )
         numbers = (found[key].tolist() for key in ("labels", "boxes", "scores"))
         for label, box, score, mask in zip(*numbers, masks, strict=True):
-            row = {"image_id": image_id, "category_id": categories[label - 1], "bbox": box, "score": score}
+            row = {
+                "image_id": image_id,
+                "category_id": categories[label - 1],
+                "bbox": box,
+                "score": score,
+            }
             rows.append({**row, "segmentation": mask})
     return rows
 
@@ -242,7 +287,9 @@ def coco_scores(coco: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """AP (mean over IoU .50 to .95), AP50 and AP75 of boxes and masks in percent, by pycocotools; its report goes to stderr."""
     from pycocotools.cocoeval import COCOeval
 
-    scores = dict.fromkeys(("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"), 0.0)
+    scores = dict.fromkeys(
+        ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"), 0.0
+    )
     if not rows:  # pycocotools fails on none
         return scores
     with redirect_stdout(sys.stderr):
@@ -252,12 +299,20 @@ def coco_scores(coco: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            scores |= {f"{name}_{key}": 100 * float(evaluation.stats[i]) for i, key in enumerate(("ap", "ap50", "ap75"))}
+            scores |= {
+                f"{name}_{key}": 100 * float(evaluation.stats[i])
+                for i, key in enumerate(("ap", "ap50", "ap75"))
+            }
     return scores
 
 
-def on_device(batch: list[Sample], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def on_device(
+    batch: list[Sample], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Images in [0, 1] and targets, as torchvision's detection models take them."""
     images = [image.to(device, non_blocking=True) / 255 for image, _ in batch]
-    targets = [{key: value.to(device, non_blocking=True) for key, value in target.items()} for _, target in batch]
+    targets = [
+        {key: value.to(device, non_blocking=True) for key, value in target.items()}
+        for _, target in batch
+    ]
     return images, targets

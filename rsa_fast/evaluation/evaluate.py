@@ -29,7 +29,10 @@ from rsa_fast.evaluation.linear import Batches, Features
 from rsa_fast.recipes import Recipe
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
-KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}  # k, temperature: InstDis/MoCo/RSA code; DINO/solo-learn
+KNN_SETTINGS = {
+    "knn_top1": (200, 0.1),
+    "knn20_top1": (20, 0.07),
+}  # k, temperature: InstDis/MoCo/RSA code; DINO/solo-learn
 KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
 
 
@@ -58,7 +61,9 @@ def gather_rows(x: Tensor) -> Tensor:
     return by_rank.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
 
 
-def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+def knn(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int
+) -> dict[str, float]:
     """Top-1 of the exact weighted vote of the k nearest by cosine, for each of `KNN_SETTINGS`.
 
     Each rank gives its rows of `bank` `(N, D)` and `queries` `(M, D)` and compares all queries with its own part of the
@@ -70,7 +75,9 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, clas
     most = min(max(k for k, _ in KNN_SETTINGS.values()), len(gather_rows(bank_labels)))
     correct = dict.fromkeys(KNN_SETTINGS, 0)
     for first in range(0, len(queries), KNN_CHUNK):
-        cosine, index = (queries[first : first + KNN_CHUNK] @ bank.T).div_(lengths).topk(min(most, len(bank)))
+        cosine, index = (
+            (queries[first : first + KNN_CHUNK] @ bank.T).div_(lengths).topk(min(most, len(bank)))
+        )
         missing = (0, most - cosine.shape[1])
         parts = F.pad(cosine, missing, value=-torch.inf).T, F.pad(bank_labels[index], missing).T
         cosine, owner = (gather(part).T for part in parts)  # (chunk, world_size most)
@@ -89,16 +96,36 @@ class Evaluation:
     Raises FileNotFoundError or ValueError when there is no labelled train and test split.
     """
 
-    def __init__(self, data: Path, recipe: Recipe, device: torch.device, dtype: torch.dtype, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        recipe: Recipe,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: Path | None = None,
+    ) -> None:
         sources = [open_source(data, split, cache) for split in ("train", "test")]
         train, test = (source.manifest for source in sources)
         if not (train.labelled and test.labelled):
-            raise ValueError(f"{data} has no labels for both train and test images: nothing to evaluate on")
+            raise ValueError(
+                f"{data} has no labels for both train and test images: nothing to evaluate on"
+            )
         if train.classes != test.classes:
             differ = sorted(set(train.classes) ^ set(test.classes))
-            raise ValueError(f"train and test under {data} do not have the same classes; only one has {', '.join(differ[:10])}")
+            raise ValueError(
+                f"train and test under {data} do not have the same classes; only one has {', '.join(differ[:10])}"
+            )
         self.classes, self.recipe = len(train.classes), recipe
-        opened = (recipe.views, recipe.eval_resize_px, linear.BATCH_SIZE, device, dtype, recipe.threads, rank(), world_size())
+        opened = (
+            recipe.views,
+            recipe.eval_resize_px,
+            linear.BATCH_SIZE,
+            device,
+            dtype,
+            recipe.threads,
+            rank(),
+            world_size(),
+        )
         self.train, self.test = (PlainImages(source, *opened) for source in sources)
 
     def score(
@@ -119,7 +146,9 @@ class Evaluation:
         are several ranks to recalibrate on: each would have statistics of its own.
         """
         if unknown := set(protocols) - set(PROTOCOLS):
-            raise ValueError(f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}")
+            raise ValueError(
+                f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}"
+            )
         if recalibrate and world_size() > 1:
             raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
@@ -148,8 +177,12 @@ class Evaluation:
                         )
             results |= {f"{protocol.partition('-')[0]}_protocol": f"{protocol}/1", **scores}
         encoder.train(training)
-        after = encoder.state_dict()  # MoCo's check, main_lincls.py: a frozen network is one that did not change
-        assert all(torch.equal(after[key], value) for key, value in before.items()), "the encoder changed in evaluation"
+        after = (
+            encoder.state_dict()
+        )  # MoCo's check, main_lincls.py: a frozen network is one that did not change
+        assert all(torch.equal(after[key], value) for key, value in before.items()), (
+            "the encoder changed in evaluation"
+        )
         return results
 
     def rsa_small(
@@ -180,7 +213,9 @@ class Evaluation:
         The last images of an epoch, that fill no batch, are left out: eval_single.py does so, eval_multi.py does not.
         """
         source, count = self.train.source, len(self.train.source.manifest)
-        views = replace(self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5)
+        views = replace(
+            self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5
+        )
         order = Order(count, min(linear.BATCH_SIZE, count), self.recipe.seed, rank(), world_size())
         with open_views(
             source,

@@ -40,7 +40,10 @@ SUFFIXES = {  # detectron2 and timm choose their reader by it
 }
 NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
 GRAPHS = ("onnx", "torch-export")  # the others hold weights, for a network that their reader builds
-ASSUMED = {"imagenet": "imagenet1k", "cifar": "cifar10"}  # by stem: whose images a checkpoint without a recipe reads
+ASSUMED = {
+    "imagenet": "imagenet1k",
+    "cifar": "cifar10",
+}  # by stem: whose images a checkpoint without a recipe reads
 
 CARD = """# {arch} encoder: {name}
 
@@ -113,16 +116,22 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
     if format not in SUFFIXES:
         raise ValueError(f"no format {format!r}: choose from {', '.join(SUFFIXES)}")
     if out.suffix != SUFFIXES[format]:
-        raise ValueError(f"{format} wants a file name that ends in {SUFFIXES[format]}, found {out.name}")
+        raise ValueError(
+            f"{format} wants a file name that ends in {SUFFIXES[format]}, found {out.name}"
+        )
     if missing := [name for name in NEEDS.get(format, ()) if find_spec(name) is None]:
         raise ValueError(f"{format} needs {' and '.join(missing)}: pip install 'rsa-fast[export]'")
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} is there already: choose another --out, or replace it with --overwrite")
+        raise FileExistsError(
+            f"{out} is there already: choose another --out, or replace it with --overwrite"
+        )
     encoder, facts = open_encoder(path)
     if not holds(format, encoder, facts):
         begins = f"{encoder.conv1}, {encoder.relu}, {encoder.maxpool}"
         able = ", ".join(other for other in SUFFIXES if holds(other, encoder, facts))
-        raise ValueError(f"{format} cannot hold a {facts['arch']} that begins with {begins}: choose {able}")
+        raise ValueError(
+            f"{format} cannot hold a {facts['arch']} that begins with {begins}: choose {able}"
+        )
 
     card, head, others = out.with_name("README.md"), CARD.format(**facts), []
     if card.exists():
@@ -130,8 +139,12 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
         if old == head:
             others = [section for section in sections if not section.startswith(f"`{out.name}`")]
         elif not overwrite:
-            raise FileExistsError(f"{card} is not this checkpoint's card: choose another folder, or replace it by --overwrite")
-    command = shlex.join(["rsa-fast", "export", "--checkpoint", str(path), "--format", format, "--out", str(out)])
+            raise FileExistsError(
+                f"{card} is not this checkpoint's card: choose another folder, or replace it by --overwrite"
+            )
+    command = shlex.join(
+        ["rsa-fast", "export", "--checkpoint", str(path), "--format", format, "--out", str(out)]
+    )
     code = SNIPPETS[format].format(file=out.name, **facts)
     language = "yaml" if format == "detectron2" else "python"
     section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
@@ -150,7 +163,9 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     stem = "cifar" if isinstance(encoder.maxpool, nn.Identity) else "imagenet"
     views = (recipe or build_recipe(ASSUMED[stem], "byol")).views
     facts = {
-        "name": f"{recipe.method} on {recipe.dataset}, step {state['step']:,}" if recipe else path.name,
+        "name": f"{recipe.method} on {recipe.dataset}, step {state['step']:,}"
+        if recipe
+        else path.name,
         "arch": arch,
         "stem": stem,
         "width": encoder.width,
@@ -165,14 +180,22 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         "res2_channels": encoder.width * encoder.layer1[0].expansion,
         "accuracy": accuracy(path, state),
         "data": state.get("data", "not in the checkpoint"),
-        "recipe": dump_yaml(recipe) if recipe else "# not in the checkpoint: size, mean and std of the images are assumed\n",
+        "recipe": dump_yaml(recipe)
+        if recipe
+        else "# not in the checkpoint: size, mean and std of the images are assumed\n",
     }
-    return encoder.eval().to(memory_format=torch.contiguous_format), facts  # safetensors takes no other format
+    return encoder.eval().to(
+        memory_format=torch.contiguous_format
+    ), facts  # safetensors takes no other format
 
 
 def holds(format: str, encoder: Encoder, facts: dict[str, Any]) -> bool:
     """Whether the network that the format's reader builds is the encoder's: the standard one, or for ours any of ours."""
-    network = (facts["arch"], facts["stem"], facts["width"]) if format == "safetensors" else (facts["arch"],)
+    network = (
+        (facts["arch"], facts["stem"], facts["width"])
+        if format == "safetensors"
+        else (facts["arch"],)
+    )
     with torch.device("meta"):
         return format in GRAPHS or str(Encoder(*network)) == str(encoder)
 
@@ -181,10 +204,16 @@ def accuracy(path: Path, state: dict[str, Any]) -> str:
     """The scores in the run's result.json, when they are those of this step."""
     result = path.absolute().parent.parent / "result.json"
     scores = json.loads(result.read_text()) if state and result.is_file() else {}
-    rows = [(key, value) for key, value in scores.items() if key.startswith(("knn", "linear")) and value is not None]
+    rows = [
+        (key, value)
+        for key, value in scores.items()
+        if key.startswith(("knn", "linear")) and value is not None
+    ]
     if not rows or scores["step"] != state["step"]:
         return "Not measured at this step."
-    table = [f"| {key} | {value if isinstance(value, str) else f'{value:.4g}'} |" for key, value in rows]
+    table = [
+        f"| {key} | {value if isinstance(value, str) else f'{value:.4g}'} |" for key, value in rows
+    ]
     return "\n".join(["| top-1 in percent | |", "|---|---|", *table])
 
 
@@ -193,7 +222,9 @@ def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
     weights, buffer = encoder.state_dict(), io.BytesIO()
     if format in GRAPHS:
         images = torch.zeros(2, 3, facts["size_px"], facts["size_px"])
-        shapes = ({0: torch.export.Dim("batch")},)  # not height and width: the strides would make guards on their parity
+        shapes = (
+            {0: torch.export.Dim("batch")},
+        )  # not height and width: the strides would make guards on their parity
         program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
     match format:
         case "torchvision" | "timm":
@@ -204,8 +235,14 @@ def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
             about = {key: str(facts[key]) for key in ("arch", "stem", "width", "data", "recipe")}
             return save(weights, {"format": "pt", **about})
         case "detectron2":
-            arrays = {detectron2_key(key): value.numpy() for key, value in weights.items() if "num_batches" not in key}
-            ArrayPickler(buffer, 4).dump({"model": arrays, "__author__": "rsa-fast", "matching_heuristics": True})
+            arrays = {
+                detectron2_key(key): value.numpy()
+                for key, value in weights.items()
+                if "num_batches" not in key
+            }
+            ArrayPickler(buffer, 4).dump(
+                {"model": arrays, "__author__": "rsa-fast", "matching_heuristics": True}
+            )
         case "torch-export":
             torch.export.save(program, buffer)
         case "onnx":

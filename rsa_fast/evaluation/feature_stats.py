@@ -16,7 +16,9 @@ from pipelines import Batch
 from rsa_fast.evaluation.evaluate import embed
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
-COSINE_BINS = 20  # of equal width from 0 to 1: features follow a ReLU, so that no cosine is negative
+COSINE_BINS = (
+    20  # of equal width from 0 to 1: features follow a ReLU, so that no cosine is negative
+)
 
 
 def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -40,7 +42,9 @@ def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
         cosine = F.cosine_similarity(aggressive, weak)
         stats["weak_aggressive_cosine"] = cosine.mean().item()
         stats["other_image_cosine"] = F.cosine_similarity(aggressive, weak.roll(1, 0)).mean().item()
-        stats["weak_aggressive_counts"] = torch.histc(cosine.clamp(0, 1), COSINE_BINS, 0, 1).int().tolist()
+        stats["weak_aggressive_counts"] = (
+            torch.histc(cosine.clamp(0, 1), COSINE_BINS, 0, 1).int().tolist()
+        )
     return stats
 
 

@@ -46,8 +46,13 @@ def rsa_small(
     head = linear_layer(rows.shape[1], classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.SGD(head.to(rows.device).parameters(), lr=30, momentum=0.9, nesterov=nesterov)
-    return {"linear_nesterov": nesterov, **train_head(head, optimizer, (0.6, 0.8), epochs, batches, test)}
+    optimizer = torch.optim.SGD(
+        head.to(rows.device).parameters(), lr=30, momentum=0.9, nesterov=nesterov
+    )
+    return {
+        "linear_nesterov": nesterov,
+        **train_head(head, optimizer, (0.6, 0.8), epochs, batches, test),
+    }
 
 
 def rsa_large(
@@ -74,9 +79,18 @@ def rsa_large(
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():  # as torch initialises nn.Linear
         nn.init.uniform_(parameter, -(len(mean) ** -0.5), len(mean) ** -0.5, generator=generator)
-    optimizer = torch.optim.SGD(head.to(mean.device).parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        head.to(mean.device).parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4
+    )
     test = standardise(test)
-    return train_head(head, optimizer, (15 / 40, 30 / 40), epochs, lambda epoch: map(standardise, batches(epoch)), lambda: test)
+    return train_head(
+        head,
+        optimizer,
+        (15 / 40, 30 / 40),
+        epochs,
+        lambda epoch: map(standardise, batches(epoch)),
+        lambda: test,
+    )
 
 
 def linear_layer(dim: int, classes: int) -> nn.Linear:
@@ -93,7 +107,9 @@ def train_head(
     test: Callable[[], Features],
 ) -> dict[str, float]:
     """Cross-entropy; the learning rate falls to a tenth after each of the fractions `drops` of the epochs, rounded."""
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(drop * epochs) for drop in drops])
+    schedule = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, [round(drop * epochs) for drop in drops]
+    )
     scores = []
     for epoch in range(epochs):
         for rows, labels in batches(epoch):
@@ -118,19 +134,27 @@ def fast(train: Features, test: Features, classes: int) -> dict[str, float]:
     def standardise(rows: Tensor) -> Tensor:
         return F.pad((rows - mean) / std, (0, 1), value=1)  # the last column is the bias's
 
-    def batch(ids: Tensor) -> Features:  # a batch at a time: no second copy of ImageNet's features, 10 GB
+    def batch(
+        ids: Tensor,
+    ) -> Features:  # a batch at a time: no second copy of ImageNet's features, 10 GB
         return standardise(train[0][ids]), train[1][ids]
 
     order = torch.from_numpy(epoch_order(len(train[0]), 0, 0)).to(mean.device)
     held, rest = (order % 10 == 0).nonzero()[:, 0], (order % 10 != 0).nonzero()[:, 0]
     rows, labels = batch(held)
-    scores = [top1(rows @ weight, labels) for weight in fit(batch, rest, len(mean) + 1, classes, FAST_LRS)]
+    scores = [
+        top1(rows @ weight, labels) for weight in fit(batch, rest, len(mean) + 1, classes, FAST_LRS)
+    ]
     best_lr = FAST_LRS[scores.index(max(scores))]
-    (weight,) = fit(batch, torch.arange(len(order), device=mean.device), len(mean) + 1, classes, (best_lr,))
+    (weight,) = fit(
+        batch, torch.arange(len(order), device=mean.device), len(mean) + 1, classes, (best_lr,)
+    )
     return {"linear_top1": top1(standardise(test[0]) @ weight, test[1]), "linear_lr": best_lr}
 
 
-def fit(batch: Callable[[Tensor], Features], ids: Tensor, dim: int, classes: int, lrs: tuple[float, ...]) -> Tensor:
+def fit(
+    batch: Callable[[Tensor], Features], ids: Tensor, dim: int, classes: int, lrs: tuple[float, ...]
+) -> Tensor:
     """Softmax regressions `(L, dim, C)`, one per learning rate, trained side by side on `batch` of `ids`: SGD, momentum .9,
     cosine, from 0."""
     weight = torch.zeros(len(lrs), dim, classes, device=ids.device)

@@ -33,8 +33,19 @@ from rich.text import Text
 
 PIP = f"{sys.executable} -m pip"
 TORCH_PIN = f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} --index-url https://download.pytorch.org/whl/{{0}}"
-PIN_ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # of cu128; torch 2.11's begin at sm_75
-HEADERS = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}  # what FFCV compiles with: pkg-config, Debian
+PIN_ARCHS = (
+    "sm_70",
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_90",
+    "sm_100",
+    "sm_120",
+)  # of cu128; torch 2.11's begin at sm_75
+HEADERS = {
+    "opencv4": "libopencv-dev",
+    "libturbojpeg": "libturbojpeg0-dev",
+}  # what FFCV compiles with: pkg-config, Debian
 EXTRAS = ("tensorboard", "wandb", "onnx", "pycocotools")
 GIB = 2**30
 IMAGENET_GIB = 144  # 147.9 and 6.7 GB: ILSVRC2012_img_train.tar and _val.tar, and as much again the files in them
@@ -63,13 +74,18 @@ class Check:
 
 def judge(name: str, found: str, *faults: tuple[object, Status, str]) -> Check:
     """A check by the first of the faults (is it so, status, fix) that is so; ok without any."""
-    return next((Check(name, status, found, fix) for so, status, fix in faults if so), Check(name, "ok", found))
+    return next(
+        (Check(name, status, found, fix) for so, status, fix in faults if so),
+        Check(name, "ok", found),
+    )
 
 
 def check_python(version: str, wanted: str) -> Check:
     """`wanted` as in requires-python."""
     fix = f"make PYTHON=/path/to/python setup, with Python {wanted}"
-    return judge("Python", f"{version}, wanted {wanted}", (version not in SpecifierSet(wanted), "fail", fix))
+    return judge(
+        "Python", f"{version}, wanted {wanted}", (version not in SpecifierSet(wanted), "fail", fix)
+    )
 
 
 def reach(archs: Iterable[str], capability: tuple[int, int]) -> Status:
@@ -93,16 +109,26 @@ def reach(archs: Iterable[str], capability: tuple[int, int]) -> Status:
 
 def check_architectures(archs: list[str], gpus: list[Gpu]) -> Check:
     """`archs` as torch.cuda.get_arch_list() names them. The fix is for the GPU that is worst off."""
-    cards = ", ".join(f"{count} x {name} (sm_{x}{y})" for (name, (x, y)), count in Counter(gpus).items())
+    cards = ", ".join(
+        f"{count} x {name} (sm_{x}{y})" for (name, (x, y)), count in Counter(gpus).items()
+    )
     found = f"{cards or 'no GPU, training runs on the CPU'}; torch has {', '.join(archs) or 'no GPU code'}"
     if not gpus:
         return judge("GPU architectures", found)
-    worst = max((capability for _, capability in gpus), key=lambda c: list(STATUSES).index(reach(archs, c)))
+    worst = max(
+        (capability for _, capability in gpus), key=lambda c: list(STATUSES).index(reach(archs, c))
+    )
     status = reach(archs, worst)
     if status != "ok":
         found += f": {'nothing' if status == 'fail' else 'only PTX'} for sm_{worst[0]}{worst[1]}"
     older, newer = TORCH_PIN.format("cu126"), f"{PIP} install --upgrade torch torchvision"
-    fix = TORCH_PIN.format("cu128") if reach(PIN_ARCHS, worst) == "ok" else older if worst < (7, 0) else newer
+    fix = (
+        TORCH_PIN.format("cu128")
+        if reach(PIN_ARCHS, worst) == "ok"
+        else older
+        if worst < (7, 0)
+        else newer
+    )
     return judge("GPU architectures", found, (status != "ok", status, fix))
 
 
@@ -115,9 +141,17 @@ def check_driver(driver: str | None, torch_cuda: str | None, gpus: int, cards: i
     return judge(
         "NVIDIA driver",
         f"{serves}; {gpus} GPU(s) visible, {cards} on the PCI bus; torch is for CUDA {torch_cuda}",
-        (cards and not driver, "fail", "install the NVIDIA driver; in a container: docker run --gpus all"),
+        (
+            cards and not driver,
+            "fail",
+            "install the NVIDIA driver; in a container: docker run --gpus all",
+        ),
         (driver and served.major < wanted.major, "fail", newer),
-        (cards and not gpus, "warning", "look at CUDA_VISIBLE_DEVICES, nvidia-smi, dmesg; V100: driver branch 580 is the last"),
+        (
+            cards and not gpus,
+            "warning",
+            "look at CUDA_VISIBLE_DEVICES, nvidia-smi, dmesg; V100: driver branch 580 is the last",
+        ),
         (driver and served < wanted, "warning", newer),
     )
 
@@ -125,7 +159,10 @@ def check_driver(driver: str | None, torch_cuda: str | None, gpus: int, cards: i
 def check_dali(installed: dict[str, str], torch_cuda: str | None, gpus: int) -> Check:
     """`installed`: versions by the names of DALI's packages, such as nvidia-dali-cuda120."""
     wanted = f"nvidia-dali-cuda{Version(torch_cuda or '12').major}0"
-    found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "absent, the native backend decodes"
+    found = (
+        ", ".join(f"{name} {version}" for name, version in installed.items())
+        or "absent, the native backend decodes"
+    )
     other = f"{PIP} uninstall -y {' '.join(installed)} && {PIP} install {wanted}"
     return judge(
         "DALI",
@@ -141,7 +178,11 @@ def check_nccl(loaded: str | None, shipped: str | None, gpus: int) -> Check:
         "NCCL",
         f"{loaded or 'none'} is loaded, torch came with {shipped or 'none'}; {gpus} GPU(s)",
         (gpus > 1 and not loaded, "fail", TORCH_PIN.format("cu128")),
-        (loaded and shipped and loaded != shipped, "warning", "take the other libnccl out of LD_LIBRARY_PATH and LD_PRELOAD"),
+        (
+            loaded and shipped and loaded != shipped,
+            "warning",
+            "take the other libnccl out of LD_LIBRARY_PATH and LD_PRELOAD",
+        ),
     )
 
 
@@ -158,7 +199,9 @@ def check_ffcv(version: str | None, error: str, missing: list[str]) -> Check:
 
 def check_numba_cache(folder: str, error: str) -> Check:
     """`folder` numba chose for compiled kernels; `error` if it found none that can be written."""
-    return judge("numba cache", error or folder, (error, "fail", "export NUMBA_CACHE_DIR=/a/writable/folder"))
+    return judge(
+        "numba cache", error or folder, (error, "fail", "export NUMBA_CACHE_DIR=/a/writable/folder")
+    )
 
 
 def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
@@ -166,7 +209,11 @@ def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
     return judge(
         "CPU",
         f"torch's kernels: {capability}; on the CPU, training in {'bf16' if bf16 else 'fp32 (no avx512_bf16)'}",
-        (capability in ("DEFAULT", "NO AVX"), "warning", "unset ATEN_CPU_CAPABILITY, or take a CPU with AVX2"),
+        (
+            capability in ("DEFAULT", "NO AVX"),
+            "warning",
+            "unset ATEN_CPU_CAPABILITY, or take a CPU with AVX2",
+        ),
         (not bf16 and not gpus, "warning", "a CPU with avx512_bf16 trains in bf16, twice as fast"),
     )
 
@@ -175,7 +222,9 @@ def check_threads(threads: int, cores: int, allowed: int, quota: float) -> Check
     """`threads` of torch, the machine's `cores`, those the affinity `allowed`, and the cgroup's `quota` in cores."""
     usable = max(1, min(allowed, quota))
     found = f"torch takes {threads}, {usable:g} of {cores} cores usable (affinity {allowed}, cgroup quota {quota:g})"
-    return judge("threads", found, (threads > usable, "warning", f"export OMP_NUM_THREADS={int(usable)}"))
+    return judge(
+        "threads", found, (threads > usable, "warning", f"export OMP_NUM_THREADS={int(usable)}")
+    )
 
 
 def check_shared_memory(free_gib: float, gpus: int) -> Check:
@@ -195,8 +244,16 @@ def check_shared_memory(free_gib: float, gpus: int) -> Check:
 def check_open_files(soft: float, hard: float, workers: int) -> Check:
     """The torchvision backend holds 14 open and 10 more per worker process (measured); 1024 is what Linux gives."""
     wanted = max(1024, 14 + 10 * workers)
-    fix = f"ulimit -n {wanted}" if hard >= wanted else f"as root: nofile {wanted} in /etc/security/limits.conf"
-    return judge("open files", f"{soft:g} at once, hard limit {hard:g}, wanted {wanted}", (soft < wanted, "warning", fix))
+    fix = (
+        f"ulimit -n {wanted}"
+        if hard >= wanted
+        else f"as root: nofile {wanted} in /etc/security/limits.conf"
+    )
+    return judge(
+        "open files",
+        f"{soft:g} at once, hard limit {hard:g}, wanted {wanted}",
+        (soft < wanted, "warning", fix),
+    )
 
 
 def check_out_disk(free_gib: float, writable: bool) -> Check:
@@ -214,7 +271,9 @@ def check_data_disk(free_gib: float, held_gib: float) -> Check:
     held = f"{held_gib:.1f} GiB" if held_gib else "nothing"
     found = f"{held} there, {free_gib:.1f} GiB free; ImageNet-1K takes {IMAGENET_GIB}, and as much again its tar files"
     fix = "for ImageNet-1K, choose another --data, or have its tar files elsewhere"
-    return judge("disk of --data", found, (not held_gib and free_gib < 2 * IMAGENET_GIB, "warning", fix))
+    return judge(
+        "disk of --data", found, (not held_gib and free_gib < 2 * IMAGENET_GIB, "warning", fix)
+    )
 
 
 def check_page_cache(held_gib: float, memory_gib: float) -> Check:
@@ -222,7 +281,9 @@ def check_page_cache(held_gib: float, memory_gib: float) -> Check:
     data = f"{held_gib:.1f} GiB" if held_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
     fix = "a local NVMe disk, or smaller files: python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400"
     too_large = (held_gib or IMAGENET_GIB) > 0.8 * memory_gib
-    return judge("page cache", f"{data} in {memory_gib:.1f} GiB of memory", (too_large, "warning", fix))
+    return judge(
+        "page cache", f"{data} in {memory_gib:.1f} GiB of memory", (too_large, "warning", fix)
+    )
 
 
 def check_extras(installed: dict[str, str]) -> Check:
@@ -248,17 +309,24 @@ def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[Gpu]]:
     def gpu(device: int) -> Gpu:
         name = ctypes.create_string_buffer(256)
         driver.cuDeviceGetName(name, len(name), device)
-        return name.value.decode(), (ask("cuDeviceGetAttribute", 75, device), ask("cuDeviceGetAttribute", 76, device))
+        return name.value.decode(), (
+            ask("cuDeviceGetAttribute", 75, device),
+            ask("cuDeviceGetAttribute", 76, device),
+        )
 
     driver.cuInit(0)  # where it fails, no GPU is counted
-    version = ask("cuDriverGetVersion")  # 12080 is 12.8; 0 from the stub of CUDA's development images
+    version = ask(
+        "cuDriverGetVersion"
+    )  # 12080 is 12.8; 0 from the stub of CUDA's development images
     gpus = [gpu(ask("cuDeviceGet", i)) for i in range(ask("cuDeviceGetCount"))]
     return f"{version // 1000}.{version % 1000 // 10}" if version else None, gpus
 
 
 def read_cards(bus: Path = Path("/sys/bus/pci/devices")) -> int:
     """NVIDIA's display controllers on the PCI bus, with or without a driver."""
-    devices = [((card / "vendor").read_text(), (card / "class").read_text()) for card in bus.glob("*")]
+    devices = [
+        ((card / "vendor").read_text(), (card / "class").read_text()) for card in bus.glob("*")
+    ]
     return sum(vendor.startswith("0x10de") and kind.startswith("0x03") for vendor, kind in devices)
 
 
@@ -266,14 +334,21 @@ def read_cgroups(groups: str, root: Path = Path("/sys/fs/cgroup")) -> tuple[floa
     """Cores and bytes of memory that the cgroups of /proc/self/cgroup, v1 or v2, and their parents leave this process."""
 
     def numbers(folder: Path, *files: str) -> list[float]:
-        words = " ".join((folder / file).read_text() for file in files if (folder / file).is_file()).split()
-        return [float(word) if word.isdigit() and word != "0" else math.inf for word in words]  # no limit: max, -1 or 0
+        words = " ".join(
+            (folder / file).read_text() for file in files if (folder / file).is_file()
+        ).split()
+        return [
+            float(word) if word.isdigit() and word != "0" else math.inf for word in words
+        ]  # no limit: max, -1 or 0
 
     cores = memory = math.inf
     for _, controllers, group in (line.split(":", 2) for line in groups.splitlines()):
         for path in (Path(group), *Path(group).parents):
             folder = root / controllers / path.relative_to("/")
-            quota, period = numbers(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us") or (math.inf, 1)
+            quota, period = numbers(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us") or (
+                math.inf,
+                1,
+            )
             cores = min(cores, quota / period)
             memory = min(memory, *numbers(folder, "memory.max", "memory.limit_in_bytes"), math.inf)
     return cores, memory
@@ -283,7 +358,11 @@ def read_missing() -> list[str]:
     """The Debian packages that compiling FFCV needs and that are not installed."""
     tools = [tool for tool in ("g++", "pkg-config") if not shutil.which(tool)]
     exists = ("pkg-config", "--exists")
-    return tools + [HEADERS[h] for h in HEADERS if "pkg-config" in tools or subprocess.run([*exists, h]).returncode]
+    return tools + [
+        HEADERS[h]
+        for h in HEADERS
+        if "pkg-config" in tools or subprocess.run([*exists, h]).returncode
+    ]
 
 
 def import_error(module: str) -> str:
@@ -311,26 +390,51 @@ def diagnose(data: Path, out: Path) -> list[Check]:
         numbers = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch gives no types
         nccl = ".".join(map(str, numbers))
     driver, gpus = read_driver()
-    allowed, (quota, memory) = len(os.sched_getaffinity(0)), read_cgroups(Path("/proc/self/cgroup").read_text())
+    allowed, (quota, memory) = (
+        len(os.sched_getaffinity(0)),
+        read_cgroups(Path("/proc/self/cgroup").read_text()),
+    )
     memory = min(memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     soft, hard = (
-        math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+        math.inf if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    places = [next(p for p in (folder, *folder.parents) if p.exists()) for folder in (out.absolute(), data.absolute())]
-    shm_gib, out_gib, data_gib = (shutil.disk_usage(place).free / GIB for place in (Path("/dev/shm"), *places))
-    files = (os.path.join(place, name) for place, _, names in os.walk(data, followlinks=True) for name in names)
+    places = [
+        next(p for p in (folder, *folder.parents) if p.exists())
+        for folder in (out.absolute(), data.absolute())
+    ]
+    shm_gib, out_gib, data_gib = (
+        shutil.disk_usage(place).free / GIB for place in (Path("/dev/shm"), *places)
+    )
+    files = (
+        os.path.join(place, name)
+        for place, _, names in os.walk(data, followlinks=True)
+        for name in names
+    )
     held_gib = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / GIB
     uncached = import_error("pipelines.host_ops")
     cache = "" if uncached else sys.modules["pipelines.host_ops"].sample_views.stats.cache_path
     return [
         python,
-        check_cpu(torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported(), len(gpus)),
+        check_cpu(
+            torch.backends.cpu.get_cpu_capability(),
+            torch.cpu._is_avx512_bf16_supported(),
+            len(gpus),
+        ),
         check_threads(torch.get_num_threads(), os.cpu_count() or 1, allowed, quota),
         check_driver(driver, cuda, len(gpus), read_cards()),
         check_architectures(archs, gpus),
         check_nccl(nccl, packages.get(f"nvidia-nccl-cu{Version(cuda or '0').major}"), len(gpus)),
-        check_dali({name: packages[name] for name in packages if name.startswith("nvidia-dali-cuda")}, cuda, len(gpus)),
-        check_ffcv(packages.get("ffcv"), import_error("pipelines.ffcv_views") if "ffcv" in packages else "", read_missing()),
+        check_dali(
+            {name: packages[name] for name in packages if name.startswith("nvidia-dali-cuda")},
+            cuda,
+            len(gpus),
+        ),
+        check_ffcv(
+            packages.get("ffcv"),
+            import_error("pipelines.ffcv_views") if "ffcv" in packages else "",
+            read_missing(),
+        ),
         check_numba_cache(cache, uncached),
         check_shared_memory(shm_gib, len(gpus)),
         check_open_files(soft, hard, workers=allowed),
@@ -343,12 +447,22 @@ def diagnose(data: Path, out: Path) -> list[Check]:
 
 def report(checks: list[Check]) -> dict[str, Any]:
     """`{"ok": ..., "checks": [...]}`: ok if no check failed; warnings do not count."""
-    return {"ok": all(check.status != "fail" for check in checks), "checks": [asdict(check) for check in checks]}
+    return {
+        "ok": all(check.status != "fail" for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
 
 
 def show(checks: list[Check]) -> None:
     """The checks as a table on stdout."""
-    table = Table("check", "", Column("found", overflow="fold"), Column("what to do", overflow="fold"))
+    table = Table(
+        "check", "", Column("found", overflow="fold"), Column("what to do", overflow="fold")
+    )
     for check in checks:
-        table.add_row(check.name, Text(check.status, STATUSES[check.status]), Text(check.found), Text(check.fix))
+        table.add_row(
+            check.name,
+            Text(check.status, STATUSES[check.status]),
+            Text(check.found),
+            Text(check.fix),
+        )
     Console().print(table)

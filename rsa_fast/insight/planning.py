@@ -46,7 +46,9 @@ from rsa_fast.training.step import Run, choose_dtype, train_step
 
 GIB, BLOCK = 2**30, 512  # bytes; CUDA's caching allocator hands out multiples of the second
 OVERHEAD_GIB = 1.5  # chosen: CUDA's context, cuDNN's workspaces, NCCL's buffers
-LOADER_BYTES = 1.77 * GIB / (256 * 3 * 224**2)  # a view's level: what the allocator reserves for the aggressive stage
+LOADER_BYTES = (
+    1.77 * GIB / (256 * 3 * 224**2)
+)  # a view's level: what the allocator reserves for the aggressive stage
 LAUNCH_US = 7  # of the host, an operation: PyTorch dispatches a step's 1,970 in 13 ms on a CPU, without a driver
 CORES_PER_GPU = 4  # where none are given: an AWS p3.16xlarge has 32 for 8 V100s
 
@@ -147,11 +149,16 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace != "aten":  # prim.device asks, and computes nothing
             return out
-        read, written = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), out))
+        read, written = (
+            [t for t in tree_leaves(part) if isinstance(t, Tensor)]
+            for part in ((args, kwargs), out)
+        )
         for tensor in written:
             self.hold(tensor.untyped_storage())
         if not func.is_view:
-            if not written and args:  # _foreach_add_ and its like return nothing and write what comes first
+            if (
+                not written and args
+            ):  # _foreach_add_ and its like return nothing and write what comes first
                 written = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
             count = flop_registry.get(func.overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
@@ -178,7 +185,10 @@ class Ledger(TorchDispatchMode):
     def roofline_ms(self, gpu: Gpu, precision: str) -> tuple[float, float]:
         """At peak rates, the time of the operations bound by arithmetic, and of those bound by memory."""
         tflops = gpu.fp32_tflops if precision == "fp32" else gpu.fp16_tflops
-        times = [(flop / tflops / 1e9, moved / gpu.memory_gb_s / 1e6) for _, flop, moved in self.operations]
+        times = [
+            (flop / tflops / 1e9, moved / gpu.memory_gb_s / 1e6)
+            for _, flop, moved in self.operations
+        ]
         return sum(a for a, m in times if a > m), sum(m for a, m in times if a <= m)
 
 
@@ -200,9 +210,13 @@ def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
     nothing is compiled."""
     parts = int(recipe.bn.removeprefix("split:")) if recipe.bn.startswith("split:") else world_size
     if parts % world_size:
-        raise ValueError(f"bn: {recipe.bn} does not divide among {world_size} GPUs: use sync, local, or a multiple of them")
+        raise ValueError(
+            f"bn: {recipe.bn} does not divide among {world_size} GPUs: use sync, local, or a multiple of them"
+        )
     bn = "local" if parts == world_size else f"split:{parts // world_size}"
-    return recipe.model_copy(update={"bn": bn, "batch_size": recipe.batch_size // world_size, "compile": False})
+    return recipe.model_copy(
+        update={"bn": bn, "batch_size": recipe.batch_size // world_size, "compile": False}
+    )
 
 
 @cache
@@ -217,7 +231,10 @@ def trace(recipe: Recipe, images: int, precision: str) -> tuple[Ledger, Method]:
         optimizer = build_optimizer(recipe, method, plan.peak_lr)
         scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         shape = (images, 3, recipe.views.size_px, recipe.views.size_px)
-        views = {name: torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) for name in sorted(method.reads)}
+        views = {
+            name: torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            for name in sorted(method.reads)
+        }
         batch = Batch(torch.zeros(images, dtype=torch.int64), views)
         ledger.operations.clear()
         train_step(Run(recipe, plan, method, method, optimizer, scaler, device, dtype), batch)
@@ -229,7 +246,9 @@ def efficiency(gpu: Gpu, precision: str) -> tuple[float, str]:
     kind = "fp32" if precision == "fp32" else "fp16"
     card = gpu if kind in gpu.resnet50 else GPUS["v100-32g"]
     where = "this GPU" if card is gpu else f"a V100 (of this GPU: {gpu.source})"
-    roofline_ms = sum(trace(build_recipe("imagenet1k", "supervised"), 256, kind)[0].roofline_ms(card, kind))
+    roofline_ms = sum(
+        trace(build_recipe("imagenet1k", "supervised"), 256, kind)[0].roofline_ms(card, kind)
+    )
     rate = card.resnet50[kind]
     return rate * roofline_ms / 256e3, f"ResNet-50's {rate:,} images/s on {where}: {card.source}"
 
@@ -239,19 +258,29 @@ def photograph(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((468, 401), Image.Resampling.BICUBIC))
-    return Image.fromarray((smooth + rng.normal(0, 20, (401, 468, 1))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (smooth + rng.normal(0, 20, (401, 468, 1))).clip(0, 255).astype(np.uint8)
+    )
 
 
-def decode_rate(recipe: Recipe, reads: frozenset[str], source: Source | None = None, seconds: float = 1.0) -> float:
+def decode_rate(
+    recipe: Recipe, reads: frozenset[str], source: Source | None = None, seconds: float = 1.0
+) -> float:
     """Images per second of CPU time that this machine reads, decodes and crops by the native backend: those of `source`, or
     drawn ones of ImageNet's mean size, 468x401 px and 110 kB. A measurement, the only one here."""
-    made = reads if recipe.aggressive_on == "host" else frozenset(VIEWS[VIEWS.index(view) % 2] for view in reads)
+    made = (
+        reads
+        if recipe.aggressive_on == "host"
+        else frozenset(VIEWS[VIEWS.index(view) % 2] for view in reads)
+    )
     with TemporaryDirectory() as folder:
         for seed in range(8 if source is None else 0):
             photograph(seed).save(f"{folder}/{seed}.jpg", quality=90)
         source = source or open_source(folder, "pretrain")
         order = Order(len(source.manifest), min(8, len(source.manifest)), 0)
-        with open_views(source, recipe.views, made, order, backend="native", threads=1, prefetch_batches=1) as loader:
+        with open_views(
+            source, recipe.views, made, order, backend="native", threads=1, prefetch_batches=1
+        ) as loader:
             batches = (batch for epoch in itertools.count() for batch in loader.batches(epoch))
             next(batches)  # compiles
             start, images, spent = time.process_time(), 0, 0.0
@@ -261,13 +290,19 @@ def decode_rate(recipe: Recipe, reads: frozenset[str], source: Source | None = N
     return images / spent
 
 
-def facts(recipe: Recipe, data: Path | None, source: Source | None) -> tuple[int, float, float | None]:
+def facts(
+    recipe: Recipe, data: Path | None, source: Source | None
+) -> tuple[int, float, float | None]:
     """Training images, GiB of files, and GiB of pixels if the resident backend will hold them on the GPU."""
     about = DATASETS[recipe.dataset]
     images, file_gib, side_px = about.images, about.file_gib, about.side_px
     pixels = images * 3 * side_px**2 if side_px else None
     if data and source:
-        files = (os.path.join(place, name) for place, _, names in os.walk(data, followlinks=True) for name in names)
+        files = (
+            os.path.join(place, name)
+            for place, _, names in os.walk(data, followlinks=True)
+            for name in names
+        )
         sizes = source.manifest.sizes.astype(np.int64)
         images, file_gib = len(sizes), sum(map(os.path.getsize, files)) / GIB
         pixels = 3 * int(sizes.prod(1).sum()) if (sizes == sizes[0]).all() else None
@@ -293,7 +328,9 @@ def plan(
     and for bf16 on a GPU without it.
     """
     if gpu not in GPUS:
-        raise ValueError(f"no GPU {gpu!r}{nearest(gpu.lower(), GPUS)}: choose from {', '.join(GPUS)}")
+        raise ValueError(
+            f"no GPU {gpu!r}{nearest(gpu.lower(), GPUS)}: choose from {', '.join(GPUS)}"
+        )
     card, world, cores = GPUS[gpu], gpus * nodes, cores or CORES_PER_GPU * gpus
     source = open_source(data, "pretrain") if data else None
     images, file_gib, resident_gib = facts(recipe, data, source)
@@ -311,8 +348,13 @@ def plan(
 
     def gib(images: int, alone: Recipe = alone) -> tuple[float, float]:
         """The most that the step's tensors hold, and with it all that has to be there."""
-        tensors = (trace(alone, images, precision)[0].peak_bytes + gradient_bytes) / GIB + (resident_gib or 0)
-        return tensors, tensors + OVERHEAD_GIB + LOADER_BYTES * images * 3 * recipe.views.size_px**2 / GIB
+        tensors = (trace(alone, images, precision)[0].peak_bytes + gradient_bytes) / GIB + (
+            resident_gib or 0
+        )
+        return (
+            tensors,
+            tensors + OVERHEAD_GIB + LOADER_BYTES * images * 3 * recipe.views.size_px** 2 / GIB,
+        )
 
     (peak_gib, needed_gib), (_, doubled_gib) = gib(batch), gib(2 * batch)
     spare = (card.memory_gib - needed_gib) / (doubled_gib - needed_gib)
@@ -322,17 +364,31 @@ def plan(
     for stages in range(recipe.recompute_stages + 1, 1 if fits else 5):
         other = alone.model_copy(update={"recompute_stages": stages})
         if (other_gib := gib(batch, other)[1]) <= card.memory_gib:
-            more = sum(trace(other, batch, precision)[0].roofline_ms(card, precision)) / (arithmetic_ms + memory_ms) - 1
+            more = (
+                sum(trace(other, batch, precision)[0].roofline_ms(card, precision))
+                / (arithmetic_ms + memory_ms)
+                - 1
+            )
             remedy = f"--set recompute_stages={stages} takes {other_gib:.1f} GiB and {more:.0%} more time"
             break
     share, share_from = efficiency(card, precision)
     link_gb_s = card.link_gb_s if nodes == 1 else min(card.link_gb_s, network_gbps / 8)
     limits_ms = {
-        "GPU memory bandwidth" if memory_ms > arithmetic_ms else "GPU arithmetic": (arithmetic_ms + memory_ms) / share,
+        "GPU memory bandwidth" if memory_ms > arithmetic_ms else "GPU arithmetic": (
+            arithmetic_ms + memory_ms
+        )
+        / share,
         "kernel launches": len(ledger.operations) * LAUNCH_US / 1e3,
-        "all-reduce": 2 * (world - 1) / world * gradient_bytes / link_gb_s / 1e6,  # a ring, during the backward
+        "all-reduce": 2
+        * (world - 1)
+        / world
+        * gradient_bytes
+        / link_gb_s
+        / 1e6,  # a ring, during the backward
     }
-    decoded_per_s = 1e3 * recipe.batch_size / max(limits_ms.values()) / nodes  # what keeps a node's GPUs busy
+    decoded_per_s = (
+        1e3 * recipe.batch_size / max(limits_ms.values()) / nodes
+    )  # what keeps a node's GPUs busy
     per_core = None
     if resident_gib is None:
         per_core = decode_rate(recipe, method.reads, source)
@@ -351,7 +407,9 @@ def plan(
         "batch_per_gpu": batch,
         "parameters": sum(p.numel() for p in method.parameters()),
         "trained_parameters": trained,
-        "gflop_per_image": {part: ledger.flop(part) / batch / 1e9 for part in ("online", "target", "backward")},
+        "gflop_per_image": {
+            part: ledger.flop(part) / batch / 1e9 for part in ("online", "target", "backward")
+        },
         "tflop_per_step": ledger.flop() / 1e12,
         "peak_gib_per_gpu": peak_gib,
         "needed_gib_per_gpu": needed_gib,
@@ -372,7 +430,9 @@ def plan(
         "decode_images_per_s_per_core_measured_here": per_core,
         "decode_cores_needed": decoded_per_s / per_core if per_core else 0,
         "cores": cores,
-        "decode_gpu_share": decoded_per_s / gpus / card.jpegs_per_s if per_core and card.jpegs_per_s else None,
+        "decode_gpu_share": decoded_per_s / gpus / card.jpegs_per_s
+        if per_core and card.jpegs_per_s
+        else None,
         "dataset_gib": file_gib,
         "read_mib_per_s": 1024 * file_gib * decoded_per_s / images if per_core else 0,
         "bottleneck": bottleneck if fits else "GPU memory: the batch does not fit",
@@ -383,7 +443,11 @@ def show(found: dict[str, Any]) -> None:
     """A plan as a table on stdout."""
     flop = ", ".join(f"{part} {gflop:.1f}" for part, gflop in found["gflop_per_image"].items())
     limits = ", ".join(f"{name} {ms:.0f}" for name, ms in found["limits_ms"].items())
-    fits = "fits" if found["fits"] else f"DOES NOT FIT; {found['remedy'] or 'nor with recompute_stages=4'}"
+    fits = (
+        "fits"
+        if found["fits"]
+        else f"DOES NOT FIT; {found['remedy'] or 'nor with recompute_stages=4'}"
+    )
     rows = {
         "memory": f"{{needed_gib_per_gpu:.1f}} of {{gpu_memory_gib}} GiB a GPU: {fits}; {{peak_gib_per_gpu:.2f}} in tensors",
         "batch": "{batch_per_gpu} images a GPU in {precision}; at most {largest_batch_per_gpu}",
@@ -398,12 +462,20 @@ def show(found: dict[str, Any]) -> None:
         "accuracy": ACCURACY,
     }
     if found["decode_cores_needed"]:
-        share = "; or {decode_gpu_share:.0%} of each GPU" if found["decode_gpu_share"] else "; for this GPU no figure found"
+        share = (
+            "; or {decode_gpu_share:.0%} of each GPU"
+            if found["decode_gpu_share"]
+            else "; for this GPU no figure found"
+        )
         here = "{decode_images_per_s_per_core_measured_here:,.0f} a core, MEASURED on this machine"
         rows["decoding"] = (
-            "{decode_images_per_s:,.0f} images/s a node: {decode_cores_needed:.1f} cores of {cores}, " + here + share
+            "{decode_images_per_s:,.0f} images/s a node: {decode_cores_needed:.1f} cores of {cores}, "
+            + here
+            + share
         )
-    table = Table("", "predicted", title="{dataset}/{method} on {nodes} x {gpus} {gpu}".format_map(found))
+    table = Table(
+        "", "predicted", title="{dataset}/{method} on {nodes} x {gpus} {gpu}".format_map(found)
+    )
     for name, text in rows.items():
         table.add_row(name, text.format_map(found))
     Console().print(table)

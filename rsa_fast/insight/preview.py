@@ -46,7 +46,9 @@ def preview(
         raise ValueError(f"{images} images wanted, the data has {len(manifest)}: lower --images")
     if out.suffix.lower() != ".png":
         raise ValueError(f"the sheet is a PNG: found --out {out}, wanted a name that ends in .png")
-    order = Order(len(manifest), images, recipe.seed)  # its first batch is where training's begins, whatever the batch size
+    order = Order(
+        len(manifest), images, recipe.seed
+    )  # its first batch is where training's begins, whatever the batch size
     ids = order.ids(epoch, 0)
     params = draw(recipe.seed, epoch, ids, spec, manifest.sizes[ids])
     automatic = choose_backend(source, choose_device(recipe.device))[0]
@@ -65,12 +67,16 @@ def preview(
         headings = [f"{name}: {apart(mean)}" for name, mean in by_view.items()]
         rows, made = [*names, f"difference x {AMPLIFY}"], [*made, AMPLIFY * gap]
     scale = -(-TILE_PX // spec.size_px)
-    tiles = np.stack(made, 1).round().clip(0, 255).astype(np.uint8).repeat(scale, 3).repeat(scale, 4)
+    tiles = (
+        np.stack(made, 1).round().clip(0, 255).astype(np.uint8).repeat(scale, 3).repeat(scale, 4)
+    )
     sheet = [heading(tiles.shape[3], title, headings)]
     for i, sample in enumerate(ids):
         labels = view_labels(params[i], manifest.sizes[sample])
         if compare:
-            labels = [f"{label}\n{apart(mean)}" for label, mean in zip(labels, means[i], strict=True)]
+            labels = [
+                f"{label}\n{apart(mean)}" for label, mean in zip(labels, means[i], strict=True)
+            ]
         image, of_class = source.read(sample), manifest.labels[sample]
         text = f"sample {sample}, {image.shape[1]}x{image.shape[0]} px\n"
         text += manifest.classes[of_class][:40] if 0 <= of_class < len(manifest.classes) else ""
@@ -80,7 +86,9 @@ def preview(
     return result
 
 
-def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backend: Backend) -> np.ndarray:
+def view_levels(
+    recipe: Recipe, source: Source, order: Order, epoch: int, backend: Backend
+) -> np.ndarray:
     """`(B, 4, S, S, 3)` float32: the epoch's first batch from a backend, in the order of `VIEWS`, as 8-bit levels.
 
     Computed in float32, whatever the recipe's precision: 0 to 255, whole numbers but for rounding where the host makes them.
@@ -100,11 +108,15 @@ def view_levels(recipe: Recipe, source: Source, order: Order, epoch: int, backen
     ) as loader:
         batch = next(loader.batches(epoch))
     views = torch.stack([batch.views[name] for name in VIEWS], 1).permute(0, 1, 3, 4, 2).cpu()
-    return (255 * (views * torch.tensor(recipe.views.std) + torch.tensor(recipe.views.mean))).numpy()
+    return (
+        255 * (views * torch.tensor(recipe.views.std) + torch.tensor(recipe.views.mean))
+    ).numpy()
 
 
 def apart(levels: float) -> str:
-    return f"{levels:.2f} levels apart" if round(levels, 4) else "equal"  # but for float32's rounding
+    return (
+        f"{levels:.2f} levels apart" if round(levels, 4) else "equal"
+    )  # but for float32's rounding
 
 
 def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
@@ -112,9 +124,16 @@ def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
     weak, aggressive = [], []
     for p in pair:
         area = p["height"] * p["width"] / size.prod()
-        weak.append(f"crop {p['width']}x{p['height']} px, scale {area:.2f}\n{'flip' if p['flip'] else 'no flip'}")
-        jitter = [f"{JITTER[k]} {p['factor'][k]:{'+.3f' if JITTER[k] == 'hue' else '.2f'}}" for k in p["order"]]
-        lines = [", ".join(jitter[:2]) + ",", ", ".join(jitter[2:])] if p["jitter"] else ["no jitter"]
+        weak.append(
+            f"crop {p['width']}x{p['height']} px, scale {area:.2f}\n{'flip' if p['flip'] else 'no flip'}"
+        )
+        jitter = [
+            f"{JITTER[k]} {p['factor'][k]:{'+.3f' if JITTER[k] == 'hue' else '.2f'}}"
+            for k in p["order"]
+        ]
+        lines = (
+            [", ".join(jitter[:2]) + ",", ", ".join(jitter[2:])] if p["jitter"] else ["no jitter"]
+        )
         blur = f"blur {p['blur_sigma_px']:.2f} px" if p["blur_sigma_px"] > 0 else "no blur"
         aggressive.append("\n".join([*lines, f"{'gray' if p['grayscale'] else 'no gray'}, {blur}"]))
     return weak + aggressive
@@ -122,10 +141,14 @@ def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
 
 def windows(image: np.ndarray, pair: np.ndarray, tile_px: int) -> Image.Image:
     """The source fitted into a box of 4/3 tiles by 1, with both crop windows drawn on it."""
-    fitted = ImageOps.contain(Image.fromarray(image), (tile_px * 4 // 3, tile_px), Image.Resampling.BOX)
+    fitted = ImageOps.contain(
+        Image.fromarray(image), (tile_px * 4 // 3, tile_px), Image.Resampling.BOX
+    )
     pen, zoom = ImageDraw.Draw(fitted), fitted.height / image.shape[0]
     for p, ink in zip(pair, CROP_INKS, strict=True):
-        left, top, width, height = (zoom * float(p[name]) for name in ("left", "top", "width", "height"))
+        left, top, width, height = (
+            zoom * float(p[name]) for name in ("left", "top", "width", "height")
+        )
         pen.rectangle([left, top, left + width - 1, top + height - 1], outline=ink, width=FRAME_PX)
     return fitted
 
@@ -142,12 +165,16 @@ def heading(tile_px: int, title: str, headings: list[str]) -> np.ndarray:
     """The band with the sheet's title and what its columns show."""
     page, pen, edges = blank(tile_px, 3 * GAP_PX + 2 * LINE_PX)
     pen.text((GAP_PX, GAP_PX), title, INK, HEADING)
-    for left, text, ink in zip((GAP_PX, *edges), ("source", *headings), (INK, *2 * CROP_INKS), strict=True):
+    for left, text, ink in zip(
+        (GAP_PX, *edges), ("source", *headings), (INK, *2 * CROP_INKS), strict=True
+    ):
         pen.text((left, 2 * GAP_PX + LINE_PX), text, ink, HEADING)
     return np.asarray(page)
 
 
-def block(source: Image.Image, text: str, names: list[str], tiles: np.ndarray, labels: list[str]) -> np.ndarray:
+def block(
+    source: Image.Image, text: str, names: list[str], tiles: np.ndarray, labels: list[str]
+) -> np.ndarray:
     """The band of one image: the source with its text, and named rows of views `(rows, 4, H, W, 3)` with labels below."""
     tile_px = tiles.shape[2]
     row_px = tile_px + 2 * FRAME_PX + 2
@@ -159,7 +186,9 @@ def block(source: Image.Image, text: str, names: list[str], tiles: np.ndarray, l
         top = row * row_px
         turned = Image.new("RGB", (tile_px, LINE_PX), "white")
         ImageDraw.Draw(turned).text((tile_px / 2, LINE_PX / 2), name, INK, FONT, anchor="mm")
-        page.paste(turned.rotate(90, expand=True), (edges[0] - LINE_PX - 2 * FRAME_PX, top + FRAME_PX))
+        page.paste(
+            turned.rotate(90, expand=True), (edges[0] - LINE_PX - 2 * FRAME_PX, top + FRAME_PX)
+        )
         for left, tile, ink in zip(edges, tiles[row], 2 * CROP_INKS, strict=True):
             right, bottom = left + tile_px + FRAME_PX - 1, top + tile_px + 2 * FRAME_PX - 1
             pen.rectangle([left - FRAME_PX, top, right, bottom], outline=ink, width=FRAME_PX)

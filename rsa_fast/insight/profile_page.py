@@ -21,7 +21,12 @@ def table(report: dict[str, Any]) -> Table:
     methods = report["methods"].values()
     title = f"milliseconds per iteration of {report['batch_size']} images on {report['device']} in {report['dtype']}"
     stages = ", ".join(f"{stage} {us:.0f}" for stage, us in report["stages_us"].items())
-    grid = Table("", *report["methods"], title=title, caption=f"views, microseconds per image on one thread: {stages}")
+    grid = Table(
+        "",
+        *report["methods"],
+        title=title,
+        caption=f"views, microseconds per image on one thread: {stages}",
+    )
 
     def row(name: str, text: Callable[[dict[str, Any]], str]) -> None:
         grid.add_row(name, *(text(method) for method in methods))
@@ -41,7 +46,10 @@ def table(report: dict[str, Any]) -> Table:
     row("images/s", lambda m: f"{m['images_per_s']:,.1f}")
     row("peak GiB", lambda m: f"{m['peak_gib']:.2f}")
     row("stall share", lambda m: f"{m['stall_share']:.1%}")
-    row("of BYOL: step, views, both", lambda m: ", ".join(f"{x:.3f}" for x in (m["over_byol"] or {}).values()))
+    row(
+        "of BYOL: step, views, both",
+        lambda m: ", ".join(f"{x:.3f}" for x in (m["over_byol"] or {}).values()),
+    )
     row("verdict", lambda m: m["verdict"])
     row("what to turn", lambda m: m["knob"])
     return grid
@@ -51,9 +59,14 @@ def page(report: dict[str, Any]) -> str:
     """An HTML page that needs no other file: an iteration's parts and the views' stages as stacked bars, and the table."""
     methods = report["methods"]
     figure = Figure(figsize=(12, len(methods) + 4), layout="constrained")
-    parts = {name: m["parts_ms"] | {"added by the views": m["both_ms"] - m["step_ms"]} for name, m in methods.items()}
+    parts = {
+        name: m["parts_ms"] | {"added by the views": m["both_ms"] - m["step_ms"]}
+        for name, m in methods.items()
+    }
     charts = {"ms per iteration": parts, "us per image, one thread": {"views": report["stages_us"]}}
-    for axes, (unit, bars) in zip(figure.subplots(2, 1, height_ratios=[len(methods), 1]), charts.items(), strict=True):
+    for axes, (unit, bars) in zip(
+        figure.subplots(2, 1, height_ratios=[len(methods), 1]), charts.items(), strict=True
+    ):
         left = np.zeros(len(bars))
         for part in next(iter(bars.values())):
             width = np.array([max(0.0, bar[part]) for bar in bars.values()])

@@ -29,7 +29,12 @@ from rsa_fast.insight.timeline import PARTS, Timeline, peak_bytes, reset_peak, u
 from rsa_fast.recipes import Loading, Recipe
 from rsa_fast.training.step import Run, build_run, choose_device, train_step
 
-MODES = {"step": "step, ready batch", "views": "views, page cache", "both": "both", "cold_views": "views, from the disk"}
+MODES = {
+    "step": "step, ready batch",
+    "views": "views, page cache",
+    "both": "both",
+    "cold_views": "views, from the disk",
+}
 COMPARED = ("step", "views", "both")
 STAGE_IMAGES = 32
 TOLERANCE = 0.05  # within which two times count as equal
@@ -59,7 +64,9 @@ def verdict(
     """
     loading_ms = cold_views_ms or views_ms
     if loading_ms <= (1 + TOLERANCE) * step_ms:
-        waits = overlaps and both_ms > (1 + TOLERANCE) * step_ms  # though the views take no longer than the step
+        waits = (
+            overlaps and both_ms > (1 + TOLERANCE) * step_ms
+        )  # though the views take no longer than the step
         return "host-bound" if waits or idle_share > 0.5 else "compute-bound"
     read_ms += loading_ms - views_ms
     rest_ms = loading_ms - read_ms - decode_ms
@@ -95,7 +102,15 @@ def loading_of(recipe: Recipe, source: Source, device: torch.device) -> Loading:
 def open_loader(run: Run, source: Source, loading: Loading) -> Loader:
     """Of the views that the run's method reads, and no others."""
     order = Repeated(len(source.manifest), run.recipe.batch_size, run.recipe.seed)
-    return open_views(source, run.recipe.views, run.method.reads, order, device=run.device, dtype=run.dtype, **loading)
+    return open_views(
+        source,
+        run.recipe.views,
+        run.method.reads,
+        order,
+        device=run.device,
+        dtype=run.dtype,
+        **loading,
+    )
 
 
 def made_ahead(loader: Loader) -> int:
@@ -119,7 +134,9 @@ class Subject:
     ready: Batch
     own_bytes: int  # on the GPU, of network, optimiser and loader
     loading: Loading
-    parts_ms: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {mode: [] for mode in MODES})  # by turn
+    parts_ms: dict[str, list[dict[str, float]]] = field(
+        default_factory=lambda: {mode: [] for mode in MODES}
+    )  # by turn
     peak_bytes: int = 0
     idle_share: float = 0.0
     cold_fault: str = ""  # why cold views were not measured
@@ -147,8 +164,12 @@ class Subject:
             record("both", (train_step(run, batch) for batch in batches))
             self.peak_bytes = max(self.peak_bytes, peak_bytes(run.device) - used + self.own_bytes)
         source, order = self.loader.job.source, self.loader.job.order
-        steps = min(items + made_ahead(self.loader), order.count // order.batch_size)  # an image is cold once
-        files = stored_files(source, data, np.concatenate([order.ids(0, step) for step in range(steps)]))
+        steps = min(
+            items + made_ahead(self.loader), order.count // order.batch_size
+        )  # an image is cold once
+        files = stored_files(
+            source, data, np.concatenate([order.ids(0, step) for step in range(steps)])
+        )
         held = self.loading["backend"] == "resident" or not files
         self.cold_fault = self.cold_fault or ("the images are in memory" if held else evict(files))
         if self.cold_fault:
@@ -161,14 +182,18 @@ class Subject:
         """Milliseconds per iteration in every turn but the first."""
         return [sum(parts.values()) for parts in self.parts_ms[mode][1:]]
 
-    def report(self, stages_us: dict[str, float], in_memory: bool, byol: Subject | None) -> dict[str, Any]:
+    def report(
+        self, stages_us: dict[str, float], in_memory: bool, byol: Subject | None
+    ) -> dict[str, Any]:
         run, times = self.run, {mode: self.times(mode) for mode in MODES}
         step_ms, views_ms, both_ms = (statistics.median_low(times[mode]) for mode in COMPARED)
         cold_views_ms = statistics.median_low(times["cold_views"]) if times["cold_views"] else None
         parts = self.parts_ms["step"][1 + times["step"].index(step_ms)]
         stall_share = 1 - ratio(times["step"], times["both"])
         threads = min(run.recipe.threads, len(os.sched_getaffinity(0)))
-        per_batch = 0 if self.loading["backend"] == "resident" else 1e-3 * run.recipe.batch_size / threads
+        per_batch = (
+            0 if self.loading["backend"] == "resident" else 1e-3 * run.recipe.batch_size / threads
+        )
         bound = verdict(
             step_ms=step_ms,
             views_ms=views_ms,
@@ -190,10 +215,14 @@ class Subject:
             "images_per_s": 1e3 * run.recipe.batch_size / both_ms,
             "peak_gib": self.peak_bytes / 2**30,
             "stall_share": stall_share,
-            "over_byol": {mode: ratio(times[mode], byol.times(mode)) for mode in COMPARED} if byol else None,
+            "over_byol": {mode: ratio(times[mode], byol.times(mode)) for mode in COMPARED}
+            if byol
+            else None,
             "cold_fault": self.cold_fault,
             "verdict": bound,
-            "knob": SHARED if bound == "compute-bound" and stall_share > TOLERANCE else KNOBS[bound],
+            "knob": SHARED
+            if bound == "compute-bound" and stall_share > TOLERANCE
+            else KNOBS[bound],
         }
 
 
@@ -210,7 +239,12 @@ def open_subject(recipe: Recipe, source: Source) -> Iterator[Subject]:
 
 
 def profile(
-    recipes: dict[str, Recipe], data: Path, *, repeats: int = 5, seconds: float = 1.0, trace: Path | None = None
+    recipes: dict[str, Recipe],
+    data: Path,
+    *,
+    repeats: int = 5,
+    seconds: float = 1.0,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure named recipes of one dataset on the images under `data`, in `repeats` turns.
 
@@ -223,19 +257,34 @@ def profile(
     """
     source = open_source(data, "pretrain")
     with ExitStack() as opened:
-        subjects = {name: opened.enter_context(open_subject(recipe, source)) for name, recipe in recipes.items()}
+        subjects = {
+            name: opened.enter_context(open_subject(recipe, source))
+            for name, recipe in recipes.items()
+        }
         run = next(iter(subjects.values())).run
         for turn in range(repeats + 1):
             for name, subject in subjects.items():
-                print(f"{name}: {f'turn {turn} of {repeats}' if turn else 'warming up'}", file=sys.stderr)
+                print(
+                    f"{name}: {f'turn {turn} of {repeats}' if turn else 'warming up'}",
+                    file=sys.stderr,
+                )
                 subject.measure(data, seconds)
         stages_us, stored_bytes = measure_stages(source, run)
         if trace:
             write_trace(subjects, trace)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    in_memory = stored_bytes < 0.8 * min(memory, read_cgroups(Path("/proc/self/cgroup").read_text())[1])
-    methods = {name: subject.report(stages_us, in_memory, subjects.get("byol")) for name, subject in subjects.items()}
-    report = {"device": str(run.device), "dtype": str(run.dtype).removeprefix("torch."), "batch_size": run.recipe.batch_size}
+    in_memory = stored_bytes < 0.8 * min(
+        memory, read_cgroups(Path("/proc/self/cgroup").read_text())[1]
+    )
+    methods = {
+        name: subject.report(stages_us, in_memory, subjects.get("byol"))
+        for name, subject in subjects.items()
+    }
+    report = {
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "batch_size": run.recipe.batch_size,
+    }
     report |= {"repeats": repeats, "stages_us": stages_us, "methods": methods}
     if {"rsa", "byol"} <= methods.keys():
         report["rsa_over_byol"] = methods["rsa"]["over_byol"]["both"]
@@ -259,11 +308,27 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
         dtype=run.dtype,
     ) as loader:
         assert isinstance(loader, NativeViews)
-        ids, landing, stored = order.ids(0, 0).tolist(), loader.landing, source.encoded or source.read
+        ids, landing, stored = (
+            order.ids(0, 0).tolist(),
+            loader.landing,
+            source.encoded or source.read,
+        )
         images = [loader.decode(i) for i in ids]
-        pixels, offsets = np.concatenate([image.ravel() for image in images]), np.cumsum([0, *(i.size for i in images[:-1])])
-        drawn = (pixels, offsets, source.manifest.sizes[ids], np.arange(len(ids)), loader.job.params(0, np.array(ids)))
-        views, unread = landing.arrays(landing.slot(len(ids))), np.empty((len(ids), 0, 0, 3), landing.table.dtype)
+        pixels, offsets = (
+            np.concatenate([image.ravel() for image in images]),
+            np.cumsum([0, *(i.size for i in images[:-1])]),
+        )
+        drawn = (
+            pixels,
+            offsets,
+            source.manifest.sizes[ids],
+            np.arange(len(ids)),
+            loader.job.params(0, np.array(ids)),
+        )
+        views, unread = (
+            landing.arrays(landing.slot(len(ids))),
+            np.empty((len(ids), 0, 0, 3), landing.table.dtype),
+        )
         work: dict[str, Callable[[], object]] = {
             "read": lambda: [stored(i) for i in ids],
             "decode": lambda: [loader.decode(i) for i in ids],
@@ -277,7 +342,10 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
                 do()
                 times[stage].append(1e6 * (time.perf_counter() - began) / len(ids))
     us = {stage: min(values[1:]) for stage, values in times.items()}  # what comes between only adds
-    us["decode"], us["aggressive"] = max(0.0, us["decode"] - us["read"]), max(0.0, us["aggressive"] - us["crop"])
+    us["decode"], us["aggressive"] = (
+        max(0.0, us["decode"] - us["read"]),
+        max(0.0, us["aggressive"] - us["crop"]),
+    )
     return us, statistics.mean(size_bytes(stored(i)) for i in ids) * len(source.manifest)
 
 
@@ -303,13 +371,19 @@ def evict(files: list[Path]) -> str:
     for path in looked_at:
         with path.open("rb", buffering=0) as file:
             try:
-                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)  # fails rather than wait for the disk
+                os.preadv(
+                    file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT
+                )  # fails rather than wait for the disk
                 stay += 1
             except BlockingIOError:
                 pass
             except OSError as error:
                 return f"the file system does not tell what is in the page cache: {error}"
-    return f"{stay} of {len(looked_at)} files stay in the page cache" if 10 * stay > len(looked_at) else ""
+    return (
+        f"{stay} of {len(looked_at)} files stay in the page cache"
+        if 10 * stay > len(looked_at)
+        else ""
+    )
 
 
 def write_trace(subjects: dict[str, Subject], path: Path) -> None:

@@ -59,7 +59,11 @@ class Panel:
 PANELS = (
     Panel("loss", "step", ("loss", "weak", "aggressive")),
     Panel("kNN top-1, %", "epoch", ("knn_top1", "knn20_top1"), True),
-    Panel("cosine of weak and aggressive view, mean", "epoch", ("weak_aggressive_cosine", "other_image_cosine")),
+    Panel(
+        "cosine of weak and aggressive view, mean",
+        "epoch",
+        ("weak_aggressive_cosine", "other_image_cosine"),
+    ),
     Panel("embedding_std (collapse: 0)", "step", ("embedding_std",), True),
     Panel("effective rank of features (collapse: 1)", "epoch", ("effective_rank",), True),
     Panel("throughput, images/s", "step", ("images_per_s",), True),
@@ -92,12 +96,16 @@ def report(folders: list[Path], out: Path | None = None) -> Path:
         raise ValueError(f"{len(folders)} runs on one page: --out says where it goes")
     out = out or folders[0] / "report.html"
     if out.suffix != ".html":
-        raise ValueError(f"the report is a web page: found --out {out}, wanted a name that ends in .html")
+        raise ValueError(
+            f"the report is a web page: found --out {out}, wanted a name that ends in .html"
+        )
     runs = read_runs(folders)
     page = PAGE.format(
         title=escape(", ".join(run.name for run in runs)),
         curves=svg(draw(runs)),
-        scores=table("Scores", runs, [run.result or {"step": run.records[-1]["step"]} for run in runs]),
+        scores=table(
+            "Scores", runs, [run.result or {"step": run.records[-1]["step"]} for run in runs]
+        ),
         recipe=table("Recipe", runs, [run.recipe for run in runs]),
         environment=table("Environment", runs, [run.environment for run in runs]),
     )
@@ -113,15 +121,24 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
         names = [str(folder) for folder in folders]
     runs = []
     for name, folder in zip(names, folders, strict=True):
-        files = (("result.json", json.loads), ("recipe.yaml", yaml.safe_load), ("env.json", json.loads))
-        facts = [load((folder / file).read_text()) if (folder / file).is_file() else {} for file, load in files]
+        files = (
+            ("result.json", json.loads),
+            ("recipe.yaml", yaml.safe_load),
+            ("env.json", json.loads),
+        )
+        facts = [
+            load((folder / file).read_text()) if (folder / file).is_file() else {}
+            for file, load in files
+        ]
         runs.append(RunFolder(name, read_metrics(folder), *facts))
     return runs
 
 
 def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list[Any], list[Any]]:
     """The values of `y` by `x`, in order; of two records at one `x` the later counts."""
-    points = {record[x]: record[y] for record in records if x in record and record.get(y) is not None}
+    points = {
+        record[x]: record[y] for record in records if x in record and record.get(y) is not None
+    }
     return list(points), list(points.values())
 
 
@@ -130,18 +147,31 @@ def draw(runs: list[RunFolder], panels: Sequence[Panel] = PANELS) -> Figure:
 
     Several runs have a colour each, named above the panels, in which the style of a line tells its key.
     """
-    panels = [panel for panel in panels if any(series(run.records, panel.x, key)[0] for run in runs for key in panel.keys)]
+    panels = [
+        panel
+        for panel in panels
+        if any(series(run.records, panel.x, key)[0] for run in runs for key in panel.keys)
+    ]
     shifted = [run for run in runs if series(run.records, "epoch", "weak_aggressive_counts")[0]]
     count = len(panels) + len(shifted)
     if not count:
         raise ValueError(f"nothing is recorded yet in {', '.join(run.name for run in runs)}")
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
-    colours = [Line2D([], [], linewidth=3, color=f"C{i}", label=run.name) for i, run in enumerate(runs)] * (len(runs) > 1)
+    colours = [
+        Line2D([], [], linewidth=3, color=f"C{i}", label=run.name) for i, run in enumerate(runs)
+    ] * (len(runs) > 1)
     legend = 0.25 * -(-len(colours) // columns)
     width, height = columns * PANEL_INCHES[0], rows * PANEL_INCHES[1] + legend
     figure = Figure((width, height))  # margins in inches; finding them out takes as long as drawing
-    figure.subplots_adjust(0.5 / width, 0.5 / height, 1 - 0.1 / width, 1 - (0.3 + legend) / height, wspace=0.17, hspace=0.35)
+    figure.subplots_adjust(
+        0.5 / width,
+        0.5 / height,
+        1 - 0.1 / width,
+        1 - (0.3 + legend) / height,
+        wspace=0.17,
+        hspace=0.35,
+    )
     if colours:
         figure.legend(handles=colours, loc="upper left", ncols=columns, frameon=False)
     places = iter(figure.subplots(rows, columns, squeeze=False).flat)
@@ -155,7 +185,10 @@ def draw(runs: list[RunFolder], panels: Sequence[Panel] = PANELS) -> Figure:
 
 
 def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
-    several, widths = len(runs) > 1, np.linspace(1.2, 2.2, len(runs))[::-1]  # of lines that coincide both are seen
+    several, widths = (
+        len(runs) > 1,
+        np.linspace(1.2, 2.2, len(runs))[::-1],
+    )  # of lines that coincide both are seen
     for k, key in enumerate(panel.keys):
         points = [series(run.records, panel.x, key) for run in runs]
         marker = MARKERS[k] if max(len(x) for x, _ in points) < 20 else "None"
@@ -176,7 +209,12 @@ def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
     axes.set_xlim(left=0)
     if panel.from_zero:
         axes.set_ylim(bottom=0)
-    decorate(axes, panel.title, panel.x, legend="best" if len(axes.get_legend_handles_labels()[1]) > 1 else "")
+    decorate(
+        axes,
+        panel.title,
+        panel.x,
+        legend="best" if len(axes.get_legend_handles_labels()[1]) > 1 else "",
+    )
 
 
 def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
@@ -187,7 +225,11 @@ def draw_shift(axes: Axes, run: RunFolder, of: str) -> None:
     cosines = np.linspace(0, 1, len(share) + 1)
     axes.pcolormesh(edges, cosines, share, rasterized=True, cmap="Blues", norm=norm)
     axes.set_ylim(bottom=share.any(1).argmax() / len(share))
-    axes.plot(*series(run.records, "epoch", "other_image_cosine"), "--C1", label="mean of two different images")
+    axes.plot(
+        *series(run.records, "epoch", "other_image_cosine"),
+        "--C1",
+        label="mean of two different images",
+    )
     decorate(axes, f"cosine of weak and aggressive view{of}", "epoch", legend="lower left")
 
 
@@ -207,7 +249,9 @@ def svg(figure: Figure) -> str:
     """The figure as SVG: text stays text, and the same run gives the same bytes."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rsa-fast"}):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
@@ -218,7 +262,9 @@ def table(title: str, runs: list[RunFolder], fields: list[dict[str, Any]]) -> st
     for key in dict.fromkeys(key for column in columns for key in column):
         cells = [column.get(key, "-") for column in columns]
         differs = ' class="differs"' if len(set(cells)) > 1 else ""
-        rows.append(f"\n<tr{differs}><th>{escape(key)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        rows.append(
+            f"\n<tr{differs}><th>{escape(key)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        )
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     return f"<div><h2>{title}</h2>\n<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
@@ -230,4 +276,8 @@ def flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             values = value if isinstance(value, list) else ["-" if value is None else value]
-            yield prefix + key, " ".join(f"{one:.5g}" if isinstance(one, float) else str(one) for one in values) or "-"
+            yield (
+                prefix + key,
+                " ".join(f"{one:.5g}" if isinstance(one, float) else str(one) for one in values)
+                or "-",
+            )

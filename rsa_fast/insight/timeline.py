@@ -29,7 +29,9 @@ class Timeline:
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []  # part; CUDA event, or seconds of the host's clock
-        self.idle: list[bool] = []  # of each step: had the GPU begun the optimiser when the host had launched all of it?
+        self.idle: list[
+            bool
+        ] = []  # of each step: had the GPU begun the optimiser when the host had launched all of it?
 
     def begin(self, part: str) -> None:
         now: Any = time.perf_counter()
@@ -58,7 +60,9 @@ class Timeline:
         self.wait()
         parts: dict[str, float] = defaultdict(float)
         for (part, begun), (_, ended) in pairwise(self.marks):
-            parts[part] += (begun.elapsed_time(ended) if self.on_gpu else 1e3 * (ended - begun)) / items
+            parts[part] += (
+                begun.elapsed_time(ended) if self.on_gpu else 1e3 * (ended - begun)
+            ) / items
         return parts, items
 
     def wait(self) -> None:
@@ -81,10 +85,19 @@ def watched(run: Run, timeline: Timeline) -> Iterator[None]:
         type(run.method).after_step(run.method, now)
         timeline.begin("other")
 
-    hooks = [run.method.register_forward_pre_hook(begin("loss")), run.method.register_forward_hook(begin("backward"))]
+    hooks = [
+        run.method.register_forward_pre_hook(begin("loss")),
+        run.method.register_forward_hook(begin("backward")),
+    ]
     for child in run.method.children():
-        hooks += [child.register_forward_pre_hook(network), child.register_forward_hook(begin("loss"))]
-    hooks += [run.optimizer.register_step_pre_hook(begin("optimiser")), run.optimizer.register_step_post_hook(begin("other"))]
+        hooks += [
+            child.register_forward_pre_hook(network),
+            child.register_forward_hook(begin("loss")),
+        ]
+    hooks += [
+        run.optimizer.register_step_pre_hook(begin("optimiser")),
+        run.optimizer.register_step_post_hook(begin("other")),
+    ]
     run.method.after_step = after_step  # type: ignore[method-assign]  # `del` below brings the method back
     try:
         yield

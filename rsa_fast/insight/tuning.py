@@ -37,7 +37,10 @@ def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict
     source = open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
     own = loading_of(recipe, source, run.device)
-    settings = [own, *(own | other for other in candidates(source, run.device) if own != own | other)]
+    settings = [
+        own,
+        *(own | other for other in candidates(source, run.device) if own != own | other),
+    ]
     iteration_ms(run, source, own, 0)  # warms up
     left = list(range(len(settings)))
     ms: dict[int, float] = {}  # of the last round, by the place in `settings`
@@ -50,7 +53,10 @@ def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict
                 break
             try:
                 round_ms[place] = iteration_ms(run, source, settings[place], share_s)
-                print(f"{1e3 * recipe.batch_size / round_ms[place]:9,.1f} images/s  {settings[place]}", file=sys.stderr)
+                print(
+                    f"{1e3 * recipe.batch_size / round_ms[place]:9,.1f} images/s  {settings[place]}",
+                    file=sys.stderr,
+                )
             except ValueError as error:
                 print(f"    not possible  {settings[place]}: {error}", file=sys.stderr)
         ms, tried = round_ms, tried or len(round_ms)
@@ -58,8 +64,16 @@ def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict
         left = [0, *(place for place in fastest[: len(ms) // 2] if place)] if len(ms) > 2 else []
     best = min(ms, key=ms.__getitem__)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump({"dataset": recipe.dataset, "method": recipe.method, **settings[best]}, sort_keys=False))
-    result = {"out": str(out), "settings": settings[best], "images_per_s": 1e3 * recipe.batch_size / ms[best]}
+    out.write_text(
+        yaml.safe_dump(
+            {"dataset": recipe.dataset, "method": recipe.method, **settings[best]}, sort_keys=False
+        )
+    )
+    result = {
+        "out": str(out),
+        "settings": settings[best],
+        "images_per_s": 1e3 * recipe.batch_size / ms[best],
+    }
     return result | {"over_own": ms[0] / ms[best], "tried": tried, "candidates": len(settings)}
 
 

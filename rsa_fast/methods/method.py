@@ -23,7 +23,9 @@ from rsa_fast.syncbn import bn_groups, convert_batchnorm
 
 PAIRS = {"AA": ("aggressive_1", "aggressive_2"), "AW": ("aggressive_1", "weak_2")}
 BETA = {"all": cite("PAPER 4.1", beta_base=0.4), "32px": cite("PAPER 4.1", beta_base=0.3)}
-QUEUE_START = cite("MoCo builder.py, ReSSL backbone.py", zero_init_residual=False) | cite("MoCo v2", tau_schedule="fixed")
+QUEUE_START = cite("MoCo builder.py, ReSSL backbone.py", zero_init_residual=False) | cite(
+    "MoCo v2", tau_schedule="fixed"
+)
 Now = Mapping[str, float]  # what changes with the step, by name: lr, and the recipe's own
 
 
@@ -87,7 +89,9 @@ class BetaRecipe(Recipe):
     """Of RSA's methods."""
 
     beta_base: float = Field(ge=0, le=1)  # the weight of aggressive pairs at the start
-    beta_schedule: Literal["cosine", "fixed"] = "cosine"  # cosine: ends at 0; fixed: PAPER Table 1's ablation
+    beta_schedule: Literal["cosine", "fixed"] = (
+        "cosine"  # cosine: ends at 0; fixed: PAPER Table 1's ablation
+    )
 
     def schedule(self, step: int, plan: Plan) -> dict[str, float]:
         beta = schedules.beta(step + 1, plan.total_steps, self.beta_base, self.beta_schedule)
@@ -111,7 +115,9 @@ class TargetMethod(Method):
         Called after the optimiser step with the tau of the next step, which gives every forward the same target as the
         reference codes (RSA, MoCo, ReSSL), where the move comes in the forward before the target is used.
         """
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - now["tau"])
+        torch._foreach_lerp_(
+            list(self.target.parameters()), list(self.online.parameters()), 1 - now["tau"]
+        )
 
 
 class QueueRecipe(TargetRecipe):
@@ -124,7 +130,9 @@ class QueueRecipe(TargetRecipe):
     @model_validator(mode="after")
     def queue_holds_a_step(self) -> QueueRecipe:
         if self.queue_size < 2 * self.batch_size:
-            raise ValueError(f"queue_size = {self.queue_size} is less than the two views of {self.batch_size} images")
+            raise ValueError(
+                f"queue_size = {self.queue_size} is less than the two views of {self.batch_size} images"
+            )
         return self
 
 
@@ -144,7 +152,9 @@ class QueueMethod(TargetMethod):
         self.temperature, self.bn_groups = recipe.temperature, bn_groups(recipe.bn)
         noise = torch.randn(recipe.out_dim, recipe.queue_size)
         self.register_buffer("queue", F.normalize(noise, dim=0))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))  # the next column to replace
+        self.register_buffer(
+            "pointer", torch.zeros((), dtype=torch.int64)
+        )  # the next column to replace
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +162,9 @@ class QueueMethod(TargetMethod):
         if self.bn_groups == 1:
             every = gather(unit(self.target(images)))
         else:
-            pooled = gather(images.permute(0, 2, 3, 1))  # channels_last as it lies: gather wants it contiguous
+            pooled = gather(
+                images.permute(0, 2, 3, 1)
+            )  # channels_last as it lies: gather wants it contiguous
             order = shuffle(len(pooled), self.bn_groups, images.device)
             dealt = pooled[order.chunk(world_size())[rank()]].permute(0, 3, 1, 2)
             shuffled = gather(unit(self.target(dealt)))
@@ -189,7 +201,9 @@ def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 def mlp_without_bn(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """MoCo v2's and ReSSL's head: linear, ReLU, linear."""
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim))
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
+    )
 
 
 def unit(x: Tensor) -> Tensor:

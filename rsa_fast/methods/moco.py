@@ -47,10 +47,15 @@ class MoCo(QueueMethod):
 
     def forward(self, batch: Batch, now: Now) -> Loss:
         """InfoNCE of both directions, summed, against the queue as it was; then the keys of both enter it."""
-        (k_1, every_1), (k_2, every_2) = self.keys(batch.aggressive_1), self.keys(batch.aggressive_2)
+        (k_1, every_1), (k_2, every_2) = (
+            self.keys(batch.aggressive_1),
+            self.keys(batch.aggressive_2),
+        )
         q_1, q_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
         queue = self.queue.clone()  # the backward needs it as it is now
-        total = info_nce(q_1, k_2, queue, self.temperature) + info_nce(q_2, k_1, queue, self.temperature)
+        total = info_nce(q_1, k_2, queue, self.temperature) + info_nce(
+            q_2, k_1, queue, self.temperature
+        )
         self.enqueue(torch.cat([every_1, every_2]))
         return Loss(total, q_1, {})
 

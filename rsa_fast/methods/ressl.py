@@ -38,7 +38,9 @@ class ReSsl(QueueMethod):
         | cite("ReSSL's CIFAR scripts in solo-learn", base_lr=0.05),
         "64px": cite("chosen: third-party ports (sslic)", tau_base=0.996, queue_size=16_384),
         "224px": cite("ReSSL ressl.py", tau_base=0.999, out_dim=512, hidden_dim=4096, bn="local")
-        | cite("ReSSL ressl.py", optimizer="sgd", weight_decay=1e-4, warmup_epochs=5, batch_size=256),
+        | cite(
+            "ReSSL ressl.py", optimizer="sgd", weight_decay=1e-4, warmup_epochs=5, batch_size=256
+        ),
         "imagenet100": cite("chosen: half of ImageNet-1K's", queue_size=65_536),
         "imagenet1k": cite("ReSSL ressl.py", queue_size=131_072),
     }
@@ -52,12 +54,16 @@ class ReSsl(QueueMethod):
         """Cross-entropy of both distributions over the queue as it was; then the teacher's embeddings enter it."""
         teacher, every = self.keys(batch.weak_2)
         student = unit(self.online(batch.aggressive_1))
-        loss = relational(student, teacher, self.queue.clone(), self.temperature, self.teacher_temperature)
+        loss = relational(
+            student, teacher, self.queue.clone(), self.temperature, self.teacher_temperature
+        )
         self.enqueue(every)
         return Loss(loss, student, {})
 
 
-def relational(student: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float) -> Tensor:
+def relational(
+    student: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
+) -> Tensor:
     """Mean over the batch of -sum softmax(teacher.queue / T_t) log softmax(student.queue / T_s): rows `(B, D)`, `(D, K)`."""
     with torch.autocast(student.device.type, enabled=False):
         target = torch.softmax(teacher @ queue / teacher_temperature, 1)

@@ -31,4 +31,6 @@ class Rsa(BootstrapMethod):
         weak = distance(q_1, z_2) + distance(q_2, z_1)
         aggressive = distance(q_1, q_2.detach()) + distance(q_2, q_1.detach())
         beta = now["beta"]
-        return Loss((1 - beta) * weak + beta * aggressive, q_1, {"weak": weak, "aggressive": aggressive})
+        return Loss(
+            (1 - beta) * weak + beta * aggressive, q_1, {"weak": weak, "aggressive": aggressive}
+        )

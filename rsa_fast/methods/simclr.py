@@ -29,9 +29,12 @@ class SimClr(Method):
     # The RSA paper names neither temperature nor head. The temperatures are those of SimCLR's CIFAR
     # command and of others' 224 px runs.
     rows: ClassVar[Rows] = {
-        "all": cite("SimCLR 3", out_dim=128) | cite("SimCLR README: the CIFAR-10 command", temperature=0.5),
+        "all": cite("SimCLR 3", out_dim=128)
+        | cite("SimCLR README: the CIFAR-10 command", temperature=0.5),
         "224px": cite("solo-learn's choice for batches of 256", temperature=0.2),
-        "imagenet1k": cite("SimCLR README", temperature=0.1, batch_size=4096, base_lr=0.3, weight_decay=1e-4),
+        "imagenet1k": cite(
+            "SimCLR README", temperature=0.1, batch_size=4096, base_lr=0.3, weight_decay=1e-4
+        ),
     }
     reads = frozenset(PAIRS["AA"])
 

@@ -79,7 +79,11 @@ def projector(in_dim: int, layers: int, out_dim: int) -> nn.Sequential:
     hidden_dim = in_dim if layers > 2 else out_dim
     parts: list[nn.Module] = []
     for first in (in_dim, *[hidden_dim] * (layers - 2))[: layers - 1]:
-        parts += [nn.Linear(first, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        parts += [
+            nn.Linear(first, hidden_dim, bias=False),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+        ]
     parts += [nn.Linear(hidden_dim, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False)]
     return nn.Sequential(*parts)
 

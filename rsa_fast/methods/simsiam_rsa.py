@@ -14,7 +14,9 @@ from rsa_fast.sourced import stacked
 
 
 class SimSiamRsaRecipe(SimSiamRecipe, BetaRecipe):
-    aa_target: Literal["pred", "proj"] = "pred"  # aggressive pairs: predictions (Eq. 5), projections
+    aa_target: Literal["pred", "proj"] = (
+        "pred"  # aggressive pairs: predictions (Eq. 5), projections
+    )
 
 
 class SimSiamRsa(SimSiam):
@@ -40,4 +42,6 @@ class SimSiamRsa(SimSiam):
         weak = (negative_cosine(p_1, w_2) + negative_cosine(p_2, w_1)) / 2
         aggressive = (negative_cosine(p_1, t_2) + negative_cosine(p_2, t_1)) / 2
         beta = now["beta"]
-        return Loss((1 - beta) * weak + beta * aggressive, z_1, {"weak": weak, "aggressive": aggressive})
+        return Loss(
+            (1 - beta) * weak + beta * aggressive, z_1, {"weak": weak, "aggressive": aggressive}
+        )

@@ -22,7 +22,9 @@ class SupervisedRecipe(Recipe):
     def check_labels(self, labelled: bool, classes: int) -> None:
         if not labelled or classes != self.classes:
             found = f"labels of {classes} classes" if labelled else "images without labels"
-            raise ValueError(f"supervised training on {self.classes} classes found {found}: --set classes={classes or 'N'}")
+            raise ValueError(
+                f"supervised training on {self.classes} classes found {found}: --set classes={classes or 'N'}"
+            )
 
 
 class Supervised(Method):
@@ -33,7 +35,9 @@ class Supervised(Method):
     # project's cosine.
     rows: ClassVar[Rows] = {
         "all": cite("torchvision's default", zero_init_residual=False),
-        "imagenet1k": cite("the usual recipe", optimizer="sgd", base_lr=0.1, weight_decay=1e-4, warmup_epochs=0)
+        "imagenet1k": cite(
+            "the usual recipe", optimizer="sgd", base_lr=0.1, weight_decay=1e-4, warmup_epochs=0
+        )
         | cite("PAPER Table 4", batch_size=256, epochs=100)
         | cite("the usual recipe", bn="local"),
     }

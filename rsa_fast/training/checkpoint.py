@@ -41,7 +41,9 @@ class Writer:
         self.folder, self.keep_last = folder, keep_last
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
-        self.buffers: dict[Place, Tensor] = {}  # by place in the state; used again: fresh pages take longer than the copy
+        self.buffers: dict[
+            Place, Tensor
+        ] = {}  # by place in the state; used again: fresh pages take longer than the copy
         self.devices: set[torch.device] = set()
 
     def save(self, state: dict[str, Any]) -> None:
@@ -67,7 +69,9 @@ class Writer:
         if value.is_cuda:
             self.devices.add(value.device)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-            buffer = self.buffers[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            buffer = self.buffers[place] = torch.empty_like(
+                value, device="cpu", pin_memory=value.is_cuda
+            )
         return buffer.copy_(value, non_blocking=True)
 
     def write(self, state: dict[str, Any], copied: list[torch.cuda.Event]) -> None:
@@ -105,7 +109,9 @@ def write(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
     try:
         write_whole(path, partial(torch.save, state))
     except (OSError, RuntimeError) as error:
-        fault = error if isinstance(error, OSError) else error.__context__  # torch answers a failed write with its own error
+        fault = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch answers a failed write with its own error
         if not isinstance(fault, OSError):
             raise
         raise OSError(
@@ -122,7 +128,9 @@ def write(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
 def listed(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first, by their number."""
     numbers = {path: path.stem.removeprefix("step_") for path in folder.glob("step_*.pt")}
-    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return sorted(
+        (path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path])
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -139,7 +147,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     fields: dict[str, Any] = state if isinstance(state, dict) else {}
     if missing := {"step", "recipe", "method"} - fields.keys():
-        raise ValueError(f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}"
+        )
     return fields
 
 
@@ -148,12 +158,20 @@ def check(path: Path) -> None:
     parts to any size, and for a file that holds code it advises to run it."""
     with ZipFile(path) as archive:
         for part in archive.infolist():
-            if part.compress_type != ZIP_STORED or ".." in Path(part.filename).parts or part.filename.startswith("/"):
-                raise ValueError(f"its part {part.filename!r} is compressed or leads out of the file")
+            if (
+                part.compress_type != ZIP_STORED
+                or ".." in Path(part.filename).parts
+                or part.filename.startswith("/")
+            ):
+                raise ValueError(
+                    f"its part {part.filename!r} is compressed or leads out of the file"
+                )
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        raise ValueError(f"it holds calls of {', '.join(sorted(code))}; wanted tensors and plain values")
+        raise ValueError(
+            f"it holds calls of {', '.join(sorted(code))}; wanted tensors and plain values"
+        )
 
 
 def load_latest(folder: Path) -> dict[str, Any]:
@@ -166,4 +184,6 @@ def load_latest(folder: Path) -> dict[str, Any]:
             return load(path)
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
-    raise FileNotFoundError(f"no whole checkpoint in {folder}: start without --resume, or point --out at the run's folder")
+    raise FileNotFoundError(
+        f"no whole checkpoint in {folder}: start without --resume, or point --out at the run's folder"
+    )

@@ -84,11 +84,15 @@ def train(
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
         run = build_run(recipe, len(source.manifest))
         if resume and checkpoint.listed(out / "checkpoints"):
-            restore(run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force)
+            restore(
+                run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force
+            )
         elif init_from:
             run.method.load_state_dict(checkpoint.load(init_from)["method"])
         if (furthest := highest(run.step)) != run.step:  # a network disk shows a new file late
-            raise FileNotFoundError(f"{out}: rank {rank()} found the checkpoint of step {run.step}, another rank {furthest}'s")
+            raise FileNotFoundError(
+                f"{out}: rank {rank()} found the checkpoint of step {run.step}, another rank {furthest}'s"
+            )
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
             if resume and run.step == 0:
@@ -114,12 +118,28 @@ def train(
                 write_text(out / "recipe.yaml", dump_yaml(recipe))
             with (
                 Metrics(out, run.plan.total_steps, run.step, recipe.wandb) as metrics,
-                checkpoint.Writer(out / "checkpoints", recipe.keep_last) if rank() == 0 else nullcontext() as writer,
+                checkpoint.Writer(out / "checkpoints", recipe.keep_last)
+                if rank() == 0
+                else nullcontext() as writer,
             ):
-                loop = Loop(run, loader, metrics, evaluation, writer, out, source.manifest.fingerprint, asked, heartbeat)
-                result = loop.run_until(min(stop_at_step or run.plan.total_steps, run.plan.total_steps))
+                loop = Loop(
+                    run,
+                    loader,
+                    metrics,
+                    evaluation,
+                    writer,
+                    out,
+                    source.manifest.fingerprint,
+                    asked,
+                    heartbeat,
+                )
+                result = loop.run_until(
+                    min(stop_at_step or run.plan.total_steps, run.plan.total_steps)
+                )
         if asked and run.step < run.plan.total_steps:
-            raise StoppedError(f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume")
+            raise StoppedError(
+                f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume"
+            )
         return result if rank() == 0 else None
 
 
@@ -146,7 +166,9 @@ class Loop:
                 self.score_knn(run.step // per_epoch)
             meter.restart()
             self.heartbeat.doing = f"waiting for the views of step {run.step}"
-            for batch in meter.waiting(self.loader.batches(run.step // per_epoch, run.step % per_epoch)):
+            for batch in meter.waiting(
+                self.loader.batches(run.step // per_epoch, run.step % per_epoch)
+            ):
                 self.heartbeat.doing = f"in step {run.step}"
                 meter.add(run.step, train_step(run, batch), run.skipped)
                 due = run.step % recipe.log_every_steps == 0
@@ -158,16 +180,31 @@ class Loop:
                     break
                 self.heartbeat.doing = f"waiting for the views of step {run.step}"
             done = run.step // per_epoch
-            if run.step % per_epoch == 0 and rank() == 0:  # before the checkpoint, from which a resumed run goes on
-                self.metrics.write({"step": run.step, "epoch": done, **feature_stats(run.method.encoder, batch)})
+            if (
+                run.step % per_epoch == 0 and rank() == 0
+            ):  # before the checkpoint, from which a resumed run goes on
+                self.metrics.write(
+                    {"step": run.step, "epoch": done, **feature_stats(run.method.encoder, batch)}
+                )
             if run.step == end or done % recipe.checkpoint_every_epochs == 0:
                 self.save(meter)
         scores = {}
         if self.evaluation and run.step == run.plan.total_steps:
             scores = self.evaluate(self.evaluation, "knn", "linear-fast")
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
-        result = {"out": str(self.out), "method": recipe.method, "dataset": recipe.dataset, "step": run.step}
-        result |= {**meter.summary(), "knn_top1": None, "knn20_top1": None, "linear_top1": None, **scores}
+        result = {
+            "out": str(self.out),
+            "method": recipe.method,
+            "dataset": recipe.dataset,
+            "step": run.step,
+        }
+        result |= {
+            **meter.summary(),
+            "knn_top1": None,
+            "knn20_top1": None,
+            "linear_top1": None,
+            **scores,
+        }
         if self.writer:
             self.writer.wait()
             write_text(self.out / "result.json", json.dumps(result))
@@ -190,7 +227,10 @@ class Loop:
         state = self.run.method.state_dict()
         finite = torch.stack([x.isfinite().all() for x in state.values()]).all()
         if highest(int(~finite)):
-            self.stop_at_fault(self.run.step - 1, f"the weights or statistics after step {self.run.step - 1} are not finite")
+            self.stop_at_fault(
+                self.run.step - 1,
+                f"the weights or statistics after step {self.run.step - 1} are not finite",
+            )
         if self.writer:
             self.writer.save(snapshot(self.run, self.fingerprint))
 
@@ -209,9 +249,17 @@ class Loop:
         order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
         epoch, place = divmod(step, len(order))
         last = checkpoint.listed(self.out / "checkpoints")
-        found = {"step": step, "epoch": epoch, "fault": fault, "checkpoint": str(last[-1]) if last else None}
+        found = {
+            "step": step,
+            "epoch": epoch,
+            "fault": fault,
+            "checkpoint": str(last[-1]) if last else None,
+        }
         if rank() == 0:
-            write_text(self.out / "nonfinite.json", json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}))
+            write_text(
+                self.out / "nonfinite.json",
+                json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}),
+            )
         raise FloatingPointError(
             f"{fault}: lower the learning rate or add warm-up epochs. "
             f"Last good checkpoint: {found['checkpoint']}; the batch's sample ids: {self.out / 'nonfinite.json'}"
@@ -287,14 +335,22 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
         if key not in FREE_FIELDS and now.get(key) != then.get(key)
     ]
     if state["data"] != fingerprint:
-        rows.append("  the training images are not the ones this run was started with (names, labels, bytes or sizes)")
+        rows.append(
+            "  the training images are not the ones this run was started with (names, labels, bytes or sizes)"
+        )
     if rows and not force:
-        raise ValueError("this is not the run that was started; --force goes on all the same:\n" + "\n".join(rows))
+        raise ValueError(
+            "this is not the run that was started; --force goes on all the same:\n"
+            + "\n".join(rows)
+        )
     if rows and rank() == 0:
         print("going on with another run's checkpoint:\n" + "\n".join(rows), file=sys.stderr)
     if state["world_size"] != world_size() and rank() == 0:
         ranks = f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on"
-        print(f"{ranks}: the same global batches, {run.plan.batch_per_gpu} images on each", file=sys.stderr)
+        print(
+            f"{ranks}: the same global batches, {run.plan.batch_per_gpu} images on each",
+            file=sys.stderr,
+        )
         if run.recipe.bn == "local":
             print("bn is local: BatchNorm now normalises parts of another size", file=sys.stderr)
     run.method.load_state_dict(state["method"])
@@ -313,8 +369,16 @@ def open_evaluation(data: Path, recipe: Recipe, run: Run, out: Path) -> Evaluati
 
 def announce(run: Run, count: int) -> None:
     """The derived numbers, on stderr, before the first step."""
-    numbers = {"images": count, **asdict(run.plan), "device": str(run.device), "dtype": str(run.dtype).removeprefix("torch.")}
+    numbers = {
+        "images": count,
+        **asdict(run.plan),
+        "device": str(run.device),
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
     numbers["parameters"] = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
     print("  ".join(f"{key} {value}" for key, value in numbers.items()), file=sys.stderr)
     if run.plan.warmup_steps >= run.plan.total_steps:
-        print(f"the learning rate only warms up: warmup_epochs is {run.recipe.warmup_epochs}", file=sys.stderr)
+        print(
+            f"the learning rate only warms up: warmup_epochs is {run.recipe.warmup_epochs}",
+            file=sys.stderr,
+        )

@@ -15,7 +15,9 @@ from pipelines import Batch
 from rsa_fast.distributed import world_size
 from rsa_fast.methods.method import Loss
 
-COLLAPSE_STD = 0.02  # of embedding_std; healthy runs stay above .1, those whose heads have BatchNorm above .9
+COLLAPSE_STD = (
+    0.02  # of embedding_std; healthy runs stay above .1, those whose heads have BatchNorm above .9
+)
 COLLAPSE_FROM_STEP = 200  # heads without BatchNorm start alike
 NEVER = torch.iinfo(torch.int64).max
 
@@ -32,8 +34,12 @@ class Meter:
         self.first_bad: int | None = None
         self.worst_skips = self.worst_step = 0
         self.bad_step = torch.tensor(NEVER, device=device)
-        self.skips = torch.zeros(4, dtype=torch.int64, device=device)  # all, in this row, in the longest, its last step
-        self.totals: Tensor  # the sums of the finite losses, and their count; set by the first `add`
+        self.skips = torch.zeros(
+            4, dtype=torch.int64, device=device
+        )  # all, in this row, in the longest, its last step
+        self.totals: (
+            Tensor  # the sums of the finite losses, and their count; set by the first `add`
+        )
         self.restart()
 
     def restart(self) -> None:
@@ -61,7 +67,9 @@ class Meter:
         if skipped is not None:
             row = (self.skips[1] + 1) * skipped
             last = torch.where(row > self.skips[2], step, self.skips[3])
-            self.skips = torch.stack([self.skips[0] + skipped, row, self.skips[2].maximum(row), last])
+            self.skips = torch.stack(
+                [self.skips[0] + skipped, row, self.skips[2].maximum(row), last]
+            )
         self.embeddings = loss.embeddings
         self.steps += 1
 
@@ -103,7 +111,10 @@ class Meter:
         """Medians over the reads, the first left out when there are more: it holds the warm-up."""
         reads = self.reads[1:] or self.reads
         names = ("images_per_s", "step_ms", "wait_pct")
-        middle = {name: statistics.median(read[name] for read in reads) if reads else None for name in names}
+        middle = {
+            name: statistics.median(read[name] for read in reads) if reads else None
+            for name in names
+        }
         return middle | {"embedding_std": self.embedding_std}
 
 

@@ -15,14 +15,26 @@ from typing import Any, Protocol
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from pipelines.files import write_whole
 from rsa_fast.distributed import rank
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
 ETA_FROM_S = 3600  # of the latest steps; rich's 30 s can be less than the time between two records
-SHOWN = {"images_per_s": "{:,.0f} images/s", "wait_pct": "wait {:.1f}%", "loss": "loss {:.4g}", "knn_top1": "kNN {:.1f}%"}
+SHOWN = {
+    "images_per_s": "{:,.0f} images/s",
+    "wait_pct": "wait {:.1f}%",
+    "loss": "loss {:.4g}",
+    "knn_top1": "kNN {:.1f}%",
+}
 
 
 class Sink(Protocol):
@@ -54,7 +66,9 @@ class Metrics:
     def __enter__(self) -> Metrics:
         folder, _, step = self.start
         if (folder / "metrics.jsonl").is_file():
-            self.written = [set(record) for record in read_metrics(folder) if record["step"] == step]
+            self.written = [
+                set(record) for record in read_metrics(folder) if record["step"] == step
+            ]
         for sink in self.sinks:
             sink.open(*self.start)
         return self
@@ -71,7 +85,11 @@ class Metrics:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+    return {
+        key: value
+        for key, value in record.items()
+        if key != "step" and isinstance(value, int | float)
+    }
 
 
 class JsonLines:
@@ -81,7 +99,12 @@ class JsonLines:
         path = folder / "metrics.jsonl"
         if path.is_file():
             kept = [record for record in read_metrics(folder) if record["step"] <= step]
-            write_whole(path, lambda file: file.writelines(json.dumps(record).encode() + b"\n" for record in kept))
+            write_whole(
+                path,
+                lambda file: file.writelines(
+                    json.dumps(record).encode() + b"\n" for record in kept
+                ),
+            )
         self.file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -97,10 +120,24 @@ class Screen:
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         console = Console(stderr=True)
-        columns = [TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA")]
+        columns = [
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+        ]
         columns += [TimeRemainingColumn(), TextColumn("{task.description}")]
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=ETA_FROM_S)
-        self.task, self.total_steps = self.bar.add_task("", total=total_steps, completed=step), total_steps
+        self.bar = Progress(
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=ETA_FROM_S,
+        )
+        self.task, self.total_steps = (
+            self.bar.add_task("", total=total_steps, completed=step),
+            total_steps,
+        )
         self.latest: dict[str, float] = {}
         self.bar.start()
 
@@ -109,7 +146,9 @@ class Screen:
             shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers(record).items())
             print(f"step {record['step']}/{self.total_steps}  {shown}", file=sys.stderr)
         self.latest |= numbers(record)
-        shown = "  ".join(form.format(self.latest[key]) for key, form in SHOWN.items() if key in self.latest)
+        shown = "  ".join(
+            form.format(self.latest[key]) for key, form in SHOWN.items() if key in self.latest
+        )
         self.bar.update(self.task, completed=record["step"], description=shown)
 
     def close(self) -> None:
@@ -140,7 +179,9 @@ class WeightsAndBiases:
 
     def __init__(self) -> None:
         if find_spec("wandb") is None:
-            raise ValueError("wandb is wanted and not installed: pip install 'rsa-fast[wandb]', or set wandb to false")
+            raise ValueError(
+                "wandb is wanted and not installed: pip install 'rsa-fast[wandb]', or set wandb to false"
+            )
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         import wandb
@@ -151,7 +192,14 @@ class WeightsAndBiases:
             name.write_text(uuid.uuid4().hex[:8])
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
         project = os.environ.get("WANDB_PROJECT", "rsa-fast")
-        self.run = wandb.init(project=project, name=folder.name, dir=folder, id=name.read_text(), resume="allow", config=recipe)
+        self.run = wandb.init(
+            project=project,
+            name=folder.name,
+            dir=folder,
+            id=name.read_text(),
+            resume="allow",
+            config=recipe,
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         self.run.log(numbers(record), step=record["step"])
@@ -167,7 +215,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"no metrics.jsonl in {folder}: wanted the folder of a run (--out of rsa-fast train)")
+        raise FileNotFoundError(
+            f"no metrics.jsonl in {folder}: wanted the folder of a run (--out of rsa-fast train)"
+        )
     records = []
     for line in path.read_text().splitlines():
         try:

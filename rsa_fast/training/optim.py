@@ -29,7 +29,9 @@ class Sgd(torch.optim.SGD):
         weight_decay: float,
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-        for group in self.param_groups:  # torch leaves them unset until a first step, and uninitialised if that overflows
+        for group in (
+            self.param_groups
+        ):  # torch leaves them unset until a first step, and uninitialised if that overflows
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
@@ -55,7 +57,9 @@ class Lars(Sgd):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # a closure would make gradients anew
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        scale = getattr(self, "grad_scale", None)  # set by GradScaler, which then leaves the gradients scaled
+        scale = getattr(
+            self, "grad_scale", None
+        )  # set by GradScaler, which then leaves the gradients scaled
         if scale is not None:
             torch._foreach_mul_([p.grad for p in params], scale.reciprocal())
             self.grad_scale = None
@@ -64,7 +68,11 @@ class Lars(Sgd):
         torch._foreach_add_(grads, matrices, alpha=self.decay)
         weight_norm = torch.stack(torch._foreach_norm(matrices, dtype=torch.float32))
         grad_norm = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
-        ratio = torch.where((weight_norm > 0) & (grad_norm > 0), self.trust_coefficient * weight_norm / grad_norm, 1.0)
+        ratio = torch.where(
+            (weight_norm > 0) & (grad_norm > 0),
+            self.trust_coefficient * weight_norm / grad_norm,
+            1.0,
+        )
         torch._foreach_mul_(grads, list(ratio.unbind()))
         super().step()
 
@@ -73,7 +81,10 @@ def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Sgd:
     """The recipe's optimiser over the parameters that learn; `set_learning_rate` sets the rate of every step."""
     constant = set(method.constant_lr_parameters())
     learning = [p for p in method.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learning if (p in constant) == flag], "constant_lr": flag} for flag in (False, True)]
+    groups = [
+        {"params": [p for p in learning if (p in constant) == flag], "constant_lr": flag}
+        for flag in (False, True)
+    ]
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "lars":
         return Lars(groups, peak_lr, recipe.momentum, recipe.weight_decay, recipe.trust_coefficient)

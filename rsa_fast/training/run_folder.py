@@ -47,13 +47,21 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Make `out`, or refuse it."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: --out wants a folder")
-    found = [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
+    found = (
+        [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
+    )
     if found and not (resume or overwrite):
-        raise FileExistsError(f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out")
+        raise FileExistsError(
+            f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out"
+        )
     if resume and not out.is_dir():
-        raise FileNotFoundError(f"no whole checkpoint, for there is no folder {out}: start without --resume")
+        raise FileNotFoundError(
+            f"no whole checkpoint, for there is no folder {out}: start without --resume"
+        )
     if resume and found and not set(found) & set(RUN_FILES):
-        raise FileExistsError(f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder")
+        raise FileExistsError(
+            f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -74,17 +82,23 @@ def full_disk_named(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
             raise
-        raise OSError(f"{out} was not written to: {error.strerror}. Once it has room, go on with --resume") from error
+        raise OSError(
+            f"{out} was not written to: {error.strerror}. Once it has room, go on with --resume"
+        ) from error
 
 
 def report_or_say(folder: Path) -> None:
     """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
     try:
-        from rsa_fast.insight.report import report  # matplotlib, a seventh of the time to import all of this
+        from rsa_fast.insight.report import (
+            report,
+        )  # matplotlib, a seventh of the time to import all of this
 
         report([folder])
     except Exception as error:
-        print(f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr)
+        print(
+            f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr
+        )
 
 
 def write_text(path: Path, text: str) -> None:

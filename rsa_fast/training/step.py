@@ -80,7 +80,9 @@ def train_step(run: Run, batch: Batch) -> Loss:
 def choose_device(wanted: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises ValueError when cuda is wanted and missing."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is wanted and torch finds none; use device=cpu, or check the driver with nvidia-smi")
+        raise ValueError(
+            "device: cuda is wanted and torch finds none; use device=cpu, or check the driver with nvidia-smi"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = True
@@ -93,5 +95,9 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return named[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -19,7 +19,14 @@ import torch
 from rsa_fast.training import checkpoint
 
 EPOCH_STEPS = 5  # of 40 images in batches of 8
-SETTINGS = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32", "base_lr=0.5"]
+SETTINGS = [
+    "width=4",
+    "hidden_dim=16",
+    "out_dim=8",
+    "views.size_px=16",
+    "precision=fp32",
+    "base_lr=0.5",
+]
 SETTINGS += ["knn_every_epochs=0", f"log_every_steps={EPOCH_STEPS}"]
 PATIENCE_S = 240  # for what takes ten seconds on an idle machine
 
@@ -64,12 +71,16 @@ def finish(data: Path, out: Path, *options: object) -> None:
 class Job:
     """`python -m rsa_fast train`, with what it says on stderr; a context manager that leaves no process behind."""
 
-    def __init__(self, data: Path, out: Path, *options: object, prefix: tuple[str, ...] = (), **env: str) -> None:
+    def __init__(
+        self, data: Path, out: Path, *options: object, prefix: tuple[str, ...] = (), **env: str
+    ) -> None:
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
         command = [*prefix, sys.executable, "-m", "rsa_fast", *arguments(data, out, *options)]
         settings = os.environ | {"OMP_NUM_THREADS": "1"} | env
         with open(self.log.name, "w") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=settings)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=log, env=settings
+            )
 
     def __enter__(self) -> Job:
         return self
@@ -139,5 +150,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert first["step"] == second["step"]
     assert first["method"].keys() == second["method"].keys()
     assert all(torch.equal(first["method"][key], second["method"][key]) for key in first["method"])
-    momenta = [[entry["momentum_buffer"] for entry in s["optimizer"]["state"].values()] for s in (first, second)]
+    momenta = [
+        [entry["momentum_buffer"] for entry in s["optimizer"]["state"].values()]
+        for s in (first, second)
+    ]
     assert momenta[0] and all(map(torch.equal, *momenta))

@@ -27,7 +27,10 @@ POINTS = 12
 @click.option("--backend", default="resident", show_default=True)
 def soak(minutes: float, backend: str) -> None:
     with tempfile.TemporaryDirectory() as place:
-        data, out = write_folder(Path(place, "data"), {"train": 20}, size=(64, 64)), Path(place, "run")
+        data, out = (
+            write_folder(Path(place, "data"), {"train": 20}, size=(64, 64)),
+            Path(place, "run"),
+        )
         with Job(data, out, "--epochs", 10**6, "--nproc", 2, "--backend", backend) as job:
             until(lambda: newest(out) > 0 or job.process.poll() is not None)
             ranks, began, rows = job.ranks(), time.monotonic(), []
@@ -38,22 +41,38 @@ def soak(minutes: float, backend: str) -> None:
                 raise click.ClickException(f"the run ended by itself:\n{job.said}")
         steps = max(losses(out))
     found = {"backend": backend, "minutes": minutes, "steps": steps, "epochs": steps // EPOCH_STEPS}
-    click.echo(json.dumps(found | {f"rank_{rank}": summary(rows, rank) for rank in range(len(ranks))}))
+    click.echo(
+        json.dumps(found | {f"rank_{rank}": summary(rows, rank) for rank in range(len(ranks))})
+    )
 
 
 def measure(pid: int) -> dict[str, float]:
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return {"resident_mib": int(status["VmRSS"].split()[0]) / 1024, "fds": fds, "threads": int(status["Threads"])}
+    return {
+        "resident_mib": int(status["VmRSS"].split()[0]) / 1024,
+        "fds": fds,
+        "threads": int(status["Threads"]),
+    }
 
 
 def summary(rows: list, rank: int) -> dict:
     rest = [measured[rank] for second, measured in rows if second >= WARM_UP * rows[-1][0]]
     window = max(1, int(WINDOW * len(rows)))
-    first, last = (statistics.median(row["resident_mib"] for row in part) for part in (rest[:window], rest[-window:]))
-    found = {"resident_mib": [round(first, 1), round(last, 1)], "growth_pct": round(100 * (last / first - 1), 2)}
+    first, last = (
+        statistics.median(row["resident_mib"] for row in part)
+        for part in (rest[:window], rest[-window:])
+    )
+    found = {
+        "resident_mib": [round(first, 1), round(last, 1)],
+        "growth_pct": round(100 * (last / first - 1), 2),
+    }
     found |= {name: sorted({row[name] for row in rest}) for name in ("fds", "threads")}
-    return found | {"over_time": [rows[i][1][rank] for i in range(0, len(rows), max(1, len(rows) // POINTS))]}
+    return found | {
+        "over_time": [rows[i][1][rank] for i in range(0, len(rows), max(1, len(rows) // POINTS))]
+    }
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
 
-TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY = {
+    "width": 4,
+    "hidden_dim": 16,
+    "out_dim": 8,
+    "batch_size": 8,
+    "epochs": 3,
+    "views.size_px": 16,
+}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 100, "knn_every_epochs": 0}
 
 
@@ -40,16 +47,26 @@ def saved(out) -> list[int]:
     ("explodes_at", "step", "fault"),
     [
         (6, 7, "the loss of step 7 is not finite"),
-        (9, 9, "the weights or statistics after step 9 are not finite"),  # the last before the checkpoint of step 10
+        (
+            9,
+            9,
+            "the weights or statistics after step 9 are not finite",
+        ),  # the last before the checkpoint of step 10
     ],
 )
 def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batch(
     data, tmp_path, monkeypatch, explodes_at, step, fault
 ):
     rate = schedules.learning_rate
-    monkeypatch.setattr(schedules, "learning_rate", lambda now, *plan: math.inf if now == explodes_at else rate(now, *plan))
+    monkeypatch.setattr(
+        schedules,
+        "learning_rate",
+        lambda now, *plan: math.inf if now == explodes_at else rate(now, *plan),
+    )
     good = tmp_path / "checkpoints" / "step_00000005.pt"
-    with pytest.raises(FloatingPointError, match=f"{fault}: lower the learning rate .*Last good checkpoint: {good}"):
+    with pytest.raises(
+        FloatingPointError, match=f"{fault}: lower the learning rate .*Last good checkpoint: {good}"
+    ):
         train(tiny(), data, tmp_path)
     assert saved(tmp_path) == [5]
     assert all(x.isfinite().all() for x in checkpoint.load(good)["method"].values())
@@ -60,18 +77,25 @@ def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batc
 
 def test_fp16_that_overflows_in_every_step_stops_after_max_skips(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**120))
-    with pytest.raises(FloatingPointError, match=r"fp16 overflowed in 4 steps in a row, up to step 3: .*checkpoint: None"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"fp16 overflowed in 4 steps in a row, up to step 3: .*checkpoint: None",
+    ):
         train(tiny(precision="fp16", max_skips=3, log_every_steps=2), data, tmp_path)
     found = json.loads((tmp_path / "nonfinite.json").read_text())
     assert found["sample_ids"] == Order(40, 8, tiny().seed).ids(0, 3).tolist()
     assert [record["skipped_steps"] for record in read_metrics(tmp_path)] == [2]
 
 
-def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrides(data, tmp_path, capsys):
+def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrides(
+    data, tmp_path, capsys
+):
     train(tiny(), data, tmp_path / "run", stop_at_step=4)
     others = write_folder(tmp_path / "others", {"train": 21})
     changed = tiny(beta_base=0.4, tau_base=0.9, threads=1)
-    rows = "  beta_base: 0.3 in the checkpoint, 0.4 now\n  tau_base: 0.99 in the checkpoint, 0.9 now\n"
+    rows = (
+        "  beta_base: 0.3 in the checkpoint, 0.4 now\n  tau_base: 0.99 in the checkpoint, 0.9 now\n"
+    )
     rows += "  the training images are not the ones this run was started with"
     with pytest.raises(ValueError, match=re.escape("--force goes on all the same:\n" + rows)):
         train(changed, others, tmp_path / "run", resume=True)
@@ -87,9 +111,14 @@ def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_
     (tmp_path / "run").mkdir()
     train(tiny(), data, tmp_path / "run", resume=True, init_from=weights, stop_at_step=5)
     assert "has no checkpoint yet: starting at step 0" in capsys.readouterr().err
-    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights)  # the same command: not from there again
+    train(
+        tiny(), data, tmp_path / "run", resume=True, init_from=weights
+    )  # the same command: not from there again
     train(tiny(), data, tmp_path / "plain", init_from=weights)
-    one, other = (checkpoint.load_latest(tmp_path / name / "checkpoints")["method"] for name in ("run", "plain"))
+    one, other = (
+        checkpoint.load_latest(tmp_path / name / "checkpoints")["method"]
+        for name in ("run", "plain")
+    )
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -106,4 +135,8 @@ def test_resuming_in_no_folder_or_one_that_holds_no_run_is_refused(data, tmp_pat
 def test_a_run_stopped_between_epochs_is_evaluated_there_once_it_is_resumed(folder, tmp_path):
     train(tiny(epochs=2, knn_every_epochs=1), folder, tmp_path, stop_at_step=5)
     train(tiny(epochs=2, knn_every_epochs=1), folder, tmp_path, resume=True)
-    assert [record["epoch"] for record in read_metrics(tmp_path) if "knn_top1" in record] == [0, 1, 2]
+    assert [record["epoch"] for record in read_metrics(tmp_path) if "knn_top1" in record] == [
+        0,
+        1,
+        2,
+    ]

@@ -53,7 +53,9 @@ def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, w
     moments, reached = random.Random(0), []
     for _ in range(20):
         run = fork(data, tmp_path, "--epochs", LONG, "--resume")
-        mark = newest(tmp_path) + EPOCH_STEPS * moments.choice([0, 1, 1])  # 0: killed while it starts
+        mark = newest(tmp_path) + EPOCH_STEPS * moments.choice(
+            [0, 1, 1]
+        )  # 0: killed while it starts
         until(lambda run=run, mark=mark: newest(tmp_path) >= mark or run.exitcode is not None)
         time.sleep(moments.uniform(0, 0.15))
         run.kill()
@@ -74,12 +76,17 @@ def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, wh
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
             assert newest(tmp_path) > step
-            assert f"{number.name}: stopped after step {newest(tmp_path)}, which is saved; go on with --resume" in job.said
+            assert (
+                f"{number.name}: stopped after step {newest(tmp_path)}, which is saved; go on with --resume"
+                in job.said
+            )
     finish(data, tmp_path, "--epochs", LONG, "--resume")
     assert_same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["native", "torchvision"])  # threads and processes of the loader
+@pytest.mark.parametrize(
+    "backend", ["native", "torchvision"]
+)  # threads and processes of the loader
 def test_a_signal_to_the_whole_process_group_is_one_to_the_run(data, tmp_path, backend):
     with Job(data, tmp_path, "--epochs", LONG, "--backend", backend, prefix=("setsid",)) as job:
         job.wait_for("step 5/")
@@ -91,11 +98,16 @@ def test_signals_to_the_launcher_stop_all_ranks_at_one_step(data, whole_2, tmp_p
     out = tmp_path / "run"
     for number in SIGNALS:
         step = newest(out)
-        with Job(data, out, "--epochs", SHORT, "--nproc", 2, *(["--resume"] if step else [])) as job:
+        with Job(
+            data, out, "--epochs", SHORT, "--nproc", 2, *(["--resume"] if step else [])
+        ) as job:
             until(lambda step=step: newest(out) > step)
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
-            assert job.said.count(f"{number.name}: stopped after step {newest(out)}, which is saved") == 2
+            assert (
+                job.said.count(f"{number.name}: stopped after step {newest(out)}, which is saved")
+                == 2
+            )
     with Job(data, out, "--epochs", SHORT, "--nproc", 2, "--resume") as job:
         assert job.end() == 0, job.said
     assert_same_run(whole_2, out)
@@ -113,7 +125,9 @@ def test_ranks_that_are_killed_come_back_and_end_as_if_never_killed(data, whole_
     assert_same_run(whole_2, out)
 
 
-def test_a_restart_before_the_run_has_begun_neither_resumes_another_nor_forgets_to_overwrite_it(data, tmp_path):
+def test_a_restart_before_the_run_has_begun_neither_resumes_another_nor_forgets_to_overwrite_it(
+    data, tmp_path
+):
     out = tmp_path / "run"
     finish(data, out, "--epochs", 2)
     options = ("--epochs", 2, "--nproc", 2, "--max-restarts", 1)
@@ -139,7 +153,11 @@ def test_ranks_without_their_launcher_save_and_end(data, tmp_path):
 def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_path):
     out, one = tmp_path / "run", tmp_path / "one"
     settings = ["--epochs", 6]
-    for item in ("bn=sync", "log_every_steps=1", "base_lr=0.005"):  # slow learning, which does not amplify rounding
+    for item in (
+        "bn=sync",
+        "log_every_steps=1",
+        "base_lr=0.005",
+    ):  # slow learning, which does not amplify rounding
         settings += ["--set", item]
     finish(data, one, *settings)
     with Job(data, out, *settings, "--nproc", 4) as job:
@@ -150,13 +168,21 @@ def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_pa
         job.wait_for("step 18/")
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == STOPPED, job.said
-        assert "4 ranks wrote this checkpoint, 2 go on: the same global batches, 4 images on each" in job.said
+        assert (
+            "4 ranks wrote this checkpoint, 2 go on: the same global batches, 4 images on each"
+            in job.said
+        )
     with Job(data, out, *settings, "--resume") as job:
         assert job.end() == 0, job.said
-        assert "2 ranks wrote this checkpoint, 1 go on: the same global batches, 8 images on each" in job.said
+        assert (
+            "2 ranks wrote this checkpoint, 1 go on: the same global batches, 8 images on each"
+            in job.said
+        )
     several, expected = losses(out), losses(one)
     assert list(several) == list(expected) == list(range(1, 31))
-    assert [several[step] for step in range(1, 11)] == pytest.approx([expected[step] for step in range(1, 11)], abs=1e-4)
+    assert [several[step] for step in range(1, 11)] == pytest.approx(
+        [expected[step] for step in range(1, 11)], abs=1e-4
+    )
     assert list(several.values()) == pytest.approx(list(expected.values()), abs=2e-3)
 
 
@@ -186,7 +212,20 @@ def two_hosts():
         for name in names:
             ip("netns", "add", name)
             after.callback(subprocess.run, ["ip", "netns", "del", name])
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            names[1],
+        )
         for host, name in enumerate(names, start=1):
             ip("-n", name, "address", "add", f"10.77.0.{host}/24", "dev", "cable")
             for device in ("lo", "cable"):
@@ -197,10 +236,25 @@ def two_hosts():
 def test_two_hosts_on_a_network_agree_with_one(data, whole_2, tmp_path):
     out = tmp_path / "run"
     with two_hosts() as (names, address), ExitStack() as jobs:
-        meet = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": "29500"}
+        meet = {
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": address,
+            "MASTER_PORT": "29500",
+        }
         meet["GLOO_SOCKET_IFNAME"] = "cable"
         ranks = [
-            jobs.enter_context(Job(data, out, "--epochs", SHORT, prefix=("ip", "netns", "exec", name), RANK=str(rank), **meet))
+            jobs.enter_context(
+                Job(
+                    data,
+                    out,
+                    "--epochs",
+                    SHORT,
+                    prefix=("ip", "netns", "exec", name),
+                    RANK=str(rank),
+                    **meet,
+                )
+            )
             for rank, name in enumerate(names)
         ]
         assert [rank.end() for rank in ranks] == [0, 0], "\n".join(rank.said for rank in ranks)
@@ -210,7 +264,18 @@ def test_two_hosts_on_a_network_agree_with_one(data, whole_2, tmp_path):
 def test_a_rank_that_stops_answering_ends_the_job_and_is_named(data, tmp_path):
     with ExitStack() as jobs:
         started = [
-            jobs.enter_context(Job(data, tmp_path / str(rank), "--epochs", 1000, "--nproc", 2, "--set", "timeout_s=15"))
+            jobs.enter_context(
+                Job(
+                    data,
+                    tmp_path / str(rank),
+                    "--epochs",
+                    1000,
+                    "--nproc",
+                    2,
+                    "--set",
+                    "timeout_s=15",
+                )
+            )
             for rank in (0, 1)
         ]
         for rank, job in enumerate(started):
@@ -218,8 +283,12 @@ def test_a_rank_that_stops_answering_ends_the_job_and_is_named(data, tmp_path):
             os.kill(job.ranks()[rank], signal.SIGSTOP)
         for rank, job in enumerate(started):
             assert job.end() not in (0, STOPPED)
-            assert f"rank {rank} has been silent for 8 s; it was " in job.said, job.said  # half of the patience
-            assert f"Error: rank {rank} is silent, it was " in job.said and "Traceback" not in job.said, job.said
+            assert f"rank {rank} has been silent for 8 s; it was " in job.said, (
+                job.said
+            )  # half of the patience
+            assert (
+                f"Error: rank {rank} is silent, it was " in job.said and "Traceback" not in job.said
+            ), job.said
 
 
 @contextmanager
@@ -240,7 +309,9 @@ def disk(place: Path, *options: str):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(data, whole, tmp_path):
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(
+    data, whole, tmp_path
+):
     place = tmp_path / "disk"
     size = checkpoint.listed(whole / "checkpoints")[-1].stat().st_size
     with disk(place, f"size={int(2.5 * size)}") as mount_again:
@@ -248,7 +319,10 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(
         with Job(data, out, "--epochs", LONG) as job:
             assert job.end() == 1
             last = job.said.splitlines()[-1]
-            assert last.startswith(f"Error: {out}/checkpoints/step_000000") and "No space left on device" in last, job.said
+            assert (
+                last.startswith(f"Error: {out}/checkpoints/step_000000")
+                and "No space left on device" in last
+            ), job.said
             assert "go on with --resume; the checkpoints before it are untouched" in last
         assert newest(out) == state(out)["step"] > 0
         mount_again(f"size={100 * size}")
@@ -271,7 +345,10 @@ def test_an_out_that_cannot_be_written_is_refused_before_training(data, tmp_path
     file.write_text("")
     with disk(tmp_path / "disk") as mount_again:
         mount_again("ro")
-        for out, fault in ((tmp_path / "disk" / "run", "Read-only file system"), (file / "run", "Not a directory")):
+        for out, fault in (
+            (tmp_path / "disk" / "run", "Read-only file system"),
+            (file / "run", "Not a directory"),
+        ):
             with Job(data, out, "--epochs", LONG) as job:
                 assert job.end() == 1
                 assert fault in job.said and str(out) in job.said, job.said

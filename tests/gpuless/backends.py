@@ -140,7 +140,8 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
         "dali_waits": waits[1] - waits[0],
         "dali_pipelines": (dali.pipelines if dali else 0) - pipelines,
         "skipped": [sorted(first.skipped) == [bad], sorted(resumed.skipped) in ([], [bad])],
-        "gaps": [resident_gap(p, data, bad) for p in pixels] or gaps(sent, data, folder / "run", recipe.views, loading, order),
+        "gaps": [resident_gap(p, data, bad) for p in pixels]
+        or gaps(sent, data, folder / "run", recipe.views, loading, order),
     }
 
 

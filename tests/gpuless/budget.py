@@ -69,4 +69,8 @@ def differences(found: dict, budget: dict, memory_tolerance: float = 0) -> dict[
     if peak_gib := wanted.get("peak_gib"):
         tolerance = {"abs": MEMORY_TOLERANCE_GIB, "rel": memory_tolerance}
         wanted["peak_gib"] = pytest.approx(peak_gib, **tolerance)
-    return {name: (budget.get(name), found.get(name)) for name in budget | found if found.get(name) != wanted.get(name)}
+    return {
+        name: (budget.get(name), found.get(name))
+        for name in budget | found
+        if found.get(name) != wanted.get(name)
+    }

@@ -28,7 +28,11 @@ IMAGES, SIZE_PX = 64, 224
 
 def train(compiled: bool) -> None:
     """Forward and backward of a ResNet-50 with one block a stage, in fp16 and channels_last."""
-    encoder = convert_batchnorm(networks.Encoder("resnet50", compiled=compiled), 1).cuda().to(memory_format=torch.channels_last)
+    encoder = (
+        convert_batchnorm(networks.Encoder("resnet50", compiled=compiled), 1)
+        .cuda()
+        .to(memory_format=torch.channels_last)
+    )
     images = torch.empty(IMAGES, 3, SIZE_PX, SIZE_PX, dtype=torch.float16, device="cuda")
     with torch.autocast("cuda", torch.float16):
         features = encoder(images.to(memory_format=torch.channels_last))
@@ -53,15 +57,24 @@ def main() -> dict[str, dict]:
     GraphLowering.codegen = counted
     with Ledger() as ledger:
         train(compiled=False)
-    moved = (sum(b for where, _, b in ledger.operations if where == part) for part in ("online", "backward"))
-    results = {"eager": dict(zip(("forward_gb", "backward_gb"), (round(b / 1e9, 4) for b in moved), strict=True))}
+    moved = (
+        sum(b for where, _, b in ledger.operations if where == part)
+        for part in ("online", "backward")
+    )
+    results = {
+        "eager": dict(
+            zip(("forward_gb", "backward_gb"), (round(b / 1e9, 4) for b in moved), strict=True)
+        )
+    }
     train(compiled=True)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=8)
     train(compiled=True)
     for bn in ("local", "sync"):
         for part in ("forward", "backward"):
             kernels, gb = graphs.pop(0)
-            results.setdefault(bn, {}).update({f"{part}_kernels": kernels, f"{part}_gb": round(gb, 4)})
+            results.setdefault(bn, {}).update(
+                {f"{part}_kernels": kernels, f"{part}_gb": round(gb, 4)}
+            )
     return results
 
 

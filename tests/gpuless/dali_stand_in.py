@@ -67,7 +67,9 @@ def on_fake_gpu(cpu: Pipeline) -> Pipeline:
     def release_outputs() -> None:
         cpu.release_outputs()
         for memory in lent.popleft():
-            work.append(lambda memory=memory: ctypes.memset(memory.data_ptr(), REUSED, memory.nbytes))
+            work.append(
+                lambda memory=memory: ctypes.memset(memory.data_ptr(), REUSED, memory.nbytes)
+            )
 
     pipe.build.side_effect = cpu.build
     pipe.feed_input.side_effect = cpu.feed_input

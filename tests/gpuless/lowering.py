@@ -25,7 +25,10 @@ from triton.backends.compiler import GPUTarget
 from pipelines import device_ops
 
 FOLDER = Path(sys.argv[1])
-os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "inductor"), "TRITON_CACHE_DIR": str(FOLDER / "triton")}
+os.environ |= {
+    "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "inductor"),
+    "TRITON_CACHE_DIR": str(FOLDER / "triton"),
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 IMAGES, SIZE_PX = 256, 224
 V100, H100 = 70, 90
@@ -60,8 +63,12 @@ def usage(name: str, source: str, capability: int) -> tuple[int, int]:
     most = [0, 0]
     for compiled in kernel.compile_results:
         (cubin := FOLDER / "kernel.cubin").write_bytes(compiled.kernel.asm["cubin"])
-        listed = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-        registers, stack, local = (int(re.search(rf"{part}:(\d+)", listed)[1]) for part in ("REG", "STACK", "LOCAL"))
+        listed = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        registers, stack, local = (
+            int(re.search(rf"{part}:(\d+)", listed)[1]) for part in ("REG", "STACK", "LOCAL")
+        )
         most = [max(most[0], registers), max(most[1], stack + local)]
     return most[0], most[1]
 
@@ -95,14 +102,25 @@ def main() -> dict[str, dict]:
         kernels = sources(function, *inputs)
         results[name] = {"kernels": len(kernels)}
         for capability in (V100, H100):
-            registers, spilled = zip(*(usage(*kernel, capability) for kernel in kernels.items()), strict=True)
-            results[name] |= {f"sm_{capability}_registers": max(registers), f"sm_{capability}_spilled_bytes": max(spilled)}
+            registers, spilled = zip(
+                *(usage(*kernel, capability) for kernel in kernels.items()), strict=True
+            )
+            results[name] |= {
+                f"sm_{capability}_registers": max(registers),
+                f"sm_{capability}_spilled_bytes": max(spilled),
+            }
     unfused = sources(lambda x: device_ops.round_level(x.cumsum(1).sort()[0]), on_gpu(8, 5000))
     compiled = triton.compile
-    triton.compile = lambda source, options, **rest: compiled(source, options=options | {"maxnreg": 24}, **rest)
+    triton.compile = lambda source, options, **rest: compiled(
+        source, options=options | {"maxnreg": 24}, **rest
+    )
     name, source = next(iter(kernels.items()))
     spilling = usage(name, source + "# again", V100)  # the same text is loaded only once
-    results["planted"] = {"kernels": len(unfused), "registers": spilling[0], "spilled_bytes": spilling[1]}
+    results["planted"] = {
+        "kernels": len(unfused),
+        "registers": spilling[0],
+        "spilled_bytes": spilling[1],
+    }
     return results
 
 

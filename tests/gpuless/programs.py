@@ -91,8 +91,14 @@ def imagenet_steps(folder: str) -> dict[str, dict]:
 
     def restore(run, state, *arguments, restore=engine.restore) -> None:
         restore(run, state, *arguments)
-        loaded = [*run.method.state_dict().values(), *(s["momentum_buffer"] for s in run.optimizer.state.values())]
-        saved = [*state["method"].values(), *(s["momentum_buffer"] for s in state["optimizer"]["state"].values())]
+        loaded = [
+            *run.method.state_dict().values(),
+            *(s["momentum_buffer"] for s in run.optimizer.state.values()),
+        ]
+        saved = [
+            *state["method"].values(),
+            *(s["momentum_buffer"] for s in state["optimizer"]["state"].values()),
+        ]
         assert all(x.is_cuda for x in loaded) and run.step == 3
         for one, other in zip(loaded, saved, strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
@@ -103,7 +109,13 @@ def imagenet_steps(folder: str) -> dict[str, dict]:
     os.fsync = lambda _: None  # of .4 GB a checkpoint: no disk is tested here
     own = {"supervised": {"classes": 2}, "rsa recomputed": {"recompute_stages": 1}}
     for case in (*METHODS, "rsa recomputed"):
-        fields = {"batch_size": 256 * RANKS, "device": "cuda", "precision": "fp16", "backend": "native", "keep_last": 1}
+        fields = {
+            "batch_size": 256 * RANKS,
+            "device": "cuda",
+            "precision": "fp16",
+            "backend": "native",
+            "keep_last": 1,
+        }
         recipe = build_recipe("imagenet1k", case.split()[0], overrides=fields | own.get(case, {}))
         out = Path(folder) / case
         gc.collect()
@@ -133,12 +145,24 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
         cases[f"{method} {bn}"] = (method, {"bn": bn})
     results = {}
     for case, (method, fields) in cases.items():
-        fields = {"precision": "fp16", "batch_size": 64, "width": 8, "device": "cuda", "views.size_px": 16, **fields}
+        fields = {
+            "precision": "fp16",
+            "batch_size": 64,
+            "width": 8,
+            "device": "cuda",
+            "views.size_px": 16,
+            **fields,
+        }
         run = build_run(build_recipe("cifar10", method, overrides=fields), 64)
         source = open_source(beton if run.recipe.backend == "ffcv" else folder, "pretrain")
-        options = {name: getattr(run.recipe, name) for name in LOADING_FIELDS} | {"device": run.device, "dtype": run.dtype}
+        options = {name: getattr(run.recipe, name) for name in LOADING_FIELDS} | {
+            "device": run.device,
+            "dtype": run.dtype,
+        }
         meter = Meter(64, run.device)
-        with open_views(source, run.recipe.views, run.method.reads, Order(40, 8, 0), **options) as loader:
+        with open_views(
+            source, run.recipe.views, run.method.reads, Order(40, 8, 0), **options
+        ) as loader:
             batches = loader.batches(0)
             for step in (0, 1):
                 meter.add(step, train_step(run, next(batches)), run.skipped)
@@ -146,7 +170,12 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
                 for batch in batches:
                     meter.add(run.step, train_step(run, batch), run.skipped)
         views = [batch.views[name] for name in run.method.reads]
-        assert all(v.is_cuda and v.dtype == run.dtype and v.is_contiguous(memory_format=torch.channels_last) for v in views)
+        assert all(
+            v.is_cuda
+            and v.dtype == run.dtype
+            and v.is_contiguous(memory_format=torch.channels_last)
+            for v in views
+        )
         assert run.step == 5
         results[case] = watch.found
     return results
@@ -171,7 +200,9 @@ def planted_faults() -> dict[str, dict]:
         "pageable-copy": lambda batch: torch.ones(1).to("cuda", non_blocking=True),
         "convolution-of-wrong-type": lambda batch: fp32(F.conv2d, batch.weak_1, batch.weak_1),
         "conv-not-channels_last": lambda batch: F.conv2d(batch.weak_1.contiguous(), batch.weak_1),
-        "foreach-mixed-device": lambda batch: torch._foreach_mul_([torch.ones(1), torch.ones(1, device="cuda")], 2),
+        "foreach-mixed-device": lambda batch: torch._foreach_mul_(
+            [torch.ones(1), torch.ones(1, device="cuda")], 2
+        ),
         "products": lambda batch: fp32(torch.mm, batch.weak_1[0, 0], batch.weak_1[0, 0]),
         "kernels": lambda batch: batch.weak_1.mul_(1),
         "copies": lambda batch: batch.label.clone(),
@@ -181,13 +212,24 @@ def planted_faults() -> dict[str, dict]:
     as_rank_0_of_8()
     results = {}
     for name, plant in faults.items():
-        fields = {"optimizer": "lars", "bn": "sync", "precision": "fp16", "width": 8, "batch_size": 64, "device": "cuda"}
+        fields = {
+            "optimizer": "lars",
+            "bn": "sync",
+            "precision": "fp16",
+            "width": 8,
+            "batch_size": 64,
+            "device": "cuda",
+        }
         run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 64)
-        view = torch.zeros(8, 3, 16, 16, dtype=run.dtype, device="cuda").to(memory_format=torch.channels_last)
+        view = torch.zeros(8, 3, 16, 16, dtype=run.dtype, device="cuda").to(
+            memory_format=torch.channels_last
+        )
         batch = Batch(torch.zeros(8, dtype=torch.int64, device="cuda"), dict.fromkeys(VIEWS, view))
         for _ in range(2):
             train_step(run, batch)
-        run.method.register_forward_pre_hook(lambda _, inputs, plant=plant: (plant(inputs[0]), None)[1])
+        run.method.register_forward_pre_hook(
+            lambda _, inputs, plant=plant: (plant(inputs[0]), None)[1]
+        )
         try:
             with Watch() as watch:
                 train_step(run, batch)

@@ -60,7 +60,9 @@ def test_devices_memory_copies_and_counters_are_as_described(monkeypatch):
 @pytest.mark.skipif(fake_gpu.missing() is not None, reason=str(fake_gpu.missing()))
 def test_processes_that_build_at_once_build_once(tmp_path, monkeypatch):
     builds, compile_in = [], build.compile_in
-    monkeypatch.setattr(build, "compile_in", lambda place: (builds.append(place), compile_in(place)))
+    monkeypatch.setattr(
+        build, "compile_in", lambda place: (builds.append(place), compile_in(place))
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(4) as threads:  # each opens the lock for itself, as a process does
         (library,) = set(threads.map(lambda _: build.build(), range(4)))

@@ -17,7 +17,9 @@ def costs(folder, tmp_path_factory):
     """By case, `Watch.found` of the third step."""
     place = tmp_path_factory.mktemp("imagenet_steps")
     (place / "train").symlink_to(folder / "train")
-    costs = json.loads(on_fake_gpu(Path(__file__).with_name("programs.py"), "imagenet_steps", place))
+    costs = json.loads(
+        on_fake_gpu(Path(__file__).with_name("programs.py"), "imagenet_steps", place)
+    )
     rewrite("imagenet_step_per_gpu", costs)
     return costs
 

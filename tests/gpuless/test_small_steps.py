@@ -19,7 +19,12 @@ WAITS = (
     "copy to the host",
     "index on the host",
 )
-LINT = ("pageable-copy", "convolution-of-wrong-type", "conv-not-channels_last", "foreach-mixed-device")
+LINT = (
+    "pageable-copy",
+    "convolution-of-wrong-type",
+    "conv-not-channels_last",
+    "foreach-mixed-device",
+)
 BUDGET = ("products", "kernels", "copies", "all_reduce_bytes", "peak_gib")
 
 

@@ -31,13 +31,21 @@ def test_torch_is_compiled_for_them():
 )
 def test_so_are_the_libraries_beside_it(package, pattern):
     tool = (
-        Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if find_spec("triton") else None
+        Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if find_spec("triton")
+        else None
     )
     if tool is None or not tool.is_file():
         pytest.skip("no cuobjdump: it comes with triton")
-    if not find_spec(package.partition(".")[0]) or not (found := find_spec(package)):  # the second raises without the first
+    if not find_spec(package.partition(".")[0]) or not (
+        found := find_spec(package)
+    ):  # the second raises without the first
         pytest.skip(f"{package} is not installed")
-    (library,) = (path for place in found.submodule_search_locations for path in Path(place).glob(pattern))
+    (library,) = (
+        path for place in found.submodule_search_locations for path in Path(place).glob(pattern)
+    )
     tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    listed = subprocess.run([tool, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [tool, "--list-elf", library], capture_output=True, text=True, check=True
+    ).stdout
     assert set(re.findall(r"\bsm_\d+\b", listed)) >= WANTED

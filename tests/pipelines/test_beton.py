@@ -19,7 +19,15 @@ from pipelines.sources import open_source, to_rgb
 
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
 PAGE = 2**21  # ffcv's smallest
-SIZES = [(480, 500), (300, 400), (500, 480), (20, 31), (490, 490), (480, 500), (33, 17)]  # three pages as pixels
+SIZES = [
+    (480, 500),
+    (300, 400),
+    (500, 480),
+    (20, 31),
+    (490, 490),
+    (480, 500),
+    (33, 17),
+]  # three pages as pixels
 
 
 def images() -> list[np.ndarray]:
@@ -54,7 +62,9 @@ def ffcv_writes(path: Path, pixels: list[np.ndarray], workers: int, **field: obj
     from ffcv.writer import DatasetWriter
 
     dataset = [(image, i % 3) for i, image in enumerate(pixels)]
-    writer = DatasetWriter(str(path), {"image": RGBImageField(**field), "label": IntField()}, PAGE, workers)
+    writer = DatasetWriter(
+        str(path), {"image": RGBImageField(**field), "label": IntField()}, PAGE, workers
+    )
     writer.from_indexed_dataset(dataset, chunksize=1)
     return path
 
@@ -65,19 +75,34 @@ def test_the_types_are_ffcv_s():
 
     record = np.dtype([("image", beton.IMAGE), ("label", beton.FIELD_TYPES[1])], align=True)
     theirs = types.get_metadata_type([RGBImageField(), IntField()])
-    pairs = [(beton.HEADER, types.HeaderType), (beton.ALLOCATION, types.ALLOC_TABLE_TYPE), (record, theirs)]
+    pairs = [
+        (beton.HEADER, types.HeaderType),
+        (beton.ALLOCATION, types.ALLOC_TABLE_TYPE),
+        (record, theirs),
+    ]
     for ours, theirs in pairs:
         assert ours.itemsize == theirs.itemsize
-        assert [ours.fields[n][1] for n in ours.names] == [theirs.fields[n][1] for n in theirs.names]
-    assert beton.FIELD.itemsize == types.FieldDescType.itemsize and beton.VERSION == types.CURRENT_VERSION
+        assert [ours.fields[n][1] for n in ours.names] == [
+            theirs.fields[n][1] for n in theirs.names
+        ]
+    assert (
+        beton.FIELD.itemsize == types.FieldDescType.itemsize
+        and beton.VERSION == types.CURRENT_VERSION
+    )
 
 
 def test_pixels_labels_and_sizes_come_back(written):
     source = beton_source(written)
     assert source.manifest.sizes.tolist() == [list(size) for size in SIZES]
-    assert source.manifest.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and source.manifest.classes == ("0", "1", "2")
+    assert source.manifest.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and source.manifest.classes == (
+        "0",
+        "1",
+        "2",
+    )
     with ThreadPoolExecutor(4) as pool:
-        for wanted, found in zip(images() * 5, pool.map(source.read, [*range(len(SIZES))] * 5), strict=True):
+        for wanted, found in zip(
+            images() * 5, pool.map(source.read, [*range(len(SIZES))] * 5), strict=True
+        ):
             assert found.flags.writeable and (found == wanted).all()
     assert source.encoded is None  # pixels are no file
 
@@ -89,12 +114,20 @@ def test_the_file_is_the_one_ffcv_writes_with_one_worker(written, tmp_path):
 
 def test_ffcv_reads_the_file(written):
     reader = pytest.importorskip("ffcv.reader", reason=NEEDS_FFCV).Reader(str(written))
-    assert reader.field_names == ["image", "label"] and reader.num_samples == len(SIZES) and reader.page_size == PAGE
-    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    assert (
+        reader.field_names == ["image", "label"]
+        and reader.num_samples == len(SIZES)
+        and reader.page_size == PAGE
+    )
+    sizes = dict(
+        zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True)
+    )
     stored = np.fromfile(written, np.uint8)
     for (image, _), wanted in zip(reader.metadata, images(), strict=True):
         start = int(image["data_ptr"])
-        assert (stored[start : start + sizes[start]] == wanted.reshape(-1)).all() and image["height"] == wanted.shape[0]
+        assert (stored[start : start + sizes[start]] == wanted.reshape(-1)).all() and image[
+            "height"
+        ] == wanted.shape[0]
         assert start // PAGE == (start + wanted.size - 1) // PAGE  # none across a page
     assert reader.metadata["f1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
@@ -109,7 +142,10 @@ def test_ffcv_s_own_files_are_read(tmp_path, mode):
     for i, wanted in enumerate(images()):
         as_jpeg = encode_jpeg(wanted, 90).tobytes()
         assert packed.stored(i) == (wanted.tobytes() if packed.entries["raw"][i] else as_jpeg)
-        assert (source.read(i) == (wanted if packed.entries["raw"][i] else to_rgb(Image.open(io.BytesIO(as_jpeg))))).all()
+        assert (
+            source.read(i)
+            == (wanted if packed.entries["raw"][i] else to_rgb(Image.open(io.BytesIO(as_jpeg))))
+        ).all()
     if mode == "jpg":
         assert source.encoded(3) == encode_jpeg(images()[3], 90).tobytes()
 
@@ -133,7 +169,9 @@ def test_damaged_and_foreign_files_are_named(written):
 
     def fails_with(content: bytes, message: str) -> None:
         written.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"cannot read .*train\.beton as FFCV's format: .*{message}"):
+        with pytest.raises(
+            ValueError, match=rf"cannot read .*train\.beton as FFCV's format: .*{message}"
+        ):
             beton_source(written)
 
     def changed(**values: int) -> bytes:
@@ -151,7 +189,10 @@ def test_damaged_and_foreign_files_are_named(written):
     fails_with(whole[:2110], "truncated: 0 of 7 records")
     fails_with(whole[:-1], "1 of 7 images are not in its allocation table")
     fails_with(whole[: len(whole) // 2], "its allocation table is missing: it is truncated")
-    fails_with(whole.replace(b"label", b"lapel"), "fields {'image': 2, 'lapel': 1}, wanted {'image': 2, 'label': 1}")
+    fails_with(
+        whole.replace(b"label", b"lapel"),
+        "fields {'image': 2, 'lapel': 1}, wanted {'image': 2, 'label': 1}",
+    )
     fails_with(whole.replace(b"\x01label", b"\x05label"), "fields {'image': 2, 'label': 5}")
     with pytest.raises(FileNotFoundError):
         beton_source(written.with_name("absent.beton"))
@@ -170,34 +211,55 @@ def test_class_names_come_from_the_file_beside_it(written):
     description = {"format": "beton", "version": 1, "count": 7, "classes": ["ant", "bee", "cat"]}
     written.with_suffix(".json").write_text(json.dumps(description))
     assert beton_source(written).manifest.classes == ("ant", "bee", "cat")
-    for wrong in ({**description, "count": 8}, {**description, "format": "shards"}, {**description, "version": 9}, []):
+    for wrong in (
+        {**description, "count": 8},
+        {**description, "format": "shards"},
+        {**description, "version": 9},
+        [],
+    ):
         written.with_suffix(".json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"train\.json does not describe the images beside it"):
             beton_source(written)
 
 
 def test_pages_hold_the_largest_image(tmp_path):
-    assert [page_bytes(n) for n in (1, 2**23, 2**23 + 1, 2400 * 1632 * 3)] == [2**23, 2**23, 2**24, 2**24]
-    with pytest.raises(ValueError, match=r"an image of 2,097,153 bytes does not fit a page of 2,097,152"):
+    assert [page_bytes(n) for n in (1, 2**23, 2**23 + 1, 2400 * 1632 * 3)] == [
+        2**23,
+        2**23,
+        2**24,
+        2**24,
+    ]
+    with pytest.raises(
+        ValueError, match=r"an image of 2,097,153 bytes does not fit a page of 2,097,152"
+    ):
         BetonWriter(tmp_path / "a", 1, PAGE, np.zeros(0, ENTRY)).append(bytes(PAGE + 1), 0)
 
 
 def test_a_folder_of_beton_files_is_a_source(written):
     data = written.parent
-    assert (open_source(data, "pretrain").read(1) == images()[1]).all() and open_source(data, "train").manifest.split == "train"
+    assert (open_source(data, "pretrain").read(1) == images()[1]).all() and open_source(
+        data, "train"
+    ).manifest.split == "train"
     with pytest.raises(FileNotFoundError, match="no val/ or test/ folder"):
         open_source(data, "test")
     write(data / "val_500_0.5_90.ffcv", images()[:2])
     assert len(open_source(data, "test").manifest) == 2
     write(data / "train_400.ffcv", images()[:2])
-    with pytest.raises(ValueError, match=r"holds train\.beton, train_400\.ffcv for one split: keep one"):
+    with pytest.raises(
+        ValueError, match=r"holds train\.beton, train_400\.ffcv for one split: keep one"
+    ):
         open_source(data, "pretrain")
 
 
 def test_a_million_images_open_fast_and_lean(tmp_path):
     count = 1_281_167
     entries = np.zeros(count, ENTRY)
-    entries["size"], entries["label"], entries["height"], entries["width"] = 110_000, np.arange(count) % 1000, 375, 500
+    entries["size"], entries["label"], entries["height"], entries["width"] = (
+        110_000,
+        np.arange(count) % 1000,
+        375,
+        500,
+    )
     path = tmp_path / "train.beton"
     writer = BetonWriter(path, count, 2**23, np.zeros(0, ENTRY))
     entries["offset"] = writer.end + 110_000 * np.arange(count)

@@ -13,7 +13,8 @@ from pipelines.loading import Job
 from pipelines.views import ViewSpec
 
 pytestmark = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]"
+    find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
 )
 
 
@@ -21,7 +22,18 @@ def job(folder, reads=VIEWS, decode_on="gpu"):
     source = open_source(folder, "pretrain")
     spec = ViewSpec(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     order = Order(len(source.manifest), 8, 0)
-    return Job(source, spec, frozenset(reads), order, torch.device("cpu"), torch.float32, 2, 2, "device", decode_on)
+    return Job(
+        source,
+        spec,
+        frozenset(reads),
+        order,
+        torch.device("cpu"),
+        torch.float32,
+        2,
+        2,
+        "device",
+        decode_on,
+    )
 
 
 def operators(pipe) -> list[tuple[str, str, dict[str, str]]]:
@@ -30,7 +42,9 @@ def operators(pipe) -> list[tuple[str, str, dict[str, str]]]:
     found = []
     for operator in pipe._ops:
         lines = [line.strip() for line in str(operator.spec).splitlines()]
-        arguments = dict(line.split(": ", 1) for line in lines if ": " in line and not line.startswith("OpSpec"))
+        arguments = dict(
+            line.split(": ", 1) for line in lines if ": " in line and not line.startswith("OpSpec")
+        )
         name = lines[0].split("OpSpec for ")[1].rstrip(":")
         found.append((name, arguments.pop("device"), arguments))
     return found
@@ -57,7 +71,11 @@ def test_the_cpu_graph_is_the_gpu_s_twin(folder):
     assert [name for name, *_ in gpu] == [name for name, *_ in cpu]
     only_gpu = {"preallocate_width_hint", "preallocate_height_hint", "jpeg_fancy_upsampling"}
     for (name, _, on_gpu), (_, _, on_cpu) in zip(gpu, cpu, strict=True):
-        differ = {key for key in on_gpu.keys() | on_cpu.keys() if on_gpu.get(key) != on_cpu.get(key) and key[0] != "_"}
+        differ = {
+            key
+            for key in on_gpu.keys() | on_cpu.keys()
+            if on_gpu.get(key) != on_cpu.get(key) and key[0] != "_"
+        }
         assert differ <= only_gpu, (name, differ)
 
 
@@ -75,5 +93,7 @@ def test_views_made_on_the_host_are_refused_on_a_gpu_before_dali_starts(folder):
     from pipelines.dali_views import DaliViews
 
     on_gpu = replace(job(folder), device=torch.device("cuda"), aggressive_on="host")
-    with pytest.raises(ValueError, match="aggressive_on: host would bring the crops back from the GPU; use device"):
+    with pytest.raises(
+        ValueError, match="aggressive_on: host would bring the crops back from the GPU; use device"
+    ):
         DaliViews(on_gpu)

@@ -13,7 +13,13 @@ from pipelines.views import ViewSpec
 SPEC = ViewSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def drawn(count: int, spec: ViewSpec = SPEC, size: tuple[int, int] = (32, 32), seed: int = 0, epoch: int = 0) -> np.ndarray:
+def drawn(
+    count: int,
+    spec: ViewSpec = SPEC,
+    size: tuple[int, int] = (32, 32),
+    seed: int = 0,
+    epoch: int = 0,
+) -> np.ndarray:
     return draw(seed, epoch, np.arange(count), spec, np.tile(size, (count, 1)))
 
 
@@ -36,9 +42,16 @@ def test_each_choice_is_independent_of_the_others_and_of_the_other_crop():
         params["height"],
     ]
     columns += [params["factor"][..., k] for k in range(4)]
-    table = np.concatenate([np.stack([c[:, crop] for c in columns]) for crop in (0, 1)]).astype(float)
+    table = np.concatenate([np.stack([c[:, crop] for c in columns]) for crop in (0, 1)]).astype(
+        float
+    )
     correlation = np.corrcoef(table)
-    top_height = [(4, 5), (5, 4), (14, 15), (15, 14)]  # a taller window leaves less room: dependent by design
+    top_height = [
+        (4, 5),
+        (5, 4),
+        (14, 15),
+        (15, 14),
+    ]  # a taller window leaves less room: dependent by design
     for i, j in top_height:
         correlation[i, j] = 0
     np.fill_diagonal(correlation, 0)
@@ -67,7 +80,9 @@ def test_windows_are_distributed_as_torchvision_draws_them(size):
     height, width = size
     image = Image.new("RGB", (width, height))
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(4000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(4000)]
+    )
     ours = drawn(4000, size=size)[:, 0]
     for column, name in enumerate(("top", "left", "height", "width")):
         assert ks_2samp(ours[name], theirs[:, column]).pvalue > 0.001, name
@@ -90,7 +105,10 @@ def test_a_sample_s_views_do_not_depend_on_the_batch_it_is_in():
 
 
 def test_seed_epoch_sample_and_crop_each_change_the_dice():
-    flat = [drawn(100, seed=seed, epoch=epoch)["factor"].ravel() for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    flat = [
+        drawn(100, seed=seed, epoch=epoch)["factor"].ravel()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
     values = np.concatenate(flat)
     assert len(np.unique(values)) > 0.999 * len(values)
 
@@ -115,7 +133,14 @@ def test_the_hash_is_splitmix64_in_whole_numbers():
 def test_the_dice_never_change():
     """A resumed run must see the views it would have seen: a change here breaks the resumption of older runs."""
     row = draw(7, 3, np.array([12345]), SPEC, np.array([[375, 500]]))[0, 1]
-    assert [row[name] for name in ("top", "left", "height", "width", "flip", "jitter")] == [117, 103, 217, 194, 1, 1]
+    assert [row[name] for name in ("top", "left", "height", "width", "flip", "jitter")] == [
+        117,
+        103,
+        217,
+        194,
+        1,
+        1,
+    ]
     assert row["order"].tolist() == [2, 1, 0, 3]
     assert row["factor"].tolist() == pytest.approx([0.94237, 1.24021, 0.98708, -0.05778], abs=1e-5)
     assert row["blur_sigma_px"] == pytest.approx(1.89663, abs=1e-5)

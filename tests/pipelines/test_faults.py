@@ -25,8 +25,13 @@ from pipelines.shards import ShardWriter, open_shards, shard_path
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 COUNT, BATCH = 24, 8  # so that an epoch reads every image
-DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
-FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+DALI = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
+)
+FFCV = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
+)
 READ_FILES = ["native", pytest.param("dali", marks=DALI), "torchvision"]
 while_reading = pytest.mark.parametrize("backend", READ_FILES)
 every_backend = pytest.mark.parametrize("backend", ["resident", *READ_FILES])
@@ -58,11 +63,19 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "zeros": (lambda data: data[:2] + bytes(len(data) - 2), "cannot identify image file"),
     "text": (lambda data: b"no image any more", "cannot identify image file"),
     "removed": (lambda data: None, "No such file"),
-    "smaller": (lambda data: jpeg(7, 9, 30), r"\(9, 30\) px, its manifest says \(20, 20\): the data changed"),
-    "larger": (lambda data: jpeg(7, 40, 30), r"\(40, 30\) px, its manifest says \(20, 20\): the data changed"),
+    "smaller": (
+        lambda data: jpeg(7, 9, 30),
+        r"\(9, 30\) px, its manifest says \(20, 20\): the data changed",
+    ),
+    "larger": (
+        lambda data: jpeg(7, 40, 30),
+        r"\(40, 30\) px, its manifest says \(20, 20\): the data changed",
+    ),
     "bomb": (bomb, r"exceeds limit of 178956970 pixels"),
 }
-BAD = dict(zip((0, 3, 4, 5, 9, 14, 17, 22, 23), DAMAGE, strict=True))  # in a row, and the last before the first
+BAD = dict(
+    zip((0, 3, 4, 5, 9, 14, 17, 22, 23), DAMAGE, strict=True)
+)  # in a row, and the last before the first
 
 
 def stand_in(sample: int, bad: set[int] | dict = BAD, count: int = COUNT) -> int:
@@ -114,7 +127,9 @@ def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, bac
     files = [data / path for path in source.manifest.paths]
     order = Order(COUNT, BATCH, 5)
     with open_loader(source, backend) as loader:
-        whole = {epoch: views_of(loader.batches(epoch), epoch_ids(order, epoch)) for epoch in (1, 2)}
+        whole = {
+            epoch: views_of(loader.batches(epoch), epoch_ids(order, epoch)) for epoch in (1, 2)
+        }
         assert loader.skipped == {}
     contents = [file.read_bytes() for file in files]
 
@@ -131,13 +146,21 @@ def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, bac
         for epoch in (1, 2):
             assert_stood_in(loader.batches(epoch), epoch_ids(order, epoch), whole[epoch])
         assert loader.skipped.keys() == BAD.keys()
-        lines = [line.split(": ")[0] for line in capfd.readouterr().err.splitlines() if line.startswith("skipped ")]
-        assert sorted(lines) == sorted(f"skipped sample {sample}, {source.manifest.paths[sample]}" for sample in BAD)
+        lines = [
+            line.split(": ")[0]
+            for line in capfd.readouterr().err.splitlines()
+            if line.startswith("skipped ")
+        ]
+        assert sorted(lines) == sorted(
+            f"skipped sample {sample}, {source.manifest.paths[sample]}" for sample in BAD
+        )
         with open_loader(source, backend, on_bad_image="skip") as resumed:
             assert_stood_in(resumed.batches(2, 1), epoch_ids(order, 2, 1), whole[2])
         for file, content in zip(files, contents, strict=True):
             file.write_bytes(content)
-        assert_stood_in(loader.batches(1), epoch_ids(order, 1), whole[1])  # what was bad is not tried again
+        assert_stood_in(
+            loader.batches(1), epoch_ids(order, 1), whole[1]
+        )  # what was bad is not tried again
 
 
 @while_reading
@@ -149,9 +172,13 @@ def test_ranks_stay_in_step_and_see_together_what_one_sees(data, backend):
     for world_size in (1, 2, 4):
         ranks = []
         for rank in range(world_size):
-            with open_loader(source, backend, rank, world_size, on_bad_image="skip", threads=1) as loader:
+            with open_loader(
+                source, backend, rank, world_size, on_bad_image="skip", threads=1
+            ) as loader:
                 ranks.append(list(loader.batches(0)))
-        seen.append([torch.cat([batch.aggressive_2 for batch in step]) for step in zip(*ranks, strict=True)])
+        seen.append(
+            [torch.cat([batch.aggressive_2 for batch in step]) for step in zip(*ranks, strict=True)]
+        )
     assert len(seen[0]) == 3
     for one, two, four in zip(*seen, strict=True):
         assert torch.equal(one, two) and torch.equal(one, four)
@@ -184,7 +211,10 @@ def test_nothing_readable_is_an_error_not_a_loop(data, backend):
     shutil.rmtree(data / "train")
     with (
         open_loader(source, backend, on_bad_image="skip") as loader,
-        pytest.raises(ValueError, match=r"none of the 24 images can be read; one of them: sample \d+, train/class_"),
+        pytest.raises(
+            ValueError,
+            match=r"none of the 24 images can be read; one of them: sample \d+, train/class_",
+        ),
     ):
         next(iter(loader.batches(0)))
 
@@ -237,10 +267,17 @@ def write_packed(data: Path, form: str) -> Callable[[], Packed]:
         entries[i] = (*writer.append(image, i % 3), len(image), i % 3, 20, 20, False)
     writer.finish(entries)
     writer.close()
-    return lambda: open_beton(data / "train.beton") if form == "beton" else open_shards(data / "train")
+    return lambda: (
+        open_beton(data / "train.beton") if form == "beton" else open_shards(data / "train")
+    )
 
 
-PACKED = [("native", "beton"), ("native", "shards"), pytest.param("ffcv", "beton", marks=FFCV), ("torchvision", "shards")]
+PACKED = [
+    ("native", "beton"),
+    ("native", "shards"),
+    pytest.param("ffcv", "beton", marks=FFCV),
+    ("torchvision", "shards"),
+]
 packed_forms = pytest.mark.parametrize(("backend", "form"), PACKED)
 # FFCV decodes with a faster DCT; what it refuses, and what stands in for that, PIL decodes
 LEVELS = {"ffcv": 3.0}
@@ -261,7 +298,9 @@ def test_an_image_overwritten_in_its_file_is_named_or_stood_in_for(tmp_path, bac
     file = "train.beton" if form == "beton" else r"shard-00000\d.tar"
     with open_loader(source, "torchvision", threads=1) as loader:
         whole = views_of(loader.batches(1), epoch_ids(order, 1))
-    stops, skips = (open_loader(source, backend, threads=1, on_bad_image=policy) for policy in ("stop", "skip"))
+    stops, skips = (
+        open_loader(source, backend, threads=1, on_bad_image=policy) for policy in ("stop", "skip")
+    )
     with stops, skips:
         next(iter(skips.batches(0)))
         for sample, content in bad.items():
@@ -289,8 +328,13 @@ def test_a_file_cut_during_the_run_loses_only_what_lay_behind_the_cut(tmp_path, 
         bad = {i for i in range(14, COUNT) if packed.entries["file"][i] == entry["file"]}
         for batch, ids in zip(loader.batches(1), epoch_ids(order, 1), strict=True):
             wanted = torch.stack([whole[stand_in(int(sample), bad)][1] for sample in ids])
-            assert torch.allclose(batch.weak_1, wanted, atol=1e-6)  # FFCV's file is left to PIL then
-        assert loader.skipped.keys() == bad and "the file was cut since it was opened" in loader.skipped[14]
+            assert torch.allclose(
+                batch.weak_1, wanted, atol=1e-6
+            )  # FFCV's file is left to PIL then
+        assert (
+            loader.skipped.keys() == bad
+            and "the file was cut since it was opened" in loader.skipped[14]
+        )
 
 
 @packed_forms
@@ -310,19 +354,26 @@ def test_a_file_replaced_during_the_run_is_read_on_as_it_was(tmp_path, backend, 
 def test_a_beton_replaced_before_ffcv_opens_it_is_refused(tmp_path):
     write_packed(tmp_path / "data", "beton")
     source = open_source(tmp_path / "data", "pretrain")
-    entries, writer = np.zeros(COUNT, ENTRY), BetonWriter(tmp_path / "other", COUNT, 4096, np.zeros(0, ENTRY))
+    entries, writer = (
+        np.zeros(COUNT, ENTRY),
+        BetonWriter(tmp_path / "other", COUNT, 4096, np.zeros(0, ENTRY)),
+    )
     for i in range(COUNT):
         entries[i] = (*writer.append(bytes(48), 0), 48, 0, 4, 4, True)
     writer.finish(entries)
     (tmp_path / "other").replace(source.beton)
-    with pytest.raises(ValueError, match=r"train\.beton was replaced while it was opened: start again"):
+    with pytest.raises(
+        ValueError, match=r"train\.beton was replaced while it was opened: start again"
+    ):
         open_loader(source, "ffcv")
 
 
 @FFCV
 def test_a_process_that_used_ffcv_and_forked_ends_on_one_core():
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from pipelines import ffcv_views\n"
-    subprocess.run([sys.executable, "-c", code + "os.fork() or os._exit(0); os.wait()"], timeout=60, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code + "os.fork() or os._exit(0); os.wait()"], timeout=60, check=True
+    )
 
 
 def test_a_member_s_name_in_a_shard_leads_nowhere(tmp_path):

@@ -12,7 +12,9 @@ import torch
 
 from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
 
-pytestmark = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+pytestmark = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
+)
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
@@ -41,7 +43,9 @@ def equal(ours, theirs, reads=VIEWS):
 
 def test_views_equal_the_reference_and_are_never_overwritten(loader, reference):
     kept = list(loader.batches(0))  # five batches kept, of a loader that makes two ahead
-    assert len(kept) == 5 and all(equal(ours, theirs) for ours, theirs in zip(kept, reference, strict=True))
+    assert len(kept) == 5 and all(
+        equal(ours, theirs) for ours, theirs in zip(kept, reference, strict=True)
+    )
     every = [view for batch in kept for view in batch.views.values()]
     assert len(every) == 5 * len(VIEWS)
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in every)
@@ -51,7 +55,9 @@ def test_starting_at_a_step_is_a_jump_and_leaving_early_leaves_nothing(loader, r
     for _ in zip(range(2), loader.batches(1), strict=False):
         pass
     rest = list(loader.batches(0, 3))
-    assert len(rest) == 2 and all(equal(ours, theirs) for ours, theirs in zip(rest, reference[3:], strict=True))
+    assert len(rest) == 2 and all(
+        equal(ours, theirs) for ours, theirs in zip(rest, reference[3:], strict=True)
+    )
     assert not any("EpochIterator" in type(thread).__name__ for thread in threading.enumerate())
 
 
@@ -65,7 +71,9 @@ def test_ranks_see_together_what_one_rank_sees_and_read_only_what_they_are_asked
     reads = ("aggressive_1", "weak_2")
     ranks = []
     for rank in (0, 1):
-        with open_loader(beton, reads=reads, rank=rank, world_size=2, threads=1, dtype=torch.bfloat16) as opened:
+        with open_loader(
+            beton, reads=reads, rank=rank, world_size=2, threads=1, dtype=torch.bfloat16
+        ) as opened:
             ranks.append(list(opened.batches(0)))
     for step, whole in enumerate(reference):
         for name in reads:
@@ -89,7 +97,10 @@ def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
     from tools.to_ffcv import main
 
     assert (
-        CliRunner().invoke(main, [str(folder), str(tmp_path), "--write-mode", "passthrough", "--workers", "1"]).exit_code == 0
+        CliRunner()
+        .invoke(main, [str(folder), str(tmp_path), "--write-mode", "passthrough", "--workers", "1"])
+        .exit_code
+        == 0
     )
     path = tmp_path / "train.beton"
     entry = open_beton(path).entries[11]
@@ -103,7 +114,9 @@ def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
 
 def test_an_error_on_ffcv_s_thread_reaches_the_one_who_reads(beton, monkeypatch):
     with open_loader(beton) as opened, pytest.raises(MemoryError, match="no room"):
-        monkeypatch.setattr(opened.landing, "slot", lambda count: (_ for _ in ()).throw(MemoryError("no room")))
+        monkeypatch.setattr(
+            opened.landing, "slot", lambda count: (_ for _ in ()).throw(MemoryError("no room"))
+        )
         list(opened.batches(0))
 
 
@@ -136,7 +149,12 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
 
     from tools.to_ffcv import main
 
-    assert CliRunner().invoke(main, [str(imagenet), str(tmp_path), "--write-mode", *settings]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(main, [str(imagenet), str(tmp_path), "--write-mode", *settings])
+        .exit_code
+        == 0
+    )
     stored = open_source(tmp_path, "pretrain")
 
     def read(sample: int) -> np.ndarray:
@@ -149,6 +167,8 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
     spec = ViewSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     views = []
     for source, backend in ((stored, "ffcv"), (replace(stored, read=read), "torchvision")):
-        with open_views(source, spec, frozenset(VIEWS), Order(320, 16, 0), backend=backend) as opened:
+        with open_views(
+            source, spec, frozenset(VIEWS), Order(320, 16, 0), backend=backend
+        ) as opened:
             views.append(next(iter(opened.batches(0))))
     assert equal(*views)

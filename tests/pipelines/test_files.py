@@ -8,13 +8,19 @@ import pytest
 from pipelines.files import write_whole
 
 
-def test_the_name_appears_after_the_bytes_are_on_the_disk_and_then_the_folder_is_synced(tmp_path, monkeypatch):
+def test_the_name_appears_after_the_bytes_are_on_the_disk_and_then_the_folder_is_synced(
+    tmp_path, monkeypatch
+):
     path, calls = tmp_path / "a.bin", []
 
     def sync(handle: int) -> None:
         place = Path(os.readlink(f"/proc/self/fd/{handle}"))
         calls.append(
-            ("sync folder" if place.is_dir() else "sync", path.exists(), place.stat().st_size if place.is_file() else None)
+            (
+                "sync folder" if place.is_dir() else "sync",
+                path.exists(),
+                place.stat().st_size if place.is_file() else None,
+            )
         )
 
     monkeypatch.setattr(os, "fsync", sync)

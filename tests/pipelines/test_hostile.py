@@ -26,7 +26,9 @@ from pipelines.shards import INDEX, ShardWriter, shard_source
 from pipelines.sources import open_source
 
 COUNT = 6
-quick = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True)
+quick = settings(
+    deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True
+)
 
 
 @contextmanager
@@ -65,8 +67,15 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
     write_folder(tmp_path, {"train": 2})
     content = jpeg(0)
     at = content.index(b"\xff\xc0") + 5
-    (tmp_path / "train" / "class_0" / "bomb.jpg").write_bytes(content[:at] + b"\xff" * 4 + content[at + 4 :])
-    with little_memory(), pytest.raises(ValueError, match=r"class_0/bomb\.jpg: .*4294836225 pixels\) exceeds .* of 178956970"):
+    (tmp_path / "train" / "class_0" / "bomb.jpg").write_bytes(
+        content[:at] + b"\xff" * 4 + content[at + 4 :]
+    )
+    with (
+        little_memory(),
+        pytest.raises(
+            ValueError, match=r"class_0/bomb\.jpg: .*4294836225 pixels\) exceeds .* of 178956970"
+        ),
+    ):
         open_source(tmp_path, "pretrain")
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
 
@@ -75,11 +84,17 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
 
 
 def manifest(**fields) -> Manifest:
-    whole = {"labels": np.zeros(2, np.int64), "sizes": np.full((2, 2), 9, np.int32), "paths": Paths(["a.jpg", "b/c.jpg"])}
+    whole = {
+        "labels": np.zeros(2, np.int64),
+        "sizes": np.full((2, 2), 9, np.int32),
+        "paths": Paths(["a.jpg", "b/c.jpg"]),
+    }
     return Manifest("train", ("x", "y"), fingerprint="", **{**whole, **fields})
 
 
-@pytest.mark.parametrize("path", ["../x.jpg", "a/../../x.jpg", "a/..", "..", "/etc/passwd", "", "a//b.jpg"])
+@pytest.mark.parametrize(
+    "path", ["../x.jpg", "a/../../x.jpg", "a/..", "..", "/etc/passwd", "", "a//b.jpg"]
+)
 def test_paths_that_lead_out_of_the_data_are_refused(path):
     manifest(paths=Paths(["a..b/..c.jpg", "d/e../...jpg"]))
     for paths in ([path, "b.jpg"], ["b.jpg", path]):
@@ -96,8 +111,14 @@ def test_paths_that_lead_out_of_the_data_are_refused(path):
         ({"paths": Paths(["a.jpg"])}, "and 1 paths"),
         ({"labels": np.array([0, 2])}, "labels up to 2 of 2 classes"),
         ({"labels": np.array([0, -2])}, "labels"),
-        ({"sizes": np.array([[9, 9], [0, 9]], np.int32)}, r"image b/c\.jpg is \[0, 9\] px: images of 1 to 178,956,970 pixels"),
-        ({"sizes": np.array([[2**16, 2**16], [9, 9]], np.int32)}, r"image a\.jpg is \[65536, 65536\] px"),
+        (
+            {"sizes": np.array([[9, 9], [0, 9]], np.int32)},
+            r"image b/c\.jpg is \[0, 9\] px: images of 1 to 178,956,970 pixels",
+        ),
+        (
+            {"sizes": np.array([[2**16, 2**16], [9, 9]], np.int32)},
+            r"image a\.jpg is \[65536, 65536\] px",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_fit_together_is_refused(fields, message):
@@ -107,9 +128,18 @@ def test_a_manifest_that_does_not_fit_together_is_refused(fields, message):
 
 def write_cache(place: Path, **changes) -> None:
     meta = {"state": "s", "classes": ["x", "y"], "fingerprint": "f"}
-    columns = {"labels": np.array([0, 1, 1]), "sizes": np.full((3, 2), 9, np.int32), "paths": b"a.jpg\0b.jpg\0c/d.jpg"}
+    columns = {
+        "labels": np.array([0, 1, 1]),
+        "sizes": np.full((3, 2), 9, np.int32),
+        "paths": b"a.jpg\0b.jpg\0c/d.jpg",
+    }
     columns |= {"meta": json.dumps(meta).encode()} | changes
-    np.savez(place, **{k: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for k, v in columns.items()})
+    np.savez(
+        place,
+        **{
+            k: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for k, v in columns.items()
+        },
+    )
 
 
 def test_a_cache_that_no_scan_wrote_is_refused_by_name(tmp_path):
@@ -118,9 +148,15 @@ def test_a_cache_that_no_scan_wrote_is_refused_by_name(tmp_path):
     found = read_cache([place], "train", "s")
     assert list(found.paths) == ["a.jpg", "b.jpg", "c/d.jpg"] and found.labels.tolist() == [0, 1, 1]
     assert read_cache([place], "train", "of other files") is None
-    for changes in ({"paths": b"a.jpg\0b.jpg\0../d.jpg"}, {"labels": np.array([0, 1])}, {"sizes": np.zeros((3, 2), np.int32)}):
+    for changes in (
+        {"paths": b"a.jpg\0b.jpg\0../d.jpg"},
+        {"labels": np.array([0, 1])},
+        {"sizes": np.zeros((3, 2), np.int32)},
+    ):
         write_cache(place, **changes)
-        with pytest.raises(ValueError, match=r"train\.npz is no work of this program: .*\. Delete it"):
+        with pytest.raises(
+            ValueError, match=r"train\.npz is no work of this program: .*\. Delete it"
+        ):
             read_cache([place], "train", "s")
 
 
@@ -129,7 +165,9 @@ def test_a_table_of_tiny_imagenet_cannot_lead_out_of_the_data(tmp_path):
     (tmp_path / "data" / "val" / "images").mkdir(parents=True)
     (tmp_path / "secret.jpg").write_bytes(jpeg(0))
     (tmp_path / "data" / "val" / "val_annotations.txt").write_text("../../../secret.jpg\tclass_0\n")
-    with pytest.raises(ValueError, match=r"path 'val/images/\.\./\.\./\.\./secret\.jpg': only images below"):
+    with pytest.raises(
+        ValueError, match=r"path 'val/images/\.\./\.\./\.\./secret\.jpg': only images below"
+    ):
         open_source(tmp_path / "data", "test")
 
 
@@ -144,10 +182,16 @@ class Exploit:
 def test_arrays_that_would_run_code_or_fill_the_memory_are_refused(tmp_path):
     place, wanted = tmp_path / "a.npz", {"a": np.dtype("<i8")}
     np.savez(place, a=np.arange(5))
-    assert read_npz(place, wanted)["a"].tolist() == [0, 1, 2, 3, 4] and read_npz(place, wanted)["a"].flags.writeable
+    assert (
+        read_npz(place, wanted)["a"].tolist() == [0, 1, 2, 3, 4]
+        and read_npz(place, wanted)["a"].flags.writeable
+    )
 
     def refused(message: str) -> None:
-        with little_memory(), pytest.raises(ValueError, match=rf"a\.npz cannot be read: .*{message}"):
+        with (
+            little_memory(),
+            pytest.raises(ValueError, match=rf"a\.npz cannot be read: .*{message}"),
+        ):
             read_npz(place, wanted)
 
     np.savez(place, a=np.array([Exploit(tmp_path / "ran")], object))
@@ -156,7 +200,9 @@ def test_arrays_that_would_run_code_or_fill_the_memory_are_refused(tmp_path):
     np.savez_compressed(place, a=np.zeros(10**7, np.int64))
     refused("is compressed or larger than the file")
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
+    )
     with zipfile.ZipFile(place, "w") as stored:
         stored.writestr("a.npy", header.getvalue() + bytes(8))
     refused("cannot reshape array of size 1")
@@ -174,18 +220,30 @@ def place(tmp_path_factory) -> Path:
 
 
 ANY_ARRAY = st.sampled_from(
-    [np.zeros(shape, dtype) for shape in ((), 0, 2, (2, 2), (1, 2, 3)) for dtype in ("<i8", "<i4", "|u1", "<f8", "<U3", "V0")]
+    [
+        np.zeros(shape, dtype)
+        for shape in ((), 0, 2, (2, 2), (1, 2, 3))
+        for dtype in ("<i8", "<i4", "|u1", "<f8", "<U3", "V0")
+    ]
 )
 SIDE = st.integers(1, 9) | st.integers(-(2**31), 2**31 - 1)
-JSON = st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=4), max_leaves=5)
-META = st.fixed_dictionaries({"state": st.just("s"), "classes": JSON | st.just(["x", "y"]), "fingerprint": JSON})
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=4), max_leaves=5
+)
+META = st.fixed_dictionaries(
+    {"state": st.just("s"), "classes": JSON | st.just(["x", "y"]), "fingerprint": JSON}
+)
 NAMES = st.lists(st.text("ab./\0", max_size=6), max_size=4).map("\0".join)
 
 
 @quick
 @given(
-    labels=ANY_ARRAY | st.lists(st.integers(-2, 3), max_size=3).map(lambda values: np.array(values, np.int64)),
-    sizes=ANY_ARRAY | st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=3).map(lambda pairs: np.array(pairs, np.int32)),
+    labels=ANY_ARRAY
+    | st.lists(st.integers(-2, 3), max_size=3).map(lambda values: np.array(values, np.int64)),
+    sizes=ANY_ARRAY
+    | st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=3).map(
+        lambda pairs: np.array(pairs, np.int32)
+    ),
     paths=ANY_ARRAY | NAMES.map(str.encode),
     meta=(JSON | META).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30),
 )
@@ -198,7 +256,9 @@ def test_any_arrays_are_a_manifest_or_refused(place, labels, sizes, paths, meta)
             assert "Delete it" in str(error)
             return
     if found is not None:
-        assert len(found) == len(found.sizes) and all(set(path.split("/")).isdisjoint({"", ".."}) for path in found.paths)
+        assert len(found) == len(found.sizes) and all(
+            set(path.split("/")).isdisjoint({"", ".."}) for path in found.paths
+        )
         assert (found.sizes > 0).all() and all(isinstance(name, str) for name in found.classes)
 
 
@@ -212,7 +272,9 @@ CACHE = cache_bytes()
 
 
 @quick
-@given(st.binary(max_size=200) | mutations(len(CACHE)).map(lambda mutation: mutated(CACHE, mutation)))
+@given(
+    st.binary(max_size=200) | mutations(len(CACHE)).map(lambda mutation: mutated(CACHE, mutation))
+)
 def test_any_bytes_are_a_cache_or_none(place, content):
     (place / "bytes.npz").write_bytes(content)
     with little_memory():
@@ -247,18 +309,41 @@ def tables(content: bytearray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     header = np.frombuffer(content, beton.HEADER, 1)
     fields = np.frombuffer(content, beton.FIELD, 2, beton.HEADER.itemsize)
     metadata = np.frombuffer(content, RECORD, COUNT, METADATA)
-    return header, fields, metadata, np.frombuffer(content, beton.ALLOCATION, COUNT, int(header["allocations_ptr"][0]))
+    return (
+        header,
+        fields,
+        metadata,
+        np.frombuffer(content, beton.ALLOCATION, COUNT, int(header["allocations_ptr"][0])),
+    )
 
 
 BETON_FAULTS = {
-    "count": (lambda h, f, m, a: h.__setitem__("count", 2**63), "truncated: .* of 9223372036854775808 records"),
-    "fields": (lambda h, f, m, a: h.__setitem__("fields", 2**16 - 1), "truncated: .* of 65535 records"),
-    "table behind the end": (lambda h, f, m, a: h.__setitem__("allocations_ptr", 2**63), "its allocation table is missing"),
-    "data behind the end": (lambda h, f, m, a: move(m, a, 2**40), "is truncated: .* its images end at 1,099,511"),
+    "count": (
+        lambda h, f, m, a: h.__setitem__("count", 2**63),
+        "truncated: .* of 9223372036854775808 records",
+    ),
+    "fields": (
+        lambda h, f, m, a: h.__setitem__("fields", 2**16 - 1),
+        "truncated: .* of 65535 records",
+    ),
+    "table behind the end": (
+        lambda h, f, m, a: h.__setitem__("allocations_ptr", 2**63),
+        "its allocation table is missing",
+    ),
+    "data behind the end": (
+        lambda h, f, m, a: move(m, a, 2**40),
+        "is truncated: .* its images end at 1,099,511",
+    ),
     "negative": (lambda h, f, m, a: move(m, a, 2**64 - 8), "image 2 lies outside its file"),
     "size": (lambda h, f, m, a: a["size"].__setitem__(2, 2**63 - 1), "is truncated"),
-    "negative size": (lambda h, f, m, a: a["size"].__setitem__(2, 2**63), "image 2 lies outside its file"),
-    "one on another": (lambda h, f, m, a: move(m, a, int(a["ptr"][4]) + 1), "images 2 and 4 lie on one another"),
+    "negative size": (
+        lambda h, f, m, a: a["size"].__setitem__(2, 2**63),
+        "image 2 lies outside its file",
+    ),
+    "one on another": (
+        lambda h, f, m, a: move(m, a, int(a["ptr"][4]) + 1),
+        "images 2 and 4 lie on one another",
+    ),
     "empty": (
         lambda h, f, m, a: m["image"]["height"].__setitem__(2, 0),
         r"image 2 is \[0, 20\] px: images of 1 to",
@@ -267,7 +352,10 @@ BETON_FAULTS = {
         lambda h, f, m, a: m["image"][["width", "height"]].__setitem__(2, (65535, 65535)),
         r"image 2 is \[65535, 65535\] px",
     ),
-    "label": (lambda h, f, m, a: m["label"].__setitem__(2, 2**62), "labels up to 4611686018427387904 of 65536 classes"),
+    "label": (
+        lambda h, f, m, a: m["label"].__setitem__(2, 2**62),
+        "labels up to 4611686018427387904 of 65536 classes",
+    ),
 }
 
 
@@ -307,7 +395,9 @@ def test_any_bytes_are_a_beton_or_refused(betons, form, data):
     content = (betons / f"{form}.beton").read_bytes()
     tables_end = METADATA + COUNT * RECORD.itemsize
     last = int(np.frombuffer(content, beton.HEADER, 1)["allocations_ptr"][0])
-    where = st.sampled_from([*range(tables_end), *range(last, len(content))]) | st.integers(0, len(content) - 1)
+    where = st.sampled_from([*range(tables_end), *range(last, len(content))]) | st.integers(
+        0, len(content) - 1
+    )
     changes = st.dictionaries(where, st.integers(0, 255), max_size=4)
     cut = st.just(len(content)) | st.integers(0, len(content))
     (betons / "any.beton").write_bytes(mutated(content, data.draw(st.tuples(changes, cut))))
@@ -341,7 +431,9 @@ def shards(tmp_path_factory) -> Path:
         entries[i] = (*writer.append(image, i % 3), len(image), i % 3, 20, 20, False)
     writer.finish(entries)
     writer.close()
-    (data / "train.json").write_text(json.dumps({"format": "shards", "version": 1, "count": COUNT, "classes": ["a", "b", "c"]}))
+    (data / "train.json").write_text(
+        json.dumps({"format": "shards", "version": 1, "count": COUNT, "classes": ["a", "b", "c"]})
+    )
     return data
 
 
@@ -381,14 +473,23 @@ def test_an_index_that_leads_out_of_its_shards_is_refused(shards, index, column,
 
 
 def test_an_index_of_uneven_or_other_columns_is_refused(shards, index):
-    for changes in ({"size": index["size"][:3]}, {"size": index["size"].astype("<i4")}, {"shard": index["shard"][0]}):
+    for changes in (
+        {"size": index["size"][:3]},
+        {"size": index["size"].astype("<i4")},
+        {"shard": index["shard"][0]},
+    ):
         np.savez(shards / "train" / "index.npz", **{**index, **changes})
         with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
             shard_source(shards, "train")
 
 
 COLUMN, SAMPLE = st.sampled_from(sorted(INDEX)), st.integers(0, COUNT - 1)
-NUMBER = st.integers(-1, 1) | st.integers(0, 4000) | st.integers(-(2**31), 2**31 - 1) | st.integers(-(2**63), 2**63 - 1)
+NUMBER = (
+    st.integers(-1, 1)
+    | st.integers(0, 4000)
+    | st.integers(-(2**31), 2**31 - 1)
+    | st.integers(-(2**63), 2**63 - 1)
+)
 
 
 @quick
@@ -398,7 +499,13 @@ def test_any_index_is_valid_or_refused(shards, index, data, changes):
     columns = {name: column.astype(object) for name, column in index.items()}
     for column, sample, value in changes:
         columns[column][sample] = value
-    np.savez(place, **{name: column.astype(np.int64).astype(index[name].dtype) for name, column in columns.items()})
+    np.savez(
+        place,
+        **{
+            name: column.astype(np.int64).astype(index[name].dtype)
+            for name, column in columns.items()
+        },
+    )
     if mutation := data.draw(st.none() | mutations(place.stat().st_size)):
         place.write_bytes(mutated(place.read_bytes(), mutation))
     try:
@@ -421,7 +528,10 @@ def test_any_description_is_valid_or_refused(place, content):
 @pytest.mark.parametrize("classes", [None, "abc", [1, 2], {"a": 1}])
 def test_a_description_nests_little_and_holds_names(tmp_path, classes):
     path = tmp_path / "train.json"
-    for text in ("[" * 100_000, json.dumps({"format": "beton", "version": 1, "count": 6, "classes": classes})):
+    for text in (
+        "[" * 100_000,
+        json.dumps({"format": "beton", "version": 1, "count": 6, "classes": classes}),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"train\.json does not describe the images beside it"):
             read_classes(path, "beton", 6)

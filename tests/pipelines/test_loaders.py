@@ -16,7 +16,10 @@ from pipelines import VIEWS, Order, Source, ViewSpec, choose_backend, open_sourc
 from pipelines.manifest import Manifest
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
+DALI = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
+)
 EVERY = [
     *[(backend, place) for backend in ("resident", "native") for place in ("host", "device")],
     *[pytest.param("dali", place, marks=DALI) for place in ("host", "device")],
@@ -27,21 +30,45 @@ every_backend = pytest.mark.parametrize(("backend", "aggressive_on"), EVERY)
 RESIZE_LEVELS = {"dali": 0.6}
 
 
-def batches(folder, backend, aggressive_on="host", reads=VIEWS, epoch=0, step=0, rank=0, world_size=1, **options):
+def batches(
+    folder,
+    backend,
+    aggressive_on="host",
+    reads=VIEWS,
+    epoch=0,
+    step=0,
+    rank=0,
+    world_size=1,
+    **options,
+):
     source = open_source(folder, "pretrain")
     order = Order(len(source.manifest), 8, 5, rank, world_size)
-    with open_views(source, SPEC, frozenset(reads), order, backend=backend, aggressive_on=aggressive_on, **options) as loader:
+    with open_views(
+        source,
+        SPEC,
+        frozenset(reads),
+        order,
+        backend=backend,
+        aggressive_on=aggressive_on,
+        **options,
+    ) as loader:
         return list(loader.batches(epoch, step))
 
 
 @every_backend
 def test_views_equal_the_reference(folder, backend, aggressive_on):
-    for ours, theirs in zip(batches(folder, backend, aggressive_on), batches(folder, "torchvision"), strict=True):
+    for ours, theirs in zip(
+        batches(folder, backend, aggressive_on), batches(folder, "torchvision"), strict=True
+    ):
         assert torch.equal(ours.label, theirs.label)
         for name in VIEWS:
             gap = (ours.views[name] - theirs.views[name]).abs() * 0.2 * 255  # in levels
-            allowed = RESIZE_LEVELS.get(backend, 1e-4) + (0.4 if aggressive_on == "device" and "aggressive" in name else 0)
-            assert gap.mean() < allowed + (0.1 if backend == "resident" and aggressive_on == "device" else 0), name
+            allowed = RESIZE_LEVELS.get(backend, 1e-4) + (
+                0.4 if aggressive_on == "device" and "aggressive" in name else 0
+            )
+            assert gap.mean() < allowed + (
+                0.1 if backend == "resident" and aggressive_on == "device" else 0
+            ), name
 
 
 @every_backend
@@ -58,9 +85,14 @@ def test_dtype_layout_and_rounding(folder, backend, aggressive_on, dtype):
 
 
 @every_backend
-@pytest.mark.parametrize("reads", [("aggressive_1", "aggressive_2"), ("aggressive_1", "weak_2"), ("weak_1",)])
+@pytest.mark.parametrize(
+    "reads", [("aggressive_1", "aggressive_2"), ("aggressive_1", "weak_2"), ("weak_1",)]
+)
 def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, aggressive_on, reads):
-    every, some = batches(folder, backend, aggressive_on)[1], batches(folder, backend, aggressive_on, reads)[1]
+    every, some = (
+        batches(folder, backend, aggressive_on)[1],
+        batches(folder, backend, aggressive_on, reads)[1],
+    )
     for name in VIEWS:
         if name in reads:
             assert torch.equal(some.views[name], every.views[name])
@@ -72,18 +104,28 @@ def test_only_the_views_read_are_made_and_they_are_the_same(folder, backend, agg
 
 @every_backend
 def test_starting_at_a_step_is_a_jump(folder, backend, aggressive_on):
-    whole, rest = batches(folder, backend, aggressive_on, epoch=2), batches(folder, backend, aggressive_on, epoch=2, step=3)
+    whole, rest = (
+        batches(folder, backend, aggressive_on, epoch=2),
+        batches(folder, backend, aggressive_on, epoch=2, step=3),
+    )
     assert len(whole) == 5 and len(rest) == 2
     for one, other in zip(whole[3:], rest, strict=True):
-        assert torch.equal(one.aggressive_2, other.aggressive_2) and torch.equal(one.label, other.label)
-    assert not torch.equal(whole[0].weak_1, batches(folder, backend, aggressive_on, epoch=3)[0].weak_1)
+        assert torch.equal(one.aggressive_2, other.aggressive_2) and torch.equal(
+            one.label, other.label
+        )
+    assert not torch.equal(
+        whole[0].weak_1, batches(folder, backend, aggressive_on, epoch=3)[0].weak_1
+    )
 
 
 @every_backend
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on, world_size):
     whole = batches(folder, backend, aggressive_on)
-    ranks = [batches(folder, backend, aggressive_on, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        batches(folder, backend, aggressive_on, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     for step, batch in enumerate(whole):
         for name in VIEWS:
             together = torch.cat([rank[step].views[name] for rank in ranks])
@@ -92,7 +134,10 @@ def test_ranks_see_together_what_one_rank_sees(folder, backend, aggressive_on, w
 
 @every_backend
 def test_threads_do_not_change_a_view(folder, backend, aggressive_on):
-    one, two = batches(folder, backend, aggressive_on, threads=1), batches(folder, backend, aggressive_on, threads=2)
+    one, two = (
+        batches(folder, backend, aggressive_on, threads=1),
+        batches(folder, backend, aggressive_on, threads=2),
+    )
     assert all(torch.equal(a.aggressive_1, b.aggressive_1) for a, b in zip(one, two, strict=True))
 
 
@@ -100,7 +145,9 @@ def test_images_of_many_sizes_are_resident_on_the_host_and_refused_on_the_device
     write_folder(tmp_path / "a", {"train": 8}, size=(30, 44))
     for path in write_folder(tmp_path / "b", {"train": 8}, size=(61, 25)).rglob("*.jpg"):
         path.rename(tmp_path / "a" / "train" / path.parent.name / f"tall_{path.name}")
-    ours, files, theirs = (batches(tmp_path / "a", backend) for backend in ("resident", "native", "torchvision"))
+    ours, files, theirs = (
+        batches(tmp_path / "a", backend) for backend in ("resident", "native", "torchvision")
+    )
     for one, another, reference in zip(ours, files, theirs, strict=True):
         assert torch.allclose(one.aggressive_1, reference.aggressive_1, atol=1e-6)
         assert torch.equal(one.aggressive_1, another.aggressive_1)
@@ -158,7 +205,9 @@ def test_a_view_in_use_is_not_written_again_and_memory_of_others_is(folder, back
 def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
     write_folder(tmp_path, {"train": 4})
     source, order = open_source(tmp_path, "pretrain"), Order(8, 4, 0)
-    damaged = tmp_path / source.manifest.paths[order.ids(0, 0)[1]]  # in the first of two batches that are under way
+    damaged = (
+        tmp_path / source.manifest.paths[order.ids(0, 0)[1]]
+    )  # in the first of two batches that are under way
     damaged.write_bytes(damaged.read_bytes()[:200])
     with (
         open_views(source, SPEC, frozenset(VIEWS), order, backend=backend) as loader,
@@ -170,7 +219,12 @@ def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
 @pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
 def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend):
     rgb = Image.fromarray(natural_image(1, 40, 30))
-    saved = {"a.png": rgb, "gray.jpg": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "palette.png": rgb.quantize(32)}
+    saved = {
+        "a.png": rgb,
+        "gray.jpg": rgb.convert("L"),
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "palette.png": rgb.quantize(32),
+    }
     saved |= {"alpha.png": rgb.convert("RGBA"), "b.gif": rgb, "c.webp": rgb, "d.bmp": rgb}
     for name, image in saved.items():
         image.save(tmp_path / name)
@@ -189,20 +243,39 @@ def test_auto_says_what_it_chose_and_why(folder, capsys, monkeypatch):
 IN_MEMORY = ("resident", "the images take 0.00 GiB decoded and stay in memory")
 FFCV = ("ffcv", "train.beton is FFCV's")
 PIXELS, FILES = "stored pixels need no decoder", "the fastest decoder of files on a CPU"
-ON_GPU, NO_DALI, NO_FFCV = "it can decode on the GPU", "DALI is not installed", "FFCV is not installed; "
+ON_GPU, NO_DALI, NO_FFCV = (
+    "it can decode on the GPU",
+    "DALI is not installed",
+    "FFCV is not installed; ",
+)
 # source, device: the choice with both libraries, without FFCV, without DALI, with neither
 CHOICES = {
     ("files", "cpu"): [("native", FILES)] * 4,
-    ("files", "cuda"): [("dali", ON_GPU), ("dali", ON_GPU), ("native", NO_DALI), ("native", NO_DALI)],
+    ("files", "cuda"): [
+        ("dali", ON_GPU),
+        ("dali", ON_GPU),
+        ("native", NO_DALI),
+        ("native", NO_DALI),
+    ],
     ("arrays", "cpu"): [("native", PIXELS)] * 4,
     ("arrays", "cuda"): [("native", PIXELS)] * 4,
     ("beton of JPEGs", "cpu"): [FFCV, ("native", NO_FFCV + FILES)] * 2,
-    ("beton of JPEGs", "cuda"): [FFCV, ("dali", NO_FFCV + ON_GPU), FFCV, ("native", NO_FFCV + NO_DALI)],
+    ("beton of JPEGs", "cuda"): [
+        FFCV,
+        ("dali", NO_FFCV + ON_GPU),
+        FFCV,
+        ("native", NO_FFCV + NO_DALI),
+    ],
     ("beton of pixels", "cpu"): [FFCV, ("native", NO_FFCV + PIXELS)] * 2,
     ("beton of pixels", "cuda"): [FFCV, ("native", NO_FFCV + PIXELS)] * 2,
     ("small files", "cpu"): [IN_MEMORY] * 4,
     ("small files of one size", "cuda"): [IN_MEMORY] * 4,
-    ("small files", "cuda"): [("dali", ON_GPU), ("dali", ON_GPU), ("native", NO_DALI), ("native", NO_DALI)],
+    ("small files", "cuda"): [
+        ("dali", ON_GPU),
+        ("dali", ON_GPU),
+        ("native", NO_DALI),
+        ("native", NO_DALI),
+    ],
 }
 
 
@@ -219,19 +292,27 @@ def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
         beton=Path("data/train.beton") if "beton" in kind else None,
     )
     dali = {"nvidia", "nvidia.dali"}
-    for installed, choice in zip((dali | {"ffcv"}, dali, {"ffcv"}, set()), CHOICES[kind, device], strict=True):
-        monkeypatch.setattr("pipelines.find_spec", lambda name, installed=installed: name in installed or None)
+    for installed, choice in zip(
+        (dali | {"ffcv"}, dali, {"ffcv"}, set()), CHOICES[kind, device], strict=True
+    ):
+        monkeypatch.setattr(
+            "pipelines.find_spec", lambda name, installed=installed: name in installed or None
+        )
         assert choose_backend(source, torch.device(device)) == choice
 
 
 @pytest.mark.parametrize("aggressive_on", ["host", "device"])
-@pytest.mark.parametrize(("backend", "weak_levels"), [("native", 1e-4), pytest.param("dali", 0.3, marks=DALI)])
+@pytest.mark.parametrize(
+    ("backend", "weak_levels"), [("native", 1e-4), pytest.param("dali", 0.3, marks=DALI)]
+)
 def test_views_of_photographs_at_224_px_against_pil(imagenet, backend, weak_levels, aggressive_on):
     source = open_source(imagenet, "train")
     spec = ViewSpec(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     loaded = []
     for name, place in ((backend, aggressive_on), ("torchvision", "host")):
-        with open_views(source, spec, frozenset(VIEWS), Order(320, 32, 0), backend=name, aggressive_on=place) as loader:
+        with open_views(
+            source, spec, frozenset(VIEWS), Order(320, 32, 0), backend=name, aggressive_on=place
+        ) as loader:
             loaded.append(next(iter(loader.batches(0))))
     ours, theirs = loaded
     for name in VIEWS:

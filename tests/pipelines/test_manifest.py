@@ -26,8 +26,15 @@ def test_paths_are_a_sequence_of_strings(monkeypatch):
     for count in (0, 1, 3, 4, 10):
         names = [f"train/ä {i}/{'x' * i}.jpg" for i in range(count)]
         paths = Paths(iter(names))
-        assert len(paths) == count and list(paths) == names and [paths[i] for i in range(count)] == names
-        assert all(paths[part] == names[part] for part in (slice(None), slice(1, 3), slice(None, None, -2), slice(5, 2)))
+        assert (
+            len(paths) == count
+            and list(paths) == names
+            and [paths[i] for i in range(count)] == names
+        )
+        assert all(
+            paths[part] == names[part]
+            for part in (slice(None), slice(1, 3), slice(None, None, -2), slice(5, 2))
+        )
         with pytest.raises(IndexError):
             paths[count]
     assert paths[-1] == names[-1] and names[4] in paths
@@ -37,7 +44,15 @@ def test_paths_are_a_sequence_of_strings(monkeypatch):
 
 
 def test_the_listing_is_what_a_recursive_glob_finds(tmp_path):
-    for name in ("b/2.jpg", "b-c/1.JPEG", "b/deep/er/3.png", "b.d/notes.txt", "a.jpg", "b/folder.jpg/4.webp", "b/jpg"):
+    for name in (
+        "b/2.jpg",
+        "b-c/1.JPEG",
+        "b/deep/er/3.png",
+        "b.d/notes.txt",
+        "a.jpg",
+        "b/folder.jpg/4.webp",
+        "b/jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = (p for p in tmp_path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
@@ -47,7 +62,11 @@ def test_the_listing_is_what_a_recursive_glob_finds(tmp_path):
     (tmp_path / ".rsa-fast" / "hidden.jpg").touch()
     assert images_below(tmp_path, tmp_path) == expected
     (tmp_path / "c").symlink_to(tmp_path / "b")
-    assert images_below(tmp_path / "c", tmp_path) == ["c/2.jpg", "c/deep/er/3.png", "c/folder.jpg/4.webp"]
+    assert images_below(tmp_path / "c", tmp_path) == [
+        "c/2.jpg",
+        "c/deep/er/3.png",
+        "c/folder.jpg/4.webp",
+    ]
 
 
 def test_the_fingerprint_is_of_one_line_per_file_and_the_sizes(tmp_path, monkeypatch):
@@ -55,10 +74,19 @@ def test_the_fingerprint_is_of_one_line_per_file_and_the_sizes(tmp_path, monkeyp
     write_folder(tmp_path, {"train": 10})
     found = open_source(tmp_path, "pretrain").manifest
     files = [tmp_path / path for path in found.paths]
-    lines = [f"{p.relative_to(tmp_path)}\t{i // 10}\t{p.stat().st_size}" for i, p in enumerate(files)]
+    lines = [
+        f"{p.relative_to(tmp_path)}\t{i // 10}\t{p.stat().st_size}" for i, p in enumerate(files)
+    ]
     sizes = np.full((20, 2), 20, np.int32)
-    assert found.fingerprint == hashlib.sha256("\n".join(["class_0", "class_1", *lines]).encode() + sizes.tobytes()).hexdigest()
-    assert open_source(tmp_path, "pretrain").manifest.fingerprint == found.fingerprint  # now from the cache
+    assert (
+        found.fingerprint
+        == hashlib.sha256(
+            "\n".join(["class_0", "class_1", *lines]).encode() + sizes.tobytes()
+        ).hexdigest()
+    )
+    assert (
+        open_source(tmp_path, "pretrain").manifest.fingerprint == found.fingerprint
+    )  # now from the cache
 
 
 def open_as_rank(data: Path, cache: Path | None, log: Path, waiting: int, start, results) -> None:
@@ -66,7 +94,12 @@ def open_as_rank(data: Path, cache: Path | None, log: Path, waiting: int, start,
 
     `log` gets a letter for every turn asked for (w), listing (l), and for every stat (s) and header read (h) of an image.
     """
-    flock, list_images, stat, header_size = fcntl.flock, sources.list_images, manifest.file_stat, manifest.header_size
+    flock, list_images, stat, header_size = (
+        fcntl.flock,
+        sources.list_images,
+        manifest.file_stat,
+        manifest.header_size,
+    )
 
     def note(letter: str) -> None:
         with log.open("a") as file:  # appended at once: several processes write
@@ -84,17 +117,30 @@ def open_as_rank(data: Path, cache: Path | None, log: Path, waiting: int, start,
     manifest.header_size = slow
     os.environ["RANK"] = "0"
     start.wait()
-    time.sleep(0.05)  # a check that begins within the tick of the kernel's clock in which a process started does not count
+    time.sleep(
+        0.05
+    )  # a check that begins within the tick of the kernel's clock in which a process started does not count
     try:
         found = open_source(data, "pretrain", cache).manifest
-        results.put((found.fingerprint, list(found.paths), found.labels.tolist(), found.sizes.tolist(), found.classes))
+        results.put(
+            (
+                found.fingerprint,
+                list(found.paths),
+                found.labels.tolist(),
+                found.sizes.tolist(),
+                found.classes,
+            )
+        )
     except ValueError as error:
         results.put(str(error))
 
 
 def open_at_once(data: Path, log: Path, count: int, cache: Path | None = None) -> list:
     start, results = FORK.Barrier(count), FORK.Queue()
-    processes = [FORK.Process(target=open_as_rank, args=(data, cache, log, count - 1, start, results)) for _ in range(count)]
+    processes = [
+        FORK.Process(target=open_as_rank, args=(data, cache, log, count - 1, start, results))
+        for _ in range(count)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=30) for _ in processes]
@@ -110,14 +156,24 @@ def test_ranks_that_open_at_once_list_and_scan_once(tmp_path, writable):
         (data / ".rsa-fast").write_text("in the way of a folder")
     found = open_at_once(data, tmp_path / "log", 3, tmp_path / "cache")
     one = open_source(data, "pretrain", tmp_path / "cache").manifest
-    assert found == [(one.fingerprint, list(one.paths), one.labels.tolist(), one.sizes.tolist(), one.classes)] * 3
+    assert (
+        found
+        == [
+            (one.fingerprint, list(one.paths), one.labels.tolist(), one.sizes.tolist(), one.classes)
+        ]
+        * 3
+    )
     log = (tmp_path / "log").read_text()
     assert {letter: log.count(letter) for letter in "wlsh"} == {"w": 3, "l": 1, "s": 20, "h": 20}
     assert (tmp_path / "cache").exists() != writable
 
 
 def test_a_rank_that_opens_after_the_scan_reads_it_and_a_rank_started_later_checks(tmp_path):
-    data, log, results = write_folder(tmp_path / "data", {"train": 10}), tmp_path / "log", FORK.Queue()
+    data, log, results = (
+        write_folder(tmp_path / "data", {"train": 10}),
+        tmp_path / "log",
+        FORK.Queue(),
+    )
 
     def start_rank(event):
         rank = FORK.Process(target=open_as_rank, args=(data, None, log, 0, event, results))
@@ -132,9 +188,13 @@ def test_a_rank_that_opens_after_the_scan_reads_it_and_a_rank_started_later_chec
     late.join()
     first = results.get(timeout=30)
     assert results.get(timeout=30) == first and log.read_text() == "wl" + "s" * 20 + "h" * 20 + "w"
-    (data / "train" / "class_0" / "003.jpg").write_bytes((data / "train" / "class_1" / "003.jpg").read_bytes())
+    (data / "train" / "class_0" / "003.jpg").write_bytes(
+        (data / "train" / "class_1" / "003.jpg").read_bytes()
+    )
     start_rank(now).join()
-    assert results.get(timeout=30)[0] != first[0] and log.read_text().endswith("wwl" + "s" * 20 + "h" * 20)
+    assert results.get(timeout=30)[0] != first[0] and log.read_text().endswith(
+        "wwl" + "s" * 20 + "h" * 20
+    )
 
 
 def test_those_who_waited_for_a_scan_that_failed_fail_too(tmp_path):
@@ -146,10 +206,15 @@ def test_those_who_waited_for_a_scan_that_failed_fail_too(tmp_path):
 
 
 def test_another_takes_over_from_a_killed_scan(tmp_path):
-    data, log, results = write_folder(tmp_path / "data", {"train": 5}), tmp_path / "log", FORK.Queue()
+    data, log, results = (
+        write_folder(tmp_path / "data", {"train": 5}),
+        tmp_path / "log",
+        FORK.Queue(),
+    )
     log.touch()
     first, second = (
-        FORK.Process(target=open_as_rank, args=(data, None, log, waiting, FORK.Barrier(1), results)) for waiting in (99, 0)
+        FORK.Process(target=open_as_rank, args=(data, None, log, waiting, FORK.Barrier(1), results))
+        for waiting in (99, 0)
     )
     for process, letter in ((first, "h"), (second, "w")):
         process.start()
@@ -162,7 +227,9 @@ def test_another_takes_over_from_a_killed_scan(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "in place"])
-def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(tmp_path, monkeypatch, change):
+def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(
+    tmp_path, monkeypatch, change
+):
     file = write_folder(tmp_path, {"train": 3}) / "train" / "class_1" / "002.jpg"
     before = open_source(tmp_path, "pretrain").manifest
     match change:
@@ -186,10 +253,17 @@ def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(tmp_path
 
 def test_a_check_of_other_data_with_the_same_cache_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    folders = [write_folder(tmp_path / name, {"train": count}) for name, count in (("a", 2), ("b", 3))]
+    folders = [
+        write_folder(tmp_path / name, {"train": count}) for name, count in (("a", 2), ("b", 3))
+    ]
     for folder in folders:
         (folder / ".rsa-fast").write_text("in the way of a folder")
-    assert [len(open_source(folder, "pretrain", tmp_path).manifest) for folder in folders * 2] == [4, 6, 4, 6]
+    assert [len(open_source(folder, "pretrain", tmp_path).manifest) for folder in folders * 2] == [
+        4,
+        6,
+        4,
+        6,
+    ]
 
 
 def test_a_process_knows_when_it_started():
@@ -213,7 +287,9 @@ def test_a_disk_without_locks_or_with_a_broken_cache_is_scanned(tmp_path, monkey
     for damaged in (b"", cache.read_bytes()[:-30]):
         cache.write_bytes(damaged)
         assert open_source(tmp_path, "pretrain").manifest.fingerprint == whole.fingerprint
-    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported"))
+    )
     assert open_source(tmp_path, "pretrain").manifest.fingerprint == whole.fingerprint
 
 
@@ -274,12 +350,27 @@ for role in ("scans", "checks", "reads"):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not report peak memory: run on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the kernel does not report peak memory: run on Linux",
+)
 def test_a_million_files_take_one_stat_each_and_little_memory(tmp_path):
     (tmp_path / "train").mkdir()
-    run = subprocess.run([sys.executable, "-c", SIMULATION, str(tmp_path)], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", SIMULATION, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
-    rows = {role: [float(v) for v in values] for role, *values in (line.split() for line in run.stdout.splitlines())}
+    rows = {
+        role: [float(v) for v in values]
+        for role, *values in (line.split() for line in run.stdout.splitlines())
+    }
     print("role, stats per file, folders listed, peak growth in MB, CPU seconds:", rows)
-    assert {role: row[:2] for role, row in rows.items()} == {"scans": [1, 1001], "checks": [1, 1001], "reads": [0, 0]}
+    assert {role: row[:2] for role, row in rows.items()} == {
+        "scans": [1, 1001],
+        "checks": [1, 1001],
+        "reads": [0, 0],
+    }
     assert all(row[2] < 400 for row in rows.values()) and rows["reads"][3] < 2, rows

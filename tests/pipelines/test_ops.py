@@ -27,17 +27,23 @@ def host(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.nd
     return weak, aggressive
 
 
-def device(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def device(
+    images: list[np.ndarray], params: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     weak, aggressive = [], []
     for i, image in enumerate(images):  # one at a time: real images differ in size
-        levels = device_ops.weak_stage(torch.from_numpy(image).permute(2, 0, 1)[None], params[[i]], size)
+        levels = device_ops.weak_stage(
+            torch.from_numpy(image).permute(2, 0, 1)[None], params[[i]], size
+        )
         weak.append(levels)
         aggressive.append(device_ops.aggressive_stage(levels, params[[i]]))
     return tuple(torch.cat(views).permute(0, 2, 3, 1).numpy() for views in (weak, aggressive))
 
 
 def pil(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    weak = [weak_view(Image.fromarray(image), p, size) for image, p in zip(images, params, strict=True)]
+    weak = [
+        weak_view(Image.fromarray(image), p, size) for image, p in zip(images, params, strict=True)
+    ]
     aggressive = [aggressive_view(view, p) for view, p in zip(weak, params, strict=True)]
     return np.stack([np.asarray(v) for v in weak]), np.stack([np.asarray(v) for v in aggressive])
 
@@ -99,7 +105,9 @@ def test_grayscale_against_pil(stage, mean_levels):
     assert (ours[..., 0] == ours[..., 1]).all() and (ours[..., 0] == ours[..., 2]).all()
 
 
-@pytest.mark.parametrize("largest_sigma_px", [2.0, 9.0])  # beyond the paper's range the box has more taps
+@pytest.mark.parametrize(
+    "largest_sigma_px", [2.0, 9.0]
+)  # beyond the paper's range the box has more taps
 @pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0.5)])
 def test_blur_against_pil(stage, mean_levels, largest_sigma_px):
     params = whole_window(60, 32)
@@ -123,7 +131,9 @@ def test_an_impulse_spreads_alike_along_both_axes(stage):
 @pytest.mark.parametrize("stage", [host, device])
 def test_crop_resize_and_flip_against_pil(stage, size):
     images = [natural_image(i, *size) for i in range(40)]
-    params = draw(0, 0, np.arange(40), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.tile(size, (40, 1)))[:, 0]
+    params = draw(0, 0, np.arange(40), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.tile(size, (40, 1)))[
+        :, 0
+    ]
     mean, largest = difference(stage(images, params, 32)[0], pil(images, params, 32)[0])
     # the device always resizes across first, PIL a tall window down first, which moves some pixels by one level
     assert mean <= (0 if stage is host else 0.1) and largest <= 1, (mean, largest)
@@ -146,7 +156,10 @@ def test_views_of_real_images_against_pil(stage, data, size, request):
     ids = np.arange(0, len(source.manifest), len(source.manifest) // 40)[:40]
     images = [source.read(i) for i in ids]
     params = draw(0, 0, ids, ViewSpec(size, (0, 0, 0), (1, 1, 1)), source.manifest.sizes[ids])[:, 0]
-    (weak, aggressive), (weak_pil, aggressive_pil) = stage(images, params, size), pil(images, params, size)
+    (weak, aggressive), (weak_pil, aggressive_pil) = (
+        stage(images, params, size),
+        pil(images, params, size),
+    )
     assert difference(weak, weak_pil)[0] <= (0 if stage is host else 0.1)
     assert difference(aggressive, aggressive_pil)[0] <= (0 if stage is host else 0.4)
 
@@ -154,6 +167,8 @@ def test_views_of_real_images_against_pil(stage, data, size, request):
 def test_images_on_the_device_are_left_as_they_are():
     levels = torch.from_numpy(np.stack(IMAGES_32)).permute(0, 3, 1, 2).float()
     before = levels.clone()
-    params = draw(0, 0, np.arange(60), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.full((60, 2), 32))[:, 0]
+    params = draw(0, 0, np.arange(60), ViewSpec(32, (0, 0, 0), (1, 1, 1)), np.full((60, 2), 32))[
+        :, 0
+    ]
     assert not torch.equal(device_ops.aggressive_stage(levels, params), before)
     assert torch.equal(levels, before)

@@ -28,7 +28,9 @@ def test_ranks_share_out_the_batch_of_one_rank(world_size):
 def test_the_dropped_remainder_changes_every_epoch():
     order = Order(10, 8, seed=0)
     assert len(order) == 1
-    dropped = {tuple(sorted(set(range(10)) - set(order.ids(epoch, 0).tolist()))) for epoch in range(20)}
+    dropped = {
+        tuple(sorted(set(range(10)) - set(order.ids(epoch, 0).tolist()))) for epoch in range(20)
+    }
     assert len(dropped) > 5
 
 

@@ -50,7 +50,12 @@ def write(folder: Path, done: np.ndarray | None = None) -> np.ndarray:
 @pytest.fixture
 def data(tmp_path) -> Path:
     write(tmp_path / "train")
-    description = {"format": "shards", "version": 1, "count": COUNT, "classes": [str(i) for i in range(7 * COUNT)]}
+    description = {
+        "format": "shards",
+        "version": 1,
+        "count": COUNT,
+        "classes": [str(i) for i in range(7 * COUNT)],
+    }
     (tmp_path / "train.json").write_text(json.dumps(description))
     return tmp_path
 
@@ -62,11 +67,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_images_and_labels_come_back(data):
     for source in (shard_source(data, "pretrain"), open_source(data, "train")):
         manifest = source.manifest
-        assert manifest.labels.tolist() == [label(i) for i in range(COUNT)] and len(manifest.classes) == 7 * COUNT
+        assert (
+            manifest.labels.tolist() == [label(i) for i in range(COUNT)]
+            and len(manifest.classes) == 7 * COUNT
+        )
         assert manifest.sizes.tolist() == [[40 + i, 60 - i] for i in range(COUNT)]
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(source.encoded, [*range(COUNT)] * 5)) == jpegs() * 5
-        assert all((source.read(i) == to_rgb(Image.open(io.BytesIO(data)))).all() for i, data in enumerate(jpegs()))
+        assert all(
+            (source.read(i) == to_rgb(Image.open(io.BytesIO(data)))).all()
+            for i, data in enumerate(jpegs())
+        )
     packed = open_shards(data / "train")
     assert [stored_label(packed, i) for i in range(COUNT)] == manifest.labels.tolist()
 
@@ -78,7 +89,10 @@ def test_the_shards_are_plain_tar_files_of_bounded_size(data):
     for path in shards:
         with tarfile.open(path) as tar:
             members += [(member.name, tar.extractfile(member).read()) for member in tar]
-    wanted = [((f"{i:08}.jpg", image), (f"{i:08}.cls", str(label(i)).encode())) for i, image in enumerate(jpegs())]
+    wanted = [
+        ((f"{i:08}.jpg", image), (f"{i:08}.cls", str(label(i)).encode()))
+        for i, image in enumerate(jpegs())
+    ]
     assert members == [member for pair in wanted for member in pair]
 
 
@@ -106,7 +120,12 @@ def test_dali_reads_the_shards(data):
     @pipeline_def(batch_size=COUNT, num_threads=1, device_id=None)
     def graph():
         return tuple(
-            fn.readers.webdataset(paths=shards, index_paths=indices, ext=["jpg", "cls"], missing_component_behavior="error")
+            fn.readers.webdataset(
+                paths=shards,
+                index_paths=indices,
+                ext=["jpg", "cls"],
+                missing_component_behavior="error",
+            )
         )
 
     pipeline = graph()
@@ -135,7 +154,9 @@ def test_damaged_and_missing_files_are_named(data):
     last = sorted((data / "train").glob("*.tar"))[-1]
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(ValueError, match=rf"{last.name} is truncated: [\d,]+ bytes, its images end at"):
+    with pytest.raises(
+        ValueError, match=rf"{last.name} is truncated: [\d,]+ bytes, its images end at"
+    ):
         shard_source(data, "train")
     last.unlink()
     with pytest.raises(FileNotFoundError, match=last.name):
@@ -169,15 +190,28 @@ def test_val_shards_are_the_test_split_and_two_forms_of_a_split_are_refused(data
 def test_a_million_samples_open_fast_and_lean(tmp_path):
     count, per_shard = 1_281_167, 9000
     entries = np.zeros(count, ENTRY)
-    entries["size"], entries["height"], entries["width"], entries["label"] = 110_000, 375, 500, np.arange(count) % 1000
-    entries["file"], entries["offset"] = np.arange(count) // per_shard, np.arange(count) % per_shard * 111_616
+    entries["size"], entries["height"], entries["width"], entries["label"] = (
+        110_000,
+        375,
+        500,
+        np.arange(count) % 1000,
+    )
+    entries["file"], entries["offset"] = (
+        np.arange(count) // per_shard,
+        np.arange(count) % per_shard * 111_616,
+    )
     (tmp_path / "train").mkdir()
     for shard in range(entries["file"][-1] + 1):
         with shard_path(tmp_path / "train", shard).open("wb") as file:
             file.truncate(per_shard * 111_616)
     columns = {name: entries[name] for name in ("offset", "size", "label", "height", "width")}
     np.savez(tmp_path / "train" / "index.npz", shard=entries["file"], **columns)
-    description = {"format": "shards", "version": 1, "count": count, "classes": [str(i) for i in range(1000)]}
+    description = {
+        "format": "shards",
+        "version": 1,
+        "count": count,
+        "classes": [str(i) for i in range(1000)],
+    }
     (tmp_path / "train.json").write_text(json.dumps(description))
     began = time.perf_counter()
     shard_source(tmp_path, "train")

@@ -45,7 +45,11 @@ def test_tiny_imagenet_s_validation_table_gives_the_labels(tmp_path):
     images.mkdir(parents=True)
     for i in range(3):
         Image.fromarray(natural_image(i, 8, 8)).save(images / f"val_{i}.JPEG")
-    rows = ["val_0.JPEG\tclass_1\t0\t0\t9\t9", "val_1.JPEG\tclass_0\t0\t0\t9\t9", "val_2.JPEG\tclass_1\t0\t0\t9\t9"]
+    rows = [
+        "val_0.JPEG\tclass_1\t0\t0\t9\t9",
+        "val_1.JPEG\tclass_0\t0\t0\t9\t9",
+        "val_2.JPEG\tclass_1\t0\t0\t9\t9",
+    ]
     (tmp_path / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
     manifest = open_source(tmp_path, "test").manifest
     assert manifest.classes == ("class_0", "class_1") and manifest.labels.tolist() == [1, 0, 1]
@@ -73,7 +77,9 @@ def test_every_unreadable_image_is_named_at_once(tmp_path):
     files[2].write_bytes(files[2].read_bytes()[:-40])
     with pytest.raises(ValueError, match="3 of 8 files") as caught:
         open_source(tmp_path, "pretrain")
-    for path, fault in zip(files[:3], ("empty file", "cannot identify", "truncated JPEG"), strict=True):
+    for path, fault in zip(
+        files[:3], ("empty file", "cannot identify", "truncated JPEG"), strict=True
+    ):
         assert f"{path.relative_to(tmp_path)}: " in str(caught.value) and fault in str(caught.value)
 
 
@@ -89,8 +95,16 @@ def test_damage_that_only_decoding_finds_names_the_file(tmp_path):
 def test_images_that_are_not_rgb_become_rgb(tmp_path):
     rgb = Image.fromarray(natural_image(1, 24, 24))
     ramp = np.linspace(0, 65535, 576).reshape(24, 24).astype(np.uint16)
-    saved = {"gray.png": rgb.convert("L"), "palette.png": rgb.quantize(32), "alpha.png": rgb.convert("RGBA")}
-    saved |= {"cmyk.jpg": rgb.convert("CMYK"), "one_bit.png": rgb.convert("1"), "deep.png": Image.fromarray(ramp)}
+    saved = {
+        "gray.png": rgb.convert("L"),
+        "palette.png": rgb.quantize(32),
+        "alpha.png": rgb.convert("RGBA"),
+    }
+    saved |= {
+        "cmyk.jpg": rgb.convert("CMYK"),
+        "one_bit.png": rgb.convert("1"),
+        "deep.png": Image.fromarray(ramp),
+    }
     for name, image in saved.items():
         image.save(tmp_path / name)
         pixels = read_rgb(tmp_path / name)
@@ -119,9 +133,15 @@ def test_the_manifest_is_cached_until_the_data_change(tmp_path):
 def test_the_fingerprint_is_of_the_data_not_of_its_place(tmp_path):
     here = write_folder(tmp_path / "here", {"train": 3})
     there = shutil.copytree(here, tmp_path / "there", copy_function=shutil.copy)
-    assert open_source(here, "train").manifest.fingerprint == open_source(there, "train").manifest.fingerprint
+    assert (
+        open_source(here, "train").manifest.fingerprint
+        == open_source(there, "train").manifest.fingerprint
+    )
     (there / "train" / "class_1").rename(there / "train" / "class_9")
-    assert open_source(here, "train").manifest.fingerprint != open_source(there, "train").manifest.fingerprint
+    assert (
+        open_source(here, "train").manifest.fingerprint
+        != open_source(there, "train").manifest.fingerprint
+    )
 
 
 @pytest.fixture
@@ -132,20 +152,34 @@ def cifar10_files(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     sums = {}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        content = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+        content = {
+            "data": rng.integers(0, 256, (10, 3072), dtype=np.uint8),
+            "labels": list(range(10)),
+        }
         (root / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((root / name).read_bytes()).hexdigest()
-    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"name_{i}" for i in range(10)]}))
-    meta = {**datasets.CIFAR10.meta, "md5": hashlib.md5((root / "batches.meta").read_bytes()).hexdigest()}
+    (root / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"name_{i}" for i in range(10)]})
+    )
+    meta = {
+        **datasets.CIFAR10.meta,
+        "md5": hashlib.md5((root / "batches.meta").read_bytes()).hexdigest(),
+    }
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "train_list",
+        [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)],
+    )
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     return tmp_path
 
 
 def test_cifar_s_binary_files_are_read(cifar10_files):
     source = open_source(cifar10_files, "pretrain")
-    raw = pickle.loads((cifar10_files / "cifar-10-batches-py" / "data_batch_2").read_bytes())["data"]
+    raw = pickle.loads((cifar10_files / "cifar-10-batches-py" / "data_batch_2").read_bytes())[
+        "data"
+    ]
     assert len(source.manifest) == 50 and source.manifest.classes[3] == "name_3"
     assert (source.read(13) == raw[3].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert len(open_source(cifar10_files, "test").manifest) == 10
@@ -167,7 +201,9 @@ def test_stl10_pretrains_on_all_images_and_trains_on_the_labelled(tmp_path, monk
         if name != "unlabeled":
             np.arange(1, count + 1, dtype=np.uint8).tofile(root / f"{name}_y.bin")
     (root / "class_names.txt").write_text("\n".join(f"name_{i}" for i in range(10)))
-    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # the real files' checksums
+    monkeypatch.setattr(
+        datasets.STL10, "_check_integrity", lambda self: True
+    )  # the real files' checksums
     pretrain, train = (open_source(tmp_path, split) for split in ("pretrain", "train"))
     assert len(pretrain.manifest) == 10 and not pretrain.manifest.labelled
     assert train.manifest.labels.tolist() == [0, 1, 2, 3]
@@ -176,12 +212,24 @@ def test_stl10_pretrains_on_all_images_and_trains_on_the_labelled(tmp_path, monk
 
 
 def test_a_split_packed_in_two_forms_is_refused_and_a_folder_is_listed_once(tmp_path, monkeypatch):
-    for name in ("train.beton", "validation.ffcv", "train_1.jpg", "trainer.txt", "train/shard-0.txt", "test/shard-000000.tar"):
+    for name in (
+        "train.beton",
+        "validation.ffcv",
+        "train_1.jpg",
+        "trainer.txt",
+        "train/shard-0.txt",
+        "test/shard-000000.tar",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     listed, scandir = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda place: (listed.append(Path(place)), scandir(place))[1])
-    assert packed_place(tmp_path, "pretrain") == tmp_path / "train.beton" and listed.count(tmp_path) == 1
+    monkeypatch.setattr(
+        os, "scandir", lambda place: (listed.append(Path(place)), scandir(place))[1]
+    )
+    assert (
+        packed_place(tmp_path, "pretrain") == tmp_path / "train.beton"
+        and listed.count(tmp_path) == 1
+    )
     with pytest.raises(ValueError, match=r"holds test, validation\.ffcv for one split"):
         packed_place(tmp_path, "test")
     (tmp_path / "validation.ffcv").unlink()

@@ -19,7 +19,9 @@ def run_ranks(work: str, ranks: int, folder: Path) -> list:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, work]
     started = [
-        subprocess.Popen([*command, str(me), str(ranks), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(me), str(ranks), str(folder)], env=env, stderr=subprocess.PIPE, text=True
+        )
         for me in range(ranks)
     ]
     errors = [process.communicate(timeout=240)[1] for process in started]
@@ -47,8 +49,18 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     try:
         for name, bn in cases:
             # a zero gain, the initial one, would stop the gradient of its block's convolutions
-            options = TINY | {"bn": bn, "zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.01}
-            fields = {key: value for key, value in options.items() if key in method_class(name).recipe_type.model_fields}
+            options = TINY | {
+                "bn": bn,
+                "zero_init_residual": False,
+                "precision": "fp32",
+                "device": "cpu",
+                "peak_lr": 0.01,
+            }
+            fields = {
+                key: value
+                for key, value in options.items()
+                if key in method_class(name).recipe_type.model_fields
+            }
             run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
             for step in range(2):  # each amplifies rounding tenfold
                 whole = some_batch(step)
@@ -94,15 +106,21 @@ def batchnorm_cases():
     generator = torch.Generator().manual_seed(0)
     for shape in ((8, 5), (4, 5, 3, 2)):
         for affine in (True, False):
-            layer = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(5, affine=affine).double()
+            layer = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(
+                5, affine=affine
+            ).double()
             if affine:
                 torch.nn.init.uniform_(layer.weight, generator=generator)
-            x = 100 + torch.randn(shape, generator=generator, dtype=torch.float64)  # far from zero: cancellation would show
+            x = 100 + torch.randn(
+                shape, generator=generator, dtype=torch.float64
+            )  # far from zero: cancellation would show
             yield layer, x, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 if __name__ == "__main__":
     work, me, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    dist.init_process_group("gloo", init_method=f"file://{folder / work}.rendezvous", rank=me, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / work}.rendezvous", rank=me, world_size=ranks
+    )
     torch.save(globals()[work](), folder / f"{work}_{me}.pt")
     dist.destroy_process_group()

@@ -68,7 +68,11 @@ def test_a_checkpoint_comes_back_and_only_the_newest_stay(tmp_path):
 def test_newest_is_by_number_whatever_the_digits(tmp_path):
     for name in ("step_9999.pt", "step_10000.pt", "step_00000300.pt", "step_best.pt"):
         torch.save(state(1), tmp_path / name)
-    assert [path.name for path in checkpoint.listed(tmp_path)] == ["step_00000300.pt", "step_9999.pt", "step_10000.pt"]
+    assert [path.name for path in checkpoint.listed(tmp_path)] == [
+        "step_00000300.pt",
+        "step_9999.pt",
+        "step_10000.pt",
+    ]
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 100, -1])
@@ -86,8 +90,12 @@ def test_one_flipped_bit_of_a_weight_is_found(tmp_path):
     content = bytearray(newest.read_bytes())
     content[content.index(torch.full((500,), 10.0).numpy().tobytes()) + 1000] ^= 1
     newest.write_bytes(content)
-    assert torch.load(newest, weights_only=True)["method"]["w"].unique().numel() == 2  # torch does not notice
-    with pytest.warns(UserWarning, match="the checksum of its part .* is wrong; trying the one before"):
+    assert (
+        torch.load(newest, weights_only=True)["method"]["w"].unique().numel() == 2
+    )  # torch does not notice
+    with pytest.warns(
+        UserWarning, match="the checksum of its part .* is wrong; trying the one before"
+    ):
         assert checkpoint.load_latest(tmp_path)["step"] == 5
 
 
@@ -121,7 +129,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, mon
     marker, path = tmp_path / "marker", tmp_path / "run" / "step_9.pt"
     checkpoint.save(path.parent, state(5), keep_last=1)
     torch.save({**state(9), "method": Touch(marker)}, path)
-    with pytest.raises(ValueError, match=r"step_9\.pt is damaged or no .*: it holds calls of posix\.system; wanted tensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_9\.pt is damaged or no .*: it holds calls of posix\.system; wanted tensors",
+    ):
         checkpoint.load(path)
     with pytest.warns(UserWarning, match=r"posix\.system"):
         assert checkpoint.load_latest(path.parent)["step"] == 5
@@ -152,7 +163,9 @@ def test_a_zip_with_tricks_is_refused_and_writes_nothing(tmp_path, renamed, adde
             target.writestr(renamed.format(part), source.read(part))
         if added:
             target.writestr(added, "x")
-    with pytest.raises(ValueError, match=r"step_6\.pt is damaged or no .* is compressed or leads out of the file"):
+    with pytest.raises(
+        ValueError, match=r"step_6\.pt is damaged or no .* is compressed or leads out of the file"
+    ):
         checkpoint.load(hostile)
     assert names(tmp_path) == ["run", "step_5.pt"] and names(hostile.parent) == ["step_6.pt"]
 
@@ -160,8 +173,17 @@ def test_a_zip_with_tricks_is_refused_and_writes_nothing(tmp_path, renamed, adde
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_what_changes_after_save_does_not_reach_the_file(tmp_path, gate, device):
     w = torch.randn(64, 3, 7, 7, device=device).to(memory_format=torch.channels_last)
-    part, momentum, count = torch.nn.Parameter(w[:2, 0]), torch.randn(1000, device=device), torch.tensor(3, device=device)
-    live = {"step": 0, "recipe": {"betas": (0.9, 0.99)}, "method": {"w": w, "part": part}, "optimizer": [{0: momentum}, count]}
+    part, momentum, count = (
+        torch.nn.Parameter(w[:2, 0]),
+        torch.randn(1000, device=device),
+        torch.tensor(3, device=device),
+    )
+    live = {
+        "step": 0,
+        "recipe": {"betas": (0.9, 0.99)},
+        "method": {"w": w, "part": part},
+        "optimizer": [{0: momentum}, count],
+    }
     with checkpoint.Writer(tmp_path, keep_last=5) as writer:
         for live["step"] in (1, 2):
             expected = copy.deepcopy(live)
@@ -211,7 +233,14 @@ def test_a_second_save_waits_for_the_first_and_leaving_for_the_last(tmp_path, ga
 
 def test_a_tensor_that_changes_its_shape_or_type_between_saves_is_saved_as_it_is(tmp_path):
     with checkpoint.Writer(tmp_path, keep_last=5) as writer:
-        for step, w in enumerate([torch.ones(3), torch.ones(3, dtype=torch.float64), torch.eye(3).T, torch.ones(1).expand(3)]):
+        for step, w in enumerate(
+            [
+                torch.ones(3),
+                torch.ones(3, dtype=torch.float64),
+                torch.eye(3).T,
+                torch.ones(1).expand(3),
+            ]
+        ):
             writer.save({**state(step), "method": w})
             writer.wait()
             found = checkpoint.load_latest(tmp_path)["method"]
@@ -219,15 +248,22 @@ def test_a_tensor_that_changes_its_shape_or_type_between_saves_is_saved_as_it_is
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 1_000_000])
-def test_a_full_disk_is_an_error_at_the_next_save_and_leaves_the_checkpoints_before(tmp_path, limit_bytes):
+def test_a_full_disk_is_an_error_at_the_next_save_and_leaves_the_checkpoints_before(
+    tmp_path, limit_bytes
+):
     with checkpoint.Writer(tmp_path, keep_last=1) as writer:
         writer.save(state(1))
         writer.wait()
         with file_limit(limit_bytes):
             writer.save(state(2, numel=1_000_000))
-            with pytest.raises(OSError, match=r"step_00000002\.pt was not written: File too large\. Once .* has room") as error:
+            with pytest.raises(
+                OSError,
+                match=r"step_00000002\.pt was not written: File too large\. Once .* has room",
+            ) as error:
                 writer.save(state(3))
-        assert not isinstance(error.value, FileNotFoundError) and names(tmp_path) == ["step_00000001.pt"]
+        assert not isinstance(error.value, FileNotFoundError) and names(tmp_path) == [
+            "step_00000001.pt"
+        ]
         assert checkpoint.load_latest(tmp_path)["step"] == 1
         writer.save(state(4))  # there is room again
     assert names(tmp_path) == ["step_00000004.pt"]
@@ -235,7 +271,9 @@ def test_a_full_disk_is_an_error_at_the_next_save_and_leaves_the_checkpoints_bef
 
 def test_a_folder_that_goes_away_is_an_error_on_leaving(tmp_path):
     with (
-        pytest.raises(OSError, match=r"was not written: No such file or directory\. Once .* is there"),
+        pytest.raises(
+            OSError, match=r"was not written: No such file or directory\. Once .* is there"
+        ),
         checkpoint.Writer(tmp_path / "a", keep_last=1) as writer,
     ):
         shutil.rmtree(tmp_path / "a")
@@ -256,7 +294,10 @@ def test_a_failed_write_does_not_hide_the_error_that_ended_training(tmp_path):
 
 
 def test_a_state_that_cannot_be_written_is_named_by_its_own_error(tmp_path):
-    with pytest.raises(Exception, match="pickle") as error, checkpoint.Writer(tmp_path, keep_last=1) as writer:
+    with (
+        pytest.raises(Exception, match="pickle") as error,
+        checkpoint.Writer(tmp_path, keep_last=1) as writer,
+    ):
         writer.save({**state(1), "recipe": lambda: None})
     assert not isinstance(error.value, OSError) and names(tmp_path) == []
 
@@ -278,7 +319,9 @@ def test_kill_during_a_write_leaves_a_whole_checkpoint(tmp_path, attempt):
     writer = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     try:
         deadline = time.monotonic() + 60
-        while not (checkpoint.listed(tmp_path) and list(tmp_path.glob(".*"))):  # inside the write of a later one
+        while not (
+            checkpoint.listed(tmp_path) and list(tmp_path.glob(".*"))
+        ):  # inside the write of a later one
             assert writer.poll() is None and time.monotonic() < deadline
             time.sleep(0.001 * attempt)
     finally:
@@ -289,7 +332,11 @@ def test_kill_during_a_write_leaves_a_whole_checkpoint(tmp_path, attempt):
 
 
 def test_opening_a_writer_removes_what_a_killed_run_left_and_nothing_else(tmp_path):
-    kept = [checkpoint.save(tmp_path, state(1), keep_last=1).name, ".notes.partial", "step_2.partial"]
+    kept = [
+        checkpoint.save(tmp_path, state(1), keep_last=1).name,
+        ".notes.partial",
+        "step_2.partial",
+    ]
     for name in (*kept[1:], ".step_00000002.pt.partial"):
         (tmp_path / name).touch()
     with checkpoint.Writer(tmp_path, keep_last=1):

@@ -40,9 +40,19 @@ def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp
 
 def test_a_run_s_recipe_starts_the_same_run(folder, tmp_path):
     train(folder, tmp_path / "one")
-    again = run("train", "--data", folder, "--out", tmp_path / "two", "--config", tmp_path / "one" / "recipe.yaml")
+    again = run(
+        "train",
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "two",
+        "--config",
+        tmp_path / "one" / "recipe.yaml",
+    )
     assert again.exit_code == 0, again.output
-    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")
+    )
     assert one["linear_top1"] == two["linear_top1"] and one["knn_top1"] == two["knn_top1"]
 
 
@@ -62,7 +72,18 @@ def test_dry_run_prints_the_plan_and_trains_nothing(folder, tmp_path):
     ],
 )
 def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message):
-    names = ("--dataset", "cifar10", "--method", "rsa", "--batch-size", 8, "--data", folder, "--out", tmp_path / "run")
+    names = (
+        "--dataset",
+        "cifar10",
+        "--method",
+        "rsa",
+        "--batch-size",
+        8,
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+    )
     result = run("train", *names, *arguments, "--dry-run")
     assert result.exit_code == 1 and message in result.output
 
@@ -91,17 +112,32 @@ def test_recipes_are_listed_and_shown_with_sources():
     assert listed.exit_code == 0 and names == {"datasets": list(DATASETS), "methods": list(METHODS)}
     shown = CliRunner().invoke(main, ["recipes", "imagenet100/moco"])
     fields = json.loads(shown.output.splitlines()[-1])
-    assert fields["queue_size"] == 65536 and "MoCo v2" in shown.output and "PAPER 4.1" in shown.output
+    assert (
+        fields["queue_size"] == 65536 and "MoCo v2" in shown.output and "PAPER 4.1" in shown.output
+    )
     assert "did you mean 'cifar10'?" in CliRunner().invoke(main, ["recipes", "cifar11"]).output
 
 
 def test_an_ablation_is_a_method_with_its_fields(folder, tmp_path):
-    result = train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "ma-fixed", "--dry-run")
-    assert result.exit_code == 0 and "beta_base: 0.5" in result.output and "beta_schedule: fixed" in result.output
-    assert "is of byol, not of rsa" in train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "aa").output
-    assert "did you mean 'ma-fixed'?" in train(folder, tmp_path / "run", "--ablation", "ma-fix").output
+    result = train(
+        folder, tmp_path / "run", "--method", "rsa", "--ablation", "ma-fixed", "--dry-run"
+    )
+    assert (
+        result.exit_code == 0
+        and "beta_base: 0.5" in result.output
+        and "beta_schedule: fixed" in result.output
+    )
+    assert (
+        "is of byol, not of rsa"
+        in train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "aa").output
+    )
+    assert (
+        "did you mean 'ma-fixed'?" in train(folder, tmp_path / "run", "--ablation", "ma-fix").output
+    )
 
 
 def test_the_module_runs_as_the_command():
-    out = subprocess.run([sys.executable, "-m", "rsa_fast", "--help"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "rsa_fast", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert "train" in out and "eval" in out

@@ -19,7 +19,15 @@ from pipelines.coco import CocoImages, reading_plan
 from pipelines.order import Order
 from rsa_fast.cli import main
 from rsa_fast.evaluation import detection
-from rsa_fast.evaluation.detection import build_model, build_sgd, coco_scores, detect, find_objects, learning_rate, precise_bn
+from rsa_fast.evaluation.detection import (
+    build_model,
+    build_sgd,
+    coco_scores,
+    detect,
+    find_objects,
+    learning_rate,
+    precise_bn,
+)
 from rsa_fast.networks import Encoder
 from rsa_fast.training import checkpoint
 from rsa_fast.training.metrics import read_metrics
@@ -28,8 +36,20 @@ encode = pytest.importorskip("pycocotools.mask", reason="transfer needs pycocoto
 
 CPU = torch.device("cpu")
 # Images, proposals and regions for a CPU.
-TINY = {"min_size": (32,), "rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 10, "box_batch_size_per_image": 8}
-OPTIONS = {"schedule": "2x", "steps": 4, "batch_size": 2, "workers": 0, "device": "cpu", "precision": "fp32"}
+TINY = {
+    "min_size": (32,),
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 10,
+    "box_batch_size_per_image": 8,
+}
+OPTIONS = {
+    "schedule": "2x",
+    "steps": 4,
+    "batch_size": 2,
+    "workers": 0,
+    "device": "cpu",
+    "precision": "fp32",
+}
 CATEGORIES = [{"id": 3, "name": "box"}, {"id": 7, "name": "disc"}]  # ids with gaps, as COCO's
 
 
@@ -44,16 +64,35 @@ def write_coco(root: Path) -> Path:
             x, y, side = 4 + 2 * i, 6 + i, 24
             rectangle = [x, y, x + side, y, x + side, y + side, x, y + side]
             angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-            disc = np.stack([width - 20 + 12 * np.cos(angles), height - 20 + 12 * np.sin(angles)], 1).ravel().tolist()
-            for polygon, colour, category in ((rectangle, (255, 40, 40), 3), (disc, (40, 255, 40), 7)):
+            disc = (
+                np.stack([width - 20 + 12 * np.cos(angles), height - 20 + 12 * np.sin(angles)], 1)
+                .ravel()
+                .tolist()
+            )
+            for polygon, colour, category in (
+                (rectangle, (255, 40, 40), 3),
+                (disc, (40, 255, 40), 7),
+            ):
                 draw.polygon(polygon, fill=colour)
                 low, high = np.reshape(polygon, (-1, 2)).min(0), np.reshape(polygon, (-1, 2)).max(0)
-                entry = {"id": len(annotations) + 1, "image_id": 10 * i + 5, "category_id": category, "iscrowd": 0}
-                box = {"bbox": [*low.tolist(), *(high - low).tolist()], "area": float(np.prod(high - low))}
+                entry = {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 * i + 5,
+                    "category_id": category,
+                    "iscrowd": 0,
+                }
+                box = {
+                    "bbox": [*low.tolist(), *(high - low).tolist()],
+                    "area": float(np.prod(high - low)),
+                }
                 annotations.append({**entry, **box, "segmentation": [polygon]})
             picture.save(root / split / f"{i:012}.png")
-            images.append({"id": 10 * i + 5, "file_name": f"{i:012}.png", "width": width, "height": height})
-        write_annotations(root, split, {"images": images, "annotations": annotations, "categories": CATEGORIES})
+            images.append(
+                {"id": 10 * i + 5, "file_name": f"{i:012}.png", "width": width, "height": height}
+            )
+        write_annotations(
+            root, split, {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        )
     return root
 
 
@@ -162,7 +201,12 @@ class Clairvoyant(nn.Module):
         assert torch.equal(images[0], image / 255)
         scores = torch.full((len(objects["labels"]),), 0.9)
         return [
-            {"boxes": objects["boxes"], "labels": objects["labels"], "scores": scores, "masks": 0.9 * objects["masks"][:, None]}
+            {
+                "boxes": objects["boxes"],
+                "labels": objects["labels"],
+                "scores": scores,
+                "masks": 0.9 * objects["masks"][:, None],
+            }
         ]
 
 
@@ -180,13 +224,27 @@ def test_the_backbone_is_the_encoder_bit_for_bit_and_all_of_it_learns(encoder, m
     assert body.keys() == encoder.state_dict().keys() and len(body) == 318
     assert all(torch.equal(value, body[key]) for key, value in encoder.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
-    norms = {name: module for name, module in model.named_modules() if "BatchNorm" in type(module).__name__}
-    assert all(type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats for norm in norms.values())
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if "BatchNorm" in type(module).__name__
+    }
+    assert all(
+        type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+        for norm in norms.values()
+    )
     where = [name.split(".")[1] for name in norms]
-    assert {part: where.count(part) for part in where} == {"body": 53, "fpn": 8, "box_head": 4, "mask_head": 4}
+    assert {part: where.count(part) for part in where} == {
+        "body": 53,
+        "fpn": 8,
+        "box_head": 4,
+        "mask_head": 4,
+    }
 
 
-@pytest.mark.parametrize("form", [("resnet18",), ("resnet50", "cifar"), ("resnet50", "imagenet", 16)])
+@pytest.mark.parametrize(
+    "form", [("resnet18",), ("resnet50", "cifar"), ("resnet50", "imagenet", 16)]
+)
 def test_another_encoder_is_refused(form):
     with pytest.raises(ValueError, match="wants a ResNet-50 with the ImageNet stem and width 64"):
         build_model(Encoder(*form), 2)
@@ -196,18 +254,26 @@ def test_weight_decay_spares_batchnorm_alone(model):
     norms, rest = build_sgd(model).param_groups
     assert (norms["weight_decay"], rest["weight_decay"]) == (0, 1e-4)
     named = {id(p): name for name, p in model.named_parameters()}
-    assert len(norms["params"]) == 2 * 69 and len(norms["params"]) + len(rest["params"]) == len(named)
+    assert len(norms["params"]) == 2 * 69 and len(norms["params"]) + len(rest["params"]) == len(
+        named
+    )
     assert {named[id(p)].rsplit(".", 1)[0] for p in norms["params"]} == {
         name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
     }
 
 
 def test_boxes_are_decoded_in_float32_under_autocast(model):
-    anchor = torch.tensor([[1001.0, 1003.0, 1034.0, 1037.0]])  # no multiple of 4: bf16 cannot hold one
+    anchor = torch.tensor(
+        [[1001.0, 1003.0, 1034.0, 1037.0]]
+    )  # no multiple of 4: bf16 cannot hold one
     with torch.autocast("cpu", torch.bfloat16):
-        _, (proposals,) = model.rpn.head([torch.zeros(1, 256, 1, 1)])  # no features: the anchor as it is
+        _, (proposals,) = model.rpn.head(
+            [torch.zeros(1, 256, 1, 1)]
+        )  # no features: the anchor as it is
         _, boxes = model.roi_heads.box_predictor(torch.zeros(1, 1024))
-    assert torch.equal(model.rpn.box_coder.decode(proposals[:, :4].reshape(1, 4), [anchor])[0, 0], anchor[0])
+    assert torch.equal(
+        model.rpn.box_coder.decode(proposals[:, :4].reshape(1, 4), [anchor])[0, 0], anchor[0]
+    )
     assert boxes.dtype == torch.float32
 
 
@@ -217,8 +283,12 @@ def test_precise_bn_is_the_mean_over_batches():
     batches = [torch.randn(4, 3, 5, 5) * (i + 1) + i for i in range(3)]
     network(batches[0] * 100)  # what is to be forgotten
     precise_bn(network, map(network, batches))
-    torch.testing.assert_close(network[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
-    torch.testing.assert_close(network[0].running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
+    torch.testing.assert_close(
+        network[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
+    )
+    torch.testing.assert_close(
+        network[0].running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0)
+    )
     assert network[2].num_batches_tracked == 3 and network[1].weight.grad is None
 
 
@@ -228,8 +298,31 @@ def test_precise_bn_is_the_mean_over_batches():
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        ("1x", {0: 2e-5, 500: 0.01001, 1000: 0.02, 59_999: 0.02, 60_000: 2e-3, 79_999: 2e-3, 80_000: 2e-4, 89_999: 2e-4}),
-        ("2x", {0: 3e-5, 500: 0.015015, 1000: 0.03, 119_999: 0.03, 120_000: 3e-3, 159_999: 3e-3, 160_000: 3e-4}),
+        (
+            "1x",
+            {
+                0: 2e-5,
+                500: 0.01001,
+                1000: 0.02,
+                59_999: 0.02,
+                60_000: 2e-3,
+                79_999: 2e-3,
+                80_000: 2e-4,
+                89_999: 2e-4,
+            },
+        ),
+        (
+            "2x",
+            {
+                0: 3e-5,
+                500: 0.015015,
+                1000: 0.03,
+                119_999: 0.03,
+                120_000: 3e-3,
+                159_999: 3e-3,
+                160_000: 3e-4,
+            },
+        ),
     ],
 )
 def test_the_learning_rate_warms_up_and_drops_twice(schedule, rates):
@@ -239,7 +332,9 @@ def test_the_learning_rate_warms_up_and_drops_twice(schedule, rates):
 
 def test_a_shortened_run_drops_at_the_same_fractions():
     rates = [learning_rate(step, 90, 1.0) for step in range(90)]
-    assert rates[0] == pytest.approx(1e-3) and rates[9] == rates[59] == 1  # a tenth of the steps to warm up
+    assert (
+        rates[0] == pytest.approx(1e-3) and rates[9] == rates[59] == 1
+    )  # a tenth of the steps to warm up
     assert rates[60:80] == pytest.approx([0.1] * 20) and rates[80:] == pytest.approx([0.01] * 10)
 
 
@@ -249,7 +344,9 @@ def test_training_lowers_the_loss_at_the_scaled_rate(whole_run):
     losses = [record["loss"] for record in records]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
     # 0.03 * 2 / 16, the first drop after 2/3 of 4 steps
-    assert [record["lr"] for record in records] == pytest.approx([0.00375, 0.00375, 0.00375, 0.000375])
+    assert [record["lr"] for record in records] == pytest.approx(
+        [0.00375, 0.00375, 0.00375, 0.000375]
+    )
     assert json.loads((out / "result.json").read_text()) == result
     assert result["step"] == 4 and 0 <= result["box_ap"] <= result["box_ap50"] <= 100
 
@@ -262,18 +359,36 @@ def test_a_resumed_run_is_the_run_that_never_stopped(whole_run, weights, coco, r
         detect(weights, coco, runs / "stopped", **{**OPTIONS, "schedule": "1x"}, resume=True)
     resumed = detect(weights, coco, runs / "stopped", **OPTIONS, resume=True)
     assert resumed == {**result, "out": str(runs / "stopped")}
-    whole, again = (checkpoint.load_latest(folder / "checkpoints") for folder in (out, runs / "stopped"))
+    whole, again = (
+        checkpoint.load_latest(folder / "checkpoints") for folder in (out, runs / "stopped")
+    )
     assert whole["step"] == again["step"] == 4
     assert all(torch.equal(value, again["method"][key]) for key, value in whole["method"].items())
-    timeless = [{key: value for key, value in record.items() if key != "step_ms"} for record in read_metrics(runs / "stopped")]
-    assert timeless == [{key: value for key, value in record.items() if key != "step_ms"} for record in read_metrics(out)]
+    timeless = [
+        {key: value for key, value in record.items() if key != "step_ms"}
+        for record in read_metrics(runs / "stopped")
+    ]
+    assert timeless == [
+        {key: value for key, value in record.items() if key != "step_ms"}
+        for record in read_metrics(out)
+    ]
 
 
 def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
     out, result = whole_run
-    given = {"checkpoint": weights, "data": coco, "out": out, "schedule": "2x", "steps": 4, "batch-size": 2, "workers": 0}
+    given = {
+        "checkpoint": weights,
+        "data": coco,
+        "out": out,
+        "schedule": "2x",
+        "steps": 4,
+        "batch-size": 2,
+        "workers": 0,
+    }
     options = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    done = CliRunner().invoke(main, ["detect", *options, "--device", "cpu", "--precision", "fp32", "--resume"])
+    done = CliRunner().invoke(
+        main, ["detect", *options, "--device", "cpu", "--precision", "fp32", "--resume"]
+    )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == result  # finished: nothing left but to evaluate
 
@@ -286,11 +401,16 @@ def test_boxes_masks_and_pixels_stay_together(coco, flip):
     images = CocoImages(coco, "train2017")
     for index in range(2):
         image, objects = images[index, flip]
-        boxes = masks_to_boxes(objects["masks"]) + torch.tensor([0, 0, 1, 1])  # of the last pixel to its far edge
+        boxes = masks_to_boxes(objects["masks"]) + torch.tensor(
+            [0, 0, 1, 1]
+        )  # of the last pixel to its far edge
         torch.testing.assert_close(objects["boxes"][:1], boxes[:1])
         torch.testing.assert_close(objects["boxes"], boxes, rtol=0, atol=1.0)
         assert objects["labels"].tolist() == [1, 2]  # of the categories 3 and 7
-        inside = image[:, objects["masks"][0] == 1].float().mean(1), image[:, objects["masks"][1] == 1].float().mean(1)
+        inside = (
+            image[:, objects["masks"][0] == 1].float().mean(1),
+            image[:, objects["masks"][1] == 1].float().mean(1),
+        )
         assert inside[0].argmax() == 0 and inside[1].argmax() == 1  # a red rectangle, a green disc
 
 
@@ -299,7 +419,11 @@ def test_crowds_and_flat_boxes_are_not_learned(coco):
     images.coco.anns[1]["iscrowd"] = 1
     images.coco.anns[2]["bbox"][2] = 0
     _, objects = images[0, False]
-    assert objects["boxes"].shape == (0, 4) and objects["masks"].shape == (0, 64, 96) and len(objects["labels"]) == 0
+    assert (
+        objects["boxes"].shape == (0, 4)
+        and objects["masks"].shape == (0, 64, 96)
+        and len(objects["labels"]) == 0
+    )
 
 
 def test_every_image_is_read_once_an_epoch_beside_images_of_its_orientation():
@@ -309,7 +433,9 @@ def test_every_image_is_read_once_an_epoch_beside_images_of_its_orientation():
         assert sorted(index for batch in epoch for index, _ in batch) == list(range(60))
         mixed = [batch for batch in epoch if len({bool(portrait[index]) for index, _ in batch}) > 1]
         assert len(mixed) <= 1
-    assert plan[:15] != plan[15:30] and 60 < sum(flip for batch in plan for _, flip in batch) < 120  # of 180
+    assert (
+        plan[:15] != plan[15:30] and 60 < sum(flip for batch in plan for _, flip in batch) < 120
+    )  # of 180
     assert list(reading_plan(order, portrait, 22, 45)) == plan[22:]  # resuming is a jump
 
 
@@ -331,7 +457,11 @@ def damage(root: Path, fault: str) -> None:
             content["annotations"][0]["category_id"] = 9
             write_annotations(root, "val2017", content)
         case "other categories":
-            write_annotations(root, "val2017", content | {"categories": [*CATEGORIES[:1], {"id": 7, "name": "ball"}]})
+            write_annotations(
+                root,
+                "val2017",
+                content | {"categories": [*CATEGORIES[:1], {"id": 7, "name": "ball"}]},
+            )
         case "no categories":
             write_annotations(root, "val2017", {"images": content["images"]})
         case "a list":
@@ -364,7 +494,10 @@ def test_too_few_images_and_a_wrong_size_are_named(coco, weights, tmp_path):
         detect(weights, coco, tmp_path / "out")
     images = CocoImages(coco, "train2017")
     images.coco.imgs[5]["width"] = 97
-    with pytest.raises(ValueError, match=r"000000000000.png is \(64, 96\) px high and wide, its annotations say \(64, 97\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"000000000000.png is \(64, 96\) px high and wide, its annotations say \(64, 97\)",
+    ):
         images[0, False]
 
 

@@ -55,8 +55,18 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
         ("python", ("3.11.7", ">=3.11,<3.12"), "ok", ""),
         ("python", ("3.12.0", ">=3.11,<3.12"), "fail", "make PYTHON="),
         ("architectures", (TORCH_2_10, [V100] * 8), "ok", ""),
-        ("architectures", (TORCH_2_11, [V100] * 8), "fail", "torch==2.10.0+cu128 torchvision==0.25.0+cu128"),
-        ("architectures", (TORCH_2_11, [V100, A10]), "fail", "https://download.pytorch.org/whl/cu128"),
+        (
+            "architectures",
+            (TORCH_2_11, [V100] * 8),
+            "fail",
+            "torch==2.10.0+cu128 torchvision==0.25.0+cu128",
+        ),
+        (
+            "architectures",
+            (TORCH_2_11, [V100, A10]),
+            "fail",
+            "https://download.pytorch.org/whl/cu128",
+        ),
         ("architectures", (TORCH_2_11, [A10]), "ok", ""),
         ("architectures", (["sm_80", "compute_80"], [H100]), "warning", "torch==2.10.0+cu128"),
         ("architectures", (TORCH_2_10, [("GTX 1080", (6, 1))]), "fail", "torch==2.10.0+cu126"),
@@ -76,7 +86,12 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
         ("dali", (DALI_11, "12.8", 1), "fail", "uninstall -y nvidia-dali-cuda110 && "),
         ("dali", (DALI_11, "12.8", 0), "fail", "install nvidia-dali-cuda120"),
         ("dali", (DALI_12, "13.0", 1), "fail", "install nvidia-dali-cuda130"),
-        ("dali", (DALI_11 | DALI_12, "12.8", 1), "fail", "uninstall -y nvidia-dali-cuda110 nvidia-dali-cuda120"),
+        (
+            "dali",
+            (DALI_11 | DALI_12, "12.8", 1),
+            "fail",
+            "uninstall -y nvidia-dali-cuda110 nvidia-dali-cuda120",
+        ),
         ("dali", ({}, "12.8", 1), "warning", "install nvidia-dali-cuda120"),
         ("dali", ({}, "12.8", 0), "ok", ""),
         ("dali", (DALI_12, None, 0), "ok", ""),
@@ -95,7 +110,12 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
             "apt-get install -y libopencv-dev && ",
         ),
         ("numba_cache", ("/home/me/__pycache__", ""), "ok", ""),
-        ("numba_cache", ("", "RuntimeError: no locator available"), "fail", "export NUMBA_CACHE_DIR="),
+        (
+            "numba_cache",
+            ("", "RuntimeError: no locator available"),
+            "fail",
+            "export NUMBA_CACHE_DIR=",
+        ),
         ("cpu", ("AVX512", True, 0), "ok", ""),
         ("cpu", ("AVX2", False, 0), "warning", "avx512_bf16"),
         ("cpu", ("AVX2", False, 8), "ok", ""),
@@ -124,7 +144,12 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
         ("page_cache", (0.0, 160.0), "warning", "tools.to_ffcv"),
         ("page_cache", (1.0, 2.0), "ok", ""),
         ("extras", (dict.fromkeys(doctor.EXTRAS, "1.0"),), "ok", ""),
-        ("extras", ({"onnx": "1.23.2", "wandb": "0.20"},), "ok", "pip install tensorboard pycocotools"),
+        (
+            "extras",
+            ({"onnx": "1.23.2", "wandb": "0.20"},),
+            "ok",
+            "pip install tensorboard pycocotools",
+        ),
     ],
 )
 def test_a_check_tells_ok_warning_and_fail_apart_and_names_the_fix(check, facts, status, says):
@@ -138,9 +163,13 @@ def test_the_torch_that_is_advised_is_the_pinned_one_and_has_what_is_said():
 
     pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
     wanted = doctor.TORCH_PIN.format("cu128").split()
-    assert [f"{pin}+cu128" in wanted for pin in pins if pin.startswith(("torch==", "torchvision=="))] == [True, True]
+    assert [
+        f"{pin}+cu128" in wanted for pin in pins if pin.startswith(("torch==", "torchvision=="))
+    ] == [True, True]
     if f"torch=={torch.__version__}" not in wanted:
-        pytest.skip(f"torch {torch.__version__} is not the pinned build, whose architectures are meant")
+        pytest.skip(
+            f"torch {torch.__version__} is not the pinned build, whose architectures are meant"
+        )
     assert torch._C._cuda_getArchFlags().split() == list(doctor.PIN_ARCHS)
 
 
@@ -163,7 +192,9 @@ def test_a_checkpoint_is_as_large_as_stated():
         method = build_method(build_recipe("imagenet1k", "rsa"))
     momentum = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     stated = doctor.CHECKPOINT_GIB * 2**30
-    assert abs(sum(t.nbytes for t in method.state_dict().values()) + momentum - stated) < 0.05 * stated
+    assert (
+        abs(sum(t.nbytes for t in method.state_dict().values()) + momentum - stated) < 0.05 * stated
+    )
 
 
 DRIVER = """
@@ -180,7 +211,9 @@ int cuDeviceGetAttribute(int *out, int attribute, int device) {
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc to compile a driver library with")
-@pytest.mark.parametrize(("number", "version"), [(12080, "12.8"), (11040, "11.4"), (13000, "13.0"), (0, None)])
+@pytest.mark.parametrize(
+    ("number", "version"), [(12080, "12.8"), (11040, "11.4"), (13000, "13.0"), (0, None)]
+)
 def test_the_driver_is_asked_for_its_cuda_and_its_gpus(tmp_path, number, version):
     library = tmp_path / f"libcuda{number}.so"
     compiler = ["gcc", "-shared", "-fPIC", "-xc", "-", f"-DVERSION={number}", "-o", str(library)]
@@ -191,7 +224,11 @@ def test_the_driver_is_asked_for_its_cuda_and_its_gpus(tmp_path, number, version
 
 def test_nvidia_display_controllers_are_counted_and_nothing_else(tmp_path):
     devices = {"v100": ("0x10de", "0x030200"), "vga": ("0x10de", "0x030000")}
-    devices |= {"its_audio": ("0x10de", "0x040300"), "nvswitch": ("0x10de", "0x068000"), "amd": ("0x1002", "0x030000")}
+    devices |= {
+        "its_audio": ("0x10de", "0x040300"),
+        "nvswitch": ("0x10de", "0x068000"),
+        "amd": ("0x1002", "0x030000"),
+    }
     for name, (vendor, kind) in devices.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
@@ -205,11 +242,31 @@ def test_nvidia_display_controllers_are_counted_and_nothing_else(tmp_path):
     [
         ("0::/", {"cpu.max": "250000 100000\n", "memory.max": "1024\n"}, (2.5, 1024)),
         ("0::/", {"cpu.max": "max 100000\n", "memory.max": "max\n"}, (math.inf, math.inf)),
-        ("0::/job/step", {"job/cpu.max": "400000 100000", "job/step/cpu.max": "max 100000"}, (4, math.inf)),
-        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "8192"}, (math.inf, 4096)),
-        ("4:cpu:/\n3:memory:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, (math.inf, math.inf)),
-        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "0", "cpu/cpu.cfs_period_us": "100000"}, (math.inf, math.inf)),
-        ("4:cpu:/host/x", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, (0.5, math.inf)),
+        (
+            "0::/job/step",
+            {"job/cpu.max": "400000 100000", "job/step/cpu.max": "max 100000"},
+            (4, math.inf),
+        ),
+        (
+            "0::/job/step",
+            {"job/memory.max": "4096", "job/step/memory.max": "8192"},
+            (math.inf, 4096),
+        ),
+        (
+            "4:cpu:/\n3:memory:/",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            (math.inf, math.inf),
+        ),
+        (
+            "4:cpu:/",
+            {"cpu/cpu.cfs_quota_us": "0", "cpu/cpu.cfs_period_us": "100000"},
+            (math.inf, math.inf),
+        ),
+        (
+            "4:cpu:/host/x",
+            {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"},
+            (0.5, math.inf),
+        ),
         ("3:memory:/a", {"memory/a/memory.limit_in_bytes": "2048"}, (math.inf, 2048)),
         ("1:name=systemd:/\n0::/", {}, (math.inf, math.inf)),
     ],
@@ -229,18 +286,29 @@ def test_a_torch_that_does_not_import_is_the_finding(monkeypatch):
 
 
 def table_rows(output: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    return [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in output.splitlines()
+        if line.startswith("│")
+    ]
 
 
-@pytest.mark.parametrize(("statuses", "code"), [(("ok", "ok"), 0), (("ok", "warning"), 0), (("warning", "fail"), 1)])
+@pytest.mark.parametrize(
+    ("statuses", "code"), [(("ok", "ok"), 0), (("ok", "warning"), 0), (("warning", "fail"), 1)]
+)
 def test_only_a_failed_check_fails_the_command(monkeypatch, statuses, code):
-    checks = [Check(f"n{i}", status, "found [red]this[/red]", f"do {i}") for i, status in enumerate(statuses)]
+    checks = [
+        Check(f"n{i}", status, "found [red]this[/red]", f"do {i}")
+        for i, status in enumerate(statuses)
+    ]
     monkeypatch.setattr(doctor, "diagnose", lambda data, out: checks)
     result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == code
     *_, last = result.stdout.splitlines()
     assert json.loads(last) == report(checks) and json.loads(last)["ok"] == (code == 0)
-    assert table_rows(result.stdout) == [[f"n{i}", s, "found [red]this[/red]", f"do {i}"] for i, s in enumerate(statuses)]
+    assert table_rows(result.stdout) == [
+        [f"n{i}", s, "found [red]this[/red]", f"do {i}"] for i, s in enumerate(statuses)
+    ]
 
 
 def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder, tmp_path):
@@ -249,7 +317,11 @@ def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder
     *_, last = result.stdout.splitlines()
     found = json.loads(last)
     assert table_rows(result.stdout) == [list(check.values()) for check in found["checks"]]
-    assert result.exit_code == int(not found["ok"]) == any(check["status"] == "fail" for check in found["checks"])
+    assert (
+        result.exit_code
+        == int(not found["ok"])
+        == any(check["status"] == "fail" for check in found["checks"])
+    )
     by_name = {check["name"]: check for check in found["checks"]}
     assert by_name["Python"]["status"] == by_name["numba cache"]["status"] == "ok"
     assert len(by_name) == 15 and not (tmp_path / "not").exists()
@@ -258,7 +330,10 @@ def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder
 def test_json_prints_the_object_alone(monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", lambda data, out: [Check("n", "ok", "f")])
     result = CliRunner().invoke(main, ["doctor", "--json"])
-    assert json.loads(result.stdout) == {"ok": True, "checks": [{"name": "n", "status": "ok", "found": "f", "fix": ""}]}
+    assert json.loads(result.stdout) == {
+        "ok": True,
+        "checks": [{"name": "n", "status": "ok", "found": "f", "fix": ""}],
+    }
 
 
 def test_the_files_below_the_data_folder_are_weighed_against_the_memory(tmp_path):

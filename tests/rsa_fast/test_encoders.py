@@ -48,26 +48,38 @@ def wrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def of_rsa():
     online, head = lived_in(small()), nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16))
-    parts = {"encoder_q": online, "encoder_k": small(), "encoder_q_head": head, "pred": nn.Linear(16, 16)}
+    parts = {
+        "encoder_q": online,
+        "encoder_k": small(),
+        "encoder_q_head": head,
+        "pred": nn.Linear(16, 16),
+    }
     return online, wrapped(holder(**parts))
 
 
 def of_moco():
     head = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 128))
     online = with_head(lived_in(small("resnet50", "imagenet")), head)
-    state = wrapped(holder(encoder_q=online, encoder_k=small("resnet50", "imagenet"))) | {"module.queue": torch.zeros(128, 8)}
+    state = wrapped(holder(encoder_q=online, encoder_k=small("resnet50", "imagenet"))) | {
+        "module.queue": torch.zeros(128, 8)
+    }
     return with_head(online, nn.Identity()), {"epoch": 200, "arch": "resnet50", "state_dict": state}
 
 
 def of_moco_s_cifar_demo():
-    parts = [part for name, part in lived_in(small()).named_children() if name not in ("maxpool", "fc")]
+    parts = [
+        part for name, part in lived_in(small()).named_children() if name not in ("maxpool", "fc")
+    ]
     online = nn.Sequential(*parts, nn.Flatten(1))
     net = nn.Sequential(*online, nn.Linear(64, 128))
     return online, {"state_dict": holder(encoder_q=nn.ModuleDict({"net": net}), encoder_k=small())}
 
 
 def of_simsiam():
-    online = with_head(lived_in(small(stem="imagenet")), nn.Sequential(nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64)))
+    online = with_head(
+        lived_in(small(stem="imagenet")),
+        nn.Sequential(nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64)),
+    )
     state = wrapped(holder(encoder=online, predictor=nn.Linear(64, 64)))
     return with_head(online, nn.Identity()), {"state_dict": state}
 
@@ -76,20 +88,28 @@ def of_solo_learn():
     online = small()
     online.conv1 = nn.Conv2d(3, 8, kernel_size=3, stride=1, padding=2, bias=False)  # for CIFAR
     lived_in(online)
-    heads = {"projector": nn.Linear(64, 8), "momentum_projector": nn.Linear(64, 8), "classifier": nn.Linear(64, 10)}
+    heads = {
+        "projector": nn.Linear(64, 8),
+        "momentum_projector": nn.Linear(64, 8),
+        "classifier": nn.Linear(64, 10),
+    }
     state = holder(backbone=online, momentum_backbone=small(), **heads)
     return online, {"state_dict": state, "pytorch-lightning_version": "2.1"}
 
 
 def of_lightly():
-    heads = pytest.importorskip("lightly.models.modules", reason="lightly is not installed: pip install rsa-fast[dev]")
+    heads = pytest.importorskip(
+        "lightly.models.modules", reason="lightly is not installed: pip install rsa-fast[dev]"
+    )
     online = nn.Sequential(*list(lived_in(small(stem="imagenet")).children())[:-1])
     parts = {"backbone": online, "projection_head": heads.SimCLRProjectionHead(64, 64, 32)}
     return online, {"state_dict": holder(**parts, backbone_momentum=copy.deepcopy(online))}
 
 
 def of_lightly_s_own_resnet():
-    models = pytest.importorskip("lightly.models", reason="lightly is not installed: pip install rsa-fast[dev]")
+    models = pytest.importorskip(
+        "lightly.models", reason="lightly is not installed: pip install rsa-fast[dev]"
+    )
     network = lived_in(models.ResNetGenerator("resnet-18", width=0.125))
     state = holder(backbone=network)
     network.linear = nn.Identity()
@@ -97,7 +117,9 @@ def of_lightly_s_own_resnet():
 
 
 def of_lightly_s_own_resnet_in_a_sequential():
-    models = pytest.importorskip("lightly.models", reason="lightly is not installed: pip install rsa-fast[dev]")
+    models = pytest.importorskip(
+        "lightly.models", reason="lightly is not installed: pip install rsa-fast[dev]"
+    )
     network = lived_in(models.ResNetGenerator("resnet-50", width=0.125))
     online = nn.Sequential(*list(network.children())[:-1], nn.AdaptiveAvgPool2d(1))
     return online, holder(backbone=online)
@@ -127,12 +149,18 @@ def test_an_encoder_from_elsewhere_gives_its_network_s_features_bit_for_bit(spel
 
 
 def test_safetensors_hold_the_same_encoder(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="safetensors is not installed: pip install safetensors"
+    )
     torch.manual_seed(0)
     _, state = of_rsa()
     torch.save(state, tmp_path / "there.pth")
-    safetensors.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "there.safetensors")
-    one, other = (load_encoder(tmp_path / name)[0].state_dict() for name in ("there.pth", "there.safetensors"))
+    safetensors.save_file(
+        {key: value.contiguous() for key, value in state.items()}, tmp_path / "there.safetensors"
+    )
+    one, other = (
+        load_encoder(tmp_path / name)[0].state_dict() for name in ("there.pth", "there.safetensors")
+    )
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     (tmp_path / "there.safetensors").write_bytes(b"no header")
     with pytest.raises(ValueError, match="is damaged"):
@@ -142,7 +170,11 @@ def test_safetensors_hold_the_same_encoder(tmp_path):
 @pytest.mark.parametrize("method", ["rsa", "moco", "simsiam", "supervised"])
 def test_this_project_s_checkpoint_holds_the_online_encoder_and_its_recipe(method, tmp_path):
     torch.manual_seed(0)
-    recipe = build_recipe("cifar10", method, overrides={"width": 8, "out_dim": 8} if method != "supervised" else {"width": 8})
+    recipe = build_recipe(
+        "cifar10",
+        method,
+        overrides={"width": 8, "out_dim": 8} if method != "supervised" else {"width": 8},
+    )
     built = build_method(recipe)
     lived_in(built.encoder)
     state = {"step": 1, "recipe": recipe.model_dump(mode="json"), "method": built.state_dict()}
@@ -150,7 +182,9 @@ def test_this_project_s_checkpoint_holds_the_online_encoder_and_its_recipe(metho
     assert found == recipe
     expected = built.encoder.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
-    assert encoder.conv1.padding == (1, 1) and encoder.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert encoder.conv1.padding == (1, 1) and encoder.conv1.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def failure(tmp_path, state) -> str:
@@ -162,11 +196,23 @@ def failure(tmp_path, state) -> str:
 
 def test_keys_that_are_missing_or_not_known_are_named(tmp_path):
     state = holder(encoder_q=small())
-    lost = state.pop("encoder_q.layer2.1.bn2.running_var"), state.pop("encoder_q.layer4.0.downsample.0.weight")
+    lost = (
+        state.pop("encoder_q.layer2.1.bn2.running_var"),
+        state.pop("encoder_q.layer4.0.downsample.0.weight"),
+    )
     message = failure(tmp_path, state)
-    assert "Missing" in message and '"layer2.1.bn2.running_var", "layer4.0.downsample.0.weight"' in message
-    state |= {"encoder_q.layer2.1.bn2.running_var": lost[0], "encoder_q.layer4.0.downsample.0.weight": lost[1]}
-    state |= {"encoder_q.layer2.1.se.weight": torch.zeros(3), "encoder_q.norm.weight": torch.zeros(3)}
+    assert (
+        "Missing" in message
+        and '"layer2.1.bn2.running_var", "layer4.0.downsample.0.weight"' in message
+    )
+    state |= {
+        "encoder_q.layer2.1.bn2.running_var": lost[0],
+        "encoder_q.layer4.0.downsample.0.weight": lost[1],
+    }
+    state |= {
+        "encoder_q.layer2.1.se.weight": torch.zeros(3),
+        "encoder_q.norm.weight": torch.zeros(3),
+    }
     message = failure(tmp_path, state)
     assert "Unexpected" in message and '"norm.weight", "layer2.1.se.weight"' in message
     del state["encoder_q.conv1.weight"]
@@ -178,9 +224,13 @@ def test_what_is_no_encoder_says_what_it_is(tmp_path):
     assert "holds list, wanted a dictionary" in failure(tmp_path, [torch.zeros(3)])
     twice = holder(left=small(), right=small())
     assert "ResNets under 'left.', 'right.'; wanted one" in failure(tmp_path, twice)
-    short = {key: value for key, value in small().state_dict().items() if not key.startswith("layer4.1")}
+    short = {
+        key: value for key, value in small().state_dict().items() if not key.startswith("layer4.1")
+    }
     assert "[2, 2, 2, 1] basic blocks are none of resnet18, resnet50" in failure(tmp_path, short)
-    assert "holds more than tensors; if you trust it" in failure(tmp_path, {"args": argparse.Namespace(lr=1)})
+    assert "holds more than tensors; if you trust it" in failure(
+        tmp_path, {"args": argparse.Namespace(lr=1)}
+    )
     (tmp_path / "cut.pth").write_bytes((tmp_path / "there.pth").read_bytes()[:99])
     with pytest.raises(ValueError, match="is damaged"):
         load_encoder(tmp_path / "cut.pth")
@@ -190,11 +240,15 @@ def test_what_is_no_encoder_says_what_it_is(tmp_path):
 
 def test_one_flipped_bit_of_an_encoder_is_found(tmp_path):
     torch.save(small().state_dict(), tmp_path / "whole.pth")
-    weight = load_encoder(tmp_path / "whole.pth")[0].conv1.weight.detach().contiguous().numpy().tobytes()
+    weight = (
+        load_encoder(tmp_path / "whole.pth")[0].conv1.weight.detach().contiguous().numpy().tobytes()
+    )
     content = bytearray((tmp_path / "whole.pth").read_bytes())
     content[content.index(weight) + 100] ^= 1
     (tmp_path / "flipped.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"flipped\.pth is damaged .*\n.*the checksum of its part .* is wrong"):
+    with pytest.raises(
+        ValueError, match=r"flipped\.pth is damaged .*\n.*the checksum of its part .* is wrong"
+    ):
         load_encoder(tmp_path / "flipped.pth")
 
 

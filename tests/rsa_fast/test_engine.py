@@ -14,7 +14,14 @@ from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, choose_dtype, train_step
 
-TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 3, "views.size_px": 16}
+TINY = {
+    "width": 4,
+    "hidden_dim": 16,
+    "out_dim": 8,
+    "batch_size": 8,
+    "epochs": 3,
+    "views.size_px": 16,
+}
 TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
 
 
@@ -30,8 +37,13 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
-FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs")
+DALI = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
+)
+FFCV = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
+)
 
 
 @pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
@@ -44,21 +56,33 @@ FFCV = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not install
         ("torchvision", "host"),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder, beton, tmp_path, backend, aggressive_on, stop):
-    recipe, data = tiny(backend=backend, aggressive_on=aggressive_on), beton if backend == "ffcv" else folder
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    folder, beton, tmp_path, backend, aggressive_on, stop
+):
+    recipe, data = (
+        tiny(backend=backend, aggressive_on=aggressive_on),
+        beton if backend == "ffcv" else folder,
+    )
     train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at_step=stop)
     assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == stop
     train(recipe, data, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    one, other = (checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
+    one, other = (
+        checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts")
+    )
     momenta = [state["optimizer"]["state"] for state in (one, other)]
-    assert all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
+    assert all(
+        torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"])
+        for i in momenta[0]
+    )
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "lars")])
 def test_resuming_is_exact_in_every_precision(folder, tmp_path, precision, optimizer):
-    check_resumption(tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1), folder, tmp_path)
+    check_resumption(
+        tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1), folder, tmp_path
+    )
 
 
 def test_resuming_is_exact_with_a_queue(folder, tmp_path):
@@ -69,7 +93,9 @@ def check_resumption(recipe, folder, tmp_path):
     train(recipe, folder, tmp_path / "whole")
     train(recipe, folder, tmp_path / "parts", stop_at_step=3)
     train(recipe, folder, tmp_path / "parts", resume=True)
-    one, other = (checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts"))
+    one, other = (
+        checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts")
+    )
     assert same(one["method"], other["method"]) and one["scaler"] == other["scaler"]
 
 
@@ -79,15 +105,32 @@ def test_a_run_folder_is_complete(folder, tmp_path):
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 6, 8, 10, 12, 14, 15]
     for record in steps:
-        names = {"loss", "weak", "aggressive", "beta", "tau", "lr", "step_ms", "images_per_s", "wait_pct"}
+        names = {
+            "loss",
+            "weak",
+            "aggressive",
+            "beta",
+            "tau",
+            "lr",
+            "step_ms",
+            "images_per_s",
+            "wait_pct",
+        }
         assert names <= record.keys()
         mixed = (1 - record["beta"]) * record["weak"] + record["beta"] * record["aggressive"]
-        assert record["loss"] == pytest.approx(mixed, abs=0.05)  # means over two steps of a slowly changing beta
-    assert steps[0]["lr"] == pytest.approx(tiny().base_lr * 8 / 256, rel=0.02) and steps[-1]["tau"] == 1
+        assert record["loss"] == pytest.approx(
+            mixed, abs=0.05
+        )  # means over two steps of a slowly changing beta
+    assert (
+        steps[0]["lr"] == pytest.approx(tiny().base_lr * 8 / 256, rel=0.02)
+        and steps[-1]["tau"] == 1
+    )
     assert [record["epoch"] for record in records if "knn_top1" in record] == [0, 1, 2, 3]
     assert result["knn_top1"] is not None and 0 <= result["linear_top1"] <= 100
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == tiny(knn_every_epochs=1)
+    assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == tiny(
+        knn_every_epochs=1
+    )
     assert "torch" in json.loads((tmp_path / "run" / "env.json").read_text())["packages"]
     assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) == 2  # keep_last
 
@@ -103,7 +146,9 @@ def test_training_lowers_the_loss_and_evaluation_changes_nothing(folder, tmp_pat
 def test_a_folder_in_use_is_refused_until_told_what_to_do(folder, tmp_path):
     out = tmp_path / "run"
     train(tiny(epochs=1), folder, out)
-    with pytest.raises(FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"
+    ):
         train(tiny(epochs=1), tmp_path / "nowhere", out)  # before the images are looked for
     (out / "notes.txt").write_text("mine")
     train(tiny(epochs=1, seed=5), folder, out, overwrite=True)
@@ -115,7 +160,10 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
     out = tmp_path / "run"
     train(tiny(epochs=1), folder, out)
     old = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    few, unfit = tiny(batch_size=64), tiny(backend="ffcv")  # more than there are images; for .beton files
+    few, unfit = (
+        tiny(batch_size=64),
+        tiny(backend="ffcv"),
+    )  # more than there are images; for .beton files
     for recipe, data in ((tiny(), tmp_path / "nowhere"), (few, folder), (unfit, folder)):
         with pytest.raises((ValueError, FileNotFoundError)):
             train(recipe, data, out, overwrite=True)
@@ -125,11 +173,15 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
 def test_ranks_that_find_different_checkpoints_do_not_train(folder, tmp_path, monkeypatch):
     train(tiny(), folder, tmp_path, stop_at_step=5)
     monkeypatch.setattr("rsa_fast.training.engine.highest", lambda step: step + 5)
-    with pytest.raises(FileNotFoundError, match="rank 0 found the checkpoint of step 5, another rank 10's"):
+    with pytest.raises(
+        FileNotFoundError, match="rank 0 found the checkpoint of step 5, another rank 10's"
+    ):
         train(tiny(), folder, tmp_path, resume=True)
 
 
-def test_a_run_that_a_bad_image_stopped_goes_on_with_skip_as_if_it_had_skipped_from_the_start(tmp_path):
+def test_a_run_that_a_bad_image_stopped_goes_on_with_skip_as_if_it_had_skipped_from_the_start(
+    tmp_path,
+):
     data = write_folder(tmp_path / "data", {"train": 20})
     for out, policy in (("stopped", "stop"), ("skipping", "skip")):
         train(tiny(backend="native", on_bad_image=policy), data, tmp_path / out, stop_at_step=5)
@@ -149,14 +201,23 @@ def test_a_changed_recipe_or_dataset_is_refused_with_the_difference(folder, tmp_
     with pytest.raises(ValueError, match=r"beta_base: 0\.3 in the checkpoint, 0\.4 now"):
         train(tiny(beta_base=0.4), folder, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="the training images are not the ones"):
-        train(tiny(), write_folder(tmp_path / "other", {"train": 19, "test": 1}), tmp_path / "run", resume=True)
-    train(tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True)  # neither changes the result
+        train(
+            tiny(),
+            write_folder(tmp_path / "other", {"train": 19, "test": 1}),
+            tmp_path / "run",
+            resume=True,
+        )
+    train(
+        tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True
+    )  # neither changes the result
 
 
 def test_metrics_after_the_resumed_step_are_forgotten(folder, tmp_path):
     train(tiny(), folder, tmp_path / "run", stop_at_step=6)
     path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 8, "loss": 9}\n{"step": 9, "lo')  # killed after its last checkpoint
+    path.write_text(
+        path.read_text() + '{"step": 8, "loss": 9}\n{"step": 9, "lo'
+    )  # killed after its last checkpoint
     train(tiny(), folder, tmp_path / "run", resume=True)
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 15]
@@ -165,7 +226,13 @@ def test_metrics_after_the_resumed_step_are_forgotten(folder, tmp_path):
 def test_init_from_takes_the_weights_and_nothing_else(folder, tmp_path):
     train(tiny(epochs=1), folder, tmp_path / "first")
     (path,) = checkpoint.listed(tmp_path / "first" / "checkpoints")
-    train(tiny(base_lr=1e-9, tau_base=1, weight_decay=0), folder, tmp_path / "second", init_from=path, stop_at_step=1)
+    train(
+        tiny(base_lr=1e-9, tau_base=1, weight_decay=0),
+        folder,
+        tmp_path / "second",
+        init_from=path,
+        stop_at_step=1,
+    )
     second = checkpoint.load_latest(tmp_path / "second" / "checkpoints")
     first = weights(tmp_path / "first")
     assert second["step"] == 1
@@ -186,14 +253,23 @@ def test_unlabelled_data_trains_without_evaluation(folder, tmp_path, capsys):
 
 def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
     run = build_run(tiny(precision="bf16"), 40)
-    views = {v: torch.randn(8, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last) for v in VIEWS}
+    views = {
+        v: torch.randn(8, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last)
+        for v in VIEWS
+    }
     loss = train_step(run, Batch(torch.zeros(8, dtype=torch.long), views))
-    assert loss.total.dtype == torch.float32 and all(p.dtype == torch.float32 for p in run.method.parameters())
+    assert loss.total.dtype == torch.float32 and all(
+        p.dtype == torch.float32 for p in run.method.parameters()
+    )
     convolutions = [p for p in run.method.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
 
 
 def test_precisions_are_chosen_by_name():
     cpu = torch.device("cpu")
-    assert [choose_dtype(name, cpu) for name in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [choose_dtype(name, cpu) for name in ("fp32", "bf16", "fp16")] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
     assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)

@@ -31,7 +31,9 @@ from rsa_fast.training import checkpoint
 CPU = torch.device("cpu")
 
 
-def clusters(count: int, spread: float, seed: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def clusters(
+    count: int, spread: float, seed: int, classes: int = 3
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     centres = torch.eye(8)[:classes] * 2
@@ -75,10 +77,14 @@ def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     source = open_source(folder, "test")
     images = PlainImages(source, spec, None, 7, CPU, torch.float32, 2)
     rows, labels = features(encoder, images)
-    assert encoder.training and all(torch.equal(value, buffers[name]) for name, value in encoder.named_buffers())
+    assert encoder.training and all(
+        torch.equal(value, buffers[name]) for name, value in encoder.named_buffers()
+    )
     one = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
     with torch.no_grad():
-        expected = encoder.eval()(torch.stack([one(Image.fromarray(source.read(i))) for i in range(20)]))
+        expected = encoder.eval()(
+            torch.stack([one(Image.fromarray(source.read(i))) for i in range(20)])
+        )
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(labels, torch.from_numpy(source.manifest.labels))
 
@@ -89,8 +95,16 @@ def test_features_come_from_eval_mode_and_change_no_buffer(folder):
         ((32, 32), None, transforms.CenterCrop(32)),
         ((96, 96), None, transforms.CenterCrop(64)),  # STL-10, as the reference code
         ((96, 96), 64, transforms.Resize(64)),  # STL-10, as the paper
-        ((375, 500), 256, transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])),  # ImageNet
-        ((40, 30), None, transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])),  # too small: filled
+        (
+            (375, 500),
+            256,
+            transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)]),
+        ),  # ImageNet
+        (
+            (40, 30),
+            None,
+            transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)]),
+        ),  # too small: filled
     ],
 )
 def test_plain_images_equal_torchvision_s_transform(size, resize_px, reference):
@@ -112,33 +126,57 @@ def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
 
 def test_a_crop_larger_than_the_resized_image_is_refused(folder):
     with pytest.raises(ValueError, match="resized to 16 px do not fill the centre crop of 32 px"):
-        Evaluation(folder, build_recipe("cifar10", "rsa", overrides={"eval_resize_px": 16}), CPU, torch.float32)
+        Evaluation(
+            folder,
+            build_recipe("cifar10", "rsa", overrides={"eval_resize_px": 16}),
+            CPU,
+            torch.float32,
+        )
 
 
 def tiny(**overrides):
     return build_recipe(
-        "cifar10", "rsa", overrides={"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides}
+        "cifar10",
+        "rsa",
+        overrides={"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides},
     )
 
 
 def test_classifiers_are_trained_on_crops_of_8_percent_or_more_and_flips(folder):
-    evaluation = Evaluation(folder, tiny(**{"views.flip_p": 0, "views.crop_area": (0.5, 0.5), "seed": 3}), CPU, torch.float32)
+    evaluation = Evaluation(
+        folder,
+        tiny(**{"views.flip_p": 0, "views.crop_area": (0.5, 0.5), "seed": 3}),
+        CPU,
+        torch.float32,
+    )
     spec, source = evaluation.recipe.views, evaluation.train.source
     spec = ViewSpec(16, spec.mean, spec.std, crop_area=(0.08, 1.0), flip_p=0.5)
     ids = epoch_order(40, 3, 1)
-    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+    to_tensor = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+    )
     params = draw(3, 1, ids, spec, source.manifest.sizes[ids])[:, 0]
-    views = [to_tensor(weak_view(Image.fromarray(source.read(i)), p, 16)) for i, p in zip(ids, params, strict=True)]
+    views = [
+        to_tensor(weak_view(Image.fromarray(source.read(i)), p, 16))
+        for i, p in zip(ids, params, strict=True)
+    ]
     with evaluation.augmented(torch.nn.Flatten()) as batches:
         ((rows, labels),) = batches(1)
     torch.testing.assert_close(rows, torch.stack(views).flatten(1), rtol=0, atol=1e-5)
     assert torch.equal(labels, torch.from_numpy(source.manifest.labels[ids]))
 
 
-def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_nothing(folder, monkeypatch):
+def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_nothing(
+    folder, monkeypatch
+):
     torch.manual_seed(0)
-    evaluation, encoder = Evaluation(folder, tiny(), CPU, torch.float32), Encoder("resnet18", "cifar", width=4)
-    for buffer in (value for name, value in encoder.named_buffers() if name.endswith("running_mean")):
+    evaluation, encoder = (
+        Evaluation(folder, tiny(), CPU, torch.float32),
+        Encoder("resnet18", "cifar", width=4),
+    )
+    for buffer in (
+        value for name, value in encoder.named_buffers() if name.endswith("running_mean")
+    ):
         buffer.fill_(-0.5)
     before, twin = copy.deepcopy(encoder.state_dict()), copy.deepcopy(encoder)
     seen = {}
@@ -149,7 +187,10 @@ def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_no
         return {}
 
     monkeypatch.setattr(linear, "rsa_small", protocol)
-    assert evaluation.score(encoder, ("linear-rsa-small",), recalibrate=True)["linear_bn"] == "recalibrate"
+    assert (
+        evaluation.score(encoder, ("linear-rsa-small",), recalibrate=True)["linear_bn"]
+        == "recalibrate"
+    )
     with evaluation.augmented(twin.train()) as batches:
         list(batches(0))
     torch.testing.assert_close(seen["rows"], features(twin, evaluation.test)[0])
@@ -157,7 +198,9 @@ def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_no
     assert evaluation.score(encoder, ("linear-rsa-small",))["linear_bn"] == "eval"
     assert torch.equal(seen["rows"], features(encoder, evaluation.test)[0])
     assert (recalibrated - seen["rows"]).abs().mean() > 0.01
-    assert encoder.training and all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+    assert encoder.training and all(
+        torch.equal(value, before[key]) for key, value in encoder.state_dict().items()
+    )
 
 
 class Drifting(torch.nn.Flatten):
@@ -190,7 +233,10 @@ def results(data) -> dict:
     assert torch.equal(gather_rows(mine[0]), bank[0])
     evaluation = Evaluation(data, tiny(precision="fp32"), CPU, torch.float32)
     scores = [evaluation.score(torch.nn.Flatten(), ("knn", "linear-fast"))]
-    scores += [evaluation.score(torch.nn.Flatten(), (f"linear-rsa-{size}",), epochs=2) for size in ("small", "large")]
+    scores += [
+        evaluation.score(torch.nn.Flatten(), (f"linear-rsa-{size}",), epochs=2)
+        for size in ("small", "large")
+    ]
     if world_size() > 1:
         with pytest.raises(ValueError, match="takes one process, found 2"):
             evaluation.score(torch.nn.Flatten(), ("linear-rsa-small",), recalibrate=True)
@@ -207,10 +253,14 @@ def one_of_two(number: int, data, place) -> None:
 def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
     for module, name in ((evaluate, "KNN_CHUNK"), (linear, "BATCH_SIZE"), (linear, "FAST_EPOCHS")):
         monkeypatch.setattr(module, name, None)  # `results` sets them; they are put back at the end
-    data = write_folder(tmp_path / "data", {"train": 7, "test": 5}, classes=3)  # 21 and 15 images: odd
+    data = write_folder(
+        tmp_path / "data", {"train": 7, "test": 5}, classes=3
+    )  # 21 and 15 images: odd
     torch.multiprocessing.spawn(one_of_two, (data, tmp_path), nprocs=2)
     alone = results(data)
-    assert alone["clusters"]["knn_top1"] == pytest.approx(naive_knn(*clusters(301, 1.6, 0), *clusters(41, 1.6, 1), 3, 200, 0.1))
+    assert alone["clusters"]["knn_top1"] == pytest.approx(
+        naive_knn(*clusters(301, 1.6, 0), *clusters(41, 1.6, 1), 3, 200, 0.1)
+    )
     assert len({json.dumps(scores) for scores in alone["images"]}) == 3
     for number in (0, 1):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
@@ -219,21 +269,46 @@ def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
 def test_the_command_scores_by_every_protocol(folder, tmp_path):
     torch.manual_seed(0)
     recipe = tiny(precision="fp32")
-    state = {"step": 1, "recipe": recipe.model_dump(mode="json"), "method": build_method(recipe).state_dict()}
+    state = {
+        "step": 1,
+        "recipe": recipe.model_dump(mode="json"),
+        "method": build_method(recipe).state_dict(),
+    }
     path = checkpoint.save(tmp_path, state, 1)
 
     def run(*arguments: str):
-        return CliRunner().invoke(main, ["eval", *arguments, "--checkpoint", str(path), "--data", str(folder)])
+        return CliRunner().invoke(
+            main, ["eval", *arguments, "--checkpoint", str(path), "--data", str(folder)]
+        )
 
     for arguments, found in [
         (("knn",), {"knn_protocol": "knn/1", "test_transform": "centre crop 16 px"}),
-        (("knn", "--resize-px", "18"), {"test_transform": "short side to 18 px, centre crop 16 px"}),
+        (
+            ("knn", "--resize-px", "18"),
+            {"test_transform": "short side to 18 px, centre crop 16 px"},
+        ),
         (("linear",), {"linear_protocol": "linear-fast/1"}),
         (
-            ("linear", "--protocol", "rsa-small", "--epochs", "2", "--bn", "recalibrate", "--no-nesterov"),
-            {"linear_protocol": "linear-rsa-small/1", "linear_bn": "recalibrate", "linear_nesterov": False},
+            (
+                "linear",
+                "--protocol",
+                "rsa-small",
+                "--epochs",
+                "2",
+                "--bn",
+                "recalibrate",
+                "--no-nesterov",
+            ),
+            {
+                "linear_protocol": "linear-rsa-small/1",
+                "linear_bn": "recalibrate",
+                "linear_nesterov": False,
+            },
         ),
-        (("linear", "--protocol", "rsa-large", "--epochs", "1"), {"linear_protocol": "linear-rsa-large/1", "linear_epochs": 1}),
+        (
+            ("linear", "--protocol", "rsa-large", "--epochs", "1"),
+            {"linear_protocol": "linear-rsa-large/1", "linear_epochs": 1},
+        ),
     ]:
         result = run(*arguments)
         assert result.exit_code == 0, result.output
@@ -244,10 +319,20 @@ def test_the_command_scores_by_every_protocol(folder, tmp_path):
         (("knn", "--epochs", "3"), "knn has no --epochs"),
         (("knn", "--protocol", "rsa-small"), "knn has no --protocol"),
         (("linear", "--protocol", "rsa-large", "--bn", "eval"), "linear-rsa-large has no --bn"),
-        (("knn", "--resize-px", "small"), "eval_resize_px = 'small': Input should be a valid integer"),
+        (
+            ("knn", "--resize-px", "small"),
+            "eval_resize_px = 'small': Input should be a valid integer",
+        ),
     ]:
         refused = run(*arguments)
-        assert refused.exit_code != 0 and message in refused.output and "Traceback" not in refused.output
-    for more, transform in (((), "short side to 32 px, centre crop 32 px"), (("--resize-px", "native"), "centre crop 32 px")):
+        assert (
+            refused.exit_code != 0
+            and message in refused.output
+            and "Traceback" not in refused.output
+        )
+    for more, transform in (
+        ((), "short side to 32 px, centre crop 32 px"),
+        (("--resize-px", "native"), "centre crop 32 px"),
+    ):
         scored = run("knn", "--dataset", "demo", *more)
         assert json.loads(scored.stdout.splitlines()[-1])["test_transform"] == transform

@@ -36,7 +36,10 @@ NETWORKS = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """By name: a checkpoint, its encoder and its recipe; gains, offsets and statistics of BatchNorm are as if trained."""
-    return {name: train(tmp_path_factory.mktemp(name), dataset, more) for name, (dataset, more) in NETWORKS.items()}
+    return {
+        name: train(tmp_path_factory.mktemp(name), dataset, more)
+        for name, (dataset, more) in NETWORKS.items()
+    }
 
 
 def train(run: Path, dataset: str, overrides: dict) -> tuple[Path, Encoder, Recipe]:
@@ -47,7 +50,12 @@ def train(run: Path, dataset: str, overrides: dict) -> tuple[Path, Encoder, Reci
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias, std=0.3)
             nn.init.normal_(norm.running_mean, std=0.3), nn.init.uniform_(norm.running_var, 0.5, 2)
-    state = {"step": 20, "recipe": recipe.model_dump(mode="json"), "data": "f1n9e2", "method": method.state_dict()}
+    state = {
+        "step": 20,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": "f1n9e2",
+        "method": method.state_dict(),
+    }
     return checkpoint.save(run / "checkpoints", state, 1), method.encoder.eval(), recipe
 
 
@@ -70,15 +78,27 @@ def code_of(card: Path, file: str) -> str:
         *[(format, "cifar") for format in ("safetensors", "onnx", "torch-export")],
     ],
 )
-def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(trained, tmp_path, monkeypatch, format, network):
+def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(
+    trained, tmp_path, monkeypatch, format, network
+):
     path, encoder, recipe = trained[network]
-    for library in {"timm": ["timm"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(format, []):
+    for library in {"timm": ["timm"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(
+        format, []
+    ):
         pytest.importorskip(library, reason=f"{library} {INSTALL}")
     out = tmp_path / f"encoder{SUFFIXES[format]}"
-    result = CliRunner().invoke(main, ["export", "--checkpoint", path, "--format", format, "--out", out], standalone_mode=False)
+    result = CliRunner().invoke(
+        main,
+        ["export", "--checkpoint", path, "--format", format, "--out", out],
+        standalone_mode=False,
+    )
     assert result.exit_code == 0, result.output
     parameters = sum(p.numel() for p in encoder.parameters())
-    assert json.loads(result.stdout) == {"out": str(out), "format": format, "parameters": parameters}
+    assert json.loads(result.stdout) == {
+        "out": str(out),
+        "format": format,
+        "parameters": parameters,
+    }
     monkeypatch.chdir(tmp_path)
     count = {"standard": 3, "narrow": 1, "cifar": 5}[network]  # graphs are exported with 2
     scope = {"images": torch.randn(count, 3, recipe.views.size_px, recipe.views.size_px)}
@@ -120,13 +140,23 @@ class Detectron2R50(nn.Module):
         super().__init__()
         model, resnet = config["MODEL"], config["MODEL"]["RESNETS"]
         assert config["INPUT"] == {"FORMAT": "RGB"} and resnet["DEPTH"] == 50
-        self.pixel_mean, self.pixel_std = (torch.tensor(model[key])[:, None, None] for key in ("PIXEL_MEAN", "PIXEL_STD"))
+        self.pixel_mean, self.pixel_std = (
+            torch.tensor(model[key])[:, None, None] for key in ("PIXEL_MEAN", "PIXEL_STD")
+        )
         self.stem = nn.Module()
         self.stem.conv1 = Conv(3, 64, 7, 2)
         inputs, outputs = 64, resnet["RES2_OUT_CHANNELS"]
-        for name, blocks, stride in (("res2", 3, 1), ("res3", 4, 2), ("res4", 6, 2), ("res5", 3, 2)):
+        for name, blocks, stride in (
+            ("res2", 3, 1),
+            ("res3", 4, 2),
+            ("res4", 6, 2),
+            ("res5", 3, 2),
+        ):
             sides, strides = [inputs] + [outputs] * (blocks - 1), [stride] + [1] * (blocks - 1)
-            made = [Block(i, outputs, s, resnet["STRIDE_IN_1X1"]) for i, s in zip(sides, strides, strict=True)]
+            made = [
+                Block(i, outputs, s, resnet["STRIDE_IN_1X1"])
+                for i, s in zip(sides, strides, strict=True)
+            ]
             self.add_module(name, nn.Sequential(*made))
             inputs, outputs = outputs, 2 * outputs
 
@@ -155,15 +185,31 @@ def test_detectron2_finds_every_weight_and_computes_the_same_from_rgb_pixels(tra
     with (tmp_path / config["MODEL"]["WEIGHTS"]).open("rb") as file:
         reader = Recorder(file)
         content = reader.load()
-    assert reader.imports == {("numpy", "ndarray"), ("builtins", "bytearray")}  # nothing that NumPy 1 lacks
-    assert content.keys() == {"model", "__author__", "matching_heuristics"} and content["matching_heuristics"] is True
+    assert reader.imports == {
+        ("numpy", "ndarray"),
+        ("builtins", "bytearray"),
+    }  # nothing that NumPy 1 lacks
+    assert (
+        content.keys() == {"model", "__author__", "matching_heuristics"}
+        and content["matching_heuristics"] is True
+    )
     weights = content["model"]
-    assert len(weights) == 53 * 5 and all(isinstance(value, np.ndarray) and value.flags.writeable for value in weights.values())
-    assert {"stem.conv1.norm.running_var", "res2.0.shortcut.norm.bias", "res5.2.conv3.weight"} < weights.keys()
+    assert len(weights) == 53 * 5 and all(
+        isinstance(value, np.ndarray) and value.flags.writeable for value in weights.values()
+    )
+    assert {
+        "stem.conv1.norm.running_var",
+        "res2.0.shortcut.norm.bias",
+        "res5.2.conv3.weight",
+    } < weights.keys()
     model = Detectron2R50(config)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})  # strict: neither less nor more
+    model.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in weights.items()}
+    )  # strict: neither less nor more
     pixels = torch.randint(0, 256, (3, 3, 64, 64)).float()
-    mean, std = (torch.tensor(value)[:, None, None] for value in (recipe.views.mean, recipe.views.std))
+    mean, std = (
+        torch.tensor(value)[:, None, None] for value in (recipe.views.mean, recipe.views.std)
+    )
     expected = encoder((pixels / 255 - mean) / std)
     assert_same_features(model(pixels), expected)
     assert not torch.allclose(model(pixels.flip(1)), expected, rtol=0.1)  # BGR
@@ -172,7 +218,9 @@ def test_detectron2_finds_every_weight_and_computes_the_same_from_rgb_pixels(tra
 @pytest.mark.parametrize("network", ["narrow", "cifar"])
 @pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2"])
 def test_a_format_that_cannot_hold_the_network_says_which_can(trained, tmp_path, format, network):
-    with pytest.raises(ValueError, match=r"begins with Conv2d\(3, 8, .*\): choose safetensors, onnx, torch-export"):
+    with pytest.raises(
+        ValueError, match=r"begins with Conv2d\(3, 8, .*\): choose safetensors, onnx, torch-export"
+    ):
         export(trained[network][0], format, tmp_path / f"encoder{SUFFIXES[format]}")
     assert not list(tmp_path.iterdir())
 
@@ -182,19 +230,31 @@ def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkey
     encoder.relu = nn.Identity()  # the keys and shapes are the standard network's
     monkeypatch.setattr(module, "load_encoder", lambda path: (encoder, None))
     for format in ("torchvision", "timm", "detectron2", "safetensors"):
-        with pytest.raises(ValueError, match=rf"{format} cannot hold .* Identity\(\), MaxPool2d.*: choose onnx, torch-export$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{format} cannot hold .* Identity\(\), MaxPool2d.*: choose onnx, torch-export$",
+        ):
             export(Path("model.pth"), format, tmp_path / f"encoder{SUFFIXES[format]}")
 
 
-@pytest.mark.parametrize(("format", "library"), [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")])
-def test_a_missing_library_is_named_with_the_line_that_installs_it(trained, tmp_path, monkeypatch, format, library):
+@pytest.mark.parametrize(
+    ("format", "library"),
+    [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")],
+)
+def test_a_missing_library_is_named_with_the_line_that_installs_it(
+    trained, tmp_path, monkeypatch, format, library
+):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ValueError, match=rf"{format} needs (onnx and )?{library}: pip install 'rsa-fast\[export\]'"):
+    with pytest.raises(
+        ValueError, match=rf"{format} needs (onnx and )?{library}: pip install 'rsa-fast\[export\]'"
+    ):
         export(trained["cifar"][0], format, tmp_path / f"encoder{SUFFIXES[format]}")
 
 
 def test_a_name_with_another_suffix_is_an_error(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"detectron2 wants a file name that ends in \.pkl, found encoder\.pth"):
+    with pytest.raises(
+        ValueError, match=r"detectron2 wants a file name that ends in \.pkl, found encoder\.pth"
+    ):
         export(trained["standard"][0], "detectron2", tmp_path / "encoder.pth")
 
 
@@ -207,14 +267,25 @@ def test_the_card_and_the_header_hold_recipe_and_fingerprint(trained, tmp_path):
     assert header["data"] == "f1n9e2" and "training images: f1n9e2\n" in card
     for text in (header["recipe"], re.search("```yaml\n(.+?)```", card, re.DOTALL)[1]):
         assert validate(yaml.safe_load(text)) == recipe
-    assert f"rsa-fast export --checkpoint {path} --format safetensors --out {tmp_path}/encoder.safetensors" in card
-    assert "byol on cifar10, step 20" in card and f"less {recipe.views.mean} over {recipe.views.std}" in card
+    assert (
+        f"rsa-fast export --checkpoint {path} --format safetensors --out {tmp_path}/encoder.safetensors"
+        in card
+    )
+    assert (
+        "byol on cifar10, step 20" in card
+        and f"less {recipe.views.mean} over {recipe.views.std}" in card
+    )
 
 
 @pytest.mark.parametrize(("step", "measured"), [(20, True), (30, False)])
 def test_the_card_holds_the_accuracy_of_its_own_step_only(tmp_path, step, measured):
     path, *_ = train(tmp_path, "cifar10", {"width": 4})
-    scores = {"knn_protocol": "knn/1", "knn_top1": 37.123, "linear_top1": None, "images_per_s": 350.0}
+    scores = {
+        "knn_protocol": "knn/1",
+        "knn_top1": 37.123,
+        "linear_top1": None,
+        "images_per_s": 350.0,
+    }
     (tmp_path / "result.json").write_text(json.dumps({"step": step, **scores}))
     export(path, "safetensors", tmp_path / "out" / "encoder.safetensors")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -227,30 +298,48 @@ def test_a_checkpoint_without_a_recipe_says_that_its_images_are_assumed(tmp_path
     monkeypatch.setattr(module, "load_encoder", lambda path: (Encoder("resnet18"), None))
     export(tmp_path / "foreign" / "model.pth", "torchvision", tmp_path / "encoder.pth")
     card = (tmp_path / "README.md").read_text()
-    assert "resnet18 encoder: model.pth" in card and "less (0.485, 0.456, 0.406)" in card and "are assumed" in card
+    assert (
+        "resnet18 encoder: model.pth" in card
+        and "less (0.485, 0.456, 0.406)" in card
+        and "are assumed" in card
+    )
     assert "training images: not in the checkpoint" in card and "Not measured" in card
 
 
 def test_files_of_one_checkpoint_share_a_card_and_a_file_has_one_section(trained, tmp_path):
     path, *_ = trained["cifar"]
     for name in ("a", "b", "a"):
-        export(path, "safetensors", tmp_path / f"{name}.safetensors", overwrite=(tmp_path / f"{name}.safetensors").exists())
+        export(
+            path,
+            "safetensors",
+            tmp_path / f"{name}.safetensors",
+            overwrite=(tmp_path / f"{name}.safetensors").exists(),
+        )
     card = (tmp_path / "README.md").read_text()
-    assert re.findall("## Load `(.+)`", card) == ["b.safetensors", "a.safetensors"] and card.count("## Recipe") == 1
+    assert (
+        re.findall("## Load `(.+)`", card) == ["b.safetensors", "a.safetensors"]
+        and card.count("## Recipe") == 1
+    )
 
 
 def test_nothing_is_replaced_without_overwrite(trained, tmp_path):
     path, *_ = trained["cifar"]
     out, card = tmp_path / "encoder.safetensors", tmp_path / "README.md"
     out.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"encoder\.safetensors is there already.*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"encoder\.safetensors is there already.*--overwrite"
+    ):
         export(path, "safetensors", out)
     assert [file.name for file in tmp_path.iterdir()] == [out.name] and out.read_text() == "mine"
     out.unlink()
     card.write_text("# My project\n")
-    with pytest.raises(FileExistsError, match=r"README\.md is not this checkpoint's card.*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"README\.md is not this checkpoint's card.*--overwrite"
+    ):
         export(path, "safetensors", out)
-    assert [file.name for file in tmp_path.iterdir()] == [card.name] and card.read_text() == "# My project\n"
+    assert [file.name for file in tmp_path.iterdir()] == [
+        card.name
+    ] and card.read_text() == "# My project\n"
     export(path, "safetensors", out, overwrite=True)
     assert card.read_text().startswith("# resnet18 encoder: byol on cifar10")
 

@@ -29,7 +29,10 @@ def encoder() -> nn.Module:
         (5 * torch.eye(7)[:, :4], 4),
         (torch.ones(6, 1) * torch.tensor([0.3, -2.0, 1.0]), 1),
         (torch.zeros(4, 3), 1),
-        (torch.diag(torch.tensor([3.0, 1.0])), math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))),
+        (
+            torch.diag(torch.tensor([3.0, 1.0])),
+            math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)),
+        ),
     ],
 )
 def test_the_effective_rank_at_closed_forms(rows, rank):
@@ -46,13 +49,17 @@ def test_the_effective_rank_at_closed_forms(rows, rank):
         (("weak_1",), "weak_1", None),
     ],
 )
-def test_the_statistics_are_those_of_the_views_that_the_batch_holds(encoder, views, aggressive, weak):
+def test_the_statistics_are_those_of_the_views_that_the_batch_holds(
+    encoder, views, aggressive, weak
+):
     batch = some_batch(*views)
     stats = feature_stats(encoder, batch)
     encoder.eval()
     with torch.no_grad():
         one = encoder(batch.views[aggressive]).double()
-        assert stats["effective_rank"] == pytest.approx(effective_rank(one / one.norm(dim=1, keepdim=True)), rel=1e-4)
+        assert stats["effective_rank"] == pytest.approx(
+            effective_rank(one / one.norm(dim=1, keepdim=True)), rel=1e-4
+        )
         if not weak:
             assert stats.keys() == {"effective_rank"}
             return
@@ -72,7 +79,9 @@ def test_equal_views_fill_the_last_bin_and_are_more_alike_than_other_images(enco
     batch.views["aggressive_1"] = batch.weak_1
     stats = feature_stats(encoder, batch)
     assert stats["weak_aggressive_counts"] == [0] * (COSINE_BINS - 1) + [9]
-    assert stats["weak_aggressive_cosine"] == pytest.approx(1) and stats["other_image_cosine"] < 0.999
+    assert (
+        stats["weak_aggressive_cosine"] == pytest.approx(1) and stats["other_image_cosine"] < 0.999
+    )
 
 
 def test_the_encoder_comes_back_as_it_was(encoder):

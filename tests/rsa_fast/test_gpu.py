@@ -18,7 +18,9 @@ def test_views_on_a_gpu_equal_those_of_a_cpu(folder):
     spec = build_recipe("cifar10", "rsa").views
     batches = []
     for device in ("cpu", "cuda"):
-        with open_views(source, spec, frozenset(VIEWS), Order(40, 8, 0), device=device, aggressive_on="device") as loader:
+        with open_views(
+            source, spec, frozenset(VIEWS), Order(40, 8, 0), device=device, aggressive_on="device"
+        ) as loader:
             batches.append(next(loader.batches(0)))
     for name in VIEWS:
         gap = (batches[0].views[name] - batches[1].views[name].cpu()).abs() * 0.2 * 255
@@ -32,7 +34,9 @@ def test_a_float32_step_on_a_gpu_equals_one_on_a_cpu(folder):
         fields = {"device": device, "precision": "fp32", "batch_size": 8, "width": 8}
         run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 40)
         views = {"device": run.device, "dtype": run.dtype, "aggressive_on": "device"}
-        with open_views(source, run.recipe.views, run.method.reads, Order(40, 8, 0), **views) as loader:
+        with open_views(
+            source, run.recipe.views, run.method.reads, Order(40, 8, 0), **views
+        ) as loader:
             losses.append([train_step(run, batch).total.item() for batch in loader.batches(0)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
@@ -50,6 +54,14 @@ def test_synchronised_batchnorm_on_a_gpu_equals_batchnorm(monkeypatch, affine):
         x = x.to(memory_format=torch.channels_last).requires_grad_()
         out = layer(x)
         (out * weight).sum().backward()
-        results.append([out, x.grad, layer.running_mean, layer.running_var, *(p.grad for p in layer.parameters())])
+        results.append(
+            [
+                out,
+                x.grad,
+                layer.running_mean,
+                layer.running_var,
+                *(p.grad for p in layer.parameters()),
+            ]
+        )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

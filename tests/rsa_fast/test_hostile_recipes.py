@@ -14,16 +14,31 @@ from hypothesis import strategies as st
 from rsa_fast.methods import METHODS, method_class
 from rsa_fast.recipes import Recipe, ViewSpec, build_recipe, dump_yaml, parse_set
 
-quick = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck), derandomize=True)
+quick = settings(
+    deadline=None, max_examples=100, suppress_health_check=list(HealthCheck), derandomize=True
+)
 KEYS = sorted(
     {name for method in METHODS for name in method_class(method).recipe_type.model_fields}
     | {f"views.{name}" for name in ViewSpec.__dataclass_fields__}
     | {"views.", "views", "views.size_px.x", ""}
 )
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(METHODS)
-VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(SCALARS, x, max_size=3), max_leaves=6)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(METHODS)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(SCALARS, x, max_size=3),
+    max_leaves=6,
+)
 MARKS = "ab:&*![]{}<>-|,'\"\\#%@ \n0.e"
-LINES = st.lists(st.text(max_size=12) | st.text(MARKS, max_size=12).map("views: ".__add__), max_size=5)
+LINES = st.lists(
+    st.text(max_size=12) | st.text(MARKS, max_size=12).map("views: ".__add__), max_size=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +48,18 @@ def file(tmp_path_factory) -> Path:
 
 def numbers(value) -> list[float]:
     if isinstance(value, dict | list | tuple):
-        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)]
+        return [
+            number
+            for part in (value.values() if isinstance(value, dict) else value)
+            for number in numbers(part)
+        ]
     return [value] if isinstance(value, int | float) else []
 
 
 def a_recipe_or_refused(file: Path, content: str | bytes) -> None:
-    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    file.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     try:
         recipe = build_recipe("cifar10", "rsa", file)
     except ValueError as error:

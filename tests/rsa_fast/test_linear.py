@@ -16,7 +16,9 @@ CLASSES, DIM = 3, 8
 def clusters(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
-    return torch.eye(DIM)[labels] * 2 + spread * torch.randn(count, DIM, generator=generator), labels
+    return torch.eye(DIM)[labels] * 2 + spread * torch.randn(
+        count, DIM, generator=generator
+    ), labels
 
 
 def cut(epoch: int):
@@ -38,7 +40,9 @@ def numpy_sgd(weight, bias, ready, *, epochs, lr_of, weight_decay=0.0, nesterov=
             for i, gradient in enumerate((error.T @ x, error.sum(0))):
                 gradient = gradient + weight_decay * state[i]
                 momenta[i] = 0.9 * momenta[i] + gradient
-                state[i] = state[i] - lr_of(epoch) * (gradient + 0.9 * momenta[i] if nesterov else momenta[i])
+                state[i] = state[i] - lr_of(epoch) * (
+                    gradient + 0.9 * momenta[i] if nesterov else momenta[i]
+                )
         yield state[0].copy(), state[1].copy()
 
 
@@ -52,13 +56,24 @@ def logits(monkeypatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_rsa_small_is_sgd_at_lr_30_with_drops_at_60_and_80_percent(logits, nesterov):
-    test = torch.cat([torch.eye(DIM), torch.zeros(1, DIM)]), torch.zeros(DIM + 1, dtype=torch.long)  # outputs tell W and b
+    test = (
+        torch.cat([torch.eye(DIM), torch.zeros(1, DIM)]),
+        torch.zeros(DIM + 1, dtype=torch.long),
+    )  # outputs tell W and b
     result = rsa_small(cut, lambda: test, CLASSES, 5, epochs=10, nesterov=nesterov)
     start = torch.empty(CLASSES, DIM).normal_(std=0.01, generator=torch.Generator().manual_seed(5))
-    steps = {"epochs": 10, "lr_of": lambda epoch: 30 * (1, 0.1, 0.01)[(epoch >= 6) + (epoch >= 8)], "nesterov": nesterov}
-    for found, (weight, bias) in zip(logits, numpy_sgd(start, np.zeros(CLASSES), lambda x: x, **steps), strict=True):
+    steps = {
+        "epochs": 10,
+        "lr_of": lambda epoch: 30 * (1, 0.1, 0.01)[(epoch >= 6) + (epoch >= 8)],
+        "nesterov": nesterov,
+    }
+    for found, (weight, bias) in zip(
+        logits, numpy_sgd(start, np.zeros(CLASSES), lambda x: x, **steps), strict=True
+    ):
         np.testing.assert_allclose(found[-1], bias, rtol=1e-3, atol=1e-3 * abs(bias).max())
-        np.testing.assert_allclose((found[:-1] - found[-1]).T, weight, rtol=1e-3, atol=1e-3 * abs(weight).max())
+        np.testing.assert_allclose(
+            (found[:-1] - found[-1]).T, weight, rtol=1e-3, atol=1e-3 * abs(weight).max()
+        )
     assert result["linear_epochs"] == 10
 
 
@@ -67,17 +82,28 @@ def test_rsa_large_standardises_unit_features_and_decays_the_classifier(logits):
     state = torch.get_rng_state()
     rsa_large(cut, train, test, CLASSES, 5, epochs=8)
     assert torch.equal(torch.get_rng_state(), state)
-    unit = train[0].double().numpy() / np.sqrt((train[0].double().numpy() ** 2).sum(1, keepdims=True))
+    unit = train[0].double().numpy() / np.sqrt(
+        (train[0].double().numpy() ** 2).sum(1, keepdims=True)
+    )
     mean, variance = unit.mean(0), unit.var(0, ddof=1)
 
     def ready(x):
         return (x / np.sqrt((x**2).sum(1, keepdims=True)) - mean) / np.sqrt(variance + 1e-5)
 
     generator, bound = torch.Generator().manual_seed(5), 1 / math.sqrt(DIM)
-    start = [torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in ((CLASSES, DIM), (CLASSES,))]
-    steps = {"epochs": 8, "lr_of": lambda epoch: 0.01 * (1, 0.1, 0.01)[(epoch >= 3) + (epoch >= 6)], "weight_decay": 1e-4}
+    start = [
+        torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        for shape in ((CLASSES, DIM), (CLASSES,))
+    ]
+    steps = {
+        "epochs": 8,
+        "lr_of": lambda epoch: 0.01 * (1, 0.1, 0.01)[(epoch >= 3) + (epoch >= 6)],
+        "weight_decay": 1e-4,
+    }
     for found, (weight, bias) in zip(logits, numpy_sgd(*start, ready, **steps), strict=True):
-        np.testing.assert_allclose(found, ready(test[0].double().numpy()) @ weight.T + bias, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found, ready(test[0].double().numpy()) @ weight.T + bias, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_last_epoch_comes_first_and_the_best_second(monkeypatch, capsys):

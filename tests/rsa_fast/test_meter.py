@@ -10,7 +10,11 @@ CPU = torch.device("cpu")
 
 
 def loss(value: float, **parts: float) -> Loss:
-    return Loss(torch.tensor(value), torch.eye(2), {name: torch.tensor(part) for name, part in parts.items()})
+    return Loss(
+        torch.tensor(value),
+        torch.eye(2),
+        {name: torch.tensor(part) for name, part in parts.items()},
+    )
 
 
 def test_the_meter_counts_the_wait_and_averages_the_parts():
@@ -44,7 +48,9 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
 
 def test_collapse_is_seen_and_said(capsys):
     """Rows spread in all directions have a deviation of 1, equal rows of 0, two opposite ones of sqrt(2) in one dimension."""
-    rows = torch.nn.functional.normalize(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     assert embedding_std(rows).item() == pytest.approx(1, abs=0.02)
     assert embedding_std(rows[:1].repeat(8, 1)).item() == pytest.approx(0, abs=1e-6)
     assert embedding_std(torch.tensor([[1.0], [-1.0]])).item() == pytest.approx(2**0.5)

@@ -22,7 +22,9 @@ def small(name: str = "rsa", **overrides) -> torch.nn.Module:
     fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, **overrides}
     built = build_method(build_recipe("cifar10", name, overrides=fields)).double()
     for network in (built.online, built.target):
-        for block in network.modules():  # a zero gain, the initial one, stops the gradient of its block's convolutions
+        for block in (
+            network.modules()
+        ):  # a zero gain, the initial one, stops the gradient of its block's convolutions
             if isinstance(block, BasicBlock):
                 torch.nn.init.ones_(block.bn2.weight)
     return built
@@ -30,7 +32,10 @@ def small(name: str = "rsa", **overrides) -> torch.nn.Module:
 
 def some_batch(seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    views = {name: torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64) for name in VIEWS}
+    views = {
+        name: torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+        for name in VIEWS
+    }
     return Batch(torch.zeros(BATCH, dtype=torch.long), views)
 
 
@@ -54,7 +59,10 @@ def mse(a: list[list[float]], b: list[list[float]]) -> float:
 def test_rsa_s_loss_is_equation_5(beta):
     method, batch = small(), some_batch()
     probe = copy.deepcopy(method)
-    q = [unit_rows(probe.predictor(probe.online(view))) for view in (batch.aggressive_1, batch.aggressive_2)]
+    q = [
+        unit_rows(probe.predictor(probe.online(view)))
+        for view in (batch.aggressive_1, batch.aggressive_2)
+    ]
     z = [unit_rows(probe.target(view)) for view in (batch.weak_1, batch.weak_2)]
     weak = mse(q[0], z[1]) + mse(q[1], z[0])
     aggressive = mse(q[0], q[1]) + mse(q[1], q[0])
@@ -62,7 +70,9 @@ def test_rsa_s_loss_is_equation_5(beta):
     assert loss.total.item() == pytest.approx((1 - beta) * weak + beta * aggressive, abs=1e-12)
     assert loss.parts["weak"].item() == pytest.approx(weak, abs=1e-12)
     assert loss.parts["aggressive"].item() == pytest.approx(aggressive, abs=1e-12)
-    assert 0 <= loss.total.item() <= 8 and not any(part.requires_grad for part in loss.parts.values())
+    assert 0 <= loss.total.item() <= 8 and not any(
+        part.requires_grad for part in loss.parts.values()
+    )
 
 
 def test_rsa_s_gradient_holds_every_target_fixed():
@@ -72,10 +82,20 @@ def test_rsa_s_gradient_holds_every_target_fixed():
     method(batch, {"beta": beta}).total.backward()
     other = small()
     q_1, q_2 = (other.predict(view) for view in (batch.aggressive_1, batch.aggressive_2))
-    z_1, z_2 = (torch.tensor(other.project(view).tolist(), dtype=torch.float64) for view in (batch.weak_1, batch.weak_2))
+    z_1, z_2 = (
+        torch.tensor(other.project(view).tolist(), dtype=torch.float64)
+        for view in (batch.weak_1, batch.weak_2)
+    )
     fixed_1, fixed_2 = (torch.tensor(q.tolist(), dtype=torch.float64) for q in (q_1, q_2))
-    by_hand = ((1 - beta) * (2 - 2 * (q_1 * z_2).sum(1)) + beta * (2 - 2 * (q_1 * fixed_2).sum(1))).mean()
-    by_hand = by_hand + ((1 - beta) * (2 - 2 * (q_2 * z_1).sum(1)) + beta * (2 - 2 * (q_2 * fixed_1).sum(1))).mean()
+    by_hand = (
+        (1 - beta) * (2 - 2 * (q_1 * z_2).sum(1)) + beta * (2 - 2 * (q_1 * fixed_2).sum(1))
+    ).mean()
+    by_hand = (
+        by_hand
+        + (
+            (1 - beta) * (2 - 2 * (q_2 * z_1).sum(1)) + beta * (2 - 2 * (q_2 * fixed_1).sum(1))
+        ).mean()
+    )
     by_hand.backward()
     for (name, p), expected in zip(method.named_parameters(), other.parameters(), strict=True):
         if name.startswith("target"):
@@ -112,7 +132,9 @@ def test_byol_s_loss_sums_both_directions(pairs):
     assert loss.total.item() == pytest.approx(mse(q[0], z[1]) + mse(q[1], z[0]), abs=1e-12)
     loss.total.backward()
     assert all(p.grad is None for p in method.target.parameters())
-    assert all(p.grad is not None for p in (*method.online.parameters(), *method.predictor.parameters()))
+    assert all(
+        p.grad is not None for p in (*method.online.parameters(), *method.predictor.parameters())
+    )
 
 
 def test_methods_need_only_the_views_they_read():
@@ -159,7 +181,9 @@ def test_the_target_moves_when_the_reference_code_moves_it():
         ours.after_step({"tau": tau(step + 2, total, 0.99)})
         losses.append((ours_loss.item(), theirs_loss.item()))
     assert all(a == b for a, b in losses) and len(set(losses)) == total
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 def test_each_view_is_one_batchnorm_batch():
@@ -173,7 +197,12 @@ def test_each_view_is_one_batchnorm_batch():
 def test_the_target_starts_as_a_copy_and_needs_no_gradient():
     method = small()
     for p, q in zip(method.online.parameters(), method.target.parameters(), strict=True):
-        assert torch.equal(p, q) and p.data_ptr() != q.data_ptr() and p.requires_grad and not q.requires_grad
+        assert (
+            torch.equal(p, q)
+            and p.data_ptr() != q.data_ptr()
+            and p.requires_grad
+            and not q.requires_grad
+        )
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -182,9 +211,14 @@ def parameters(module: torch.nn.Module) -> int:
 
 def test_head_sizes_are_the_paper_s():
     assert parameters(mlp(512, 1024, 128)) == 658_432 and parameters(mlp(128, 1024, 128)) == 265_216
-    assert parameters(mlp(2048, 4096, 256)) == 9_449_472 and parameters(mlp(256, 4096, 256)) == 2_109_440
+    assert (
+        parameters(mlp(2048, 4096, 256)) == 9_449_472
+        and parameters(mlp(256, 4096, 256)) == 2_109_440
+    )
     method = build_method(build_recipe("cifar10", "rsa"))
-    assert parameters(method.online.projector) == 658_432 and parameters(method.predictor) == 265_216
+    assert (
+        parameters(method.online.projector) == 658_432 and parameters(method.predictor) == 265_216
+    )
 
 
 @pytest.mark.parametrize(("arch", "reference"), [("resnet18", resnet18), ("resnet50", resnet50)])
@@ -201,7 +235,9 @@ def test_the_cifar_stem_keeps_the_resolution():
     encoder = Encoder("resnet18", "cifar", width=24)
     maps = []
     for stage in (encoder.conv1, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
-        stage.register_forward_hook(lambda module, inputs, output: maps.append(tuple(output.shape[1:])))
+        stage.register_forward_hook(
+            lambda module, inputs, output: maps.append(tuple(output.shape[1:]))
+        )
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 192) and encoder.feature_dim == 192
     assert maps == [(24, 32, 32), (24, 32, 32), (48, 16, 16), (96, 8, 8), (192, 4, 4)]
     assert all(block.bn2.weight.abs().max() == 0 for block in encoder.layer3)  # zero_init_residual

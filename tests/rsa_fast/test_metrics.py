@@ -18,7 +18,11 @@ from rsa_fast.training.metrics import Metrics, numbers, read_metrics
 
 RECIPE = tiny(knn_every_epochs=1, epochs=2)
 TIMES = ("step_ms", "images_per_s", "wait_pct")
-RECORDS = [{"step": 2, "loss": 1.5, "wait_pct": 3.25}, {"step": 4, "loss": 0.75}, {"step": 4, "epoch": 1, "counts": [1, 2]}]
+RECORDS = [
+    {"step": 2, "loss": 1.5, "wait_pct": 3.25},
+    {"step": 4, "loss": 0.75},
+    {"step": 4, "epoch": 1, "counts": [1, 2]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,9 @@ def resumed(folder, tmp_path_factory):
     """The same run stopped after an epoch, gone on, killed two steps and half a record later, gone on, and once more."""
 
     def go_on(**options):
-        time.sleep(1 - time.time() % 1)  # TensorBoard reads a run's event files by name, which tells them apart by the second
+        time.sleep(
+            1 - time.time() % 1
+        )  # TensorBoard reads a run's event files by name, which tells them apart by the second
         train(RECIPE, folder, out, resume=True, **options)
 
     out = tmp_path_factory.mktemp("parts") / "run"
@@ -49,16 +55,23 @@ def resumed(folder, tmp_path_factory):
 
 
 def timeless(out):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(out)]
+    return [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in read_metrics(out)
+    ]
 
 
 def test_every_epoch_is_recorded_once_in_a_resumed_run_too(run, resumed):
     of_epochs = [record for record in timeless(run) if "effective_rank" in record]
     assert [(record["epoch"], record["step"]) for record in of_epochs] == [(1, 5), (2, 10)]
     for kind in ("effective_rank", "knn_top1"):
-        one, other = ([record for record in timeless(out) if kind in record] for out in (run, resumed))
+        one, other = (
+            [record for record in timeless(out) if kind in record] for out in (run, resumed)
+        )
         assert one == other
-    assert all(sum(record["weak_aggressive_counts"]) == 8 for record in of_epochs)  # the images of a batch
+    assert all(
+        sum(record["weak_aggressive_counts"]) == 8 for record in of_epochs
+    )  # the images of a batch
     assert all(1 <= record["effective_rank"] <= 8 for record in of_epochs)
 
 
@@ -66,21 +79,36 @@ def test_the_statistics_of_an_epoch_do_not_change_training(folder, run, tmp_path
     monkeypatch.setattr(engine, "feature_stats", lambda encoder, batch: {})
     train(RECIPE, folder, tmp_path / "without")
     assert same(weights(run), weights(tmp_path / "without"))
-    new = {"effective_rank", "weak_aggressive_cosine", "other_image_cosine", "weak_aggressive_counts"}
-    stripped = [{key: value for key, value in record.items() if key not in new} for record in timeless(run)]
+    new = {
+        "effective_rank",
+        "weak_aggressive_cosine",
+        "other_image_cosine",
+        "weak_aggressive_counts",
+    }
+    stripped = [
+        {key: value for key, value in record.items() if key not in new} for record in timeless(run)
+    ]
     assert stripped == timeless(tmp_path / "without")
 
 
 @pytest.mark.parametrize("name", ["run", "resumed"])
 def test_tensorboard_reads_back_the_records_each_once(name, request):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
     out = request.getfixturevalue(name)
-    events = accumulator.EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = accumulator.EventAccumulator(
+        str(out / "tensorboard"), size_guidance={"scalars": 0}
+    ).Reload()
     written = {}
     for record in read_metrics(out):
         for key, value in numbers(record).items():
             written.setdefault(key, []).append((record["step"], value))
-    assert set(events.Tags()["scalars"]) == written.keys() >= {"loss", "knn_top1", "effective_rank", "linear_top1"}
+    assert (
+        set(events.Tags()["scalars"])
+        == written.keys()
+        >= {"loss", "knn_top1", "effective_rank", "linear_top1"}
+    )
     for key, points in written.items():
         assert [(event.step, event.value) for event in events.Scalars(key)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in points
@@ -115,14 +143,27 @@ def wandb(monkeypatch):
 
 def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_goes_on_there(tmp_path, wandb):
     (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
-    for step, first in ((0, 0), (2, 0), (2, 1)):  # begun; gone on where it was killed; and from its checkpoint again
+    for step, first in (
+        (0, 0),
+        (2, 0),
+        (2, 1),
+    ):  # begun; gone on where it was killed; and from its checkpoint again
         with Metrics(tmp_path, 4, step, wandb=True) as records:
             for record in RECORDS[first:]:
                 records.write(record)
-    assert len({start["id"] for start in wandb.starts}) == 1 and {start["resume"] for start in wandb.starts} == {"allow"}
+    assert len({start["id"] for start in wandb.starts}) == 1 and {
+        start["resume"] for start in wandb.starts
+    } == {"allow"}
     start = wandb.starts[0]
-    assert (start["project"], start["name"], start["config"]) == ("rsa-fast", tmp_path.name, {"beta_base": 0.3})
-    assert wandb.runs[start["id"]] == {2: {"loss": 1.5, "wait_pct": 3.25}, 4: {"loss": 0.75, "epoch": 1}}
+    assert (start["project"], start["name"], start["config"]) == (
+        "rsa-fast",
+        tmp_path.name,
+        {"beta_base": 0.3},
+    )
+    assert wandb.runs[start["id"]] == {
+        2: {"loss": 1.5, "wait_pct": 3.25},
+        4: {"loss": 0.75, "epoch": 1},
+    }
     assert wandb.finished == 3
 
 
@@ -130,7 +171,9 @@ def test_weights_and_biases_follows_its_own_variable_for_the_project(tmp_path, w
     monkeypatch.setenv("WANDB_PROJECT", "another")
     (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
     with Metrics(tmp_path, 4, 0, wandb=True):
-        assert wandb.starts[0]["project"] == "another" and "mode" not in wandb.starts[0]  # WANDB_MODE: wandb's own to read
+        assert (
+            wandb.starts[0]["project"] == "another" and "mode" not in wandb.starts[0]
+        )  # WANDB_MODE: wandb's own to read
 
 
 def test_weights_and_biases_offline_leaves_its_run_in_the_folder(tmp_path, monkeypatch):
@@ -144,7 +187,9 @@ def test_weights_and_biases_offline_leaves_its_run_in_the_folder(tmp_path, monke
     assert left.name.endswith((tmp_path / "wandb" / "run-id").read_text())
 
 
-def test_weights_and_biases_that_are_missing_are_named_before_the_first_step(folder, tmp_path, monkeypatch):
+def test_weights_and_biases_that_are_missing_are_named_before_the_first_step(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'rsa-fast\[wandb\]'"):
         train(tiny(wandb=True), folder, tmp_path / "run")
@@ -176,7 +221,14 @@ def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
 def test_on_a_terminal_a_bar_shows_the_eta_and_the_latest_numbers(tmp_path, monkeypatch):
     """40 of 100 steps, the last 20 of which took a minute: three minutes are left."""
     clock, shown = [0.0], io.StringIO()
-    terminal = partial(Console, file=shown, force_terminal=True, width=160, get_time=lambda: clock[0], color_system=None)
+    terminal = partial(
+        Console,
+        file=shown,
+        force_terminal=True,
+        width=160,
+        get_time=lambda: clock[0],
+        color_system=None,
+    )
     monkeypatch.setattr(metrics, "Console", lambda stderr: terminal())
     with Metrics(tmp_path, 100, 0) as records:
         records.write({"step": 0, "epoch": 0, "knn_top1": 12.34})
@@ -196,7 +248,9 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"):
+    with pytest.raises(
+        FileNotFoundError, match=f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"
+    ):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"step": 3, "lo')
     assert read_metrics(tmp_path) == RECORDS[:1]

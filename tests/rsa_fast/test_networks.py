@@ -26,15 +26,29 @@ COMPILER = os.environ.get("CXX", "g++")
 def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tuple[list, list, dict]:
     """Losses and gradients of two of the engine's steps on this rank's part, and the state after them; one block a stage."""
     # a zero gain, the initial one, would stop the gradient of its block's convolutions
-    options = TINY | {"zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.1} | fields
-    options = {key: value for key, value in options.items() if key in method_class(method).recipe_type.model_fields}
+    options = (
+        TINY
+        | {"zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.1}
+        | fields
+    )
+    options = {
+        key: value
+        for key, value in options.items()
+        if key in method_class(method).recipe_type.model_fields
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(networks.LAYERS, "resnet18", (networks.BasicBlock, [1, 1, 1, 1]))
         torch.set_default_dtype(dtype)
-        run, losses, gradients = build_run(build_recipe("cifar10", method, overrides=options), 10 * BATCH), [], []
+        run, losses, gradients = (
+            build_run(build_recipe("cifar10", method, overrides=options), 10 * BATCH),
+            [],
+            [],
+        )
     torch.set_default_dtype(torch.float32)
     trained = [p for p in run.method.parameters() if p.requires_grad]
-    run.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in trained))
+    run.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(p.grad.clone() for p in trained)
+    )
     for step in range(2):
         batch = some_batch(step)
         views = {name: mine(view).to(dtype) for name, view in batch.views.items()}
@@ -47,7 +61,9 @@ def steps_in_every_way() -> dict[tuple, tuple]:
     compiled = torch.compile(networks.features, fullgraph=True, dynamic=False, backend="aot_eager")
     networks.compiled_features = lambda: compiled
     ways = [(method, stages, False) for method in METHODS for stages in (0, 4)] + [("rsa", 2, True)]
-    return {way: two_steps(way[0], bn="sync", recompute_stages=way[1], compile=way[2]) for way in ways}
+    return {
+        way: two_steps(way[0], bn="sync", recompute_stages=way[1], compile=way[2]) for way in ways
+    }
 
 
 def assert_same(one: tuple, other: tuple) -> None:
@@ -81,11 +97,18 @@ def test_only_the_first_stages_run_again_and_only_for_a_backward():
     assert runs == 2 * every + ["layer2", "conv1", "layer1"]
 
 
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler {COMPILER}, which torch.compile needs on a CPU")
+@pytest.mark.skipif(
+    shutil.which(COMPILER) is None,
+    reason=f"no C++ compiler {COMPILER}, which torch.compile needs on a CPU",
+)
 def test_a_compiled_encoder_learns_the_same_up_to_rounding(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "threads", 1)
-    plain, compiled = (two_steps("simclr", torch.float64, compile=compiled) for compiled in (False, True))
-    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-12)  # which compares the keys of the state too
+    plain, compiled = (
+        two_steps("simclr", torch.float64, compile=compiled) for compiled in (False, True)
+    )
+    torch.testing.assert_close(
+        compiled, plain, rtol=1e-9, atol=1e-12
+    )  # which compares the keys of the state too
 
 
 def test_only_training_is_compiled(monkeypatch):

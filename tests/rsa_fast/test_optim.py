@@ -9,7 +9,9 @@ from rsa_fast.training.optim import Lars, Sgd
 SHAPES = [(8, 3, 3, 3), (8,), (5, 8), (5,)]
 
 
-def parameters(seed: int = 0, layout: torch.memory_format = torch.contiguous_format) -> list[nn.Parameter]:
+def parameters(
+    seed: int = 0, layout: torch.memory_format = torch.contiguous_format
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
     return [nn.Parameter(t.to(memory_format=layout) if t.ndim == 4 else t) for t in tensors]
@@ -20,7 +22,9 @@ def gradients(step: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def by_hand(weight: list, momentum: list, grads: list, lr: float, decay: float, trust: float | None) -> None:
+def by_hand(
+    weight: list, momentum: list, grads: list, lr: float, decay: float, trust: float | None
+) -> None:
     """One step on nested floats in double precision: SGD, or LARS when `trust` is given."""
     for p, mu, g in zip(weight, momentum, grads, strict=True):
         g = g.double().clone()
@@ -40,7 +44,9 @@ def test_steps_equal_those_by_hand(name, layout):
     params = parameters(layout=layout)
     weight = [p.detach().double().clone(memory_format=torch.contiguous_format) for p in params]
     momentum = [torch.zeros_like(p) for p in weight]
-    optimizer = Sgd(params, 0.1, 0.9, 5e-4) if name == "sgd" else Lars(params, 0.1, 0.9, 1e-2, 0.001)
+    optimizer = (
+        Sgd(params, 0.1, 0.9, 5e-4) if name == "sgd" else Lars(params, 0.1, 0.9, 1e-2, 0.001)
+    )
     for step in range(4):
         lr = 4.8 / (step + 1)
         for group in optimizer.param_groups:
@@ -48,7 +54,14 @@ def test_steps_equal_those_by_hand(name, layout):
         for p, g in zip(params, gradients(step), strict=True):
             p.grad = g.to(memory_format=layout) if g.ndim == 4 else g.clone()
         optimizer.step()
-        by_hand(weight, momentum, gradients(step), lr, 5e-4 if name == "sgd" else 1e-2, None if name == "sgd" else 0.001)
+        by_hand(
+            weight,
+            momentum,
+            gradients(step),
+            lr,
+            5e-4 if name == "sgd" else 1e-2,
+            None if name == "sgd" else 0.001,
+        )
     for p, expected in zip(params, weight, strict=True):
         torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -84,7 +97,9 @@ def test_a_scaled_step_equals_the_unscaled_one_and_an_overflow_changes_nothing(n
     plain, scaled = parameters(), parameters()
     one, other = fresh(plain), fresh(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step, overflow in enumerate([True, False, True, False]):  # the very first step overflows, as fp16 runs do
+    for step, overflow in enumerate(
+        [True, False, True, False]
+    ):  # the very first step overflows, as fp16 runs do
         scale = scaler.scale(torch.ones(())).item()
         for p, g in zip(scaled, gradients(step), strict=True):
             p.grad = g * scale

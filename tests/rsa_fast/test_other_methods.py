@@ -20,14 +20,28 @@ from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 
 BATCH = 6
-TINY = {"width": 4, "batch_size": BATCH, "hidden_dim": 12, "out_dim": 5, "queue_size": 16, "bn": "local", "classes": 3}
+TINY = {
+    "width": 4,
+    "batch_size": BATCH,
+    "hidden_dim": 12,
+    "out_dim": 5,
+    "queue_size": 16,
+    "bn": "local",
+    "classes": 3,
+}
 
 
 def small(name: str, **overrides) -> Method:
     torch.manual_seed(0)
-    fields = {key: value for key, value in TINY.items() if key in method_class(name).recipe_type.model_fields}
+    fields = {
+        key: value
+        for key, value in TINY.items()
+        if key in method_class(name).recipe_type.model_fields
+    }
     method = build_method(build_recipe("cifar10", name, overrides={**fields, **overrides})).double()
-    for block in method.modules():  # a zero gain, the initial one, stops the gradient of its block's convolutions
+    for block in (
+        method.modules()
+    ):  # a zero gain, the initial one, stops the gradient of its block's convolutions
         if isinstance(block, BasicBlock):
             torch.nn.init.ones_(block.bn2.weight)
     return method
@@ -35,12 +49,17 @@ def small(name: str, **overrides) -> Method:
 
 def some_batch(seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    views = {name: torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64) for name in VIEWS}
+    views = {
+        name: torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+        for name in VIEWS
+    }
     return Batch(torch.arange(BATCH) % 3, views)
 
 
 def rows(count: int, dim: int, seed: int) -> torch.Tensor:
-    return unit(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    return unit(
+        torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -61,7 +80,9 @@ def test_nt_xent_is_the_mean_over_all_views_of_finding_the_partner():
     total = 0.0
     for i, view in enumerate(views):
         partner = (i + 4) % 8
-        others = sum(math.exp(dot(view, other) / temperature) for j, other in enumerate(views) if j != i)
+        others = sum(
+            math.exp(dot(view, other) / temperature) for j, other in enumerate(views) if j != i
+        )
         total -= math.log(math.exp(dot(view, views[partner]) / temperature) / others)
     assert nt_xent(z_1, z_2, temperature).item() == pytest.approx(total / 8, abs=1e-12)
 
@@ -70,7 +91,9 @@ def test_info_nce_is_the_cross_entropy_of_the_key_among_the_queue():
     q, k, queue, temperature = rows(4, 3, 0), rows(4, 3, 1), rows(7, 3, 2).T, 0.1
     total = 0.0
     for query, key in zip(q.tolist(), k.tolist(), strict=True):
-        total -= log_softmax([dot(query, other) / temperature for other in [key, *queue.T.tolist()]])[0]
+        total -= log_softmax(
+            [dot(query, other) / temperature for other in [key, *queue.T.tolist()]]
+        )[0]
     assert info_nce(q, k, queue, temperature).item() == pytest.approx(total / 4, abs=1e-12)
 
 
@@ -78,17 +101,25 @@ def test_the_relational_loss_is_the_cross_entropy_of_two_distributions_over_the_
     student, teacher, queue = rows(4, 3, 0), rows(4, 3, 1), rows(7, 3, 2).T
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        sharp = [math.exp(v) for v in log_softmax([dot(t, other) / 0.04 for other in queue.T.tolist()])]
+        sharp = [
+            math.exp(v) for v in log_softmax([dot(t, other) / 0.04 for other in queue.T.tolist()])
+        ]
         soft = log_softmax([dot(s, other) / 0.1 for other in queue.T.tolist()])
         total -= dot(sharp, soft)
-    assert relational(student, teacher, queue, 0.1, 0.04).item() == pytest.approx(total / 4, abs=1e-12)
+    assert relational(student, teacher, queue, 0.1, 0.04).item() == pytest.approx(
+        total / 4, abs=1e-12
+    )
 
 
 def test_losses_equal_lightly_s():
-    losses = pytest.importorskip("lightly.loss", reason="lightly is not installed: pip install lightly")
+    losses = pytest.importorskip(
+        "lightly.loss", reason="lightly is not installed: pip install lightly"
+    )
     a, b, bank = rows(8, 16, 0).float(), rows(8, 16, 1).float(), rows(32, 16, 2).float()
     assert nt_xent(a, b, 0.5).item() == pytest.approx(losses.NTXentLoss(0.5)(a, b).item(), abs=1e-5)
-    assert negative_cosine(a, b).item() == pytest.approx(losses.NegativeCosineSimilarity()(a, b).item(), abs=1e-5)
+    assert negative_cosine(a, b).item() == pytest.approx(
+        losses.NegativeCosineSimilarity()(a, b).item(), abs=1e-5
+    )
     theirs = losses.NTXentLoss(0.1, memory_bank_size=(32, 16))
     theirs.memory_bank.bank = bank
     assert info_nce(a, b, bank.T, 0.1).item() == pytest.approx(theirs(a, b).item(), abs=1e-5)
@@ -108,7 +139,10 @@ def test_simsiam_is_the_negative_cosine_of_predictions_and_fixed_projections():
             a, b = p[one][i].tolist(), z[two][i].tolist()
             total -= dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) / 2
     loss = method(batch, {"beta": 0.3})
-    assert loss.total.item() == pytest.approx(total / BATCH, abs=1e-12) and -1 <= loss.total.item() <= 1
+    assert (
+        loss.total.item() == pytest.approx(total / BATCH, abs=1e-12)
+        and -1 <= loss.total.item() <= 1
+    )
     loss.total.backward()
     fixed = [x.detach() for x in z]
     cosine = torch.nn.functional.cosine_similarity
@@ -155,7 +189,10 @@ def test_moco_adds_both_directions_on_one_snapshot_of_the_queue_and_then_enqueue
     loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(method.queue[:, : 2 * BATCH].T, torch.cat(k), rtol=0, atol=1e-12)
-    assert torch.equal(method.queue[:, 2 * BATCH :], probe.queue[:, 2 * BATCH :]) and method.pointer == 2 * BATCH
+    assert (
+        torch.equal(method.queue[:, 2 * BATCH :], probe.queue[:, 2 * BATCH :])
+        and method.pointer == 2 * BATCH
+    )
 
 
 def test_the_queue_wraps_around_and_is_saved():
@@ -199,17 +236,28 @@ def test_keys_are_shuffled_for_batchnorm_and_come_back_in_order():
     order = shuffle(BATCH, 2, images.device).tolist()
     assert order == [0, 3, 1, 4, 2, 5]
     for part in (order[:3], order[3:]):
-        torch.testing.assert_close(every[part], unit(probe.target(images[part])), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            every[part], unit(probe.target(images[part])), rtol=0, atol=1e-12
+        )
     assert torch.equal(mine, every)
 
 
 def test_supervised_is_the_cross_entropy_of_the_labels():
     method, batch = small("supervised"), some_batch()
     logits = copy.deepcopy(method).classifier(copy.deepcopy(method).encoder(batch.weak_1))
-    total = -sum(log_softmax(row)[label] for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)) / BATCH
+    total = (
+        -sum(
+            log_softmax(row)[label]
+            for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)
+        )
+        / BATCH
+    )
     loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(total, abs=1e-12)
-    right = sum(row.index(max(row)) == label for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True))
+    right = sum(
+        row.index(max(row)) == label
+        for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)
+    )
     assert loss.parts["train_top1"].item() == pytest.approx(100 * right / BATCH)
 
 
@@ -234,7 +282,9 @@ def test_gradients_reach_all_that_learns_and_no_target_queue_or_buffer(name):
         assert (parameter.grad is None) == key.startswith("target"), key
         if parameter.grad is not None:
             assert parameter.grad.abs().sum() > 0, key
-    assert not any(part.requires_grad for part in (*loss.parts.values(), loss.embeddings, *method.buffers()))
+    assert not any(
+        part.requires_grad for part in (*loss.parts.values(), loss.embeddings, *method.buffers())
+    )
     torch.testing.assert_close(loss.embeddings.norm(dim=1), torch.ones(BATCH, dtype=torch.float64))
 
 
@@ -248,13 +298,17 @@ def test_gradients_equal_finite_differences(name):
     generator = torch.Generator().manual_seed(1)
     step = 1e-6
     for _ in range(3):
-        direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in learning]
+        direction = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in learning
+        ]
         slope = sum(float((p.grad * d).sum()) for p, d in zip(learning, direction, strict=True))
         ends = []
         for sign in (1, -1):
             moved = copy.deepcopy(method)
             with torch.no_grad():
-                for p, d in zip((p for p in moved.parameters() if p.requires_grad), direction, strict=True):
+                for p, d in zip(
+                    (p for p in moved.parameters() if p.requires_grad), direction, strict=True
+                ):
                     p.add_(sign * step * d)
             ends.append(moved(batch, {"beta": 0.0}).total.item())
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=2e-4, abs=1e-7)
@@ -265,7 +319,11 @@ def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     """A few steps on one batch, with the row's own optimiser and heads at a small width."""
     from rsa_fast.training.step import build_run, train_step
 
-    fields = {key: value for key, value in TINY.items() if key in method_class(name).recipe_type.model_fields}
+    fields = {
+        key: value
+        for key, value in TINY.items()
+        if key in method_class(name).recipe_type.model_fields
+    }
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
     run = build_run(build_recipe("cifar10", name, overrides=fields), BATCH)
     double = some_batch()
@@ -288,10 +346,17 @@ def test_the_predictor_keeps_the_peak_rate_when_told_to():
     from rsa_fast.training.step import build_run
 
     for constant in (True, False):
-        run = build_run(build_recipe("cifar10", "simsiam", overrides={"width": 4, "constant_predictor_lr": constant}), 256)
+        run = build_run(
+            build_recipe(
+                "cifar10", "simsiam", overrides={"width": 4, "constant_predictor_lr": constant}
+            ),
+            256,
+        )
         set_learning_rate(run.optimizer, 0.01)
         rate = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
-        assert {rate[p] for p in run.method.predictor.parameters()} == {run.plan.peak_lr if constant else 0.01}
+        assert {rate[p] for p in run.method.predictor.parameters()} == {
+            run.plan.peak_lr if constant else 0.01
+        }
         assert {rate[p] for p in run.method.online.parameters()} == {0.01}
 
 
@@ -302,15 +367,27 @@ def test_heads_have_the_published_shapes():
     assert shapes(projector(512, 2, 2048)) == [(2048, 512), (2048, 2048)]
     assert shapes(projector(2048, 3, 2048)) == [(2048, 2048)] * 3
     last = projector(2048, 3, 2048)[-1]
-    assert not last.affine and not any(name.endswith("bias") and p.ndim == 2 for name, p in last.named_parameters())
+    assert not last.affine and not any(
+        name.endswith("bias") and p.ndim == 2 for name, p in last.named_parameters()
+    )
     moco = build_method(build_recipe("cifar10", "moco"))
-    assert shapes(moco.online.projector) == [(512, 512), (128, 512)] and moco.queue.shape == (128, 4096)
+    assert shapes(moco.online.projector) == [(512, 512), (128, 512)] and moco.queue.shape == (
+        128,
+        4096,
+    )
     ressl = build_method(build_recipe("cifar10", "ressl"))
     assert shapes(ressl.online.projector) == [(2048, 512), (128, 2048)]
 
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_zero_init_residual_is_the_recipe_s(zero):
-    gains = [block.bn2.weight for block in Encoder("resnet18", "cifar", 4, zero).modules() if isinstance(block, BasicBlock)]
+    gains = [
+        block.bn2.weight
+        for block in Encoder("resnet18", "cifar", 4, zero).modules()
+        if isinstance(block, BasicBlock)
+    ]
     assert all((gain == (0 if zero else 1)).all() for gain in gains)
-    assert build_recipe("cifar10", "moco").zero_init_residual is False and build_recipe("cifar10", "rsa").zero_init_residual
+    assert (
+        build_recipe("cifar10", "moco").zero_init_residual is False
+        and build_recipe("cifar10", "rsa").zero_init_residual
+    )

@@ -21,7 +21,14 @@ from rsa_fast.training.step import build_run, train_step
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")
-TINY = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, "batch_size": 8, "epochs": 3}
+TINY = {
+    "width": 4,
+    "hidden_dim": 16,
+    "out_dim": 8,
+    "views.size_px": 16,
+    "batch_size": 8,
+    "epochs": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +44,19 @@ def tiny(dataset="cifar10", method="rsa", **fields):
 def predicted(dataset, method, images, precision, gpu=V100, share=None):
     """Images per second of one GPU, with a V100's efficiency unless another is given."""
     ledger, _ = trace(build_recipe(dataset, method), images, precision)
-    return 1e3 * images * (share or planning.efficiency(V100, precision)[0]) / sum(ledger.roofline_ms(gpu, precision))
+    return (
+        1e3
+        * images
+        * (share or planning.efficiency(V100, precision)[0])
+        / sum(ledger.roofline_ms(gpu, precision))
+    )
 
 
 def test_a_convolution_s_flop_bytes_and_time_are_those_computed_by_hand():
-    x, weight = torch.zeros(2, 3, 8, 8, requires_grad=True), torch.zeros(5, 3, 3, 3, requires_grad=True)
+    x, weight = (
+        torch.zeros(2, 3, 8, 8, requires_grad=True),
+        torch.zeros(5, 3, 3, 3, requires_grad=True),
+    )
     with Ledger() as ledger:
         y = F.conv2d(x, weight, padding=1)
         y.backward(torch.zeros(2, 5, 8, 8))
@@ -68,8 +83,16 @@ def test_peak_memory_is_of_what_lives_at_once_in_whole_blocks():
 
 @pytest.mark.parametrize("method", ["rsa", "moco"])
 def test_flop_of_the_traced_step_are_those_of_a_real_one(method):
-    overrides = {"width": 8, "views.size_px": 16, "batch_size": 16, "device": "cpu", "precision": "fp32"}
-    recipe = build_recipe("cifar10", method, overrides=overrides | ({"bn": "split:2"} if method == "moco" else {}))
+    overrides = {
+        "width": 8,
+        "views.size_px": 16,
+        "batch_size": 16,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    recipe = build_recipe(
+        "cifar10", method, overrides=overrides | ({"bn": "split:2"} if method == "moco" else {})
+    )
     run = build_run(recipe, 1600)
     with FlopCounterMode(display=False) as counter:
         views = {name: torch.zeros(16, 3, 16, 16) for name in VIEWS}
@@ -92,17 +115,25 @@ def test_the_plan_of_imagenet_on_eight_v100s():
     assert found["parameters"] == 2 * (23_508_032 + mlps[0]) + mlps[1]
     assert found["allreduce_mib_per_step"] == 4 * found["trained_parameters"] / 2**20
     # The allocator, with another implementation of the step that had no momentum yet, and no buckets.
-    assert found["peak_gib_per_gpu"] - found["allreduce_mib_per_step"] / 1024 == pytest.approx(21.50, rel=0.01)
-    assert found["fits"] and 256 < found["largest_batch_per_gpu"] < 384  # the allocator ran out at 384
+    assert found["peak_gib_per_gpu"] - found["allreduce_mib_per_step"] / 1024 == pytest.approx(
+        21.50, rel=0.01
+    )
+    assert (
+        found["fits"] and 256 < found["largest_batch_per_gpu"] < 384
+    )  # the allocator ran out at 384
     assert found["tflop_per_step"] == pytest.approx(16.67, rel=1e-3)
-    assert sum(found["gflop_per_image"].values()) * 256 / 1e3 == pytest.approx(found["tflop_per_step"])
+    assert sum(found["gflop_per_image"].values()) * 256 / 1e3 == pytest.approx(
+        found["tflop_per_step"]
+    )
     # Two images trained and two inferred, at NVIDIA's rates of supervised ResNet-50: 1,156 and 3,382 images/s.
     assert found["images_per_s"] / 8 == pytest.approx(1 / (2 / 1156 + 2 / 3382), rel=0.06)
     assert found["images_per_s"] * found["step_ms"] == pytest.approx(1000 * 2048)
     assert found["epoch_min"] == pytest.approx(1_281_167 // 2048 * found["step_ms"] / 60_000)
     assert found["run_hours"] == pytest.approx(200 * found["epoch_min"] / 60)
     assert found["decode_cores_needed"] == pytest.approx(found["images_per_s"] / 500)
-    assert found["read_mib_per_s"] == pytest.approx(found["images_per_s"] * 147.9e9 / 1_281_167 / 2**20, rel=1e-3)
+    assert found["read_mib_per_s"] == pytest.approx(
+        found["images_per_s"] * 147.9e9 / 1_281_167 / 2**20, rel=1e-3
+    )
     assert found["bottleneck"] == "GPU memory bandwidth" and found["kind"] == "predicted"
 
 
@@ -160,23 +191,42 @@ def test_one_recomputed_stage_is_what_rsa_on_imagenet_needs_in_16_gb(monkeypatch
 
 def test_a_batch_too_large_is_offered_the_setting_with_which_it_fits():
     found = plan(RSA, "v100-16g", gpus=8)
-    assert not found["fits"] and found["remedy"] == "--set recompute_stages=1 takes 15.7 GiB and 11% more time"
-    eased = plan(build_recipe("imagenet1k", "rsa", overrides={"recompute_stages": 1}), "v100-16g", gpus=8)
-    assert eased["fits"] and eased["remedy"] is None and eased["needed_gib_per_gpu"] == pytest.approx(15.7, abs=0.05)
+    assert (
+        not found["fits"]
+        and found["remedy"] == "--set recompute_stages=1 takes 15.7 GiB and 11% more time"
+    )
+    eased = plan(
+        build_recipe("imagenet1k", "rsa", overrides={"recompute_stages": 1}), "v100-16g", gpus=8
+    )
+    assert (
+        eased["fits"]
+        and eased["remedy"] is None
+        and eased["needed_gib_per_gpu"] == pytest.approx(15.7, abs=0.05)
+    )
     assert eased["step_ms"] / found["step_ms"] == pytest.approx(1.11, abs=0.005)
     assert plan(RSA, "v100-16g", gpus=2)["remedy"] is None  # 1024 images a GPU
 
 
 def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
     resnet = ("imagenet1k", "supervised", 256)
-    assert predicted(*resnet, "fp16") == pytest.approx(1156) and predicted(*resnet, "fp32") == pytest.approx(356)
+    assert predicted(*resnet, "fp16") == pytest.approx(1156) and predicted(
+        *resnet, "fp32"
+    ) == pytest.approx(356)
     for gpu, error in (("a100-80g", 0.09), ("rtx-3090", -0.22)):
-        assert predicted(*resnet, "fp16", GPUS[gpu]) / GPUS[gpu].resnet50["fp16"] - 1 == pytest.approx(error, abs=0.01)
+        assert predicted(*resnet, "fp16", GPUS[gpu]) / GPUS[gpu].resnet50[
+            "fp16"
+        ] - 1 == pytest.approx(error, abs=0.01)
         share, source = planning.efficiency(GPUS[gpu], "bf16")
-        assert predicted(*resnet, "fp16", GPUS[gpu], share) == pytest.approx(GPUS[gpu].resnet50["fp16"])
+        assert predicted(*resnet, "fp16", GPUS[gpu], share) == pytest.approx(
+            GPUS[gpu].resnet50["fp16"]
+        )
         assert f"{GPUS[gpu].resnet50['fp16']:,} images/s on this GPU" in source
-    assert 8 * predicted(*resnet, "fp16") / 8056 - 1 == pytest.approx(0.15, abs=0.01)  # NVIDIA, DGX-1 with 32 GB
-    assert "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow" in planning.ACCURACY
+    assert 8 * predicted(*resnet, "fp16") / 8056 - 1 == pytest.approx(
+        0.15, abs=0.01
+    )  # NVIDIA, DGX-1 with 32 GB
+    assert (
+        "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow" in planning.ACCURACY
+    )
     share, source = planning.efficiency(GPUS["h100-80g"], "bf16")
     assert share == planning.efficiency(V100, "fp16")[0] and "none found in channels_last" in source
 
@@ -274,7 +324,9 @@ def test_rates_of_the_paper_s_code_are_the_said_share_of_the_predicted_ones():
         ("imagenet100", 64, "fp16"): (169, 0.42),
     }
     for (dataset, images, precision), (paper, share) in table_7.items():
-        assert paper / predicted(dataset, "rsa", images, precision) == pytest.approx(share, abs=0.015), dataset
+        assert paper / predicted(dataset, "rsa", images, precision) == pytest.approx(
+            share, abs=0.015
+        ), dataset
 
 
 def test_a_batch_too_large_is_said_and_the_largest_that_fits_is_found(monkeypatch):
@@ -289,26 +341,44 @@ def test_a_batch_too_large_is_said_and_the_largest_that_fits_is_found(monkeypatc
 
 
 def test_the_slowest_of_gpu_host_network_and_decoding_sets_the_pace():
-    found = plan(tiny(backend="native", batch_size=32), "v100-32g", gpus=2, nodes=2, cores=3, network_gbps=1e-3)
+    found = plan(
+        tiny(backend="native", batch_size=32),
+        "v100-32g",
+        gpus=2,
+        nodes=2,
+        cores=3,
+        network_gbps=1e-3,
+    )
     limits = found["limits_ms"]
-    assert limits["all-reduce"] == pytest.approx(1e3 * 2 * 3 / 4 * 4 * found["trained_parameters"] / (1e6 / 8))
+    assert limits["all-reduce"] == pytest.approx(
+        1e3 * 2 * 3 / 4 * 4 * found["trained_parameters"] / (1e6 / 8)
+    )
     assert limits["decoding"] == pytest.approx(1e3 * (32 / 2) / (3 * 500))
     assert found["bottleneck"] == "all-reduce" and found["step_ms"] == limits["all-reduce"]
-    assert found["decode_images_per_s"] * 2 * limits["all-reduce"] / 1e3 == pytest.approx(32)  # of both nodes, a step
+    assert found["decode_images_per_s"] * 2 * limits["all-reduce"] / 1e3 == pytest.approx(
+        32
+    )  # of both nodes, a step
     found = plan(tiny(backend="native"), "v100-32g", cores=1)
     assert found["bottleneck"] == "decoding" and found["images_per_s"] == pytest.approx(500)
     assert found["decode_cores_needed"] > 1
     found = plan(tiny(), "h100-80g")
     operations = len(trace(tiny(bn="local"), 8, "bf16")[0].operations)
-    assert found["bottleneck"] == "kernel launches" and found["step_ms"] == pytest.approx(operations * 7e-3)
+    assert found["bottleneck"] == "kernel launches" and found["step_ms"] == pytest.approx(
+        operations * 7e-3
+    )
 
 
 def test_images_that_stay_in_memory_need_no_decoding_and_are_counted(folder):
     found = plan(tiny(), "v100-32g")
-    assert (found["decode_cores_needed"], found["decode_images_per_s_per_core_measured_here"]) == (0, None)
+    assert (found["decode_cores_needed"], found["decode_images_per_s_per_core_measured_here"]) == (
+        0,
+        None,
+    )
     held = plan(tiny(backend="native"), "v100-32g")
     assert held["decode_cores_needed"] > 0
-    assert found["peak_gib_per_gpu"] - held["peak_gib_per_gpu"] == pytest.approx(50_000 * 3 * 32**2 / GIB)
+    assert found["peak_gib_per_gpu"] - held["peak_gib_per_gpu"] == pytest.approx(
+        50_000 * 3 * 32**2 / GIB
+    )
 
 
 def test_a_folder_is_counted_instead_of_the_published_dataset(folder):
@@ -323,18 +393,35 @@ def test_the_decode_rate_is_images_by_the_seconds_of_cpu_they_took(folder, monke
     clock = iter(range(100))
     monkeypatch.setattr(planning.time, "process_time", lambda: next(clock) / 4)
     for source in (open_source(folder, "pretrain"), None):
-        assert planning.decode_rate(tiny(), frozenset({"aggressive_1"}), source) == 8 * 4  # a batch of 8 in a quarter second
+        assert (
+            planning.decode_rate(tiny(), frozenset({"aggressive_1"}), source) == 8 * 4
+        )  # a batch of 8 in a quarter second
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpu", "V100_32g"), "no GPU 'V100_32g' (did you mean 'v100-32g'?): choose from v100-16g,"),
-        (("--gpu", "v100-32g", "--gpus", 3), "batch_size 256 is global and does not divide among 3 ranks"),
-        (("--gpu", "v100-32g", "--batch-size", 60_000), "50000 training images do not fill one batch of 60000"),
+        (
+            ("--gpu", "V100_32g"),
+            "no GPU 'V100_32g' (did you mean 'v100-32g'?): choose from v100-16g,",
+        ),
+        (
+            ("--gpu", "v100-32g", "--gpus", 3),
+            "batch_size 256 is global and does not divide among 3 ranks",
+        ),
+        (
+            ("--gpu", "v100-32g", "--batch-size", 60_000),
+            "50000 training images do not fill one batch of 60000",
+        ),
         (("--gpu", "v100-32g", "--method", "rsaa"), "no method 'rsaa' (did you mean 'rsa'?)"),
-        (("--gpu", "v100-32g", "--dataset", "imagenet"), "no dataset 'imagenet' (did you mean 'imagenet1k'?)"),
-        (("--gpu", "v100-32g", "--set", "bn=split:4", "--gpus", 8), "bn: split:4 does not divide among 8 GPUs"),
+        (
+            ("--gpu", "v100-32g", "--dataset", "imagenet"),
+            "no dataset 'imagenet' (did you mean 'imagenet1k'?)",
+        ),
+        (
+            ("--gpu", "v100-32g", "--set", "bn=split:4", "--gpus", 8),
+            "bn: split:4 does not divide among 8 GPUs",
+        ),
         (("--gpu", "v100-32g", "--data", "nowhere"), "no folder nowhere"),
         (("--gpu", "v100-32g", "--set", "precision=bf16"), "bf16 is not in a v100-32g's hardware"),
     ],
@@ -362,7 +449,19 @@ def test_the_command_ends_with_one_json_line_and_calls_nothing_measured_but_deco
     done = CliRunner().invoke(main, ["plan", *names, *sets])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])
-    names = ("peak_gib_per_gpu", "tflop_per_step", "step_ms", "images_per_s", "epoch_min", "run_hours", "decode_cores_needed")
+    names = (
+        "peak_gib_per_gpu",
+        "tflop_per_step",
+        "step_ms",
+        "images_per_s",
+        "epoch_min",
+        "run_hours",
+        "decode_cores_needed",
+    )
     assert {*names, "bottleneck"} <= found.keys() and found["kind"] == "predicted"
     table = " ".join(done.stdout.splitlines()[:-1])
-    assert "predicted" in table and table.count("MEASURED") == 1 and f"{found['decode_gpu_share']:.0%} of each" in table
+    assert (
+        "predicted" in table
+        and table.count("MEASURED") == 1
+        and f"{found['decode_gpu_share']:.0%} of each" in table
+    )

@@ -15,26 +15,47 @@ from pipelines import VIEWS, Order, open_source, open_views
 from pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.cli import main
 from rsa_fast.insight import preview as module
-from rsa_fast.insight.preview import AMPLIFY, CROP_INKS, heading, preview, view_labels, view_levels, windows
+from rsa_fast.insight.preview import (
+    AMPLIFY,
+    CROP_INKS,
+    heading,
+    preview,
+    view_labels,
+    view_levels,
+    windows,
+)
 from rsa_fast.recipes import build_recipe
 
-RESIZE_LEVELS = {"dali": 0.6}  # DALI's resize rounds otherwise than PIL's: tests/pipelines/test_loaders.py
-DALI = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: pip install rsa-fast[dali-cu12]")
+RESIZE_LEVELS = {
+    "dali": 0.6
+}  # DALI's resize rounds otherwise than PIL's: tests/pipelines/test_loaders.py
+DALI = pytest.mark.skipif(
+    find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
+)
 
 
 def recipe(backend="resident", **overrides):
-    return build_recipe("cifar10", "rsa", overrides={"views.size_px": 16, "backend": backend, "batch_size": 8, **overrides})
+    return build_recipe(
+        "cifar10",
+        "rsa",
+        overrides={"views.size_px": 16, "backend": backend, "batch_size": 8, **overrides},
+    )
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return open_source(write_folder(tmp_path_factory.mktemp("images"), {"train": 10}, size=(30, 44)), "pretrain")
+    return open_source(
+        write_folder(tmp_path_factory.mktemp("images"), {"train": 10}, size=(30, 44)), "pretrain"
+    )
 
 
 def holds(sheet: np.ndarray, tile: np.ndarray) -> bool:
     """Whether `tile` `(h, w, 3)` lies somewhere on `sheet`, pixel for pixel."""
     height, width = tile.shape[:2]
-    corners = np.argwhere((sheet[: len(sheet) - height + 1, : sheet.shape[1] - width + 1] == tile[0, 0]).all(-1))
+    corners = np.argwhere(
+        (sheet[: len(sheet) - height + 1, : sheet.shape[1] - width + 1] == tile[0, 0]).all(-1)
+    )
     return any(np.array_equal(sheet[y : y + height, x : x + width], tile) for y, x in corners)
 
 
@@ -52,7 +73,9 @@ def test_a_weak_view_is_pil_s_crop_and_resize_of_the_drawn_window_bit_for_bit(so
     for sample, pair, views in zip(ids, params, made, strict=True):
         for p, view in zip(pair, views, strict=False):
             left, top, width, height = (int(p[name]) for name in ("left", "top", "width", "height"))
-            crop = Image.fromarray(source.read(sample)).crop((left, top, left + width, top + height))
+            crop = Image.fromarray(source.read(sample)).crop(
+                (left, top, left + width, top + height)
+            )
             expected = np.asarray(crop.resize((16, 16), Image.Resampling.BILINEAR))
             assert np.array_equal(view.round(), expected[:, ::-1] if p["flip"] else expected)
 
@@ -69,8 +92,14 @@ def test_the_views_are_those_training_reads_first_whatever_its_batch_size(source
 
 
 def test_the_sheet_holds_every_source_and_view_pixel_for_pixel(source, tmp_path):
-    result = preview(recipe("auto", seed=1), source, tmp_path / "new" / "views.png", images=3, epoch=2)
-    assert result == {"out": str(tmp_path / "new" / "views.png"), "backend": "resident", "images": 3}
+    result = preview(
+        recipe("auto", seed=1), source, tmp_path / "new" / "views.png", images=3, epoch=2
+    )
+    assert result == {
+        "out": str(tmp_path / "new" / "views.png"),
+        "backend": "resident",
+        "images": 3,
+    }
     sheet = np.asarray(Image.open(result["out"]))
     order = Order(20, 3, 1)
     ids = order.ids(2, 0)
@@ -86,7 +115,12 @@ def test_the_sheet_holds_every_source_and_view_pixel_for_pixel(source, tmp_path)
 
 def test_windows_are_drawn_where_they_were_cut():
     pair = np.zeros(2, VIEW_PARAMS)
-    for name, values in {"left": (9, 2), "top": (8, 4), "width": (20, 40), "height": (10, 30)}.items():
+    for name, values in {
+        "left": (9, 2),
+        "top": (8, 4),
+        "width": (20, 40),
+        "height": (10, 30),
+    }.items():
         pair[name] = values  # the first inside the second, so that neither hides the other
     drawn = np.asarray(windows(np.full((48, 64, 3), 128, np.uint8), pair, 192))
     assert drawn.shape == (192, 256, 3)  # four times the source
@@ -99,7 +133,11 @@ def test_windows_are_drawn_where_they_were_cut():
 def test_labels_say_what_was_drawn():
     pair = np.zeros(2, VIEW_PARAMS)
     pair["height"], pair["width"], pair["flip"] = (30, 20), (40, 10), (True, False)
-    pair["jitter"], pair["grayscale"], pair["blur_sigma_px"] = (True, False), (False, True), (1.234, 0)
+    pair["jitter"], pair["grayscale"], pair["blur_sigma_px"] = (
+        (True, False),
+        (False, True),
+        (1.234, 0),
+    )
     pair["order"][0], pair["factor"][0] = (3, 1, 0, 2), (0.625, 1.25, 1.375, -0.0625)
     assert view_labels(pair, np.array([60, 80])) == [
         "crop 40x30 px, scale 0.25\nflip",
@@ -111,16 +149,29 @@ def test_labels_say_what_was_drawn():
 
 def test_the_labels_on_the_sheet_are_those_of_its_samples(source, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(module, "block", lambda *band: written.append((band[1], band[-1])) or np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(
+        module,
+        "block",
+        lambda *band: written.append((band[1], band[-1])) or np.zeros((1, 1, 3), np.uint8),
+    )
     monkeypatch.setattr(module, "heading", lambda *_: np.zeros((1, 1, 3), np.uint8))
     preview(recipe(seed=7), source, tmp_path / "views.png", images=6, epoch=1)
     for (text, labels), sample in zip(written, Order(20, 6, 7).ids(1, 0), strict=True):
         assert text == f"sample {sample}, 44x30 px\nclass_{source.manifest.labels[sample]}"
         (pair,) = draw(7, 1, np.array([sample]), recipe().views, np.array([[30, 44]]))
         for p, weak, aggressive in zip(pair, labels[:2], labels[2:], strict=True):
-            assert re.match(r"crop (\d+)x(\d+) px", weak).groups() == (str(p["width"]), str(p["height"]))
-            assert weak.endswith("no flip") != p["flip"] and ("no gray" in aggressive) != p["grayscale"]
-            factors = [float(x) for x in re.findall(r"(?:brightness|contrast|saturation|hue) (\S+\d)", aggressive)]
+            assert re.match(r"crop (\d+)x(\d+) px", weak).groups() == (
+                str(p["width"]),
+                str(p["height"]),
+            )
+            assert (
+                weak.endswith("no flip") != p["flip"]
+                and ("no gray" in aggressive) != p["grayscale"]
+            )
+            factors = [
+                float(x)
+                for x in re.findall(r"(?:brightness|contrast|saturation|hue) (\S+\d)", aggressive)
+            ]
             assert np.allclose(factors, p["factor"][p["order"]] if p["jitter"] else [], atol=0.0051)
 
 
@@ -133,17 +184,23 @@ def test_without_its_stage_an_aggressive_view_is_the_weak_one(source, backend):
     assert np.array_equal(on[:, :2], made[:, :2]) and not np.array_equal(on[:, 2:], on[:, :2])
 
 
-def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(source, tmp_path, monkeypatch):
+def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(
+    source, tmp_path, monkeypatch
+):
     def apart(recipe, source, order, epoch, backend):
         made = view_levels(recipe, source, order, epoch, "resident")
-        return made + (backend == "native") * np.array([0, 1.5, 0, 3], np.float32).reshape(4, 1, 1, 1)
+        return made + (backend == "native") * np.array([0, 1.5, 0, 3], np.float32).reshape(
+            4, 1, 1, 1
+        )
 
     said = []
     monkeypatch.setattr(module, "view_levels", apart)
     monkeypatch.setattr(module, "heading", lambda *band: said.extend(band[2]) or heading(*band))
     result = preview(recipe(), source, tmp_path / "views.png", images=2, compare="native")
     assert result["compare"] == "native"
-    assert result["difference_levels"] == pytest.approx(dict(zip(VIEWS, (0, 1.5, 0, 3), strict=True)), abs=1e-4)
+    assert result["difference_levels"] == pytest.approx(
+        dict(zip(VIEWS, (0, 1.5, 0, 3), strict=True)), abs=1e-4
+    )
     levels = ("equal", "1.50 levels apart", "equal", "3.00 levels apart")
     assert said == [f"{view}: {text}" for view, text in zip(VIEWS, levels, strict=True)]
     sheet = np.asarray(Image.open(result["out"]))
@@ -153,23 +210,54 @@ def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(source, tm
 
 def command(folder, out, *more: object):
     sets = ("--dataset", "cifar10", "--set", "views.size_px=16")
-    return CliRunner().invoke(main, ["preview", "--data", str(folder), "--out", str(out), *sets, *map(str, more)])
+    return CliRunner().invoke(
+        main, ["preview", "--data", str(folder), "--out", str(out), *sets, *map(str, more)]
+    )
 
 
 @pytest.mark.parametrize("other", ["native", "torchvision", pytest.param("dali", marks=DALI)])
 def test_the_command_compares_a_backend_with_itself_and_with_another(folder, tmp_path, other):
     for backend, allowed in ((other, 0), ("resident", RESIZE_LEVELS.get(other, 1e-4))):
-        done = command(folder, tmp_path / "views.png", "--backend", backend, "--compare", other, "--images", 5, "--seed", 2)
+        done = command(
+            folder,
+            tmp_path / "views.png",
+            "--backend",
+            backend,
+            "--compare",
+            other,
+            "--images",
+            5,
+            "--seed",
+            2,
+        )
         assert done.exit_code == 0, done.output
         result = json.loads(done.stdout.splitlines()[-1])
         assert (result["backend"], result["compare"], result["images"]) == (backend, other, 5)
-        assert result["difference_levels"].keys() == set(VIEWS) and max(result["difference_levels"].values()) <= allowed
+        assert (
+            result["difference_levels"].keys() == set(VIEWS)
+            and max(result["difference_levels"].values()) <= allowed
+        )
 
 
 def test_the_command_draws_the_views_of_its_seed_epoch_and_recipe_file(folder, tmp_path):
     config = tmp_path / "recipe.yaml"
-    config.write_text("dataset: cifar10\nmethod: byol\nviews: {size_px: 16, mean: [0, 0, 0], std: [1, 1, 1], blur_p: 0}\n")
-    arguments = ["--data", folder, "--out", tmp_path / "a.png", "--config", config, "--seed", 4, "--epoch", 3, "--images", 2]
+    config.write_text(
+        "dataset: cifar10\nmethod: byol\nviews: {size_px: 16, mean: [0, 0, 0], std: [1, 1, 1], blur_p: 0}\n"
+    )
+    arguments = [
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "a.png",
+        "--config",
+        config,
+        "--seed",
+        4,
+        "--epoch",
+        3,
+        "--images",
+        2,
+    ]
     done = CliRunner().invoke(main, ["preview", *map(str, arguments)])
     assert done.exit_code == 0, done.output
     again = recipe(seed=4, **{"views.blur_p": 0})

@@ -30,14 +30,27 @@ from rsa_fast.recipes import build_recipe
 from rsa_fast.training import step
 from rsa_fast.training.step import build_run, train_step
 
-TINY = {"width": 4, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu", "backend": "native"}
+TINY = {
+    "width": 4,
+    "views.size_px": 16,
+    "precision": "fp32",
+    "batch_size": 8,
+    "device": "cpu",
+    "backend": "native",
+}
 HEADS = {"hidden_dim": 16, "out_dim": 8}
-OWN = {"simclr": {"out_dim": 8}, "moco": {"out_dim": 8, "queue_size": 16, "bn": "local"}, "supervised": {"classes": 2}}
+OWN = {
+    "simclr": {"out_dim": 8},
+    "moco": {"out_dim": 8, "queue_size": 16, "bn": "local"},
+    "supervised": {"classes": 2},
+}
 OWN["ressl"] = {**HEADS, "queue_size": 16}
 
 
 def tiny(method: str, **overrides):
-    return build_recipe("cifar10", method, overrides={**TINY, **OWN.get(method, HEADS), **overrides})
+    return build_recipe(
+        "cifar10", method, overrides={**TINY, **OWN.get(method, HEADS), **overrides}
+    )
 
 
 def noise() -> Batch:
@@ -84,25 +97,105 @@ def clock(monkeypatch) -> Clock:
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ({"step_ms": 100, "views_ms": 50, "both_ms": 101, "read_ms": 5, "decode_ms": 40}, "compute-bound"),
-        ({"step_ms": 100, "views_ms": 104, "both_ms": 104, "read_ms": 5, "decode_ms": 90}, "compute-bound"),  # near enough
-        ({"step_ms": 100, "views_ms": 50, "both_ms": 150, "read_ms": 5, "decode_ms": 40}, "compute-bound"),  # shared cores
-        ({"step_ms": 100, "views_ms": 50, "both_ms": 150, "read_ms": 5, "decode_ms": 40, "overlaps": True}, "host-bound"),
-        ({"step_ms": 100, "views_ms": 50, "both_ms": 100, "read_ms": 5, "decode_ms": 40, "idle_share": 0.9}, "host-bound"),
-        ({"step_ms": 100, "views_ms": 50, "both_ms": 100, "read_ms": 5, "decode_ms": 40, "idle_share": 0.4}, "compute-bound"),
-        ({"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 5, "decode_ms": 60}, "decode-bound"),
-        ({"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 60, "decode_ms": 30}, "read-bound"),
-        ({"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 5, "decode_ms": 30}, "host-bound"),
-        ({"step_ms": 50, "views_ms": 40, "both_ms": 51, "read_ms": 5, "decode_ms": 30, "cold_views_ms": 200}, "read-bound"),
-        ({"step_ms": 50, "views_ms": 80, "both_ms": 80, "read_ms": 5, "decode_ms": 70, "cold_views_ms": 90}, "decode-bound"),
-        ({"step_ms": 50, "views_ms": 40, "both_ms": 51, "read_ms": 5, "decode_ms": 30, "cold_views_ms": 45}, "compute-bound"),
+        (
+            {"step_ms": 100, "views_ms": 50, "both_ms": 101, "read_ms": 5, "decode_ms": 40},
+            "compute-bound",
+        ),
+        (
+            {"step_ms": 100, "views_ms": 104, "both_ms": 104, "read_ms": 5, "decode_ms": 90},
+            "compute-bound",
+        ),  # near enough
+        (
+            {"step_ms": 100, "views_ms": 50, "both_ms": 150, "read_ms": 5, "decode_ms": 40},
+            "compute-bound",
+        ),  # shared cores
+        (
+            {
+                "step_ms": 100,
+                "views_ms": 50,
+                "both_ms": 150,
+                "read_ms": 5,
+                "decode_ms": 40,
+                "overlaps": True,
+            },
+            "host-bound",
+        ),
+        (
+            {
+                "step_ms": 100,
+                "views_ms": 50,
+                "both_ms": 100,
+                "read_ms": 5,
+                "decode_ms": 40,
+                "idle_share": 0.9,
+            },
+            "host-bound",
+        ),
+        (
+            {
+                "step_ms": 100,
+                "views_ms": 50,
+                "both_ms": 100,
+                "read_ms": 5,
+                "decode_ms": 40,
+                "idle_share": 0.4,
+            },
+            "compute-bound",
+        ),
+        (
+            {"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 5, "decode_ms": 60},
+            "decode-bound",
+        ),
+        (
+            {"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 60, "decode_ms": 30},
+            "read-bound",
+        ),
+        (
+            {"step_ms": 50, "views_ms": 100, "both_ms": 100, "read_ms": 5, "decode_ms": 30},
+            "host-bound",
+        ),
+        (
+            {
+                "step_ms": 50,
+                "views_ms": 40,
+                "both_ms": 51,
+                "read_ms": 5,
+                "decode_ms": 30,
+                "cold_views_ms": 200,
+            },
+            "read-bound",
+        ),
+        (
+            {
+                "step_ms": 50,
+                "views_ms": 80,
+                "both_ms": 80,
+                "read_ms": 5,
+                "decode_ms": 70,
+                "cold_views_ms": 90,
+            },
+            "decode-bound",
+        ),
+        (
+            {
+                "step_ms": 50,
+                "views_ms": 40,
+                "both_ms": 51,
+                "read_ms": 5,
+                "decode_ms": 30,
+                "cold_views_ms": 45,
+            },
+            "compute-bound",
+        ),
     ],
 )
 def test_the_verdict_names_what_takes_longest(numbers, expected):
     assert verdict(**numbers) == expected
 
 
-def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_the_step(clock, monkeypatch):
+def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_the_step(
+    clock, monkeypatch
+):
     run, batch = build_run(tiny("rsa"), 40), noise()
     run.method.online.encoder.layer1.register_forward_pre_hook(clock.late(1))
     run.method.predictor[0].register_forward_pre_hook(clock.late(0.5))
@@ -117,7 +210,14 @@ def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_th
     with watched(run, watch):
         ms, steps = watch.time(train_step(run, batch) for _ in range(2))
     # Online and target networks run twice in a step, the distance is taken four times
-    planted = {"forward_online": 3, "forward_target": 20, "loss": 400, "backward": 1000, "optimiser": 2000, "ema": 3000}
+    planted = {
+        "forward_online": 3,
+        "forward_target": 20,
+        "loss": 400,
+        "backward": 1000,
+        "optimiser": 2000,
+        "ema": 3000,
+    }
     assert ms == pytest.approx(planted | {"other": 4000}) and ms.keys() == set(PARTS)
     assert steps == 2 and sum(ms.values()) == pytest.approx(1e3 * clock.now / 2)
 
@@ -130,8 +230,12 @@ def test_watching_changes_nothing_in_a_step_and_ends(method):
         parts, _ = watch.time(train_step(seen, batch) for _ in range(2))
     train_step(plain, batch)
     train_step(plain, batch)
-    assert all(map(torch.equal, plain.method.state_dict().values(), seen.method.state_dict().values()))
-    assert ("forward_target" in parts) == (method in ("rsa", "byol", "simsiam-rsa", "moco", "ressl"))
+    assert all(
+        map(torch.equal, plain.method.state_dict().values(), seen.method.state_dict().values())
+    )
+    assert ("forward_target" in parts) == (
+        method in ("rsa", "byol", "simsiam-rsa", "moco", "ressl")
+    )
     assert set(parts) >= {"forward_online", "loss", "backward", "optimiser", "ema", "other"}
     marks = len(watch.marks)
     train_step(seen, batch)
@@ -155,12 +259,18 @@ def plant(clock: Clock, monkeypatch, step_ms, view_ms: float = 1.0) -> Counter:
     return calls
 
 
-def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(folder, clock, monkeypatch):
+def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(
+    folder, clock, monkeypatch
+):
     plant(clock, monkeypatch, lambda run, _: 10 if run.recipe.method == "rsa" else 50, view_ms=30)
-    monkeypatch.setattr(profiling, "evict", lambda files: "")  # some file systems keep files in the page cache
+    monkeypatch.setattr(
+        profiling, "evict", lambda files: ""
+    )  # some file systems keep files in the page cache
     report = profile({"rsa": tiny("rsa"), "byol": tiny("byol")}, folder, repeats=2, seconds=0.2)
     rsa, byol = report["methods"]["rsa"], report["methods"]["byol"]
-    assert [rsa[f"{mode}_ms"] for mode in ("step", "views", "both", "cold_views")] == pytest.approx([10, 30, 40, 30])
+    assert [rsa[f"{mode}_ms"] for mode in ("step", "views", "both", "cold_views")] == pytest.approx(
+        [10, 30, 40, 30]
+    )
     assert (rsa["stall_share"], rsa["verdict"]) == (pytest.approx(3 / 4), "host-bound")
     assert (byol["stall_share"], byol["verdict"]) == (pytest.approx(3 / 8), "compute-bound")
     assert "prefetch_batches" in rsa["knob"] and "same cores" in byol["knob"]
@@ -169,19 +279,28 @@ def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(folde
     assert report["rsa_over_byol"] == rsa["over_byol"]["both"]
 
 
-def test_a_slow_decoder_is_decode_bound_and_its_time_is_the_decode_stage(folder, clock, monkeypatch):
+def test_a_slow_decoder_is_decode_bound_and_its_time_is_the_decode_stage(
+    folder, clock, monkeypatch
+):
     plant(clock, monkeypatch, lambda *_: 1)
     monkeypatch.setattr(NativeViews, "decode", clock.late(4, NativeViews.decode))
     report = profile({"rsa": tiny("rsa", threads=1)}, folder, repeats=1, seconds=0.5)
-    assert report["methods"]["rsa"]["verdict"] == "decode-bound" and report["methods"]["rsa"]["over_byol"] is None
-    assert report["stages_us"] == pytest.approx({"read": 0, "decode": 4000, "crop": 0, "aggressive": 0})
+    assert (
+        report["methods"]["rsa"]["verdict"] == "decode-bound"
+        and report["methods"]["rsa"]["over_byol"] is None
+    )
+    assert report["stages_us"] == pytest.approx(
+        {"read": 0, "decode": 4000, "crop": 0, "aggressive": 0}
+    )
 
 
 def test_slow_first_steps_leave_no_trace(folder, clock, monkeypatch):
     # Two of them come before anything is timed, the others are the first turn's
     calls = plant(clock, monkeypatch, lambda _, before: 500 if before < 4 else 10)
     report = profile({"rsa": tiny("rsa")}, folder, repeats=2, seconds=0.04)["methods"]["rsa"]
-    assert report["range_ms"]["step"] == pytest.approx([10, 10]) and report["range_ms"]["both"] == pytest.approx([11, 11])
+    assert report["range_ms"]["step"] == pytest.approx([10, 10]) and report["range_ms"][
+        "both"
+    ] == pytest.approx([11, 11])
     assert calls["rsa"] > 12
 
 
@@ -202,9 +321,17 @@ def test_a_method_is_measured_with_the_views_it_reads_and_no_others(folder):
 
 def test_cold_views_are_those_of_files_dropped_just_before_each_read_once(folder, monkeypatch):
     dropped, read = [], []
-    monkeypatch.setattr(profiling, "evict", lambda files: dropped.append(files) or read.clear() or "")
-    monkeypatch.setattr(NativeViews, "decode", lambda self, i, decode=NativeViews.decode: read.append(i) or decode(self, i))
-    with open_subject(tiny("byol", threads=1), source := open_source(folder, "pretrain")) as subject:
+    monkeypatch.setattr(
+        profiling, "evict", lambda files: dropped.append(files) or read.clear() or ""
+    )
+    monkeypatch.setattr(
+        NativeViews,
+        "decode",
+        lambda self, i, decode=NativeViews.decode: read.append(i) or decode(self, i),
+    )
+    with open_subject(
+        tiny("byol", threads=1), source := open_source(folder, "pretrain")
+    ) as subject:
         for _ in range(2):
             subject.measure(folder, 0.0)
             files = [folder / source.manifest.paths[i] for i in read]
@@ -219,7 +346,9 @@ def in_page_cache(path: Path) -> bool:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         pages = (ctypes.c_ubyte * -(-len(memory) // mmap.PAGESIZE))()
         start = ctypes.c_char.from_buffer(memory)
-        assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(memory)), pages) == 0
+        assert (
+            ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(memory)), pages) == 0
+        )
         del start
     return any(page & 1 for page in pages)
 
@@ -247,8 +376,14 @@ def test_peak_memory_of_a_process_is_forgotten_and_found_again():
 
 
 def command(*words: object):
-    sets = (part for key, value in {**TINY, "out_dim": 8}.items() for part in ("--set", f"{key}={value}"))
-    return CliRunner().invoke(main, [str(word) for word in ("profile", "--dataset", "cifar10", *sets, *words)])
+    sets = (
+        part
+        for key, value in {**TINY, "out_dim": 8}.items()
+        for part in ("--set", f"{key}={value}")
+    )
+    return CliRunner().invoke(
+        main, [str(word) for word in ("profile", "--dataset", "cifar10", *sets, *words)]
+    )
 
 
 def test_the_command_reports_a_table_a_page_a_trace_and_json(folder, tmp_path):
@@ -256,24 +391,50 @@ def test_the_command_reports_a_table_a_page_a_trace_and_json(folder, tmp_path):
     done = command("--data", folder, "--repeats", 1, "--seconds", 0, *files)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["rsa_over_byol"] > 0 and report["stages_us"].keys() == {"read", "decode", "crop", "aggressive"}
+    assert report["rsa_over_byol"] > 0 and report["stages_us"].keys() == {
+        "read",
+        "decode",
+        "crop",
+        "aggressive",
+    }
     for method in report["methods"].values():
         assert sum(method["parts_ms"].values()) == pytest.approx(method["step_ms"], rel=1e-9)
-        assert method["loading"]["backend"] == "native" and method["loading"]["aggressive_on"] == "host"
-        assert method["images_per_s"] == pytest.approx(8000 / method["both_ms"]) and method["peak_gib"] > 0
+        assert (
+            method["loading"]["backend"] == "native"
+            and method["loading"]["aggressive_on"] == "host"
+        )
+        assert (
+            method["images_per_s"] == pytest.approx(8000 / method["both_ms"])
+            and method["peak_gib"] > 0
+        )
     events = json.loads((tmp_path / "made" / "trace.json").read_text())["traceEvents"]
     names = Counter(event.get("name") for event in events)
     assert names["rsa step"] == names["byol step"] == 3 and names["aten::convolution"] > 100
-    page, step = (tmp_path / "new" / "page.html").read_text(), f"{report['methods']['rsa']['step_ms']:.2f}"
-    assert "<svg" in page and "forward target" in page and not any(tag in page for tag in ("<script", "<link", "<img"))
+    page, step = (
+        (tmp_path / "new" / "page.html").read_text(),
+        f"{report['methods']['rsa']['step_ms']:.2f}",
+    )
+    assert (
+        "<svg" in page
+        and "forward target" in page
+        and not any(tag in page for tag in ("<script", "<link", "<img"))
+    )
     assert step in done.stdout and step in page
 
 
 def test_the_command_prints_only_json_when_told_to(folder):
-    done = command("--data", folder, "--methods", "simclr", "--repeats", 1, "--seconds", 0, "--json")
+    done = command(
+        "--data", folder, "--methods", "simclr", "--repeats", 1, "--seconds", 0, "--json"
+    )
     report = json.loads(done.stdout)
-    assert report.keys() >= {"device", "dtype", "batch_size", "repeats"} and "rsa_over_byol" not in report
-    assert report["methods"]["simclr"]["over_byol"] is None and report["methods"]["simclr"]["parts_ms"]["forward_target"] == 0
+    assert (
+        report.keys() >= {"device", "dtype", "batch_size", "repeats"}
+        and "rsa_over_byol" not in report
+    )
+    assert (
+        report["methods"]["simclr"]["over_byol"] is None
+        and report["methods"]["simclr"]["parts_ms"]["forward_target"] == 0
+    )
 
 
 class Planted:
@@ -281,7 +442,11 @@ class Planted:
 
     def __init__(self, clock: Clock, settings: dict) -> None:
         self.job = type("Job", (), {"prefetch_batches": settings["prefetch_batches"]})
-        fast = (settings["backend"], settings["threads"], settings["aggressive_on"]) == ("native", 1, "device")
+        fast = (settings["backend"], settings["threads"], settings["aggressive_on"]) == (
+            "native",
+            1,
+            "device",
+        )
         self.wait = clock.late((1 if settings["prefetch_batches"] == 4 else 2) if fast else 5)
 
     def __enter__(self):
@@ -295,7 +460,9 @@ class Planted:
             yield self.wait()
 
 
-def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(folder, tmp_path, clock, monkeypatch):
+def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(
+    folder, tmp_path, clock, monkeypatch
+):
     def open_loader(run, source, settings):
         if settings["backend"] == "resident":
             raise ValueError("not on this machine")
@@ -304,19 +471,35 @@ def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(folde
     monkeypatch.setattr(tuning, "open_loader", open_loader)
     monkeypatch.setattr(tuning, "train_step", lambda run, batch: None)
     result = tune(tiny("rsa", aggressive_on="host"), folder, tmp_path / "tuned.yaml", budget_s=20)
-    fastest = {"backend": "native", "threads": 1, "prefetch_batches": 4, "aggressive_on": "device", "decode_on": "gpu"}
+    fastest = {
+        "backend": "native",
+        "threads": 1,
+        "prefetch_batches": 4,
+        "aggressive_on": "device",
+        "decode_on": "gpu",
+    }
     fastest |= {"on_bad_image": "stop"}  # the recipe's own
     assert result["settings"] == fastest and result["over_own"] == pytest.approx(5)
-    assert result["images_per_s"] == pytest.approx(8000) and 5 < result["tried"] < result["candidates"]
+    assert (
+        result["images_per_s"] == pytest.approx(8000) and 5 < result["tried"] < result["candidates"]
+    )
     assert clock.now < 25
-    assert yaml.safe_load((tmp_path / "tuned.yaml").read_text()) == {"dataset": "cifar10", "method": "rsa", **fastest}
+    assert yaml.safe_load((tmp_path / "tuned.yaml").read_text()) == {
+        "dataset": "cifar10",
+        "method": "rsa",
+        **fastest,
+    }
     plain = build_recipe("cifar10", "rsa").model_dump()
     assert build_recipe("cifar10", "rsa", tmp_path / "tuned.yaml").model_dump() == plain | fastest
 
 
-def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_decoders(folder, monkeypatch):
+def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_decoders(
+    folder, monkeypatch
+):
     monkeypatch.setattr(tuning, "choose_backend", lambda source, device: ("dali", ""))
-    monkeypatch.setattr(tuning, "find_spec", lambda name: name != "ffcv")  # DALI is installed, FFCV is not
+    monkeypatch.setattr(
+        tuning, "find_spec", lambda name: name != "ffcv"
+    )  # DALI is installed, FFCV is not
     settings = tuning.candidates(open_source(folder, "pretrain"), torch.device("cuda"))
     backends = [setting["backend"] for setting in settings]
     fewer = min(backends.count("native"), backends.count("dali"))
@@ -324,7 +507,9 @@ def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_deco
         assert set(backends[2 * turn : 2 * turn + 2]) == {"native", "dali"}
     dali = [setting for setting in settings if setting["backend"] == "dali"]
     assert {setting["decode_on"] for setting in dali} == {"gpu", "cpu"}
-    assert {setting["aggressive_on"] for setting in dali} == {"device"}  # host would bring the crops back
+    assert {setting["aggressive_on"] for setting in dali} == {
+        "device"
+    }  # host would bring the crops back
 
 
 def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp_path):
@@ -333,7 +518,18 @@ def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["tried"] == 1 < result["candidates"] and result["over_own"] == 1
-    words = ("train", "--data", folder, "--config", out, "--batch-size", 8, "--dry-run", "--out", tmp_path / "run")
+    words = (
+        "train",
+        "--data",
+        folder,
+        "--config",
+        out,
+        "--batch-size",
+        8,
+        "--dry-run",
+        "--out",
+        tmp_path / "run",
+    )
     train = CliRunner().invoke(main, [str(word) for word in words])
     assert train.exit_code == 0 and "backend: native" in train.output
 
@@ -366,4 +562,6 @@ def test_nothing_waits_for_a_gpu_while_it_is_timed(folder):
     # Every pair of events is a millisecond apart there: the parts count how often each of them began
     counts = {"forward_online": 4, "forward_target": 2, "backward": 1, "optimiser": 1, "ema": 1}
     assert {part: alone["parts_ms"][part] for part in counts} == pytest.approx(counts)
-    assert together["peak_gib"] == pytest.approx(alone["peak_gib"], rel=0.02)  # without what the other method keeps
+    assert together["peak_gib"] == pytest.approx(
+        alone["peak_gib"], rel=0.02
+    )  # without what the other method keeps

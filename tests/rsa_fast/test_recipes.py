@@ -30,7 +30,12 @@ def test_rows_hold_the_paper_s_numbers(dataset):
     images, size_px, batch_size, steps, peak_lr, beta, epochs = PAPER[dataset]
     recipe = build_recipe(dataset, "rsa")
     plan = resolve(recipe, images)
-    assert (recipe.views.size_px, recipe.batch_size, recipe.beta_base, recipe.epochs) == (size_px, batch_size, beta, epochs)
+    assert (recipe.views.size_px, recipe.batch_size, recipe.beta_base, recipe.epochs) == (
+        size_px,
+        batch_size,
+        beta,
+        epochs,
+    )
     assert plan.steps_per_epoch == steps and plan.total_steps == steps * epochs
     assert plan.peak_lr == pytest.approx(peak_lr)
     large = dataset.startswith("imagenet1k")
@@ -62,31 +67,104 @@ def test_loading_is_every_loading_field_of_the_recipe():
 
 # Fields that a method sets, by dataset: the default configuration matrix of the methods' own papers and codes.
 MATRIX = {
-    ("byol", "stl10"): {"tau_base": 0.99, "hidden_dim": 1024, "out_dim": 128, "pairs": "AA", "tau_schedule": "cosine"},
-    ("byol", "imagenet1k"): {"hidden_dim": 4096, "out_dim": 256, "optimizer": "lars", "warmup_epochs": 10, "bn": "sync"},
-    ("simsiam", "cifar10"): {"projector_layers": 2, "out_dim": 2048, "hidden_dim": 512, "constant_predictor_lr": True},
-    ("simsiam-rsa", "tinyimagenet"): {"beta_base": 0.4, "projector_layers": 2, "aa_target": "pred", "base_lr": 0.1},
+    ("byol", "stl10"): {
+        "tau_base": 0.99,
+        "hidden_dim": 1024,
+        "out_dim": 128,
+        "pairs": "AA",
+        "tau_schedule": "cosine",
+    },
+    ("byol", "imagenet1k"): {
+        "hidden_dim": 4096,
+        "out_dim": 256,
+        "optimizer": "lars",
+        "warmup_epochs": 10,
+        "bn": "sync",
+    },
+    ("simsiam", "cifar10"): {
+        "projector_layers": 2,
+        "out_dim": 2048,
+        "hidden_dim": 512,
+        "constant_predictor_lr": True,
+    },
+    ("simsiam-rsa", "tinyimagenet"): {
+        "beta_base": 0.4,
+        "projector_layers": 2,
+        "aa_target": "pred",
+        "base_lr": 0.1,
+    },
     ("simsiam-rsa", "cifar100"): {"beta_base": 0.3, "beta_schedule": "cosine"},
     ("simsiam", "imagenet100"): {"projector_layers": 3, "base_lr": 0.2, "bn": "local"},
-    ("simsiam", "imagenet1k"): {"optimizer": "sgd", "base_lr": 0.05, "batch_size": 512, "weight_decay": 1e-4, "bn": "sync"},
+    ("simsiam", "imagenet1k"): {
+        "optimizer": "sgd",
+        "base_lr": 0.05,
+        "batch_size": 512,
+        "weight_decay": 1e-4,
+        "bn": "sync",
+    },
     ("simclr", "stl10"): {"temperature": 0.5, "out_dim": 128},
-    ("simclr", "imagenet1k"): {"temperature": 0.1, "batch_size": 4096, "base_lr": 0.3, "optimizer": "lars"},
-    ("moco", "cifar10"): {"tau_base": 0.99, "tau_schedule": "fixed", "queue_size": 4096, "temperature": 0.1, "bn": "split:8"},
+    ("simclr", "imagenet1k"): {
+        "temperature": 0.1,
+        "batch_size": 4096,
+        "base_lr": 0.3,
+        "optimizer": "lars",
+    },
+    ("moco", "cifar10"): {
+        "tau_base": 0.99,
+        "tau_schedule": "fixed",
+        "queue_size": 4096,
+        "temperature": 0.1,
+        "bn": "split:8",
+    },
     ("moco", "tinyimagenet"): {"queue_size": 16_384, "temperature": 0.1},
-    ("moco", "imagenet100"): {"queue_size": 65_536, "temperature": 0.2, "bn": "local", "tau_base": 0.99},
-    ("moco", "imagenet1k"): {"optimizer": "sgd", "base_lr": 0.03, "batch_size": 256, "tau_base": 0.999},
-    ("ressl", "cifar10"): {"tau_base": 0.99, "queue_size": 4096, "out_dim": 128, "hidden_dim": 2048, "base_lr": 0.05},
-    ("ressl", "stl10"): {"tau_base": 0.996, "queue_size": 16_384, "temperature": 0.1, "teacher_temperature": 0.04},
-    ("ressl", "imagenet1k"): {"tau_base": 0.999, "queue_size": 131_072, "out_dim": 512, "hidden_dim": 4096},
+    ("moco", "imagenet100"): {
+        "queue_size": 65_536,
+        "temperature": 0.2,
+        "bn": "local",
+        "tau_base": 0.99,
+    },
+    ("moco", "imagenet1k"): {
+        "optimizer": "sgd",
+        "base_lr": 0.03,
+        "batch_size": 256,
+        "tau_base": 0.999,
+    },
+    ("ressl", "cifar10"): {
+        "tau_base": 0.99,
+        "queue_size": 4096,
+        "out_dim": 128,
+        "hidden_dim": 2048,
+        "base_lr": 0.05,
+    },
+    ("ressl", "stl10"): {
+        "tau_base": 0.996,
+        "queue_size": 16_384,
+        "temperature": 0.1,
+        "teacher_temperature": 0.04,
+    },
+    ("ressl", "imagenet1k"): {
+        "tau_base": 0.999,
+        "queue_size": 131_072,
+        "out_dim": 512,
+        "hidden_dim": 4096,
+    },
     ("supervised", "cifar100"): {"classes": 100, "zero_init_residual": False},
-    ("supervised", "imagenet1k"): {"classes": 1000, "optimizer": "sgd", "base_lr": 0.1, "batch_size": 256, "epochs": 100},
+    ("supervised", "imagenet1k"): {
+        "classes": 1000,
+        "optimizer": "sgd",
+        "base_lr": 0.1,
+        "batch_size": 256,
+        "epochs": 100,
+    },
 }
 
 
 @pytest.mark.parametrize(("method", "dataset"), MATRIX)
 def test_methods_have_their_published_numbers(method, dataset):
     recipe = build_recipe(dataset, method)
-    assert {field: getattr(recipe, field) for field in MATRIX[method, dataset]} == MATRIX[method, dataset]
+    assert {field: getattr(recipe, field) for field in MATRIX[method, dataset]} == MATRIX[
+        method, dataset
+    ]
 
 
 def test_every_number_of_a_row_has_a_source():
@@ -96,14 +174,28 @@ def test_every_number_of_a_row_has_a_source():
 
 
 def test_the_ablations_are_table_1_s_rows():
-    built = {name: build_recipe("cifar10", method, overrides=fields) for name, (method, fields) in ABLATIONS.items()}
-    assert [(r.method, r.pairs) for r in (built["aa"], built["aw"])] == [("byol", "AA"), ("byol", "AW")]
-    rows = [(r.method, r.beta_base, r.beta_schedule) for r in (built["ma-fixed"], built["ma-decay"])]
+    built = {
+        name: build_recipe("cifar10", method, overrides=fields)
+        for name, (method, fields) in ABLATIONS.items()
+    }
+    assert [(r.method, r.pairs) for r in (built["aa"], built["aw"])] == [
+        ("byol", "AA"),
+        ("byol", "AW"),
+    ]
+    rows = [
+        (r.method, r.beta_base, r.beta_schedule) for r in (built["ma-fixed"], built["ma-decay"])
+    ]
     assert rows == [("rsa", 0.5, "fixed"), ("rsa", 0.5, "cosine")]
 
 
 def test_a_method_s_schedule_holds_what_it_has():
-    keys = {"supervised": {"lr"}, "simsiam": {"lr"}, "simclr": {"lr"}, "byol": {"lr", "tau"}, "moco": {"lr", "tau"}}
+    keys = {
+        "supervised": {"lr"},
+        "simsiam": {"lr"},
+        "simclr": {"lr"},
+        "byol": {"lr", "tau"},
+        "moco": {"lr", "tau"},
+    }
     keys |= {"rsa": {"lr", "tau", "beta"}, "simsiam-rsa": {"lr", "beta"}, "ressl": {"lr", "tau"}}
     assert keys.keys() == set(METHODS)
     for method, expected in keys.items():
@@ -115,22 +207,31 @@ def test_supervised_training_wants_the_labels_it_was_told_of():
     recipe = build_recipe("cifar10", "supervised")
     recipe.check_labels(True, 10)
     build_recipe("cifar10", "rsa").check_labels(False, 0)
-    with pytest.raises(ValueError, match=r"on 10 classes found labels of 7 classes: --set classes=7"):
+    with pytest.raises(
+        ValueError, match=r"on 10 classes found labels of 7 classes: --set classes=7"
+    ):
         recipe.check_labels(True, 7)
     with pytest.raises(ValueError, match="found images without labels"):
         recipe.check_labels(False, 0)
 
 
 def test_the_learning_rate_scales_by_true_division():
-    peak = [resolve(build_recipe("cifar10", "rsa", overrides={"batch_size": b}), 50_000).peak_lr for b in (64, 384)]
+    peak = [
+        resolve(build_recipe("cifar10", "rsa", overrides={"batch_size": b}), 50_000).peak_lr
+        for b in (64, 384)
+    ]
     assert peak == pytest.approx([0.025, 0.15])
-    assert resolve(build_recipe("cifar10", "rsa", overrides={"peak_lr": 0.06}), 50_000).peak_lr == 0.06
+    assert (
+        resolve(build_recipe("cifar10", "rsa", overrides={"peak_lr": 0.06}), 50_000).peak_lr == 0.06
+    )
 
 
 def test_overrides_reach_the_views_and_later_ones_win(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("beta_base: 0.2\nviews:\n  blur_p: 0.25\nweight_decay: 1e-4\n")
-    recipe = build_recipe("cifar10", "rsa", file, parse_set(("views.blur_p=0", "beta_schedule=fixed")))
+    recipe = build_recipe(
+        "cifar10", "rsa", file, parse_set(("views.blur_p=0", "beta_schedule=fixed"))
+    )
     assert recipe.views.blur_p == 0 and recipe.views.size_px == 32
     assert (recipe.beta_base, recipe.weight_decay, recipe.beta_schedule) == (0.2, 1e-4, "fixed")
 
@@ -144,7 +245,11 @@ def test_overrides_reach_the_views_and_later_ones_win(tmp_path):
         ("epochs", 0, r"epochs = 0: .*greater than or equal to 1"),
         ("optimizer", "adam", r"optimizer = 'adam'"),
         ("epochs", "many", r"epochs = 'many'"),
-        ("temperature", 0.2, r"no field 'temperature': rsa does not use it, moco, ressl, simclr do"),
+        (
+            "temperature",
+            0.2,
+            r"no field 'temperature': rsa does not use it, moco, ressl, simclr do",
+        ),
         ("recompute_stages", 5, r"recompute_stages = 5: .*less than or equal to 4"),
         ("compile", "inductor", r"compile = 'inductor': .*boolean"),
         ("bn", "split:0", r"bn = 'split:0'"),
@@ -172,5 +277,7 @@ def test_unknown_names_suggest_the_nearest():
 
 
 def test_a_queue_shorter_than_a_step_is_an_error():
-    with pytest.raises(ValueError, match="queue_size = 256 is less than the two views of 256 images"):
+    with pytest.raises(
+        ValueError, match="queue_size = 256 is less than the two views of 256 images"
+    ):
         build_recipe("cifar10", "moco", overrides={"queue_size": 256})

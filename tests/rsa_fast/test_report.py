@@ -28,21 +28,46 @@ def write_run(folder, seed=0, epochs=4, parts=("loss", "weak", "aggressive"), **
     rng, records = np.random.default_rng(seed), []
     for step in range(0, 10 * epochs + 1, 5):
         if step:
-            values = {**dict.fromkeys(parts, 0), "embedding_std": 0, "images_per_s": 0, "wait_pct": 0, "lr": 0, "tau": 0}
+            values = {
+                **dict.fromkeys(parts, 0),
+                "embedding_std": 0,
+                "images_per_s": 0,
+                "wait_pct": 0,
+                "lr": 0,
+                "tau": 0,
+            }
             records.append({"step": step, **{key: rng.random() for key in values}})
         if step % 10 == 0:
-            records.append({"step": step, "epoch": step // 10, "knn_top1": 100 * rng.random(), "knn20_top1": 40.0})
+            records.append(
+                {
+                    "step": step,
+                    "epoch": step // 10,
+                    "knn_top1": 100 * rng.random(),
+                    "knn20_top1": 40.0,
+                }
+            )
         if step % 10 == 0 and step and "weak" in parts:
-            stats = {"effective_rank": 9.5, "weak_aggressive_cosine": 0.7, "other_image_cosine": 0.5}
+            stats = {
+                "effective_rank": 9.5,
+                "weak_aggressive_cosine": 0.7,
+                "other_image_cosine": 0.5,
+            }
             counts = rng.multinomial(64, [0.05] * 20).tolist()
-            records.append({"step": step, "epoch": step // 10, **stats, "weak_aggressive_counts": counts})
+            records.append(
+                {"step": step, "epoch": step // 10, **stats, "weak_aggressive_counts": counts}
+            )
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    fields = "".join(f"{key}: {value}\n" for key, value in {"method": folder.name, "base_lr": 0.03, **recipe}.items())
+    fields = "".join(
+        f"{key}: {value}\n"
+        for key, value in {"method": folder.name, "base_lr": 0.03, **recipe}.items()
+    )
     (folder / "recipe.yaml").write_text(fields + "views:\n  size_px: 32\n")
     environment = {"command": ["rsa-fast", "<train>"], "packages": {"torch": "2.10.0"}, "gpus": []}
     (folder / "env.json").write_text(json.dumps(environment))
-    (folder / "result.json").write_text(json.dumps({"step": 10 * epochs, "knn_top1": 61.25, "linear_top1": None}))
+    (folder / "result.json").write_text(
+        json.dumps({"step": 10 * epochs, "knn_top1": 61.25, "linear_top1": None})
+    )
     return folder
 
 
@@ -98,9 +123,15 @@ def test_the_curves_of_the_page_are_the_records_but_for_the_axes_scale(tmp_path)
     """Every drawn path is an affine image of the points in metrics.jsonl, the same one for all lines of a panel."""
     folder = write_run(tmp_path / "rsa", epochs=12)
     svg = svg_of(report([folder]))
-    panels = [group for group in svg.iter(f"{SVG}g") if re.fullmatch(r"axes_\d+", group.get("id", ""))]
+    panels = [
+        group for group in svg.iter(f"{SVG}g") if re.fullmatch(r"axes_\d+", group.get("id", ""))
+    ]
     assert len(panels) == 10  # all but beta, which this run does not have, and the histogram
-    for panel, x, keys in ((0, "step", LOSS.keys), (1, "epoch", KNN.keys), (6, "step", ("wait_pct",))):
+    for panel, x, keys in (
+        (0, "step", LOSS.keys),
+        (1, "epoch", KNN.keys),
+        (6, "step", ("wait_pct",)),
+    ):
         drawn = [
             np.array(re.findall(r"[-\d.]+", path.get("d")), float).reshape(-1, 2)
             for path in panels[panel].iter(f"{SVG}path")
@@ -109,7 +140,9 @@ def test_the_curves_of_the_page_are_the_records_but_for_the_axes_scale(tmp_path)
         values = [np.array(points(folder, x, key)) for key in keys]
         assert [len(line) for line in drawn] == [len(line) for line in values]
         for axis in (0, 1):
-            pixels, numbers = (np.concatenate([line[:, axis] for line in lines]) for lines in (drawn, values))
+            pixels, numbers = (
+                np.concatenate([line[:, axis] for line in lines]) for lines in (drawn, values)
+            )
             scale, offset = np.polyfit(numbers, pixels, 1) if np.ptp(numbers) else (0, pixels[0])
             assert np.abs(scale * numbers + offset - pixels).max() < 1e-4
             assert scale > 0 if axis == 0 else scale <= 0  # y grows downwards in SVG
@@ -119,12 +152,18 @@ def test_the_histogram_by_epoch_is_the_share_of_the_recorded_counts(tmp_path):
     folder = write_run(tmp_path / "rsa")
     axes = draw(read_runs([folder])).axes[-1]
     (mesh,) = axes.collections
-    counts = [record["weak_aggressive_counts"] for record in lines_of(folder) if "weak_aggressive_counts" in record]
+    counts = [
+        record["weak_aggressive_counts"]
+        for record in lines_of(folder)
+        if "weak_aggressive_counts" in record
+    ]
     for epoch, bins in enumerate(counts):
         for k, count in enumerate(bins):
             assert mesh.get_array()[k, epoch] == count / 64
     corners = mesh.get_coordinates()
-    assert np.allclose(corners[0, :, 0], [0.5, 1.5, 2.5, 3.5, 4.5]) and np.allclose(corners[:, 0, 1], np.arange(21) / 20)
+    assert np.allclose(corners[0, :, 0], [0.5, 1.5, 2.5, 3.5, 4.5]) and np.allclose(
+        corners[:, 0, 1], np.arange(21) / 20
+    )
 
 
 def test_a_point_recorded_twice_is_drawn_once(tmp_path):
@@ -139,13 +178,24 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path):
     path = report([write_run(tmp_path / "a&b")])
     page = Page(path)
     assert path == tmp_path / "a&b" / "report.html"
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+    }
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
     text = path.read_text()
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text)) and "@import" not in text
+    assert (
+        all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+        and "@import" not in text
+    )
     assert not re.search(r"(?<!xmlns=\")(?<!xmlns:xlink=\")https?://", text)
     assert "<title>a&amp;b</title>" in text
     assert path.read_text() == report([tmp_path / "a&b"]).read_text()
@@ -153,7 +203,12 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path):
 
 def test_the_tables_hold_what_the_run_folder_does(tmp_path):
     page = Page(report([write_run(tmp_path / "rsa", wandb="true")]))
-    assert page.table("Scores") == {"": ["rsa"], "step": ["40"], "knn_top1": ["61.25"], "linear_top1": ["-"]}
+    assert page.table("Scores") == {
+        "": ["rsa"],
+        "step": ["40"],
+        "knn_top1": ["61.25"],
+        "linear_top1": ["-"],
+    }
     recipe = {"method": ["rsa"], "base_lr": ["0.03"], "wandb": ["True"], "views.size_px": ["32"]}
     assert page.table("Recipe") == {"": ["rsa"], **recipe}
     assert page.table("Environment") == {
@@ -171,16 +226,37 @@ def lines_in(axes):
 
 
 def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_path):
-    folders = [write_run(tmp_path / "rsa"), write_run(tmp_path / "byol", 1, 6, ("loss",), pairs="AA")]
+    folders = [
+        write_run(tmp_path / "rsa"),
+        write_run(tmp_path / "byol", 1, 6, ("loss",), pairs="AA"),
+    ]
     figure = draw(read_runs(folders))
     loss, knn, *_, shift = figure.axes
-    colours = {text.get_text(): to_rgb(line.get_color()) for text, line in zip(*entries(figure.legends[0]), strict=True)}
+    colours = {
+        text.get_text(): to_rgb(line.get_color())
+        for text, line in zip(*entries(figure.legends[0]), strict=True)
+    }
     assert colours == {"rsa": to_rgb("C0"), "byol": to_rgb("C1")}
-    styles = {line.get_linestyle(): text.get_text() for text, line in zip(*entries(loss.get_legend()), strict=True)}
-    drawn = [(to_rgb(line.get_color()), styles[line.get_linestyle()], list(line.get_ydata())) for line in lines_in(loss)]
-    wanted = [(i, key) for key in LOSS.keys for i, folder in enumerate(folders) if points(folder, "step", key)]
-    assert drawn == [(to_rgb(f"C{i}"), key, [y for _, y in points(folders[i], "step", key)]) for i, key in wanted]
-    assert len(drawn) == 4 and list(lines_in(knn)[1].get_ydata()) == [y for _, y in points(folders[1], "epoch", "knn_top1")]
+    styles = {
+        line.get_linestyle(): text.get_text()
+        for text, line in zip(*entries(loss.get_legend()), strict=True)
+    }
+    drawn = [
+        (to_rgb(line.get_color()), styles[line.get_linestyle()], list(line.get_ydata()))
+        for line in lines_in(loss)
+    ]
+    wanted = [
+        (i, key)
+        for key in LOSS.keys
+        for i, folder in enumerate(folders)
+        if points(folder, "step", key)
+    ]
+    assert drawn == [
+        (to_rgb(f"C{i}"), key, [y for _, y in points(folders[i], "step", key)]) for i, key in wanted
+    ]
+    assert len(drawn) == 4 and list(lines_in(knn)[1].get_ydata()) == [
+        y for _, y in points(folders[1], "epoch", "knn_top1")
+    ]
     assert shift.get_title() == "cosine of weak and aggressive view, rsa"  # byol has none
     path = report(folders, tmp_path / "new" / "both.html")
     page = Page(path)
@@ -240,15 +316,28 @@ def test_a_report_that_fails_takes_nothing_from_the_run(tmp_path, monkeypatch, c
     assert (folder / "report.html").is_file() and capsys.readouterr().err == ""
     monkeypatch.setattr(module, "draw", lambda runs: 1 / 0)
     report_or_say(folder)
-    assert f"no report (division by zero); once that is mended: rsa-fast report {folder}" in capsys.readouterr().err
+    assert (
+        f"no report (division by zero); once that is mended: rsa-fast report {folder}"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is installed")
+@pytest.mark.skipif(
+    not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is installed"
+)
 def test_a_browser_shows_the_page(tmp_path):
     """Lines in the colours of both runs, and the histogram, which is a picture in the picture."""
-    path = report([write_run(tmp_path / name, seed) for seed, name in enumerate(("rsa", "byol"))], tmp_path / "both.html")
+    path = report(
+        [write_run(tmp_path / name, seed) for seed, name in enumerate(("rsa", "byol"))],
+        tmp_path / "both.html",
+    )
     browser = next(filter(None, map(shutil.which, BROWSERS)))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     options += ["--window-size=1280,1600", f"--screenshot={tmp_path / 'page.png'}"]
     subprocess.run([browser, *options, path.as_uri()], check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3).astype(int)

@@ -29,7 +29,9 @@ def test_learning_rate_at_literals():
     assert learning_rate(6_250 + 59_375, total, warmup, 4.8) == pytest.approx(2.4)
     assert learning_rate(125_000, total, warmup, 4.8) == pytest.approx(0)
     assert learning_rate(0, 100, 0, 0.1) == pytest.approx(0.1)
-    assert [learning_rate(step, 20, 200, 4.8) for step in (0, 10, 20)] == pytest.approx([0, 0.24, 0.48])  # ends warming up
+    assert [learning_rate(step, 20, 200, 4.8) for step in (0, 10, 20)] == pytest.approx(
+        [0, 0.24, 0.48]
+    )  # ends warming up
     assert learning_rate(20, 20, 20, 4.8) == pytest.approx(4.8)
 
 

@@ -35,7 +35,9 @@ SCALES = {"all"} | {scale for dataset in DATASETS.values() for scale in dataset.
 
 def python(code: str, **env: str) -> str:
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | env).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | env
+    ).stdout
 
 
 def test_the_lines_for_a_notebook_run_as_they_stand(tmp_path, monkeypatch):
@@ -63,7 +65,10 @@ def test_help_imports_none_of_what_takes_time(words):
 
 
 def test_every_file_of_the_methods_is_a_method_with_its_recipe_and_rows():
-    files = {path.stem for path in (ROOT / "rsa_fast" / "methods").glob("*.py")} - {"__init__", "method"}
+    files = {path.stem for path in (ROOT / "rsa_fast" / "methods").glob("*.py")} - {
+        "__init__",
+        "method",
+    }
     assert {name.replace("-", "_") for name in METHODS} == files
     for name in METHODS:
         method = method_class(name)
@@ -79,7 +84,9 @@ def test_a_file_of_the_methods_without_one_method_is_named(monkeypatch):
     module.__file__ = "methods/broken.py"
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(methods.FILES, "broken", "broken")
-    with pytest.raises(ValueError, match=r"broken\.py: one class with `rows` makes a method, found none"):
+    with pytest.raises(
+        ValueError, match=r"broken\.py: one class with `rows` makes a method, found none"
+    ):
         method_class("broken")
     for name in ("One", "Two"):
         setattr(module, name, type(name, (), {"rows": {}, "__module__": module.__name__}))
@@ -94,7 +101,9 @@ def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
     assert {f"linear-{name}" for name in names["eval", "variant"]} | {"knn"} == set(PROTOCOLS)
     assert names["train", "on_bad_image"] == set(pipelines.ON_BAD_IMAGE)
     for field in ("device", "precision"):
-        assert names["detect", field] == set(get_args(recipes.Recipe.model_fields[field].annotation))
+        assert names["detect", field] == set(
+            get_args(recipes.Recipe.model_fields[field].annotation)
+        )
 
 
 def named():
@@ -103,20 +112,32 @@ def named():
     return [(name, param) for name, param in params if isinstance(param.type, click.Choice)]
 
 
-@pytest.mark.parametrize(("command", "param"), named(), ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(
+    ("command", "param"), named(), ids=lambda x: x if isinstance(x, str) else x.name
+)
 def test_a_mistyped_name_is_told_the_nearest(command, param):
     for name in param.type.choices:
         typed = name + "q"
-        done = CliRunner().invoke(main, [command, *[param.opts[0]] * (param.param_type_name == "option"), typed])
-        assert done.exit_code == 1 and f"no {param.type.name} {typed!r} (did you mean {name!r}?)" in done.output
-        assert all(other in done.output for other in param.type.choices) and done.output.count("\n") == 1
+        done = CliRunner().invoke(
+            main, [command, *[param.opts[0]] * (param.param_type_name == "option"), typed]
+        )
+        assert (
+            done.exit_code == 1
+            and f"no {param.type.name} {typed!r} (did you mean {name!r}?)" in done.output
+        )
+        assert (
+            all(other in done.output for other in param.type.choices)
+            and done.output.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))
 def test_a_mistyped_command_or_option_is_told_the_nearest(name):
     done = CliRunner().invoke(main, [name[:-2] + name[-1] + name[-2]])
     assert done.exit_code == 2 and re.search(f"Did you mean .*'{name}'", done.output)
-    for option in [opt for param in main.commands[name].params for opt in param.opts if opt.startswith("--")]:
+    for option in [
+        opt for param in main.commands[name].params for opt in param.opts if opt.startswith("--")
+    ]:
         done = CliRunner().invoke(main, [name, option + "q"])
         assert done.exit_code == 2 and re.search(f"Did you mean .*'{option}'", done.output)
 
@@ -125,12 +146,26 @@ def test_a_mistyped_command_or_option_is_told_the_nearest(name):
 def test_help_shows_every_option_once_in_its_section(name):
     command = main.commands[name]
     shown = CliRunner().invoke(main, [name, "--help"]).output
-    titles = [getattr(param, "section", "Options") for param in command.params if param.param_type_name == "option"]
-    sections = dict(zip((parts := re.split(r"^(\w[\w ]*):\n", shown, flags=re.M))[1::2], parts[2::2], strict=True))
+    titles = [
+        getattr(param, "section", "Options")
+        for param in command.params
+        if param.param_type_name == "option"
+    ]
+    sections = dict(
+        zip(
+            (parts := re.split(r"^(\w[\w ]*):\n", shown, flags=re.M))[1::2],
+            parts[2::2],
+            strict=True,
+        )
+    )
     assert sections.keys() == {*titles, "Options"}
     for param in command.params:
         if param.param_type_name == "option":
-            lines = [title for title, text in sections.items() if re.search(rf"^  {param.opts[0]}\b(?!-)", text, re.M)]
+            lines = [
+                title
+                for title, text in sections.items()
+                if re.search(rf"^  {param.opts[0]}\b(?!-)", text, re.M)
+            ]
             assert lines == [getattr(param, "section", "Options")]
 
 
@@ -146,7 +181,9 @@ def failing(monkeypatch, tmp_path, name, error, *words):
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))
-@pytest.mark.parametrize("error", [ValueError("a fault"), FileNotFoundError("a fault"), FloatingPointError("a fault")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a fault"), FileNotFoundError("a fault"), FloatingPointError("a fault")]
+)
 def test_an_error_is_its_message(monkeypatch, tmp_path, name, error):
     done = failing(monkeypatch, tmp_path, name, error)
     assert (done.exit_code, done.output) == (1, "Error: a fault\n") and not list(tmp_path.iterdir())
@@ -154,11 +191,23 @@ def test_an_error_is_its_message(monkeypatch, tmp_path, name, error):
 
 @pytest.mark.parametrize("name", sorted(main.commands))
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a fault"), KeyError("a fault"), MemoryError("a fault"), StopIteration("a fault")]
+    "error",
+    [
+        RuntimeError("a fault"),
+        KeyError("a fault"),
+        MemoryError("a fault"),
+        StopIteration("a fault"),
+    ],
 )
-def test_an_error_that_nobody_foresaw_is_named_and_its_traceback_kept(monkeypatch, tmp_path, name, error):
+def test_an_error_that_nobody_foresaw_is_named_and_its_traceback_kept(
+    monkeypatch, tmp_path, name, error
+):
     done = failing(monkeypatch, tmp_path, name, error)
-    assert done.exit_code == 1 and done.output.startswith(f"Error: {type(error).__name__}: ") and "a fault" in done.output
+    assert (
+        done.exit_code == 1
+        and done.output.startswith(f"Error: {type(error).__name__}: ")
+        and "a fault" in done.output
+    )
     (kept,) = tmp_path.iterdir()
     assert str(kept) in done.output and "Traceback" not in done.output
     assert kept.read_text().startswith("Traceback") and "in fail\n" in kept.read_text()
@@ -186,7 +235,9 @@ COMPLETIONS = {
     "preview --compare da": {"dali"},
     "export --format t": {"torchvision", "timm", "torch-export"},
     "eval k": {"knn"},
-    "recipes imagenet100/s": {f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised")},
+    "recipes imagenet100/s": {
+        f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised")
+    },
 }
 
 
@@ -194,7 +245,9 @@ COMPLETIONS = {
 def test_bash_completes_commands_options_and_names(tmp_path):
     """In a bash that has loaded what `_RSA_FAST_COMPLETE=bash_source rsa-fast` prints."""
     program = tmp_path / "rsa-fast"
-    program.write_text(f"#!{sys.executable}\nfrom rsa_fast.cli import main\nmain(prog_name='rsa-fast')\n")
+    program.write_text(
+        f"#!{sys.executable}\nfrom rsa_fast.cli import main\nmain(prog_name='rsa-fast')\n"
+    )
     program.chmod(0o755)
     script = 'eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)"\ncomplete -p rsa-fast >&2\n'
     for words in COMPLETIONS:
@@ -202,7 +255,15 @@ def test_bash_completes_commands_options_and_names(tmp_path):
         script += f"COMP_WORDS=(rsa-fast {words}{'' if words[-1] != ' ' else chr(34) * 2}); COMP_CWORD={count}; COMPREPLY=()\n"
         script += '_rsa_fast_completion rsa-fast; echo "${COMPREPLY[*]}"\n'
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path})
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path},
+    )
     assert "_rsa_fast_completion rsa-fast" in done.stderr
-    for (words, completions), line in zip(COMPLETIONS.items(), done.stdout.splitlines(), strict=True):
+    for (words, completions), line in zip(
+        COMPLETIONS.items(), done.stdout.splitlines(), strict=True
+    ):
         assert set(line.split()) == completions, words

@@ -43,7 +43,10 @@ def kept_as_they_are(source: Source) -> np.ndarray:
 def digests(root: Path) -> dict[str, str]:
     """Of every file below `root` but the scan's cache."""
     files = (path for path in root.rglob("*") if path.is_file() and ".rsa-fast" not in path.parts)
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(files)
+    }
 
 
 def converted(tool: click.Command, src: Path, dst: Path, *options: object) -> dict:

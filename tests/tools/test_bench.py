@@ -15,10 +15,19 @@ from tools.bench import main, ratio
 @pytest.mark.parametrize(
     ("arguments", "keys"),
     [
-        (("views", "--batch-size", "8", "--turns", "1"), {"resident_host_ratio", "resident_device_ratio", "draw_ms"}),
+        (
+            ("views", "--batch-size", "8", "--turns", "1"),
+            {"resident_host_ratio", "resident_device_ratio", "draw_ms"},
+        ),
         (
             ("step", "--width", "4", "--batch-size", "8", "--turns", "1"),
-            {"loop_efficiency", "rsa_over_byol", "bf16_channels_last_speedup", "step_ms", "images_per_s"},
+            {
+                "loop_efficiency",
+                "rsa_over_byol",
+                "bf16_channels_last_speedup",
+                "step_ms",
+                "images_per_s",
+            },
         ),
     ],
 )
@@ -33,12 +42,26 @@ def test_ratios_pair_measurements_of_the_same_turn():
     assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2  # a slow turn slows both
 
 
-FILES = pytest.mark.skipif(not (find_spec("ffcv") and find_spec("nvidia.dali")), reason="needs FFCV and DALI: make setup")
+FILES = pytest.mark.skipif(
+    not (find_spec("ffcv") and find_spec("nvidia.dali")), reason="needs FFCV and DALI: make setup"
+)
 
 
 @FILES
 def test_backends_are_compared_on_files(folder):
-    arguments = ("backends", "--data", str(folder), "--size", "16", "--batch-size", "8", "--turns", "1", "--seconds", "0.05")
+    arguments = (
+        "backends",
+        "--data",
+        str(folder),
+        "--size",
+        "16",
+        "--batch-size",
+        "8",
+        "--turns",
+        "1",
+        "--seconds",
+        "0.05",
+    )
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
@@ -51,7 +74,19 @@ def test_backends_are_compared_on_files(folder):
 
 @FILES
 def test_rsa_and_byol_train_on_every_file_backend(folder):
-    arguments = ("training", "--data", str(folder), "--arch", "resnet18", "--size", "16", "--batch-size", "8", "--turns", "1")
+    arguments = (
+        "training",
+        "--data",
+        str(folder),
+        "--arch",
+        "resnet18",
+        "--size",
+        "16",
+        "--batch-size",
+        "8",
+        "--turns",
+        "1",
+    )
     result = CliRunner().invoke(main, (*arguments, "--seconds", "0.05"))
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])

@@ -39,7 +39,9 @@ def images(tmp_path_factory) -> Path:
 
 def run(tool: str, src: Path, dst: Path, *options: object) -> Result:
     command, usual = TOOLS[tool]
-    return CliRunner().invoke(command, [str(src), str(dst), "--workers", "1", *usual, *map(str, options)])
+    return CliRunner().invoke(
+        command, [str(src), str(dst), "--workers", "1", *usual, *map(str, options)]
+    )
 
 
 def written(result: Result) -> dict:
@@ -84,7 +86,10 @@ def test_a_kill_at_any_moment_changes_no_byte(tool, images, tmp_path):
     events = forked(die_at, -1, tool, src, tmp_path / "whole")
     wanted = digests(tmp_path / "whole")
     assert events > 25 and not [name for name in wanted if "partial" in name]
-    for event in (11, *range(events - 6, events)):  # while it begins and writes; tables, description, renames
+    for event in (
+        11,
+        *range(events - 6, events),
+    ):  # while it begins and writes; tables, description, renames
         dst = tmp_path / f"killed_{event}"
         assert forked(die_at, event, tool, src, dst) == -signal.SIGKILL
         assert digests(dst) != wanted or event == events - 1
@@ -111,10 +116,14 @@ def test_other_settings_or_another_source_are_refused(tool, images, tmp_path):
     assert forked(die_at, 21, tool, src, tmp_path / "dst") == -signal.SIGKILL
     for state in ("begun", "complete"):
         before = digests(tmp_path / "dst")
-        assert "jpeg_quality was 90, now 80" in refusal(run(tool, src, tmp_path / "dst", "--jpeg-quality", 80))
+        assert "jpeg_quality was 90, now 80" in refusal(
+            run(tool, src, tmp_path / "dst", "--jpeg-quality", 80)
+        )
         shutil.copy(src / "val/class_0/0.jpg", src / "train/class_0/new.jpg")
         message = refusal(run(tool, src, tmp_path / "dst"))
-        assert "count was 14, now 15; source_fingerprint was" in message and "--overwrite" in message
+        assert (
+            "count was 14, now 15; source_fingerprint was" in message and "--overwrite" in message
+        )
         (src / "train/class_0/new.jpg").unlink()
         assert digests(tmp_path / "dst") == before
         if state == "begun":
@@ -125,7 +134,9 @@ def test_other_settings_or_another_source_are_refused(tool, images, tmp_path):
     (tmp_path / "dst" / ("val.beton" if tool == "ffcv" else "val")).rename(tmp_path / "moved")
     assert "val.json is there but" in refusal(run(tool, src, tmp_path / "dst"))
     written(run(tool, src, tmp_path / "dst", "--jpeg-quality", 80, "--overwrite"))
-    assert json.loads((tmp_path / "dst" / "train.json").read_text())["settings"]["jpeg_quality"] == 80
+    assert (
+        json.loads((tmp_path / "dst" / "train.json").read_text())["settings"]["jpeg_quality"] == 80
+    )
 
 
 @both
@@ -141,7 +152,9 @@ def test_a_bad_header_is_named_before_anything_is_written(tool, images, tmp_path
 
 
 @both
-def test_damage_behind_a_header_stops_with_the_name_and_goes_on_once_repaired(tool, images, tmp_path):
+def test_damage_behind_a_header_stops_with_the_name_and_goes_on_once_repaired(
+    tool, images, tmp_path
+):
     written(run(tool, images, tmp_path / "whole"))
     src = shutil.copytree(images, tmp_path / "src")
     path = src / "train/class_0/rgb.png"
@@ -161,7 +174,10 @@ def test_damage_in_jpegs_kept_as_they_are_is_found_by_reading_back(images, tmp_p
     middle = whole.index(b"\xff\xda") - 40  # in the last table before the scan
     path.write_bytes(whole[:middle] + bytes(60) + whole[middle + 60 :])
     result = CliRunner().invoke(to_dali.main, [str(src), str(tmp_path / "dst"), "--workers", "1"])
-    assert "train/class_0/3.jpg of the source is damaged" in refusal(result) and not (tmp_path / "dst/train").exists()
+    assert (
+        "train/class_0/3.jpg of the source is damaged" in refusal(result)
+        and not (tmp_path / "dst/train").exists()
+    )
 
 
 @both
@@ -170,9 +186,13 @@ def test_faulty_storage_is_found_by_reading_back(tool, what, images, tmp_path, m
     writer = WRITERS[tool]
     append, finish = writer.append, writer.finish
     if what == "bytes":
-        monkeypatch.setattr(writer, "append", lambda self, data, label: append(self, data[:-9] + bytes(9), label))
+        monkeypatch.setattr(
+            writer, "append", lambda self, data, label: append(self, data[:-9] + bytes(9), label)
+        )
     elif tool == "dali":  # a label is where the image is, or in a table of all
-        monkeypatch.setattr(writer, "append", lambda self, data, label: append(self, data, 1 - label))
+        monkeypatch.setattr(
+            writer, "append", lambda self, data, label: append(self, data, 1 - label)
+        )
     else:
         monkeypatch.setattr(writer, "finish", lambda self, entries: finish(self, entries[::-1]))
     assert "as written: the disk may be faulty" in refusal(run(tool, images, tmp_path / "dst"))
@@ -232,14 +252,18 @@ def test_workers_keep_the_order_pass_errors_on_and_end_with_the_run():
     with pytest.raises(ValueError, match="image 90 is bad"):
         list(convert.in_order(work, np.arange(200), 2))
     with pytest.raises(ChildProcessError, match="fewer --workers"):
-        list(convert.in_order(lambda samples: os.kill(os.getpid(), signal.SIGKILL), np.arange(20), 1))
+        list(
+            convert.in_order(lambda samples: os.kill(os.getpid(), signal.SIGKILL), np.arange(20), 1)
+        )
 
 
 def test_workers_of_a_killed_run_do_not_stay():
     read_end, write_end = os.pipe()
 
     def endless() -> None:
-        for _ in convert.in_order(lambda samples: [os.write(write_end, b"x"), time.sleep(60)], np.arange(100), 2):
+        for _ in convert.in_order(
+            lambda samples: [os.write(write_end, b"x"), time.sleep(60)], np.arange(100), 2
+        ):
             pass
 
     process = multiprocessing.get_context("fork").Process(target=endless)
@@ -260,13 +284,18 @@ def test_splits_and_their_order(tool, images, tmp_path):
     result = run(tool, tmp_path / "only_train", tmp_path / "dst")
     assert list(written(result)) == ["train"] and "has no val/ or test/" in result.stderr
     result = written(run(tool, images, tmp_path / "both"))
-    assert [(split, found["count"]) for split, found in result.items()] == [("train", 14), ("val", 2)]
+    assert [(split, found["count"]) for split, found in result.items()] == [
+        ("train", 14),
+        ("val", 2),
+    ]
     for split, ours in (("pretrain", "train"), ("test", "val")):
         manifest = open_source(tmp_path / "both", split).manifest
         assert manifest.classes == ("class_0", "class_1") and len(manifest) == result[ours]["count"]
         description = json.loads((tmp_path / "both" / f"{ours}.json").read_text())
         assert description["source_fingerprint"] == open_source(images, split).manifest.fingerprint
-        assert result[ours].items() >= {k: v for k, v in description.items() if k != "classes"}.items()
+        assert (
+            result[ours].items() >= {k: v for k, v in description.items() if k != "classes"}.items()
+        )
 
 
 def test_equal_images_are_at_100_db():
@@ -280,7 +309,10 @@ def test_an_image_that_changed_since_the_scan_is_named(images, tmp_path):
     source = open_source(src, "train")
     Image.fromarray(natural_image(0, 31, 33)).save(src / "train/class_0/0.jpg")
     for mode in ("jpg", "passthrough"):
-        with pytest.raises(ValueError, match=r"train/class_0/0\.jpg was \[40 90\] pixels when scanned, now \(31, 33\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"train/class_0/0\.jpg was \[40 90\] pixels when scanned, now \(31, 33\)",
+        ):
             convert.encode(source, 0, convert.Encoding(mode))
 
 

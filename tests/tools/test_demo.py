@@ -12,7 +12,14 @@ from tools.make_demo import make_demo
 def test_the_demo_scores_its_baselines_and_draws_its_curves(tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     make_demo(data, per_class=15)
-    overrides = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 40, "epochs": 2, "precision": "fp32"}
+    overrides = {
+        "width": 4,
+        "hidden_dim": 16,
+        "out_dim": 8,
+        "batch_size": 40,
+        "epochs": 2,
+        "precision": "fp32",
+    }
     recipe = build_recipe("demo", "rsa", overrides=overrides)
     scores = baselines(recipe, data)
     assert scores["chance"]["knn_top1"] == 10

@@ -204,14 +204,18 @@ TINY = {"arch": "resnet18", "width": 4, "hidden_dim": 16, "views.size_px": 16, "
 
 def tiny_row(**fields) -> dict:
     overrides = TINY | {"precision": "fp16"} | fields
-    return {"recipe": build_recipe("imagenet1k", "rsa", overrides=overrides).model_dump(mode="json")}
+    return {
+        "recipe": build_recipe("imagenet1k", "rsa", overrides=overrides).model_dump(mode="json")
+    }
 
 
 def test_predictions_are_the_planner_s_and_their_error_is_against_what_was_measured(monkeypatch):
     monkeypatch.setattr(planning, "decode_rate", lambda *_: 500.0)
     monkeypatch.setattr(planning, "efficiency", lambda *_: (0.25, "given"))
     card, row = "v100-32g", tiny_row()
-    recipe = build_recipe("imagenet1k", "rsa", overrides=TINY | {"precision": "fp16", "bn": "local"})
+    recipe = build_recipe(
+        "imagenet1k", "rsa", overrides=TINY | {"precision": "fp16", "bn": "local"}
+    )
     ledger, _ = planning.trace(recipe, 8, "fp16")
     gib = ledger.peak_bytes / 2**30
     found = predicted("memory", row | {"allocated_gib": gib / 1.25}, None)

@@ -41,7 +41,9 @@ def test_every_part_runs_on_a_fake_gpu(tmp_path, monkeypatch):
     table = on_fake_gpu(program, "--out", out, "--data", data, *small, *sets)
 
     parts = json.loads(out.read_text())["parts"]
-    assert {name: record["state"] for name, record in parts.items()} == dict.fromkeys(("machine", *KEYS), "ran")
+    assert {name: record["state"] for name, record in parts.items()} == dict.fromkeys(
+        ("machine", *KEYS), "ran"
+    )
     for name, keys in KEYS.items():
         tests_row = parts[name]["rows"].pop(str(tests), None)
         assert (name == "values") == (tests_row is not None and tests_row["passed"] == 1)

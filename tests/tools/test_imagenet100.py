@@ -22,7 +22,13 @@ def source(tmp_path: Path) -> Path:
 def test_the_subset_is_the_listed_classes_of_every_split(source, tmp_path, copy):
     listed = tmp_path / "list.txt"
     listed.write_text("# two of three\n\nclass_2\n  class_0  # with a remark\n")
-    arguments = [str(source), str(tmp_path / "subset"), "--classes", str(listed), *["--copy"] * copy]
+    arguments = [
+        str(source),
+        str(tmp_path / "subset"),
+        "--classes",
+        str(listed),
+        *["--copy"] * copy,
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     expected = {"path": str(tmp_path / "subset"), "classes": 2, "train": 4, "val": 2}
@@ -50,7 +56,9 @@ def test_all_missing_classes_are_named_before_anything_is_written(source, tmp_pa
     shutil.rmtree(source / "val" / "class_1")
     (source / "train" / "empty").mkdir()
     (tmp_path / "list.txt").write_text("class_0\nclass_1\nghost\nempty")
-    result = CliRunner().invoke(main, [str(source), str(tmp_path / "subset"), "--classes", str(tmp_path / "list.txt")])
+    result = CliRunner().invoke(
+        main, [str(source), str(tmp_path / "subset"), "--classes", str(tmp_path / "list.txt")]
+    )
     assert result.exit_code == 1
     named = "train/empty, train/ghost, val/class_1, val/empty, val/ghost"
     assert f"lacks 5 class folder(s), or they hold no images: {named}" in result.output
@@ -88,8 +96,12 @@ def test_a_finished_subset_is_left_alone_and_another_folder_refused(source, tmp_
     assert (source / "train" / "class_2" / "001.jpg").exists()
 
 
-def test_an_interrupted_copy_leaves_nothing_and_the_next_run_finishes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.imagenet100.shutil.copy2", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_an_interrupted_copy_leaves_nothing_and_the_next_run_finishes(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "tools.imagenet100.shutil.copy2", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         make_subset(source, tmp_path / "subset", ["class_0"], copy=True)
     assert not (tmp_path / "subset").exists()

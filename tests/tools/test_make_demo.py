@@ -11,7 +11,10 @@ from tools.make_demo import CLASSES, SHAPES, TEXTURES, main, make_demo
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*.jpg")}
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in root.rglob("*.jpg")
+    }
 
 
 def test_two_runs_draw_the_same_bytes_and_another_seed_others(tmp_path):
@@ -29,7 +32,11 @@ def test_splits_classes_and_sizes(tmp_path):
         "test": 20,
     }
     train, test = (open_source(tmp_path / "a", split).manifest for split in ("train", "test"))
-    assert (len(train), len(test)) == (80, 20) and train.classes == test.classes and len(train.classes) == 10
+    assert (
+        (len(train), len(test)) == (80, 20)
+        and train.classes == test.classes
+        and len(train.classes) == 10
+    )
     assert (train.sizes == 48).all()
 
 
@@ -54,7 +61,9 @@ def test_a_second_call_draws_nothing_and_a_foreign_folder_is_refused(tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_finishes(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.make_demo.render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "tools.make_demo.render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         make_demo(tmp_path / "a", per_class=5)
     assert not (tmp_path / "a").exists()

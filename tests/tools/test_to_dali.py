@@ -34,15 +34,22 @@ def test_jpegs_are_kept_and_shuffled_by_the_seed(images, tmp_path):
     assert (stored.manifest.sizes == source.manifest.sizes[order]).all()
     for i, original in enumerate(order):
         same = stored.encoded(i) == source.encoded(original)
-        assert same == keep[original] and np.abs(stored.read(i).astype(int) - source.read(original)).mean() < 25
+        assert (
+            same == keep[original]
+            and np.abs(stored.read(i).astype(int) - source.read(original)).mean() < 25
+        )
     assert (result["jpg"], result["raw"], result["reencoded"]) == (14, 0, 3)
-    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "a" / "train").iterdir())
+    assert result["bytes"] == sum(
+        path.stat().st_size for path in (tmp_path / "a" / "train").iterdir()
+    )
     convert(images, tmp_path / "again")
     convert(images, tmp_path / "other", "--seed", 1)
     assert digests(tmp_path / "a") == digests(tmp_path / "again")
     other = open_source(tmp_path / "other", "train")
     assert [other.encoded(i) for i in range(14)] != [stored.encoded(i) for i in range(14)]
-    assert sorted(other.encoded(i) for i in range(14)) == sorted(stored.encoded(i) for i in range(14))
+    assert sorted(other.encoded(i) for i in range(14)) == sorted(
+        stored.encoded(i) for i in range(14)
+    )
 
 
 def test_the_short_side_is_reduced_never_enlarged(images, tmp_path):
@@ -58,7 +65,9 @@ def test_the_short_side_is_reduced_never_enlarged(images, tmp_path):
         size = (45, width * 45 // height) if height < width else (height * 45 // width, 45)
         assert tuple(stored.manifest.sizes[i]) == size
         file = io.BytesIO()
-        Image.fromarray(source.read(original)).resize(size[::-1], RESIZE_FILTER).save(file, "JPEG", quality=80)
+        Image.fromarray(source.read(original)).resize(size[::-1], RESIZE_FILTER).save(
+            file, "JPEG", quality=80
+        )
         assert stored.encoded(i) == file.getvalue()
     assert 0 < kept < 14 and result["reencoded"] == 14 - kept
 
@@ -72,7 +81,10 @@ def test_dali_decodes_the_shards(images, tmp_path):
 
     @pipeline_def(batch_size=14, num_threads=1, device_id=None)
     def graph():
-        files = {"paths": str(tmp_path / "train/shard-000000.tar"), "index_paths": str(tmp_path / "train/shard-000000.idx")}
+        files = {
+            "paths": str(tmp_path / "train/shard-000000.tar"),
+            "index_paths": str(tmp_path / "train/shard-000000.idx"),
+        }
         image, label = fn.readers.webdataset(**files, ext=["jpg", "cls"])
         return fn.decoders.image(image, adjust_orientation=False), label
 

@@ -38,7 +38,17 @@ def reencoded(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def test_the_module_runs_and_its_last_line_is_the_result(images, tmp_path):
-    command = [sys.executable, "-m", "tools.to_ffcv", str(images), str(tmp_path / "a"), "--workers", "2", "--write-mode", "jpg"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.to_ffcv",
+        str(images),
+        str(tmp_path / "a"),
+        "--workers",
+        "2",
+        "--write-mode",
+        "jpg",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["val"]["count"] == 2 and "verify" in done.stderr
     convert(images, tmp_path / "b", "--write-mode", "jpg")
@@ -46,34 +56,57 @@ def test_the_module_runs_and_its_last_line_is_the_result(images, tmp_path):
 
 
 def test_passthrough_keeps_jpegs_and_encodes_the_rest(images, tmp_path):
-    result = convert(images, tmp_path, "--write-mode", "passthrough", "--max-resolution", 20, "--jpeg-quality", 88)
+    result = convert(
+        images,
+        tmp_path,
+        "--write-mode",
+        "passthrough",
+        "--max-resolution",
+        20,
+        "--jpeg-quality",
+        88,
+    )
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
     assert (stored.manifest.sizes == source.manifest.sizes).all()  # never resized
     for i, keep in enumerate(kept_as_they_are(source)):
         assert stored.encoded(i) == (source.encoded(i) if keep else reencoded(source.read(i), 88))
     assert (result["jpg"], result["raw"], result["reencoded"]) == (14, 0, 3)
-    noise = [psnr_db(source.read(i), stored.read(i)) for i in np.flatnonzero(~kept_as_they_are(source))]
+    noise = [
+        psnr_db(source.read(i), stored.read(i)) for i in np.flatnonzero(~kept_as_they_are(source))
+    ]
     assert result["psnr_db"]["min"] == pytest.approx(min(noise), abs=0.01)
     assert result["psnr_db"]["median"] == pytest.approx(np.median(noise), abs=0.01)
-    assert (stored.manifest.labels == source.manifest.labels).all() and stored.manifest.classes == source.manifest.classes
+    assert (
+        stored.manifest.labels == source.manifest.labels
+    ).all() and stored.manifest.classes == source.manifest.classes
 
 
 def test_raw_keeps_pixels(images, tmp_path):
     result = convert(images, tmp_path, "--write-mode", "raw")
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
     assert all((stored.read(i) == source.read(i)).all() for i in range(14))
-    assert (result["jpg"], result["raw"], result["reencoded"], result["psnr_db"]) == (0, 14, 0, None)
+    assert (result["jpg"], result["raw"], result["reencoded"], result["psnr_db"]) == (
+        0,
+        14,
+        0,
+        None,
+    )
 
 
 def test_jpg_is_pil_s_jpeg_of_the_area_filtered_image(images, tmp_path):
-    result = convert(images, tmp_path, "--write-mode", "jpg", "--max-resolution", 60, "--jpeg-quality", 85)
+    result = convert(
+        images, tmp_path, "--write-mode", "jpg", "--max-resolution", 60, "--jpeg-quality", 85
+    )
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
     for i in range(14):
         image, (height, width) = Image.fromarray(source.read(i)), stored.manifest.sizes[i]
         assert max(height, width) == min(60, max(image.size))
         pixels = np.asarray(image.resize((width, height), RESIZE_FILTER))
         assert stored.encoded(i) == reencoded(pixels, 85)
-    assert result["reencoded"] == 14 and 15 < result["psnr_db"]["min"] < result["psnr_db"]["median"] < 50
+    assert (
+        result["reencoded"] == 14
+        and 15 < result["psnr_db"]["min"] < result["psnr_db"]["median"] < 50
+    )
     assert result["bytes"] == (tmp_path / "train.beton").stat().st_size
 
 
@@ -93,7 +126,9 @@ def test_proportion_and_smart_choose_per_image(images, tmp_path):
     assert 0 < entries["raw"].sum() < 14
     convert(images, tmp_path / "smart", "--write-mode", "smart", "--smart-threshold", 10_000)
     entries = open_beton(tmp_path / "smart" / "train.beton").entries
-    assert (entries["raw"] == (entries["height"] * entries["width"] * 3 <= 10_000)).all() and 0 < entries["raw"].sum() < 14
+    assert (
+        entries["raw"] == (entries["height"] * entries["width"] * 3 <= 10_000)
+    ).all() and 0 < entries["raw"].sum() < 14
     refused = CliRunner().invoke(main, [str(images), str(tmp_path / "c"), "--write-mode", "smart"])
     assert refused.exit_code == 2 and "needs --smart-threshold" in refused.output
 
@@ -101,11 +136,16 @@ def test_proportion_and_smart_choose_per_image(images, tmp_path):
 def test_sizes_are_those_of_ffcv_s_resizer_to_the_pixel_its_rounding_loses():
     resizer = pytest.importorskip("ffcv.fields.rgb_image", reason=NEEDS_FFCV).resizer
     sizes = np.random.default_rng(0).integers(20, 900, (200, 2))
-    for size, (height, width) in zip(sizes, Encoding("jpg", longest_px=300).sizes(sizes), strict=True):
+    for size, (height, width) in zip(
+        sizes, Encoding("jpg", longest_px=300).sizes(sizes), strict=True
+    ):
         theirs = resizer(np.zeros((*size, 3), np.uint8), 300).shape[:2]
         assert max(height, width) == min(300, size.max())
         assert 0 <= height - theirs[0] <= 1 and 0 <= width - theirs[1] <= 1
-    assert Encoding("jpg", longest_px=300).sizes(np.array([9000, 3])).tolist() == [300, 1]  # ffcv fails here
+    assert Encoding("jpg", longest_px=300).sizes(np.array([9000, 3])).tolist() == [
+        300,
+        1,
+    ]  # ffcv fails here
     pixels = natural_image(0, 320, 480)
     ours = np.asarray(Image.fromarray(pixels).resize((300, 200), RESIZE_FILTER))
     assert np.abs(ours.astype(int) - resizer(pixels, 300)).mean() < 1  # levels
@@ -114,8 +154,12 @@ def test_sizes_are_those_of_ffcv_s_resizer_to_the_pixel_its_rounding_loses():
 def test_a_side_that_does_not_fit_the_format_is_refused(tmp_path):
     root = write_folder(tmp_path / "a", {"train": 1})
     Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(root / "train/class_0/long.png")
-    result = CliRunner().invoke(main, [str(root), str(tmp_path / "b"), "--write-mode", "raw", "--max-resolution", "80000"])
-    assert result.exit_code == 1 and "takes sides up to 65535 px, an image has 70000" in result.stderr
+    result = CliRunner().invoke(
+        main, [str(root), str(tmp_path / "b"), "--write-mode", "raw", "--max-resolution", "80000"]
+    )
+    assert (
+        result.exit_code == 1 and "takes sides up to 65535 px, an image has 70000" in result.stderr
+    )
 
 
 @pytest.mark.parametrize("mode", ["raw", "passthrough"])
@@ -129,19 +173,26 @@ def test_ffcv_s_loader_reads_the_file(mode, tmp_path):
     threads = torch.get_num_threads()
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
     order = loader.OrderOption.SEQUENTIAL
-    batches = loader.Loader(str(tmp_path / "train.beton"), 6, num_workers=1, order=order, pipelines=pipelines)
+    batches = loader.Loader(
+        str(tmp_path / "train.beton"), 6, num_workers=1, order=order, pipelines=pipelines
+    )
     found = [(images.copy(), labels.copy()) for images, labels in batches]
     torch.set_num_threads(threads)
     source = open_source(src, "train")
     pixels = np.stack([source.read(i) for i in range(6)]).astype(int)
     assert len(found) == 1 and found[0][1].ravel().tolist() == [0, 0, 0, 1, 1, 1]
     error = np.abs(found[0][0] - pixels)
-    assert error.max() == 0 if mode == "raw" else error.mean() < 3  # its JPEG decoder takes the fast transform
+    assert (
+        error.max() == 0 if mode == "raw" else error.mean() < 3
+    )  # its JPEG decoder takes the fast transform
 
 
 def test_grayscale_is_decoded_to_three_equal_channels(images, tmp_path):
     convert(images, tmp_path, "--write-mode", "passthrough")
     stored = open_source(tmp_path, "train")
     gray = open_source(images, "train").manifest.paths.index("train/class_0/gray.jpg")
-    assert np.ptp(stored.read(gray), axis=-1).max() == 0 and Image.open(io.BytesIO(stored.encoded(gray))).mode == "L"
+    assert (
+        np.ptp(stored.read(gray), axis=-1).max() == 0
+        and Image.open(io.BytesIO(stored.encoded(gray))).mode == "L"
+    )
     assert (stored.read(gray) == to_rgb(Image.open(images / "train/class_0/gray.jpg"))).all()

@@ -21,7 +21,9 @@ LIMIT = 64 * 64  # pixels
 
 
 def run(data: Path, *options: str) -> tuple[int, dict]:
-    result = CliRunner().invoke(main, [str(data), "--workers", "2", "--max-pixels", str(LIMIT), *options])
+    result = CliRunner().invoke(
+        main, [str(data), "--workers", "2", "--max-pixels", str(LIMIT), *options]
+    )
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     assert "verify" in result.stderr and "corrupt" in result.stdout  # progress and table
     return result.exit_code, json.loads(result.stdout.splitlines()[-1])
@@ -31,8 +33,15 @@ def png_of_16_bits(path: Path) -> None:
     """An RGB PNG with 16 bits a channel, which PIL reads but does not write."""
     pixels = natural_image(3, 20, 20).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    packed = (struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body)) for tag, body in chunks)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    packed = (
+        struct.pack(">I", len(body)) + tag + body + struct.pack(">I", zlib.crc32(tag + body))
+        for tag, body in chunks
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
 
 
@@ -57,13 +66,22 @@ def planted(tmp_path: Path) -> tuple[Path, dict[str, set[str]]]:
     for name in ("half.jpg", "half.png", "half.bmp"):
         rgb.save(folder / name)
         cut(folder / name, 0.5)
-    (folder / "no_end.jpg").write_bytes(whole[:-2])  # all pixels are there, yet no decoder must accept it
+    (folder / "no_end.jpg").write_bytes(
+        whole[:-2]
+    )  # all pixels are there, yet no decoder must accept it
     (folder / "empty.jpg").touch()
     (data / "val" / "class_0" / "empty.png").touch()
-    for name, mode in (("gray.jpg", "L"), ("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("alpha.png", "RGBA")):
+    for name, mode in (
+        ("gray.jpg", "L"),
+        ("cmyk.jpg", "CMYK"),
+        ("palette.png", "P"),
+        ("alpha.png", "RGBA"),
+    ):
         rgb.convert(mode).save(folder / name)
     rgb.rotate(90).convert("P").save(folder / "palette.gif")
-    Image.fromarray(np.linspace(0, 65535, 2500).reshape(50, 50).astype(np.uint16)).save(folder / "deep_gray.png")
+    Image.fromarray(np.linspace(0, 65535, 2500).reshape(50, 50).astype(np.uint16)).save(
+        folder / "deep_gray.png"
+    )
     png_of_16_bits(folder / "deep_rgb.png")
     Image.fromarray(natural_image(2, 90, 200)).save(folder / "wide.jpg")
     rgb.convert("L").resize((100, 50)).save(folder / "wide_gray.png")
@@ -81,7 +99,10 @@ def planted(tmp_path: Path) -> tuple[Path, dict[str, set[str]]]:
         },
         "over_large": {"wide.jpg", "wide_gray.png"},
     }
-    under = {k: {p.removeprefix("../../") if ".." in p else f"train/class_1/{p}" for p in v} for k, v in names.items()}
+    under = {
+        k: {p.removeprefix("../../") if ".." in p else f"train/class_1/{p}" for p in v}
+        for k, v in names.items()
+    }
     return data, under
 
 
@@ -93,7 +114,10 @@ def test_every_kind_of_damage_is_found_under_its_name(planted, tmp_path):
     assert code == 1 and result["bad"] == 10 and result["images"] == 33
     report = json.loads((tmp_path / "report.json").read_text())
     assert {kind: set(paths) for kind, paths in report["paths"].items()} == expected
-    assert report["paths"]["duplicate"]["val/class_1/leak.jpg"] == "same bytes as train/class_0/000.jpg"
+    assert (
+        report["paths"]["duplicate"]["val/class_1/leak.jpg"]
+        == "same bytes as train/class_0/000.jpg"
+    )
     assert report["paths"]["not_rgb"]["train/class_1/deep_rgb.png"] == "RGB, 16 bits"
     assert report["paths"]["over_large"]["train/class_1/wide.jpg"] == "200x90 px"
 
@@ -101,22 +125,37 @@ def test_every_kind_of_damage_is_found_under_its_name(planted, tmp_path):
 def test_fix_repairs_or_moves_away_keeps_all_originals_and_a_second_run_is_clean(planted):
     data, expected = planted
     before = {p.relative_to(data): p.read_bytes() for p in data.rglob("*.*") if p.is_file()}
-    pixels = {name: read_rgb(data / "train" / "class_1" / name) for name in ("gray.jpg", "deep_gray.png", "alpha.png")}
+    pixels = {
+        name: read_rgb(data / "train" / "class_1" / name)
+        for name in ("gray.jpg", "deep_gray.png", "alpha.png")
+    }
     code, result = run(data, "--fix")
-    moved = expected["corrupt"] | expected["empty"] | {"train/class_1/header_only.jpg"}  # no pixel of it is left
+    moved = (
+        expected["corrupt"] | expected["empty"] | {"train/class_1/header_only.jpg"}
+    )  # no pixel of it is left
     repaired = (expected["truncated"] | expected["not_rgb"] | expected["over_large"]) - moved
     kept = data / ".rsa-fast" / "replaced"
     assert {str(p.relative_to(kept)) for p in kept.rglob("*.*")} == moved | repaired
     assert {path for path in moved | repaired if not (data / path).exists()} == moved
     assert (code, result["repaired"], result["moved_away"]) == (0, len(repaired), len(moved))
-    assert all((kept / path).read_bytes() == before[Path(path)] for path in moved | repaired if "dangling" not in path)
+    assert all(
+        (kept / path).read_bytes() == before[Path(path)]
+        for path in moved | repaired
+        if "dangling" not in path
+    )
     assert (kept / "train" / "class_1" / "dangling.jpg").is_symlink()
-    assert all((data / path).read_bytes() == content for path, content in before.items() if str(path) not in moved | repaired)
+    assert all(
+        (data / path).read_bytes() == content
+        for path, content in before.items()
+        if str(path) not in moved | repaired
+    )
     code, again = run(data)
     assert code == 0 and again["images"] == result["images"] - len(moved)
     assert again["counts"] == dict.fromkeys(expected, 0) | {"duplicate": 2}
     folder = data / "train" / "class_1"
-    assert (read_rgb(folder / "deep_gray.png") == pixels["deep_gray.png"]).all()  # a PNG loses nothing
+    assert (
+        read_rgb(folder / "deep_gray.png") == pixels["deep_gray.png"]
+    ).all()  # a PNG loses nothing
     assert (read_rgb(folder / "alpha.png") == pixels["alpha.png"]).all()
     assert np.abs(read_rgb(folder / "gray.jpg").astype(int) - pixels["gray.jpg"]).mean() < 1.5
     top = read_rgb(folder / "half.png")[:15].astype(int)
@@ -132,13 +171,19 @@ def test_a_second_fix_does_not_overwrite_what_the_first_one_kept(tmp_path):
         assert run(tmp_path, "--fix")[1]["repaired"] == 1
     kept = tmp_path / ".rsa-fast" / "replaced"
     first, second = (np.asarray(Image.open(kept / name)) for name in ("a.png", "a.png.1"))
-    assert (first == np.asarray(Image.fromarray(natural_image(0, 20, 20)).convert("L"))).all() and (first != second).any()
+    assert (first == np.asarray(Image.fromarray(natural_image(0, 20, 20)).convert("L"))).all() and (
+        first != second
+    ).any()
 
 
 def test_notes_alone_are_not_bad_and_a_flat_folder_is_read(tmp_path):
     Image.fromarray(natural_image(0, 20, 20)).convert("L").save(tmp_path / "gray.png")
     code, result = run(tmp_path)
-    assert code == 0 and result["counts"]["not_rgb"] == 1 and (result["bad"], result["images"]) == (0, 1)
+    assert (
+        code == 0
+        and result["counts"]["not_rgb"] == 1
+        and (result["bad"], result["images"]) == (0, 1)
+    )
 
 
 def test_fix_does_not_reach_through_links(tmp_path):
@@ -149,10 +194,14 @@ def test_fix_does_not_reach_through_links(tmp_path):
     assert run(tmp_path / "subset")[1]["paths"]["empty"] == ["train/class_0/000.jpg"]
     result = CliRunner().invoke(main, [str(tmp_path / "subset"), "--fix"])
     assert result.exit_code == 1 and "1 file(s) to fix lie outside" in result.output
-    assert (data / "train" / "class_0" / "000.jpg").exists() and not (tmp_path / "subset" / ".rsa-fast").exists()
+    assert (data / "train" / "class_0" / "000.jpg").exists() and not (
+        tmp_path / "subset" / ".rsa-fast"
+    ).exists()
 
 
-@pytest.mark.parametrize(("convert", "file"), [(to_ffcv, "train.beton"), (to_dali, "train/shard-000000.tar")])
+@pytest.mark.parametrize(
+    ("convert", "file"), [(to_ffcv, "train.beton"), (to_dali, "train/shard-000000.tar")]
+)
 def test_a_damaged_sample_of_a_converted_set_is_named(tmp_path, convert, file):
     write_folder(tmp_path / "images", {"train": 4, "val": 1})
     packed = tmp_path / "packed"
@@ -161,7 +210,13 @@ def test_a_damaged_sample_of_a_converted_set_is_named(tmp_path, convert, file):
     assert converted.exit_code == 0, converted.output
     assert run(packed)[:2] == (
         0,
-        {"path": str(packed), "images": 10, "bad": 0, "counts": {"corrupt": 0}, "paths": {"corrupt": []}},
+        {
+            "path": str(packed),
+            "images": 10,
+            "bad": 0,
+            "counts": {"corrupt": 0},
+            "paths": {"corrupt": []},
+        },
     )
     image = open_source(packed, "pretrain").encoded(5)
     stored = (packed / file).read_bytes()

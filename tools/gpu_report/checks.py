@@ -66,11 +66,17 @@ def machine(settings: Settings) -> list[Case]:
 def describe(_: float) -> Iterator[Row]:
     device = gpu()
     image = torch.zeros(1, 3, 8, 8, device=device)
-    torch.nn.functional.conv2d(image, image).flatten() @ image.flatten()[:1]  # loads cuDNN and cuBLAS
+    torch.nn.functional.conv2d(image, image).flatten() @ image.flatten()[
+        :1
+    ]  # loads cuDNN and cuBLAS
     free, total = torch.cuda.mem_get_info(device)
     name, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
     versions = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
-    models = [row for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")]
+    models = [
+        row
+        for row in Path("/proc/cpuinfo").read_text().splitlines()
+        if row.startswith("model name")
+    ]
     yield {
         "name": name,
         "total_gib": total / GIB,
@@ -115,7 +121,9 @@ def values(settings: Settings) -> list[Case]:
         "ffcv": {"backend": "ffcv"},
     }
     oracle = cache(partial(pil_views, settings))
-    cases = [Case(name, partial(compare, settings, oracle, fields)) for name, fields in ways.items()]
+    cases = [
+        Case(name, partial(compare, settings, oracle, fields)) for name, fields in ways.items()
+    ]
     return [Case(str(TESTS), run_tests), *cases]
 
 
@@ -131,9 +139,15 @@ def run_tests(_: float) -> Iterator[Row]:
         command = [sys.executable, "-m", "pytest", *plugins, f"--junitxml={results}", str(TESTS)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not results.is_file():
-            raise RuntimeError(f"pytest ended with exit code {done.returncode}: {done.stderr[-500:]}")
+            raise RuntimeError(
+                f"pytest ended with exit code {done.returncode}: {done.stderr[-500:]}"
+            )
         cases = list(ElementTree.parse(results).iter("testcase"))
-    bad = [case.get("name", "") for case in cases if {"failure", "error"} & {child.tag for child in case}]
+    bad = [
+        case.get("name", "")
+        for case in cases
+        if {"failure", "error"} & {child.tag for child in case}
+    ]
     skipped = sum(case.find("skipped") is not None for case in cases)
     row: Row = {"tests": len(cases), "passed": len(cases) - len(bad) - skipped}
     yield row | ({"note": f"failed: {', '.join(bad)}"} if bad else {})
@@ -164,7 +178,9 @@ def compare(
     )
     with loader, closing(loader.batches(0)) as batches:
         views = next(batches).views
-    mean, std = (np.array(x, np.float32).reshape(3, 1, 1) for x in (recipe.views.mean, recipe.views.std))
+    mean, std = (
+        np.array(x, np.float32).reshape(3, 1, 1) for x in (recipe.views.mean, recipe.views.std)
+    )
     row: Row = {"images": order.batch_size}
     for stage in ("weak", "aggressive"):
         gaps = []
@@ -205,7 +221,10 @@ def sync(settings: Settings) -> list[Case]:
     """Every method's recipe, and RSA's with the other backends."""
     gpu()
     cases = [(method, "native") for method in METHODS] + [("rsa", "dali"), ("rsa", "ffcv")]
-    return [Case(f"{method}, {backend}", partial(steady, settings, method, backend)) for method, backend in cases]
+    return [
+        Case(f"{method}, {backend}", partial(steady, settings, method, backend))
+        for method, backend in cases
+    ]
 
 
 def steady(settings: Settings, method: str, backend: str, _: float) -> Iterator[Row]:

@@ -121,7 +121,9 @@ def photographs(settings: Settings, backend: str = "native") -> Path:
         from tools.to_ffcv import main as to_ffcv
 
         if (count := len(open_source(folder, "pretrain").manifest)) > MOST_CONVERTED:
-            raise SkippedError(f"{count:,} images take too long to convert: give a folder that tools.to_ffcv made")
+            raise SkippedError(
+                f"{count:,} images take too long to convert: give a folder that tools.to_ffcv made"
+            )
         to_ffcv([str(folder), str(converted), "--write-mode", "passthrough"], standalone_mode=False)
     return converted
 
@@ -141,7 +143,9 @@ def drawn(settings: Settings) -> Path:
         (partial / "train" / f"class_{label}").mkdir(parents=True)
 
     def save(seed: int) -> None:
-        photograph(seed).save(partial / "train" / f"class_{seed % 2}" / f"{seed:05}.jpg", quality=90)
+        photograph(seed).save(
+            partial / "train" / f"class_{seed % 2}" / f"{seed:05}.jpg", quality=90
+        )
 
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(save, range(settings.images)))

@@ -137,8 +137,12 @@ def in_memory(settings: Settings, _: float) -> Iterator[Row]:
 
 def random_images(size_px: int) -> Source:
     """As many images as CIFAR-10 has, in memory; their content does not change the work."""
-    pixels = np.random.default_rng(0).integers(0, 256, (CIFAR_IMAGES, size_px, size_px, 3), dtype=np.uint8)
-    manifest = array_manifest(Path("."), "pretrain", pixels, np.zeros(CIFAR_IMAGES, np.int64), ("none",))
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (CIFAR_IMAGES, size_px, size_px, 3), dtype=np.uint8
+    )
+    manifest = array_manifest(
+        Path("."), "pretrain", pixels, np.zeros(CIFAR_IMAGES, np.int64), ("none",)
+    )
     return Source(manifest, pixels.__getitem__)
 
 
@@ -146,7 +150,10 @@ def resume(settings: Settings) -> list[Case]:
     """With torch's deterministic algorithms and without."""
     gpu()
     names = {"torch's defaults": False, "deterministic algorithms": True}
-    return [Case(name, partial(resumed, settings, deterministic)) for name, deterministic in names.items()]
+    return [
+        Case(name, partial(resumed, settings, deterministic))
+        for name, deterministic in names.items()
+    ]
 
 
 def resumed(settings: Settings, deterministic: bool, _: float) -> Iterator[Row]:
@@ -176,7 +183,9 @@ def resumed(settings: Settings, deterministic: bool, _: float) -> Iterator[Row]:
     }
 
 
-def in_process(deterministic: bool, recipe: Recipe, data: Path, out: Path, runs: list[tuple[str, int]]) -> None:
+def in_process(
+    deterministic: bool, recipe: Recipe, data: Path, out: Path, runs: list[tuple[str, int]]
+) -> None:
     """`legs` in a process of its own, as cuBLAS reads its settings when CUDA starts."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -187,7 +196,9 @@ def in_process(deterministic: bool, recipe: Recipe, data: Path, out: Path, runs:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def legs(deterministic: bool, recipe: Recipe, data: Path, out: Path, runs: list[tuple[str, int]]) -> None:
+def legs(
+    deterministic: bool, recipe: Recipe, data: Path, out: Path, runs: list[tuple[str, int]]
+) -> None:
     """Train runs, each up to a step; one that is there already is resumed."""
     torch.use_deterministic_algorithms(deterministic)
     for name, end in runs:
@@ -232,7 +243,11 @@ def curve(settings: Settings, seconds: float) -> Iterator[Row]:
     training = ThreadPoolExecutor(1).submit(train, recipe, data, out)
     while True:
         done = training.done()
-        records = [r for r in read_metrics(out) if "knn_top1" in r] if (out / "metrics.jsonl").is_file() else []
+        records = (
+            [r for r in read_metrics(out) if "knn_top1" in r]
+            if (out / "metrics.jsonl").is_file()
+            else []
+        )
         for record in records[seen:]:
             scores = {name: record.get(name) for name in ("knn_top1", "linear_top1")}
             minutes = (time.monotonic() - began) / 60

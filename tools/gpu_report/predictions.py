@@ -67,7 +67,9 @@ def predicted(part: str, row: Row, card: str | None) -> Row:
     if part == "step":
         found = plan(recipe, card)
         limits_ms = found["limits_ms"]
-        roofline_ms = found["efficiency"] * max(ms for limit, ms in limits_ms.items() if limit.startswith("GPU"))
+        roofline_ms = found["efficiency"] * max(
+            ms for limit, ms in limits_ms.items() if limit.startswith("GPU")
+        )
         step_ms = max(ms for limit, ms in limits_ms.items() if limit != "decoding")
         row_of_step = with_error(row, "step_ms", "predicted_ms", step_ms)
         return {"roofline_share": roofline_ms / row["step_ms"], **row_of_step}

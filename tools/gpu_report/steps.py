@@ -49,7 +49,9 @@ def without_bf16(_: float) -> Iterator[Row]:
     raise SkippedError("the card has none")
 
 
-def peak(settings: Settings, method: str, precision: str, batch_size: int, stages: int, _: float) -> Iterator[Row]:
+def peak(
+    settings: Settings, method: str, precision: str, batch_size: int, stages: int, _: float
+) -> Iterator[Row]:
     """What a steady step allocates, and what torch has reserved for it and the steps before."""
     device = gpu()
     fields = {"precision": precision, "batch_size": batch_size, "recompute_stages": stages}
@@ -119,7 +121,9 @@ def turns(settings: Settings, methods: tuple[str, ...], compiled: bool, _: float
             }
             row |= {"images_per_s": 1e3 * batch_size / median_ms, "warm_up_s": warm_up_s[method]}
             row |= {"sm_clock_mhz": clock_mhz}
-            rows.append(row | ({"over_byol": ratio(times_ms, times["byol"])} if "byol" in times else {}))
+            rows.append(
+                row | ({"over_byol": ratio(times_ms, times["byol"])} if "byol" in times else {})
+            )
         return rows
 
     yield from largest_that_fits(max(settings.batch_sizes), work)

@@ -69,7 +69,9 @@ def section(record: dict[str, Any], columns: Columns) -> list[str]:
 def table(rows: list[Row], columns: Columns) -> list[str]:
     """The rows under the columns that any of them has a value for; a last one is for notes."""
     used = {name: form for name, form in columns.items() if any(cell(form, row) for row in rows)}
-    texts = [[row["case"], *(cell(form, row) for form in used.values()), remark(row)] for row in rows]
+    texts = [
+        [row["case"], *(cell(form, row) for form in used.values()), remark(row)] for row in rows
+    ]
     titles = ["", *used, "note"]
     width = len(titles) if any(text[-1] for text in texts) else len(titles) - 1
     return [line(cells[:width]) for cells in (titles, ["---"] * len(titles), *texts)]

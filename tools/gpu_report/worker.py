@@ -67,7 +67,9 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def run(self, place: str, share_s: float, ends_at: float, killed_at: float) -> Iterator[Message]:
+    def run(
+        self, place: str, share_s: float, ends_at: float, killed_at: float
+    ) -> Iterator[Message]:
         """What the part at `place` reports. Times are those of `time.monotonic()`.
 
         No case begins when the part has run for `share_s` seconds, imports left out, or after
@@ -100,7 +102,9 @@ class Worker:
         self.connection.close()
 
 
-def serve(connection: Connection[Message, tuple[str, float, float]], settings: Settings, parent: int) -> None:
+def serve(
+    connection: Connection[Message, tuple[str, float, float]], settings: Settings, parent: int
+) -> None:
     """The life of the worker's process: it runs the parts that the connection names."""
     os.setsid()
     Thread(target=follow, args=(parent,), daemon=True).start()
