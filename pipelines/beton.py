@@ -1,8 +1,15 @@
-"""FFCV's .beton files, read and written without ffcv: the types below equal ffcv's, version 2.
+"""FFCV's .beton files (version 2 of the format), read and written without ffcv.
 
-    header | one descriptor per field | N metadata records | padding to a page | images, none across a page | allocations
+The record types below are the same as in ffcv. A file consists of:
 
-Files of ffcv's own DatasetWriter are read too, as its ImageNet scripts write them: fields `image` (RGB) and `label` (int).
+    a header
+    one descriptor for each field
+    one metadata record for each of the N images, then padding to a full page
+    the images, none of which crosses the border of a page
+    one allocation record for each image
+
+Files made by ffcv's own DatasetWriter can be read too, if they have the fields of ffcv's ImageNet
+scripts: `image` (RGB) and `label` (int).
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ import numpy as np
 from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source
 
-VERSION = 2  # of ffcv's format
+VERSION = 2  # the version of FFCV's format
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -34,16 +41,19 @@ FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, int, 
 WANTED = {"image": 2, "label": 1}
 RAW = 1  # the image mode of plain pixels; 0 is JPEG
 MAX_SIDE_PX = 2**16 - 1
-MAX_CLASSES = 2**16  # for which names are made up; a label beyond them is damage
+# Without a description beside the file, at most this many class names are made up. A label beyond
+# them means that the file is damaged.
+MAX_CLASSES = 2**16
 DEFAULT_PAGE_BYTES = 2**23
 
 
 def beton_source(path: str | Path, split: str = "train") -> Source:
-    """A .beton file as a `Source`, sample ids in the file's order.
+    """A .beton file as a `Source`. The sample ids follow the order of the file.
 
-    Class names come from the `.json` beside the file; without one, as with ffcv's own files, they are "0", "1", ...
-    `read` decodes both modes; `encoded` is None where some image is stored as pixels. Raises FileNotFoundError, and
-    ValueError naming the file for another version, other fields, or a file that is truncated or was never finished.
+    The class names come from the `.json` file beside it. If there is none, as with ffcv's own
+    files, they are "0", "1", ... `read` decodes both JPEGs and stored pixels. `encoded` is None if
+    any image is stored as pixels. Raises FileNotFoundError, and ValueError (with the file's name)
+    for another version, other fields, or a file that is truncated or was never finished.
     """
     path = Path(path)
     packed = open_beton(path)
@@ -56,20 +66,18 @@ def beton_source(path: str | Path, split: str = "train") -> Source:
 
 
 def open_beton(path: Path) -> Packed:
-    """The images and labels of a .beton file. Raises as `beton_source`."""
+    """The images and labels of a .beton file. Raises the same errors as `beton_source`."""
     length = path.stat().st_size
     try:
         header = table(path, HEADER, 1, 0)[0]
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}, this code reads {VERSION}")
         fields = table(path, FIELD, header["fields"], HEADER.itemsize)
-        found = {
-            name.decode("ascii", "replace"): int(kind)
-            for name, kind in zip(fields["name"], fields["type"], strict=True)
-        }
-        if not WANTED.items() <= found.items() or not set(found.values()) <= set(FIELD_TYPES):
-            raise ValueError(f"fields {found}, wanted {WANTED} (name: ffcv's type number)")
-        record = np.dtype([(name, FIELD_TYPES[kind]) for name, kind in found.items()], align=True)
+        names = [name.decode("ascii", "replace") for name in fields["name"]]
+        types = dict(zip(names, fields["type"].tolist(), strict=True))
+        if not WANTED.items() <= types.items() or not set(types.values()) <= set(FIELD_TYPES):
+            raise ValueError(f"fields {types}, wanted {WANTED} (name: ffcv's type number)")
+        record = np.dtype([(name, FIELD_TYPES[kind]) for name, kind in types.items()], align=True)
         metadata = table(path, record, header["count"], HEADER.itemsize + fields.nbytes)
         start = int(header["allocations_ptr"])
         if not 0 < start <= length:
@@ -83,6 +91,7 @@ def open_beton(path: Path) -> Packed:
 
 
 def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
+    """`count` records from byte `offset` of the file. Raises ValueError when it is too short."""
     if (room := max(0, path.stat().st_size - offset) // record.itemsize) < count:
         raise ValueError(
             f"truncated: {room} of {count} records of {record.itemsize} bytes from byte {offset}"
@@ -91,7 +100,10 @@ def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
 
 
 def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
-    """`(N,)` of `ENTRY`. The size of an image in bytes stands in the allocations only, under its position."""
+    """The images as `(N,)` of `ENTRY`.
+
+    Only the allocations contain the size of an image in bytes. They are found by its position.
+    """
     image = metadata["image"]
     allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
     rank = np.searchsorted(allocations["ptr"], image["data_ptr"])
@@ -99,38 +111,42 @@ def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
     known[known] = allocations["ptr"][rank[known]] == image["data_ptr"][known]
     if not known.all():
         raise ValueError(
-            f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its allocation table"
+            f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its "
+            "allocation table"
         )
     entries = np.zeros(len(metadata), ENTRY)
     entries["offset"], entries["size"] = image["data_ptr"], allocations["size"][rank]
-    entries["height"], entries["width"], entries["raw"] = (
-        image["height"],
-        image["width"],
-        image["mode"] == RAW,
-    )
+    entries["height"], entries["width"] = image["height"], image["width"]
+    entries["raw"] = image["mode"] == RAW
     entries["label"] = metadata["label"]
     return entries
 
 
 def page_bytes(largest: int) -> int:
-    """The page size for images of up to `largest` bytes: a power of two, ffcv's own default where that is enough."""
+    """The page size in bytes for images of up to `largest` bytes.
+
+    It is a power of two, and not smaller than ffcv's default.
+    """
     return max(DEFAULT_PAGE_BYTES, 1 << (int(largest) - 1).bit_length())
 
 
 class BetonWriter:
-    """Appends images to a .beton file at `path`, in order; after a kill it goes on behind `done`, what is known written.
+    """Appends images to a .beton file at `path`, in order.
 
-    The layout is a function of the images' sizes alone, that of ffcv's writer with one worker: equal images, equal bytes.
-    `count` is the number of images in the end. Raises ValueError when the file is shorter than `done` says.
+    After a kill it continues behind `done` `(n,)` of `ENTRY`, the images that are known to be
+    written. `count` is the number of images of the finished file, and `page` the size of a page in
+    bytes. The layout depends only on the sizes of the images, so the same images give the same
+    file. It is the layout of ffcv's writer with one worker. Raises ValueError when the file is
+    shorter than `done` says.
     """
 
     def __init__(self, path: Path, count: int, page: int, done: np.ndarray) -> None:
         self.count, self.page = count, page
         self.record = np.dtype([("image", IMAGE), ("label", FIELD_TYPES[1])], align=True)
         tables = HEADER.itemsize + len(WANTED) * FIELD.itemsize + count * self.record.itemsize
-        self.end = (
-            int(done["offset"][-1] + done["size"][-1]) if len(done) else -(-tables // page) * page
-        )
+        self.end = -(-tables // page) * page  # the first page that the tables leave free
+        if len(done):
+            self.end = int(done["offset"][-1] + done["size"][-1])
         self.file = path.open("r+b" if len(done) else "w+b")
         if len(done) and path.stat().st_size < self.end:
             raise ValueError(f"{path} is shorter than its journal says: restart with --overwrite")
@@ -138,7 +154,10 @@ class BetonWriter:
         self.file.seek(self.end)
 
     def append(self, data: bytes, label: int) -> tuple[int, int]:
-        """Write one image; returns the file's index, which is 0, and the position in it. The label waits for `finish`."""
+        """Write one image. Returns the index of the file, which is 0, and the position in it.
+
+        The labels are written by `finish`. Raises ValueError for an image larger than a page.
+        """
         if len(data) > self.page:
             raise ValueError(
                 f"an image of {len(data):,} bytes does not fit a page of {self.page:,}"
@@ -150,12 +169,13 @@ class BetonWriter:
         return 0, self.end - len(data)
 
     def pad_page(self) -> None:
+        """Fill the last page with zeros."""
         rest = -self.end % self.page
         self.file.write(bytes(rest))
         self.end += rest
 
     def sync(self) -> None:
-        """Put what was appended on the disk."""
+        """Wait until all appended images are on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -169,19 +189,13 @@ class BetonWriter:
         fields = np.zeros(len(WANTED), FIELD)
         fields["name"], fields["type"] = list(WANTED), list(WANTED.values())
         metadata = np.zeros(self.count, self.record)
-        metadata["image"]["data_ptr"], metadata["image"]["mode"] = (
-            entries["offset"],
-            entries["raw"] * RAW,
-        )
-        metadata["image"]["height"], metadata["image"]["width"] = (
-            entries["height"],
-            entries["width"],
-        )
         metadata["label"] = entries["label"]
+        image = metadata["image"]  # a view: writing to it fills `metadata`
+        image["data_ptr"], image["mode"] = entries["offset"], entries["raw"] * RAW
+        image["height"], image["width"] = entries["height"], entries["width"]
+        header = np.array((VERSION, len(WANTED), self.page, self.count, self.end), HEADER)
         self.file.seek(0)
-        self.file.write(
-            np.array((VERSION, len(WANTED), self.page, self.count, self.end), HEADER).tobytes()
-        )
+        self.file.write(header.tobytes())
         self.file.write(fields.tobytes() + metadata.tobytes())
         self.sync()
 

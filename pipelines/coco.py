@@ -1,4 +1,4 @@
-"""COCO-format data for detection: images, their objects, and which of them are read at each step.
+"""Data in COCO's format for detection: images, their objects, and what is read at each step.
 
 images = CocoImages(Path("data/coco"), "train2017")
 image, objects = images[17, False]
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.draws import keys
+from pipelines.draws import sample_keys
 from pipelines.order import Order, epoch_order
 from pipelines.sources import read_rgb
 
@@ -28,10 +28,14 @@ LAYOUT = (
 
 
 class CocoImages(Dataset[Sample]):
-    """A split of a COCO-format dataset; `self[index, flip]` is an image `(3, H, W)` uint8 and its objects: `boxes` `(N, 4)`
-    x1 y1 x2 y2 in px, `labels` `(N,)` from 1 in the order of `categories` (COCO's ids have gaps), `masks` `(N, H, W)`.
+    """A split of a dataset in COCO's format.
 
-    Raises FileNotFoundError for a missing folder or image, ValueError for annotations that do not describe the images.
+    `self[index, flip]` is an image `(3, H, W)` uint8 and a dictionary of its N objects: `boxes`
+    `(N, 4)` as x1, y1, x2, y2 in pixels, `labels` `(N,)` int64 and `masks` `(N, H, W)` uint8. The
+    labels count from 1 in the order of `categories`, because COCO's own ids have gaps.
+
+    Raises FileNotFoundError for a missing folder or image, and ValueError for annotations that do
+    not describe the images.
     """
 
     def __init__(self, data: Path, split: str) -> None:
@@ -43,19 +47,18 @@ class CocoImages(Dataset[Sample]):
         names = [image["file_name"] for image in images.values()]
         if absent_images := [name for name in names if not (self.folder / name).is_file()]:
             raise FileNotFoundError(
-                f"{path} names {len(absent_images)} images that {self.folder} lacks: {', '.join(absent_images[:5])}"
+                f"{path} names {len(absent_images)} images that {self.folder} lacks: "
+                f"{', '.join(absent_images[:5])}"
             )
+        fields = {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"}
         for entry in self.coco.anns.values():
-            if (
-                lacking := {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"}
-                - entry.keys()
-            ):
-                raise ValueError(
-                    f"{path}: annotation {entry['id']} has no {', '.join(sorted(lacking))}; {LAYOUT}"
-                )
+            if missing := fields - entry.keys():
+                lacking = ", ".join(sorted(missing))
+                raise ValueError(f"{path}: annotation {entry['id']} has no {lacking}; {LAYOUT}")
             if entry["image_id"] not in images or entry["category_id"] not in categories:
                 raise ValueError(
-                    f"{path}: annotation {entry['id']} is of an image or a category that is not there"
+                    f"{path}: annotation {entry['id']} is of an image or a category "
+                    "that is not there"
                 )
         self.ids = sorted(images)
         self.categories = {key: categories[key]["name"] for key in sorted(categories)}
@@ -64,39 +67,33 @@ class CocoImages(Dataset[Sample]):
             raise ValueError(f"{path} holds no instances: nothing to learn from or to evaluate on")
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The annotations of an image that are learned: single objects with an area, no crowds."""
-        return [
-            entry
-            for entry in self.coco.imgToAnns[image_id]
-            if not entry["iscrowd"] and min(entry["bbox"][2:]) > 0
-        ]
+        """The annotations of an image to train on: single objects with an area, no crowds."""
+        entries = self.coco.imgToAnns[image_id]
+        return [e for e in entries if not e["iscrowd"] and min(e["bbox"][2:]) > 0]
 
     def portrait(self) -> np.ndarray:
-        """`(len(self),)` bool: which images are higher than wide."""
-        return np.array(
-            [self.coco.imgs[key]["height"] > self.coco.imgs[key]["width"] for key in self.ids]
-        )
+        """Which images are higher than wide, `(len(self),)` bool."""
+        images = [self.coco.imgs[image_id] for image_id in self.ids]
+        return np.array([image["height"] > image["width"] for image in images])
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key: tuple[int, bool]) -> Sample:
-        index, flip = key
+    def __getitem__(self, index_and_flip: tuple[int, bool]) -> Sample:
+        index, flip = index_and_flip
         entry, objects = self.coco.imgs[self.ids[index]], self.objects(self.ids[index])
         image = torch.from_numpy(read_rgb(self.folder / entry["file_name"])).permute(2, 0, 1)
         size = entry["height"], entry["width"]
         if image.shape[1:] != size:
             raise ValueError(
-                f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, its annotations say {size}"
+                f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, "
+                f"its annotations say {size}"
             )
         boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4).float()
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor(
-            [self.labels[item["category_id"]] for item in objects], dtype=torch.int64
-        )
-        masks = torch.from_numpy(
-            np.array([self.coco.annToMask(item) for item in objects], np.uint8).reshape(-1, *size)
-        )
+        boxes[:, 2:] += boxes[:, :2]  # from x, y, width, height to x1, y1, x2, y2
+        labels = torch.tensor([self.labels[item["category_id"]] for item in objects]).long()
+        pixels = np.array([self.coco.annToMask(item) for item in objects], np.uint8)
+        masks = torch.from_numpy(pixels.reshape(-1, *size))
         if flip:
             image, masks = image.flip(-1), masks.flip(-1)
             boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
@@ -104,36 +101,40 @@ class CocoImages(Dataset[Sample]):
 
 
 def read_annotations(path: Path) -> Any:
-    """A COCO annotation file as pycocotools' `COCO`. Raises ValueError when it is none, or pycocotools is not installed."""
+    """An annotation file as pycocotools' `COCO`.
+
+    Raises ValueError when it is not in COCO's format, or when pycocotools is not installed.
+    """
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
-        raise ValueError(
-            f"detection needs pycocotools ({error}): pip install pycocotools"
-        ) from error
+        reason = f"detection needs pycocotools ({error}): pip install pycocotools"
+        raise ValueError(reason) from error
     try:
         with redirect_stdout(sys.stderr):
             coco = COCO(str(path))
     except (ValueError, AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no COCO annotation file ({error!r}); {LAYOUT}") from error
-    if lacking := {"images", "annotations", "categories"} - coco.dataset.keys():
-        raise ValueError(f"{path} has no {', '.join(sorted(lacking))}; {LAYOUT}")
+    if missing := {"images", "annotations", "categories"} - coco.dataset.keys():
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}; {LAYOUT}")
     return coco
 
 
 def reading_plan(
     order: Order, portrait: np.ndarray, first: int, end: int
 ) -> Iterator[list[tuple[int, bool]]]:
-    """The batches of the steps from `first` up to `end`, each a list of (index, flip): a pure function of seed and step.
+    """The batches of the steps from `first` up to `end`, each a list of (index, flip).
 
-    All but one batch of an epoch hold images of one orientation, so that little is padded (detectron2's grouping).
+    A batch depends only on the seed and the step. In all batches of an epoch except one, the images
+    have the same orientation, so little padding is needed (detectron2 groups images in this way).
+    `portrait` `(N,)` says which images are higher than wide.
     """
     for step in range(first, end):
         epoch, position = divmod(step, len(order))
         if position == 0 or step == first:
             ids = epoch_order(order.count, order.seed, epoch)
             ids = ids[np.argsort(portrait[ids], kind="stable")]
-            flips = keys(order.seed, epoch, ids) >> np.uint64(63) == 1
+            flips = sample_keys(order.seed, epoch, ids) >> np.uint64(63) == 1
             blocks = epoch_order(len(order), order.seed, epoch)
         rows = slice(blocks[position] * order.batch_size, (blocks[position] + 1) * order.batch_size)
         yield list(zip(ids[rows].tolist(), flips[rows].tolist(), strict=True))

@@ -1,13 +1,28 @@
 """Views by NVIDIA DALI: one decode per image, and two crops of it by region of interest.
 
-The default for image files on a GPU. DALI decodes there (`mixed`: the host's threads read the
-Huffman codes, the GPU does the rest), or on the host with `decode_on=cpu`. Its outputs are the weak
-crops as uint8, HWC.
+This is the default for image files on a GPU. DALI decodes there (`mixed`: the host's threads read
+the Huffman codes, the GPU does the rest), or on the host with `decode_on=cpu`. Its outputs are the
+weak crops as uint8, HWC.
 
-Every window is drawn by `draws` and fed per sample. No random operator, reader or shuffle of DALI
-is used. DALI therefore has no state to save, and a new epoch or a resumed run is only other input.
-The aggressive stage is `device_ops` on a GPU and `host_ops` on a CPU: DALI's colour operators are 8
-of 255 levels away from torchvision's.
+Every crop window is drawn by `draws` and given to DALI per sample. No random operator, reader or
+shuffle of DALI is used. DALI therefore has no state to save, and a new epoch or a resumed run is
+only other input. The aggressive stage runs in `device_ops` on a GPU and in `host_ops` on a CPU,
+because DALI's colour operators are 8 of 255 levels away from torchvision's.
+
+A batch passes three stages:
+
+1. A pool of threads reads the files of the next `2 * prefetch_batches` batches. The training thread
+   waits here only if the storage is too slow.
+2. Up to `prefetch_batches` batches are inside DALI, which decodes and crops them. On a CPU the
+   training thread waits until the oldest one is finished. On a GPU it waits only until DALI's
+   threads have launched the kernels of that batch.
+3. The crops are copied out of DALI's memory and finished. On a GPU this runs on the stream of
+   `self.transfer`, which waits for DALI's stream. The training stream waits for that stream, and
+   the host waits for neither.
+
+The crops that DALI returns are its own memory. They are valid from `share_outputs` until
+`release_outputs`, after which DALI writes later batches there. Each batch is therefore copied into
+memory of its own, and the crops are released before the batch is handed out.
 
 DALI's dynamic mode (`nvidia.dali.experimental.dynamic`, 2.4.0) was tried instead of the graph
 below. On a CPU it gives the same bits at the same speed (1.004 of the graph's wall time, 0.98 of
@@ -30,24 +45,26 @@ from PIL import Image
 
 from pipelines.draws import VIEW_PARAMS
 from pipelines.host_ops import finish_views
-from pipelines.loading import Job, Landing, Loader, in_parts
+from pipelines.loading import Job, Loader, in_parts
+from pipelines.transfer import Transfer
 from pipelines.views import VIEWS, Batch
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 INSTALL = "pip install nvidia-dali-cuda120 (for CUDA 12; nvidia-dali-cuda130 for CUDA 13)"
-Encoded = tuple[np.ndarray, np.ndarray, list[np.ndarray]]  # a batch's ids, parameters and files
-Reading = list[
-    Future[tuple[int, np.ndarray]]
-]  # a batch's files while they are read: sample id, bytes
+# A batch inside DALI: the sample ids `(B,)`, the parameters `(B, 2)` and the bytes of each file.
+Encoded = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
+# A batch whose files are still being read. Each future returns a sample id and the file's bytes.
+Reading = list[Future[tuple[int, np.ndarray]]]
 
 
 def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) -> Pipeline:
     """The DALI pipeline whose last operators run on `device`.
 
-    Inputs are `encoded` (the files' bytes) and, for each crop i, `start_i` and `end_i`: (y, x) in
-    pixels. Raises ValueError when DALI is missing.
+    Its inputs are `encoded` (the files' bytes) and, for each crop i, `start_i` and `end_i`: (y, x)
+    in pixels. Its outputs are the crops `(B, S, S, 3)` uint8. Raises ValueError when DALI is
+    missing.
     """
     try:
         from nvidia.dali import Pipeline, fn
@@ -57,22 +74,23 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
         raise ValueError(reason) from error
     pipe = Pipeline(
         batch_size=job.order.batch_per_rank,
-        num_threads=job.threads,
+        num_threads=job.loading.threads,
         device_id=device_id,
-        prefetch_queue_depth=job.prefetch_batches,
+        prefetch_queue_depth=job.loading.prefetch_batches,
     )
     tallest, widest = (int(px) for px in job.source.manifest.sizes.max(0))
     size = [job.spec.size_px, job.spec.size_px]
     with pipe:
         image = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
-        # The manifest's sizes, and PIL, know nothing of EXIF rotation: it is not applied.
-        if device == "gpu" and job.decode_on == "gpu":
+        # EXIF rotation is not applied, because PIL and the sizes in the manifest ignore it too.
+        if device == "gpu" and job.loading.decode_on == "gpu":
             image = fn.decoders.image(
                 image,
                 device="mixed",
                 output_type=DALIImageType.RGB,
                 adjust_orientation=False,
-                jpeg_fancy_upsampling=True,  # as libjpeg-turbo, and so PIL, upsamples chroma
+                # libjpeg-turbo, and therefore PIL, upsamples chroma in this way.
+                jpeg_fancy_upsampling=True,
                 preallocate_width_hint=widest,
                 preallocate_height_hint=tallest,
             )
@@ -104,14 +122,12 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
 def regions(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of one crop's windows, `(B, 2)` each: (y, x) in pixels.
 
-    A flip swaps the ends along x.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip swaps the two ends along x.
     """
-    top, left, height, width, flip = (
-        params[name] for name in ("top", "left", "height", "width", "flip")
-    )
-    right = left + width
+    top, left, flip = params["top"], params["left"], params["flip"]
+    bottom, right = top + params["height"], left + params["width"]
     start = np.stack([top, np.where(flip, right, left)], 1)
-    end = np.stack([top + height, np.where(flip, left, right)], 1)
+    end = np.stack([bottom, np.where(flip, left, right)], 1)
     return start.astype(np.float32), end.astype(np.float32)
 
 
@@ -119,109 +135,127 @@ class DaliViews(Loader):
     """Loader over encoded images. Raises ValueError when DALI is missing.
 
     DALI does not reliably say which image it cannot decode, and its pipeline is invalid from then
-    on. The batch is then decoded by PIL, which also finds the bad image, and a new pipeline
-    continues from there.
+    on. PIL then decodes the images of that batch, which also finds the bad one. A new pipeline gets
+    them as PNGs and continues from there.
     """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.on_gpu = job.device.type == "cuda"
-        if self.on_gpu and job.aggressive_on == "host":
+        if self.on_gpu and job.loading.aggressive_on == "host":
             raise ValueError(
-                "aggressive_on: host would bring the crops back from the GPU; use device, or backend native"
+                "aggressive_on: host would bring the crops back from the GPU; use device, "
+                "or backend native"
             )
-        self.pool = ThreadPoolExecutor(job.threads)
-        self.landing = Landing(job)
+        self.pool = ThreadPoolExecutor(job.loading.threads)
+        self.transfer = Transfer(job)
         self.pipe = self.start()
 
     def start(self) -> Pipeline:
-        """A new pipeline, ready to run one batch for each `schedule_run`."""
+        """A new pipeline with an empty queue, in which each `schedule_run` runs one batch."""
         job, batch_size = self.job, self.job.order.batch_per_rank
         device_id = (job.device.index or 0) if self.on_gpu else None
         pipe = build_graph(job, "gpu" if self.on_gpu else "cpu", device_id)
         pipe.build()
-        # The first `schedule_run` runs DALI once for each place of its queue. Those runs get blank
-        # images here, so that later one call is one batch.
+        # The first `schedule_run` runs DALI once for each place of its queue. Here these runs get
+        # blank images, and their outputs are thrown away. Every later call then runs one batch.
         blank = np.frombuffer(png(np.zeros((8, 8, 3), np.uint8)), np.uint8)
         params = np.zeros((batch_size, 2), VIEW_PARAMS)
         params["height"] = params["width"] = 8
-        for _ in range(job.prefetch_batches):
+        for _ in range(job.loading.prefetch_batches):
             self.feed(pipe, [blank] * batch_size, params)
         pipe.schedule_run()
-        for _ in range(job.prefetch_batches):
+        for _ in range(job.loading.prefetch_batches):
             pipe.share_outputs()
             pipe.release_outputs()
         return pipe
 
     def restart(self) -> None:
-        """Replace a pipeline that met a bad image."""
+        """Replace a pipeline that failed at a bad image. The batches inside it are lost."""
         self.pipe._shutdown()
         self.pipe = self.start()
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
-        # Pipelines are part of reference cycles. One that is left to the garbage collector may be
-        # finalised in a forked worker process, and wait there for threads that a fork does not
-        # copy. DALI has no public call for it.
+        # A pipeline is part of a reference cycle, so only the garbage collector would finalise it.
+        # If that happened in a forked worker process, it would wait there for DALI's threads, which
+        # a fork does not copy, and never end. DALI has no public call for the shutdown.
         self.pipe._shutdown()
 
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
-        reading: deque[Reading] = deque()  # batches whose files are being read
-        running: deque[Encoded] = deque()  # batches inside DALI
-        pending = iter(range(step, len(self)))
+        # Batches move from `reading` to `running` and are delivered from there, always in order.
+        reading: deque[Reading] = deque()
+        running: deque[Encoded] = deque()
+        steps = iter(range(step, len(self)))
 
         def read_next() -> None:
-            if (s := next(pending, None)) is not None:
-                reading.append(self.read(self.job.order.ids(epoch, s), self.encoded))
+            if (next_step := next(steps, None)) is not None:
+                ids = self.job.order.ids(epoch, next_step)
+                reading.append(self.start_reading(ids, self.file_bytes))
 
-        for _ in range(2 * self.job.prefetch_batches):
+        for _ in range(2 * self.job.loading.prefetch_batches):
             read_next()
         try:
             while reading or running:
-                while reading and len(running) < self.job.prefetch_batches:
+                while reading and len(running) < self.job.loading.prefetch_batches:
                     running.append(self.run(self.collect(epoch, reading.popleft())))
                     read_next()
                 try:
                     outputs = self.outputs()
                 except RuntimeError:
+                    # An image of the oldest batch could not be decoded, and the batches behind it
+                    # are lost with the pipeline. A new one gets the oldest batch as PNGs made by
+                    # PIL. The others are still in `running` with their files and are run again.
                     (ids, *_), *rest = running
                     running.clear()
                     self.restart()
-                    running.append(self.run(self.collect(epoch, self.read(ids, self.decoded))))
+                    files = self.start_reading(ids, self.png_bytes)
+                    running.append(self.run(self.collect(epoch, files)))
                     running.extend(map(self.run, rest))
                     outputs = self.outputs()
                 ids, params, _ = running.popleft()
                 crops = dict(zip(self.job.crops, outputs, strict=True))
-                land = self.land_gpu if self.on_gpu else self.land_cpu
-                batch = land(crops, ids, params)
+                make = self.batch_on_gpu if self.on_gpu else self.batch_on_cpu
+                batch = make(crops, ids, params)
+                # The batch has memory of its own by now, so DALI may reuse that of the crops.
                 self.pipe.release_outputs()
                 yield batch
         finally:
+            # The caller may leave before the end of the epoch. The files that nobody needs any
+            # more are then not read, and DALI's queue is emptied. Otherwise the next iterator would
+            # get the batches of this one.
             for files in reading:
                 for file in files:
                     file.cancel()
             try:
-                for _ in running:  # an iterator left early leaves nothing behind for the next one
+                for _ in running:
                     self.pipe.share_outputs()
                     self.pipe.release_outputs()
-            except RuntimeError:  # a bad image in a batch that nobody will ask for
+            except RuntimeError:  # A batch that nobody will ask for contains a bad image.
                 self.restart()
 
-    def read(self, ids: np.ndarray, read: Callable[[int], np.ndarray]) -> Reading:
+    def start_reading(self, ids: np.ndarray, read: Callable[[int], np.ndarray]) -> Reading:
+        """Start reading a batch's images on the pool. Returns at once."""
         return [self.pool.submit(self.readable, int(sample), read) for sample in ids]
 
     def collect(self, epoch: int, files: Reading) -> Encoded:
+        """Wait until a batch's files are read, then draw its parameters.
+
+        The parameters are drawn only now, because a bad image may have been replaced by another.
+        """
         samples, encoded = zip(*(file.result() for file in files), strict=True)
         ids = np.array(samples)
         return ids, self.job.params(epoch, ids), list(encoded)
 
     def run(self, batch: Encoded) -> Encoded:
+        """Let DALI start on a batch. Returns the batch, which is kept until it is delivered."""
         _, params, files = batch
         self.feed(self.pipe, files, params)
         self.pipe.schedule_run()
         return batch
 
     def feed(self, pipe: Pipeline, files: list[np.ndarray], params: np.ndarray) -> None:
+        """Queue one batch of inputs: B files and the windows of `params` `(B, 2)`."""
         pipe.feed_input("encoded", files)
         for crop in self.job.crops:
             start, end = regions(params[:, crop])
@@ -229,33 +263,37 @@ class DaliViews(Loader):
             pipe.feed_input(f"end_{crop}", end)
 
     def outputs(self) -> list[Any]:
-        """The oldest batch's crops, one `TensorList` each. Raises RuntimeError when an image could
-        not be decoded.
+        """The oldest batch's crops in DALI's memory, one `TensorList` for each of `job.crops`.
 
-        On a GPU they are bound to the landing's stream, which waits for DALI's. The host waits only
-        until DALI's threads have launched their kernels. Without a stream it would wait for the GPU
-        in every batch.
+        On a GPU they are bound to the stream of `self.transfer`, which waits for DALI's stream. The
+        host waits only until DALI's threads have launched their kernels. Without a stream it would
+        wait for the GPU in every batch. Raises RuntimeError when an image could not be decoded.
         """
-        return list(self.pipe.share_outputs(cuda_stream=self.landing.stream))
+        return list(self.pipe.share_outputs(cuda_stream=self.transfer.stream))
 
-    def encoded(self, sample: int) -> np.ndarray:
-        """The bytes for DALI's decoder: a JPEG as it is, anything else as `decoded`."""
+    def file_bytes(self, sample: int) -> np.ndarray:
+        """The bytes for DALI's decoder: a JPEG unchanged, any other image as `png_bytes`."""
         data = self.job.jpeg(sample)
-        return np.frombuffer(data, np.uint8) if data else self.decoded(sample)
+        return np.frombuffer(data, np.uint8) if data else self.png_bytes(sample)
 
-    def decoded(self, sample: int) -> np.ndarray:
-        """The bytes of a PNG of the image's RGB pixels by PIL."""
+    def png_bytes(self, sample: int) -> np.ndarray:
+        """The image as decoded by PIL, encoded as a PNG."""
         return np.frombuffer(png(self.job.read(sample)), np.uint8)
 
-    def land_gpu(self, crops: dict[int, Any], ids: np.ndarray, params: np.ndarray) -> Batch:
+    def batch_on_gpu(self, crops: dict[int, Any], ids: np.ndarray, params: np.ndarray) -> Batch:
+        """The batch made of DALI's crops on the GPU.
+
+        All work is only enqueued, so the host does not wait. The caller may release the crops
+        afterwards.
+        """
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         def receive(stream: torch.cuda.Stream) -> dict[str, torch.Tensor]:
-            # One copy of each crop in stream order: 39 MB for 256 images at 224 px, .1 ms of a
-            # V100's bandwidth. What keeps DALI's memory alive until the device has read it: the
-            # stream on which DALI reuses that memory is made to wait for the copy, by DALI, inside
-            # this call (CopyToExternalImplGPU in its backend_impl.cc). The crop may therefore be
-            # released as soon as the copy is enqueued.
+            # Each crop is copied once, in stream order. A copy is 39 MB for 256 images at 224 px,
+            # which takes 0.1 ms of a V100's bandwidth. The crop may be released as soon as its copy
+            # is enqueued, although the GPU has not executed it yet: `feed_ndarray` also makes the
+            # stream on which DALI reuses that memory wait for the copy (CopyToExternalImplGPU in
+            # DALI's backend_impl.cc).
             shape = (len(ids), self.job.spec.size_px, self.job.spec.size_px, 3)
             levels = {}
             for crop, output in crops.items():
@@ -263,28 +301,39 @@ class DaliViews(Loader):
                 levels[VIEWS[crop]] = feed_ndarray(output.as_tensor(), level, cuda_stream=stream)
             return levels
 
-        return self.landing.on_stream(receive, ids, params)
+        return self.transfer.on_stream(receive, ids, params)
 
-    def land_cpu(self, crops: dict[int, Any], ids: np.ndarray, params: np.ndarray) -> Batch:
+    def batch_on_cpu(self, crops: dict[int, Any], ids: np.ndarray, params: np.ndarray) -> Batch:
+        """The batch made of DALI's crops on the host. It is complete when this returns.
+
+        `levels` are views of DALI's memory. They are read only in here, so the caller may release
+        the crops afterwards.
+        """
         levels = {crop: np.asarray(output.as_tensor()) for crop, output in crops.items()}
-        slot = self.landing.slot(len(ids))
-        if self.job.aggressive_on == "device":
+        memory = self.transfer.take(len(ids))
+        if self.job.loading.aggressive_on == "device":
             for crop, pixels in levels.items():
-                slot.views[VIEWS[crop]].numpy()[:] = pixels
-            return self.landing.batch(slot, ids, params)
-        outputs, table = self.landing.arrays(slot), self.landing.table
+                memory.views[VIEWS[crop]].numpy()[:] = pixels
+            return self.transfer.batch(memory, ids, params)
+        views = self.transfer.arrays(memory)
         unread = np.empty((len(ids), 0, 0, 3), np.uint8)
-        weak_1, weak_2 = (levels.get(crop, unread) for crop in (0, 1))
+        first, second = (levels.get(crop, unread) for crop in (0, 1))
 
         def work(part: slice) -> None:
-            views = [output[part] for output in outputs]
-            finish_views(weak_1[part], weak_2[part], params[part], table, *views)
+            finish_views(
+                first=first[part],
+                second=second[part],
+                params=params[part],
+                table=self.transfer.table,
+                **{name: view[part] for name, view in views.items()},
+            )
 
-        in_parts(self.pool, self.job.threads, len(ids), work)
-        return self.landing.batch(slot, ids, params)
+        in_parts(self.pool, self.job.loading.threads, len(ids), work)
+        return self.transfer.batch(memory, ids, params)
 
 
 def png(image: np.ndarray) -> bytes:
+    """`(H, W, 3)` uint8 as an uncompressed PNG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=0)
     return file.getvalue()

@@ -1,10 +1,12 @@
-"""The dice: every random choice about a view, drawn once, by a counter-based hash.
+"""The random parameters of every view, drawn once by a counter-based hash.
 
-    draw(seed=0, epoch=3, ids=np.arange(256), spec=spec, sizes=manifest.sizes[:256])  ->  (256, 2) array of VIEW_PARAMS
+    params = draw(seed=0, epoch=3, ids=np.arange(256), spec=spec, sizes=manifest.sizes[:256])
+    params.shape  # (256, 2), of VIEW_PARAMS
 
-The choice depends on (seed, epoch, sample id, crop, draw) and on nothing else: no generator state exists, so the same
-views come out whatever the batch split, the number of ranks, threads or the backend, and a run resumes from its step.
-Nothing else in the project draws an augmentation; backends only apply what stands here.
+Each random number depends only on (seed, epoch, sample id, crop, number of the draw). There is no
+generator with a state. Therefore the views are the same for every batch split, number of ranks,
+number of threads and backend, and a run can resume from any step. Nothing else in the project draws
+an augmentation: the backends only apply the parameters drawn here.
 """
 
 from __future__ import annotations
@@ -17,42 +19,44 @@ from numpy.typing import NDArray
 from pipelines.views import ViewSpec
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-ORDERS = np.array(
-    list(permutations(range(4))), np.int8
-)  # (24, 4): the orders of the four jitter operations
-CROP_TRIES = 10  # torchvision's RandomResizedCrop.get_params
+# (24, 4): every order of the four jitter operations.
+ORDERS = np.array(list(permutations(range(4))), np.int8)
+CROP_TRIES = 10  # as in torchvision's RandomResizedCrop.get_params
 
 VIEW_PARAMS = np.dtype(
     [
-        ("top", "i4"),  # crop window in source pixels
+        ("top", "i4"),  # these four are the crop window, in pixels of the image
         ("left", "i4"),
         ("height", "i4"),
         ("width", "i4"),
         ("flip", "?"),
         ("jitter", "?"),
-        ("order", "i1", 4),  # order[k] is the operation applied k-th
-        ("factor", "f4", 4),  # by operation; hue in turns
+        ("order", "i1", 4),  # order[k] is the number of the k-th jitter operation
+        ("factor", "f4", 4),  # factor[n] belongs to operation n; the one of hue is in turns
         ("grayscale", "?"),
-        ("blur_sigma_px", "f4"),  # 0: no blur
+        ("blur_sigma_px", "f4"),  # 0 means no blur
     ]
 )
 
-# One fixed counter per choice: adding a choice at the end moves no other.
+# Each draw has a fixed number. A new draw at the end therefore changes none of the others.
 FLIP, JITTER, ORDER, GRAYSCALE, BLUR, SIGMA, TOP, LEFT = range(8)
-FACTOR, AREA, ASPECT = 8, 16, 32  # ranges of 4, CROP_TRIES, CROP_TRIES counters
+FACTOR, AREA, ASPECT = 8, 16, 32  # the first of 4, CROP_TRIES and CROP_TRIES numbers
 DRAWS = ASPECT + CROP_TRIES
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Splitmix64's finaliser (Steele et al. 2014) on uint64 of any shape: every input bit flips half the output bits."""
+    """The finaliser of Splitmix64 (Steele et al. 2014) on uint64 of any shape.
+
+    Every bit of the input changes half of the output bits on average.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))
     return x
 
 
-def keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
-    """`(n,)` uint64, one well-mixed key per sample of an epoch."""
+def sample_keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
+    """One hash key for each sample of an epoch, `(n,)` uint64."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         key = mix(np.asarray([seed], np.uint64) + golden)
@@ -61,21 +65,22 @@ def keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, draws: int) -> np.ndarray:
-    """`(n, 2, draws)` float64 in [0, 1): for each sample and crop, one number per draw."""
+    """Random numbers `(n, 2, draws)` float64 in [0, 1): `draws` of them per sample and crop."""
     streams = 2 * draws
     counter = np.arange(1, streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    bits = mix(keys(seed, epoch, ids)[:, None] + counter)
-    numbers: np.ndarray = (bits >> np.uint64(11)) * 2.0**-53
+    hashes = mix(sample_keys(seed, epoch, ids)[:, None] + counter)  # (n, 2 * draws)
+    numbers: np.ndarray = (hashes >> np.uint64(11)) * 2.0**-53
     return numbers.reshape(len(ids), 2, draws)
 
 
 def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarray) -> np.ndarray:
     """The parameters of both crops of each sample: `(n, 2)` of `VIEW_PARAMS`.
 
-    `ids` `(n,)` are sample ids of the dataset, `sizes` `(n, 2)` their height and width in pixels. Distributions are
-    torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale and a blur of random sigma.
+    `ids` `(n,)` are the sample ids in the dataset, and `sizes` `(n, 2)` are their heights and
+    widths in pixels. The distributions are those of torchvision's RandomResizedCrop,
+    RandomHorizontalFlip, ColorJitter and RandomGrayscale, and a blur of random sigma.
     """
-    u = uniforms(seed, epoch, ids, DRAWS)
+    u = uniforms(seed, epoch, ids, DRAWS)  # (n, 2, DRAWS)
     params = np.zeros((len(ids), 2), VIEW_PARAMS)
     params["top"], params["left"], params["height"], params["width"] = crop_windows(u, spec, sizes)
     params["flip"] = u[..., FLIP] < spec.flip_p
@@ -86,31 +91,29 @@ def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarr
     params["factor"] = centre + strength * (2 * u[..., FACTOR : FACTOR + 4] - 1)
     params["grayscale"] = u[..., GRAYSCALE] < spec.grayscale_p
     low, high = spec.blur_sigma_px
-    params["blur_sigma_px"] = np.where(
-        u[..., BLUR] < spec.blur_p, low + (high - low) * u[..., SIGMA], 0
-    )
+    sigma_px = low + (high - low) * u[..., SIGMA]
+    params["blur_sigma_px"] = np.where(u[..., BLUR] < spec.blur_p, sigma_px, 0)
     return params
 
 
 def crop_windows(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Top, left, height, width, each `(n, 2)`: the first of ten tries that fits, else the largest central window."""
-    image_h, image_w = (
-        np.asarray(sizes)[:, None, axis].astype(np.float64) for axis in (0, 1)
-    )  # (n, 1)
+    """Top, left, height and width of the crop windows, each `(n, 2)`.
+
+    A window is the first of ten tries that fits into the image. If none fits, it is the largest
+    central window of an allowed aspect. `u` `(n, 2, DRAWS)` are the random numbers.
+    """
+    image_h, image_w = np.asarray(sizes).astype(np.float64).T[..., None]  # (n, 1) each
     low, high = spec.crop_area
     area = (image_h * image_w)[..., None] * (low + (high - low) * u[..., AREA : AREA + CROP_TRIES])
     log_low, log_high = np.log(spec.crop_aspect)
     aspect = np.exp(log_low + (log_high - log_low) * u[..., ASPECT : ASPECT + CROP_TRIES])
     widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (
-        (widths > 0)
-        & (widths <= image_w[..., None])
-        & (heights > 0)
-        & (heights <= image_h[..., None])
-    )
-    first = fits.argmax(-1)[..., None]
-    accepted = fits.any(-1)
-    # torchvision's fallback: the whole image, narrowed to the nearest allowed aspect
+    fits_across = (widths > 0) & (widths <= image_w[..., None])
+    fits_down = (heights > 0) & (heights <= image_h[..., None])
+    fits = fits_across & fits_down  # (n, 2, CROP_TRIES), as the four arrays before
+    first = fits.argmax(-1)[..., None]  # (n, 2, 1)
+    accepted = fits.any(-1)  # (n, 2)
+    # This is torchvision's fallback: the whole image, narrowed to the nearest allowed aspect.
     central_w = np.minimum(image_w, np.rint(image_h * spec.crop_aspect[1]))
     central_h = np.minimum(image_h, np.rint(image_w / spec.crop_aspect[0]))
     width = np.where(accepted, np.take_along_axis(widths, first, -1)[..., 0], central_w)

@@ -1,11 +1,27 @@
-"""Views of an FFCV .beton file: one decode per image by FFCV's libjpeg, all views of it by the kernels of `host_ops`.
+"""Views of an FFCV .beton file: one decode per image by FFCV's libjpeg, then our own kernels.
 
-FFCV opens the file and makes batches ahead on a thread of its own. Its random crops, order and augmentations are not used:
-what it runs for a batch is `FfcvViews.write`. The stock decoder keeps a buffer of the largest image for every sample of
-every batch ahead (65 GiB on ImageNet at full size); this one takes memory per image. FFCV also compiles its code anew for
-each loader, 5.6 s of every opening; `decode_views` is compiled once per process, in 1.5 s.
+FFCV opens the file and prepares batches ahead on a thread of its own. Its random crops, its order
+and its augmentations are not used: for each batch it only calls `FfcvViews.write`, which decodes
+the images and makes all views of them by the kernels of `host_ops`.
 
-Written for ffcv 1.0.2, of which some inner parts are replaced; each says why.
+The stock decoder keeps a buffer of the largest image for every sample of every batch ahead (65 GiB
+on ImageNet at full size). This one allocates memory per image. FFCV also compiles its code again
+for each loader, which takes 5.6 s of every opening. `decode_views` is compiled once per process, in
+1.5 s.
+
+Three kinds of threads take part:
+
+- FFCV's thread runs `write` for one batch after another. On a GPU it first waits until the device
+  has read the previous batch from the same pinned buffer. Then it waits for the pool. It puts the
+  finished batch into FFCV's queue, and waits there when `prefetch_batches` batches are ready.
+- The pool's threads (`threads`) each decode a part of the batch and make its views.
+- The training thread takes the finished batches from the queue, waits only when it is empty, and
+  enqueues the copies to the device (`self.transfer.batch`).
+
+The views are written into memory of `self.transfer`, never into FFCV's. The stored images are read
+directly from the file, which FFCV maps into memory at the loader's first epoch and then keeps.
+
+This file is written for ffcv 1.0.2. Some inner parts of FFCV are replaced; each place says why.
 """
 
 from __future__ import annotations
@@ -20,13 +36,14 @@ import numpy as np
 import torch
 
 from pipelines.host_ops import jpeg_size, sample_views
-from pipelines.loading import Job, Landing, Loader, Slot, in_parts
+from pipelines.loading import Job, Loader, in_parts
+from pipelines.transfer import HostViews, Transfer
 from pipelines.views import Batch
 
 INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 torch_threads = torch.get_num_threads()
-# Importing ffcv starts numba's threads, which nothing here uses. TBB's would keep a process that has forked from ending where
-# it has one core.
+# Importing ffcv starts numba's threads, which nothing here uses. With TBB's threads, a process that
+# has forked would not end on a machine with one core.
 numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]  # a dynamic attribute
 try:
     from ffcv.fields.rgb_image import IMAGE_MODES
@@ -38,10 +55,10 @@ try:
     from ffcv.pipeline.pipeline_spec import PipelineSpec
 except ImportError as error:
     raise ValueError(f"backend ffcv needs FFCV ({error}): {INSTALL}, or use image files") from error
-torch.set_num_threads(torch_threads)  # importing ffcv sets one
-Compiler.set_num_threads = staticmethod(
-    lambda count: None
-)  # torch's and numba's, process-wide, at every epoch
+# Importing ffcv sets torch's number of threads to one. FFCV would also set torch's and numba's
+# numbers of threads at every epoch, for the whole process.
+torch.set_num_threads(torch_threads)
+Compiler.set_num_threads = staticmethod(lambda count: None)
 
 # What FFCV passes to read a file from memory: the file's bytes, the position at which each image
 # starts (sorted), and the size of each image in bytes.
@@ -63,31 +80,31 @@ def decode_views(
     aggressive_1: np.ndarray,
     aggressive_2: np.ndarray,
 ) -> None:
-    """The views `(B, S, S, 3)` of the images `ids`, as `sample_views`; `failed` `(B,)` says which to leave out, and becomes
-    those that did not decode as well.
+    """Decode the images `ids` `(B,)` and write their views, as `sample_views` does.
 
-    `metadata` is FFCV's record for every image.
+    `metadata` is FFCV's record for every image of the file. `params` are `(B, 2)`, `table`
+    `(3, 256)`, and the outputs `(B, S, S, 3)`, or empty where a view is not read. `failed` `(B,)`
+    is True for the images to leave out, and is set for those that could not be decoded.
     """
     data, starts, sizes = storage
     for i in range(len(ids)):
         field = metadata[ids[i]]
-        start, height, width = (
-            field["data_ptr"],
-            np.uint32(field["height"]),
-            np.uint32(field["width"]),
-        )
+        height, width = np.uint32(field["height"]), np.uint32(field["width"])
+        start = field["data_ptr"]
         stored = data[start : start + sizes[np.searchsorted(starts, start)]]
         if failed[i]:
             continue
         if field["mode"] == JPEG:
             image = np.empty((height, width, 3), np.uint8)
             jpeg_height, jpeg_width = jpeg_size(stored)
-            # FFCV would leave the rest of a larger image as it is in memory.
-            other_size = jpeg_height != height or jpeg_width != width
-            failed[i] = other_size or (
-                decode_jpeg(stored, image, height, width, height, width, 0, 0, 1, 1, False, False)
-                != 0
-            )
+            if jpeg_height != height or jpeg_width != width:
+                # For a smaller JPEG, FFCV would leave the rest of `image` uninitialised.
+                failed[i] = True
+            else:
+                status = decode_jpeg(
+                    stored, image, height, width, height, width, 0, 0, 1, 1, False, False
+                )
+                failed[i] = status != 0
         elif len(stored) == 3 * height * width:
             image = stored.reshape(height, width, 3)
         else:
@@ -99,47 +116,54 @@ def decode_views(
 
 
 class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
-    """What FFCV runs for a batch is `write`, and what that returns is what FFCV yields."""
+    """The only operation of our FFCV pipeline: it calls `write`, whose result FFCV yields."""
 
     def __init__(self, write: Callable[..., object]) -> None:
         super().__init__()
         self.write = write
 
     def declare_state_and_memory(self, previous_state: object) -> tuple[object, None]:
-        return (
-            previous_state,
-            None,
-        )  # no memory: FFCV writes its own again while batches may be in use, 10 of 15 kept ones
+        # No memory is asked of FFCV, because it overwrites its memory while batches may still be in
+        # use: of 15 batches that were kept, 10 were overwritten.
+        return previous_state, None
 
     def generate_code(self) -> Callable[..., object]:
         return self.write
 
 
 class FfcvViews(Loader):
-    """Loader over a .beton file with fields `image` and `label`. What FFCV cannot decode, PIL does or finds bad.
+    """Loader over a .beton file with fields `image` and `label`.
 
-    A file replaced by rename is read on as it was. FFCV maps the file into memory: one cut in the very moment that a batch is
-    made kills the process (SIGBUS), one cut before is found.
+    An image that FFCV cannot decode is decoded by PIL, or reported as bad if PIL fails too. If the
+    file is replaced by a rename, the loader continues to read the old one. FFCV maps the file into
+    memory: a file that was truncated before a batch is made is detected, but one that is truncated
+    just while a batch is made kills the process (SIGBUS).
+
+    Raises ValueError when the data are not a .beton file, or when the file was replaced since the
+    source was opened.
     """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if job.source.beton is None:
             raise ValueError(
-                "backend ffcv reads .beton files: convert with `python -m tools.to_ffcv`, or choose another backend"
+                "backend ffcv reads .beton files: convert with `python -m tools.to_ffcv`, "
+                "or choose another backend"
             )
-        self.landing = Landing(job)
-        self.pool = ThreadPoolExecutor(job.threads)
+        self.transfer = Transfer(job)
+        self.pool = ThreadPoolExecutor(job.loading.threads)
         self.epoch = 0
-        Compiler.set_enabled(False)  # for this loader: `write` is Python
+        # `write` is a Python method, so FFCV must not compile it. Other FFCV loaders of the process
+        # are compiled as usual.
+        Compiler.set_enabled(False)
         try:
             self.loader = FfcvLoader(
                 str(job.source.beton),
                 batch_size=job.order.batch_per_rank,
-                num_workers=job.threads,
+                num_workers=job.loading.threads,
                 os_cache=True,
                 order=OrderOption.SEQUENTIAL,
-                batches_ahead=job.prefetch_batches,
+                batches_ahead=job.loading.prefetch_batches,
                 pipelines={
                     "image": PipelineSpec("image", decoder=Decoder(self.write)),
                     "label": None,
@@ -147,11 +171,11 @@ class FfcvViews(Loader):
             )
         finally:
             Compiler.set_enabled(True)
-        reader = self.loader.reader  # opened later than the source
+        # FFCV has opened the file later than the source did, so it may be another file by now.
+        reader = self.loader.reader
         images = reader.metadata[f"f{reader.field_names.index('image')}"]
-        if not np.array_equal(
-            np.stack([images["height"], images["width"]], 1), job.source.manifest.sizes
-        ):
+        sizes = np.stack([images["height"], images["width"]], 1)
+        if not np.array_equal(sizes, job.source.manifest.sizes):
             raise ValueError(f"{job.source.beton} was replaced while it was opened: start again")
 
     def close(self) -> None:
@@ -159,58 +183,71 @@ class FfcvViews(Loader):
 
     def write(
         self, ids: np.ndarray, _: None, metadata: np.ndarray, storage: Storage
-    ) -> tuple[Slot, np.ndarray, np.ndarray] | Exception:
-        """A batch's slot, written, with its ids and parameters. On FFCV's thread, which an exception would end in silence."""
+    ) -> tuple[HostViews, np.ndarray, np.ndarray] | Exception:
+        """The memory with a batch's views, its ids and its parameters, or the error that occurred.
+
+        This runs on FFCV's thread. An exception would end that thread without a message, and the
+        training thread would wait for ever. The error is therefore returned, and `batches` raises
+        it. The ids can differ from those given: a bad image may be replaced by another.
+        """
         try:
-            params, slot = self.job.params(self.epoch, ids), self.landing.slot(len(ids))
-            views, table = self.landing.arrays(slot), self.landing.table
+            params, memory = self.job.params(self.epoch, ids), self.transfer.take(len(ids))
+            views = self.transfer.arrays(memory)
+            table = self.transfer.table
+            # If the file was truncated since it was opened, reading one of its missing pages would
+            # kill the process. All images of the batch are then left to PIL, which finds those that
+            # are missing.
             mapped = cast(mmap, storage[0].base)
-            # If the file was cut since it was opened, touching a missing page kills the process.
             failed = np.full(len(ids), mapped.size() < len(storage[0]))
-            slot.wait()
+            # The device may still be reading the batch that was in this memory before.
+            memory.wait()
 
             def work(part: slice) -> None:
-                outputs = (view[part] for view in views)
                 decode_views(
-                    ids[part], metadata, storage, params[part], table, failed[part], *outputs
+                    ids=ids[part],
+                    metadata=metadata,
+                    storage=storage,
+                    params=params[part],
+                    table=table,
+                    failed=failed[part],
+                    **{name: view[part] for name, view in views.items()},
                 )
 
-            in_parts(self.pool, self.job.threads, len(ids), work)
+            in_parts(self.pool, self.job.loading.threads, len(ids), work)
             for i in np.flatnonzero(failed):
                 ids[i], image = self.readable(int(ids[i]), self.job.read)
                 params[i] = self.job.params(self.epoch, ids[i : i + 1])[0]
-                sample_views(image, params[i], table, *(view[i] for view in views))
-            return slot, ids, params
+                sample_views(image, params[i], table, *(view[i] for view in views.values()))
+            return memory, ids, params
         except Exception as error:
             return error
 
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         self.epoch = epoch
-        ids = np.concatenate(
-            [self.job.order.ids(epoch, s) for s in range(step, len(self))]
-            or [np.zeros(0, np.int64)]
-        )
-        self.loader.traversal_order.sample_order = lambda _: (
-            ids
-        )  # a class of ours is refused by a fault of 1.0.2
-        self.loader.first_traversal_order = (
-            ids  # the loader cuts every order to the length of its first
-        )
-        running = iter(self.loader)
+        steps = range(step, len(self))
+        ids = np.array([self.job.order.ids(epoch, s) for s in steps], np.int64).reshape(-1)
+        # Our order replaces FFCV's. FFCV 1.0.2 has an interface for this (TraversalOrder classes),
+        # but by a fault it refuses every class except its own. It also cuts every order to the
+        # length of the loader's first one.
+        self.loader.traversal_order.sample_order = lambda _: ids
+        self.loader.first_traversal_order = ids
+        iterator = iter(self.loader)
         try:
-            for _ in range(step, len(self)):
-                (made,) = next(running)
-                if isinstance(made, Exception):
-                    raise made
-                yield self.landing.batch(*made)
+            for _ in steps:
+                (result,) = next(iterator)
+                if isinstance(result, Exception):
+                    raise result
+                yield self.transfer.batch(*result)
         finally:
-            running.iter_ixes = iter(
-                ()
-            )  # no batch after the one at work; its own signal is heeded by a full queue only
-            while (
-                running.is_alive()
-            ):  # its last act is to put a None, for which a full queue has no room
-                while not running.output_queue.empty():
-                    running.output_queue.get_nowait()
-                running.join(0.01)
-            running.close()
+            # FFCV's thread must have ended before the next epoch starts, because it writes into the
+            # same memory and reads `self.epoch`. Its own signal is not enough: the thread looks at
+            # it only while the queue is full. Without further batches it ends after the current
+            # one.
+            iterator.iter_ixes = iter(())
+            # The last thing it does is to put a None into the queue, which blocks while that is
+            # full. The queue is therefore emptied until the thread has ended.
+            while iterator.is_alive():
+                while not iterator.output_queue.empty():
+                    iterator.output_queue.get_nowait()
+                iterator.join(0.01)
+            iterator.close()

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, whatever happens while they are written."""
+"""Atomic file writes: afterwards the file is either completely new or unchanged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Make or replace `path` by what `write` puts into the file it is called with: temporary name, fsync, rename.
+    """Create or replace the file `path` with what `write(file)` writes.
 
-    On return it is on the disk. An error, be it of `write` or of the disk (OSError), leaves `path` as it was and nothing
-    beside it; a killed process leaves `partial_name(path)`, which the next write of `path` replaces.
+    The content goes to a temporary file, which is flushed to the disk (fsync) and then renamed. On
+    return the new file is on the disk. If `write` or the disk fails, the error is raised, `path` is
+    unchanged and the temporary file is removed. A killed process leaves the temporary file
+    (`partial_name`), which the next write of `path` replaces.
     """
     partial = path.with_name(partial_name(path.name))
     file = partial.open("wb")
@@ -32,6 +34,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Create or replace a text file atomically, in UTF-8."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def partial_name(name: str) -> str:
-    """Hidden, so that no listing of images or checkpoints finds it."""
+    """The name of the temporary file: hidden, so no listing of images or checkpoints finds it."""
     return f".{name}.partial"

@@ -1,10 +1,12 @@
-"""The two stages of a view on the CPU, one image at a time: numba kernels on uint8 that release the GIL.
+"""The two stages of a view on the CPU, one image at a time: numba kernels that release the GIL.
 
-Each kernel does the integer and float arithmetic of the PIL operation it stands for, in the same order, so that a view
-equals the one torchvision makes from PIL images with the same parameters: crop and resize (Resample.c), the four jitter
-operations (Blend.c, Convert.c), grayscale, and PIL's Gaussian blur, which is three box blurs per axis (BoxBlur.c).
+Each kernel does the integer and float arithmetic of a PIL operation, in the same order. A view
+therefore equals the one that torchvision makes from a PIL image with the same parameters. The
+operations are crop and resize (Resample.c), the four jitter operations (Blend.c, Convert.c),
+grayscale, and PIL's Gaussian blur, which is three box blurs along each axis (BoxBlur.c).
 
-Images are `(H, W, 3)` uint8; views in the making are planes `(3, S, S)` uint8, which the compiler vectorises.
+Images are `(H, W, 3)` uint8. Between the operations, a view is three planes `(3, S, S)` uint8, in a
+layout that the compiler can vectorise.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from numba import njit
 
 from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 
-# All kernels stand in this file: numba notices a stale compiled cache by the file a kernel is in, not by what it calls.
-# fastmath is named since a kernel first compiled for a caller with fastmath, as FFCV's are, would inherit and cache it.
+# All kernels must be in this file, because numba recognises an outdated cache by the file of the
+# kernel, not by the files of the functions that it calls. `fastmath` is explicitly False: otherwise
+# a kernel that is first compiled for a caller with fastmath, as FFCV's functions are, would inherit
+# it and be cached with it.
 kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
 BLUR_PASSES = 3
-BLOCK = 2048  # pixels whose sums stay in the first-level cache
+BLOCK = 2048  # pixels per block, so that their sums stay in the first-level cache
 
 
 @kernel
@@ -36,10 +40,11 @@ def sample_views(
     aggressive_1: np.ndarray,
     aggressive_2: np.ndarray,
 ) -> None:
-    """All views of one image, from one decode.
+    """All views of one decoded image `(H, W, 3)` uint8.
 
-    `params` `(2,)` of `draws.VIEW_PARAMS`; `table` `(3, 256)` maps a channel's 8-bit level to the normalised value; each
-    output is `(S, S, 3)` of the table's dtype, or empty when it is not read.
+    `params` are `(2,)` of `draws.VIEW_PARAMS`. `table` `(3, 256)` maps the 8-bit levels of each
+    channel to normalised values. Each output is `(S, S, 3)` of the table's dtype, or empty when the
+    view is not read.
     """
     size = max(
         max(weak_1.shape[0], weak_2.shape[0]), max(aggressive_1.shape[0], aggressive_2.shape[0])
@@ -71,7 +76,11 @@ def batch_views(
     aggressive_1: np.ndarray,
     aggressive_2: np.ndarray,
 ) -> None:
-    """`sample_views` of images that lie one after another in `pixels`: image `i` of `sizes[i]` begins at `offsets[i]`."""
+    """`sample_views` for a batch of images of a dataset that is one flat array `pixels` uint8.
+
+    Image `i` starts at `offsets[i]` and has height and width `sizes[i]`. `offsets` is `(N,)`,
+    `sizes` `(N, 2)`, `ids` `(B,)` and `params` `(B, 2)`. Each output is `(B, S, S, 3)` or empty.
+    """
     for b in range(len(ids)):
         height, width = sizes[ids[b]]
         first = offsets[ids[b]]
@@ -83,21 +92,27 @@ def batch_views(
 
 @kernel
 def jpeg_size(data: np.ndarray) -> tuple[int, int]:
-    """Height and width by the frame header of a JPEG's bytes; 0 and 0 when none is found where it should be."""
+    """Height and width according to the frame header in a JPEG's bytes `(n,)` uint8.
+
+    Both are 0 if there is no frame header where it should be.
+    """
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are tables
+        # These three markers are tables, not frame headers.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return data[at + 5] * 256 + data[at + 6], data[at + 7] * 256 + data[at + 8]
-        at += (
-            1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]
-        )  # fill bytes, or a segment
+        # Skip a fill byte, or a whole segment.
+        at += 1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]
     return 0, 0
 
 
 @kernel
 def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
-    """Jitter, grayscale and blur of `(3, S, S)` uint8, in place."""
+    """Jitter, grayscale and blur of `planes` `(3, S, S)` uint8, in place.
+
+    `p` is one row of `draws.VIEW_PARAMS`.
+    """
     if p["jitter"]:
         for k in range(4):
             operation = p["order"][k]
@@ -117,7 +132,7 @@ def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
 
 @kernel
 def normalise(planes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    """Write `(3, S, S)` uint8 to `(S, S, 3)` through the table."""
+    """Write `planes` `(3, S, S)` uint8 to `out` `(S, S, 3)` through `table` `(3, 256)`."""
     size = planes.shape[1]
     for y in range(size):
         for x in range(size):
@@ -127,12 +142,14 @@ def normalise(planes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 
 @kernel
 def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """PIL's antialiased bilinear filter in fixed point: first tap `(size_out,)` and weights `(taps, size_out)`.
+    """PIL's antialiased bilinear filter in fixed point.
 
-    Every output has the same number of taps, some of weight 0: a loop over the outputs then has no branch.
+    Returns each output's first tap `(size_out,)` and the weights `(taps, size_out)`. Every output
+    has the same number of taps, some of them with weight 0, so a loop over the outputs needs no
+    branch.
     """
     scale = size_in / size_out
-    support = max(scale, 1.0)  # the triangle widens when it shrinks the image
+    support = max(scale, 1.0)  # the triangle is wider when the image is made smaller
     taps = min(math.ceil(2 * support), size_in)
     first = np.empty(size_out, np.int64)
     fixed = np.zeros((taps, size_out), np.int32)
@@ -157,18 +174,13 @@ def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
 def crop_resize_flip(
     image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, planes: np.ndarray
 ) -> None:
-    """The window of `image` `(H, W, 3)` resized to `planes` `(3, S, S)`, then mirrored if `flip`."""
+    """Resize a window of `image` `(H, W, 3)` to `planes` `(3, S, S)`, mirrored if `flip`."""
     size = planes.shape[1]
     pixels = image.reshape(image.shape[0], image.shape[1] * 3)
-    if (
-        height > size and 2 * width < height + size
-    ):  # Pillow 13 resizes such a window down first, older ones never do
-        pixels, top, left, height = (
-            resize_down(pixels, top, 3 * left, height, 3 * width, size),
-            0,
-            0,
-            size,
-        )
+    if height > size and 2 * width < height + size:
+        # Pillow 13 resizes such a window along y first. Older versions never do.
+        pixels = resize_down(pixels, top, 3 * left, height, 3 * width, size)
+        top, left, height = 0, 0, size
     rows = resize_across(pixels, top, left, height, width, flip, size)
     resized = resize_down(rows, 0, 0, height, 3 * size, size)
     for c in range(3):
@@ -182,11 +194,15 @@ def crop_resize_flip(
 def resize_across(
     pixels: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int
 ) -> np.ndarray:
-    """A window of interleaved rows `(H, 3 * W)` to `(height, 3 * size)` uint8, in which red, green and blue stand apart."""
+    """Resize a window of interleaved rows `(H, 3 * W)` uint8 along x, mirrored if `flip`.
+
+    Returns `(height, 3 * size)` uint8. Each row contains first all red, then all green, then all
+    blue levels.
+    """
     first, weights = bilinear_taps(width, size)
-    place = np.empty(
-        size, np.uint32
-    )  # of each output's first tap; unsigned, for which numba asks not whether it is negative
+    # The place of each output's first tap. Numba does not check whether an unsigned index is
+    # negative.
+    place = np.empty(size, np.uint32)
     weight = np.empty(weights.shape, np.int32)
     for x in range(size):
         out = size - 1 - x if flip else x
@@ -194,10 +210,8 @@ def resize_across(
         for t in range(len(weights)):
             weight[t, out] = weights[t, x]
     rows = np.empty((height, 3 * size), np.uint8)
-    line, tap = (
-        np.empty(width, np.int32),
-        np.empty(size, np.int32),
-    )  # red, green and blue in one integer
+    # Each integer of these two contains red, green and blue.
+    line, tap = np.empty(width, np.int32), np.empty(size, np.int32)
     total = np.empty(3 * size, np.int32)
     red, green, blue = total[:size], total[size:][:size], total[2 * size :][:size]
     for y in range(height):
@@ -211,9 +225,9 @@ def resize_across(
         total[:] = HALF
         for t in range(len(weights)):
             weight_t, from_t = weight[t], line[t:]
-            for x in range(
-                size
-            ):  # one look-up for three channels, in a loop of its own: the other one is vectorised then
+            # One look-up serves three channels. It has a loop of its own, so that the compiler can
+            # vectorise the other one.
+            for x in range(size):
                 tap[x] = from_t[place[x]]
             for x in range(size):
                 rgb, w = tap[x], weight_t[x]
@@ -222,9 +236,8 @@ def resize_across(
                 blue[x] += w * (rgb >> 16)
         row = rows[y]
         for i in range(3 * size):
-            row[i] = (
-                total[i] >> RESIZE_BITS
-            )  # weights are positive and sum to one: 0..255 without a clip
+            # The weights are positive and their sum is one, so the result is in 0..255 unclipped.
+            row[i] = total[i] >> RESIZE_BITS
     return rows
 
 
@@ -232,7 +245,7 @@ def resize_across(
 def resize_down(
     pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int
 ) -> np.ndarray:
-    """A window of `(H, W)` uint8 to `(size, width)`."""
+    """Resize a window of `pixels` `(H, W)` uint8 along y. Returns `(size, width)` uint8."""
     first, weights = bilinear_taps(height, size)
     out = np.empty((size, width), np.uint8)
     total = np.empty(width, np.int32)
@@ -250,14 +263,14 @@ def resize_down(
 
 @kernel
 def gray_level(r: np.uint8, g: np.uint8, b: np.uint8) -> np.int32:
-    """ITU-R 601 luma in Convert.c's 16-bit fixed point."""
+    """The ITU-R 601 luma of one pixel, in Convert.c's 16-bit fixed point."""
     gray: np.int32 = (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
     return gray
 
 
 @kernel
 def mean_gray(planes: np.ndarray) -> int:
-    """torchvision's contrast centre: the mean luma of the image, rounded to a level."""
+    """The mean luma of `planes` `(3, S, S)`, rounded: torchvision's centre of a contrast change."""
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     total = np.int64(0)
     for i in range(r.size):
@@ -275,7 +288,7 @@ def blend_level(level: np.uint8, centre: int | np.int32, factor: np.float32) -> 
 
 @kernel
 def blend_constant(planes: np.ndarray, centre: int, factor: np.float32) -> None:
-    """Brightness (centre 0) and contrast (centre mean gray)."""
+    """Brightness (with centre 0) or contrast (with centre mean gray) of `(3, S, S)`, in place."""
     flat = planes.reshape(-1)
     for i in range(flat.size):
         flat[i] = blend_level(flat[i], centre, factor)
@@ -283,7 +296,7 @@ def blend_constant(planes: np.ndarray, centre: int, factor: np.float32) -> None:
 
 @kernel
 def blend_gray(planes: np.ndarray, factor: np.float32) -> None:
-    """Saturation; factor 0 is grayscale."""
+    """Saturation of `planes` `(3, S, S)` uint8, in place. A factor of 0 is grayscale."""
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     for i in range(r.size):
         gray = gray_level(r[i], g[i], b[i])
@@ -294,7 +307,11 @@ def blend_gray(planes: np.ndarray, factor: np.float32) -> None:
 
 @kernel
 def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
-    """torchvision's adjust_hue: to 8-bit HSV, add to H modulo 256, back; equal to Convert.c for every colour and shift."""
+    """torchvision's adjust_hue of `planes` `(3, S, S)` uint8, in place.
+
+    Converts to 8-bit HSV, adds to H modulo 256, and converts back. The result equals Convert.c's
+    for every colour and shift.
+    """
     shift = int(np.float64(turns) * 255)  # toward zero
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     hue, saturation = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint8)
@@ -306,9 +323,9 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
             hue[i], saturation[i], value[i] = hsv(
                 np.int32(red[i]), np.int32(green[i]), np.int32(blue[i])
             )
-        for i in range(
-            count
-        ):  # a loop of its own: one loop for both keeps too much at hand to be vectorised well
+        # The way back has a loop of its own. One loop for both directions would have too many live
+        # values to be vectorised well.
+        for i in range(count):
             red[i], green[i], blue[i] = rgb(
                 (np.int32(hue[i]) + shift) & 255, np.float32(saturation[i]), np.float32(value[i])
             )
@@ -316,10 +333,11 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
 
 @kernel
 def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.int32, np.int32]:
-    """Convert.c's rgb2hsv: hue, saturation and value in levels."""
+    """Convert.c's rgb2hsv of one pixel: hue, saturation and value as levels in 0..255."""
     value, low = max(red, max(green, blue)), min(red, min(green, blue))
     spread = value - low
-    # Convert.c divides three distances from the value by the spread; two of the quotients are 0 and 1, this is the third
+    # Convert.c divides the distances of the three channels from the value by the spread. Two of the
+    # quotients are 0 and 1. This is the third one.
     part = np.float32(2 * value + low - red - green - blue) / np.float32(max(spread, np.int32(1)))
     if red == value:
         sextant = np.float32(1) - part if blue == low else part - np.float32(1)
@@ -337,9 +355,9 @@ def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.in
 def rgb(
     hue: np.int32, saturation: np.float32, value: np.float32
 ) -> tuple[np.uint8, np.uint8, np.uint8]:
-    """Convert.c's hsv2rgb, from a whole hue and float32 levels."""
-    sector = (hue * 6 * 257 + 257) >> 16  # hue * 6 // 255
-    fraction = np.float32(hue * 6 - sector * 255)  # of 255
+    """Convert.c's hsv2rgb of one pixel, from an integer hue and float32 levels."""
+    sector = (hue * 6 * 257 + 257) >> 16  # equals hue * 6 // 255
+    fraction = np.float32(hue * 6 - sector * 255)  # 255 means one sector
     chroma = value * saturation
     p = np.uint8(value - chroma * np.float32(1 / 255) + np.float32(0.5))
     q = np.uint8(value - chroma * fraction * np.float32(1 / 255**2) + np.float32(0.5))
@@ -356,30 +374,33 @@ def rgb(
 
 @kernel
 def box_radius(sigma_px: np.float32) -> np.float32:
-    """Radius of the box whose three passes have variance sigma squared (BoxBlur.c, Gwosdek et al. 2011)."""
-    one, two, three, six = (
-        np.float32(1),
-        np.float32(2),
-        np.float32(3),
-        np.float32(6),
-    )  # float32 throughout, as PIL
+    """Radius in pixels of the box whose three passes have the variance sigma squared.
+
+    The sources are BoxBlur.c and Gwosdek et al. 2011.
+    """
+    # Like PIL, this computes in float32 throughout.
+    one, two, three, six = np.float32(1), np.float32(2), np.float32(3), np.float32(6)
     variance = sigma_px * sigma_px / np.float32(BLUR_PASSES)
     length = np.float32(math.sqrt(12.0 * variance + 1.0))
-    whole = np.float32(math.floor((length - 1.0) / 2.0))
-    part = (two * whole + one) * (whole * (whole + one) - three * variance)
-    radius: np.float32 = whole + part / (six * (variance - (whole + one) * (whole + one)))
+    inner = np.float32(math.floor((length - 1.0) / 2.0))  # the radius, rounded down
+    part = (two * inner + one) * (inner * (inner + one) - three * variance)
+    radius: np.float32 = inner + part / (six * (variance - (inner + one) * (inner + one)))
     return radius
 
 
 @kernel
 def blur(planes: np.ndarray, sigma_px: np.float32) -> None:
-    """PIL's GaussianBlur of `(3, S, S)` uint8 in place: three box passes along x, then three along y, edges repeated."""
+    """PIL's GaussianBlur of `planes` `(3, S, S)` uint8, in place.
+
+    Three box passes run along x, then three along y. The plane has a frame of `edge` pixels in
+    which the pixels of its border are repeated.
+    """
     size = planes.shape[1]
     radius = box_radius(sigma_px)
-    whole = int(radius)
+    inner_radius = int(radius)
     weight = np.uint32(np.float32(1 << 24) / (radius * 2 + 1))
-    far_weight = np.uint32(((1 << 24) - (whole * 2 + 1) * np.int64(weight)) // 2)
-    edge = whole + 1
+    far_weight = np.uint32(((1 << 24) - (inner_radius * 2 + 1) * np.int64(weight)) // 2)
+    edge = inner_radius + 1
     side = size + 2 * edge
     framed, other = np.empty((side, 3, side), np.uint8), np.empty((side, 3, side), np.uint8)
     for y in range(size):
@@ -393,7 +414,7 @@ def blur(planes: np.ndarray, sigma_px: np.float32) -> None:
                 for e in range(edge):
                     framed[y, c, e] = framed[y, c, edge]
                     framed[y, c, edge + size + e] = framed[y, c, edge + size - 1]
-        box_pass(framed, other, 1, whole, weight, far_weight)
+        box_pass(framed, other, 1, inner_radius, weight, far_weight)
         framed, other = other, framed
     for _ in range(BLUR_PASSES):
         for e in range(edge):
@@ -401,7 +422,7 @@ def blur(planes: np.ndarray, sigma_px: np.float32) -> None:
                 for x in range(side):
                     framed[e, c, x] = framed[edge, c, x]
                     framed[edge + size + e, c, x] = framed[edge + size - 1, c, x]
-        box_pass(framed, other, 3 * side, whole, weight, far_weight)
+        box_pass(framed, other, 3 * side, inner_radius, weight, far_weight)
         framed, other = other, framed
     for y in range(size):
         for c in range(3):
@@ -415,23 +436,25 @@ def box_pass(
     source: np.ndarray,
     out: np.ndarray,
     step: int,
-    whole: int,
+    inner_radius: int,
     weight: np.uint32,
     far_weight: np.uint32,
 ) -> None:
-    """One box over pixels `step` apart in memory: `2 * whole + 1` full taps and a fractional one at each end.
+    """One box blur from `source` to `out`, `(side, 3, side)` uint8, over pixels `step` apart.
 
-    Runs along the memory of the whole framed plane, the frame included: long loops that the compiler vectorises.
+    The box has `2 * inner_radius + 1` full taps and a fractional one at each end. The loops run
+    along the memory of the whole array, including the frame: they are long, and the compiler
+    vectorises them.
     """
     source, out = source.reshape(-1), out.reshape(-1)
-    reach = (whole + 1) * step
+    reach = (inner_radius + 1) * step
     total = np.empty(BLOCK, np.uint32)
     for start in range(reach, source.size - reach, BLOCK):
         count = min(BLOCK, source.size - reach - start)
         low, high = source[start - reach :][:count], source[start + reach :][:count]
         for i in range(count):
             total[i] = far_weight * (np.uint32(low[i]) + np.uint32(high[i])) + np.uint32(1 << 23)
-        for t in range(-whole, whole + 1):
+        for t in range(-inner_radius, inner_radius + 1):
             tap = source[start + t * step :][:count]
             for i in range(count):
                 total[i] += weight * np.uint32(tap[i])
@@ -451,7 +474,11 @@ def finish_views(
     aggressive_1: np.ndarray,
     aggressive_2: np.ndarray,
 ) -> None:
-    """All views of ready weak crops `(B, S, S, 3)` uint8, as `batch_views`; an unread crop is empty."""
+    """All views of a batch whose weak crops are already made.
+
+    `first` and `second` are the crops `(B, S, S, 3)` uint8, or empty when not read. `params` are
+    `(B, 2)`, `table` `(3, 256)`, and the outputs as in `batch_views`.
+    """
     for b in range(len(params)):
         for crop in range(2):
             levels, weak, aggressive = (

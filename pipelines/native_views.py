@@ -1,8 +1,12 @@
-"""Views of image files and tar shards: decode once per image on a pool of threads, both crops from that one decode.
+"""Views of image files and tar shards by a pool of threads: one decode, two crops per image.
 
-The default on a CPU. JPEGs are decoded by libjpeg-turbo through torchvision.io, which gives PIL's pixels and lets go of
-the interpreter lock; everything else by PIL. On a GPU the threads make the weak crops as uint8 in pinned memory and the
-device does the rest, or the threads make all views (`aggressive_on=host`).
+This is the default on a CPU. JPEGs are decoded by libjpeg-turbo through torchvision.io, which gives
+the same pixels as PIL and releases the interpreter lock. All other images are decoded by PIL. When
+training on a GPU, the threads make the weak crops as uint8 in pinned memory and the device does the
+rest, or the threads make all views (`aggressive_on=host`).
+
+The training thread waits only for the tasks of the batch that it takes next. A task waits until the
+device has read the previous batch from the memory that it writes to.
 """
 
 from __future__ import annotations
@@ -16,14 +20,17 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.host_ops import sample_views
-from pipelines.loading import Job, Landing, Loader, Slot
+from pipelines.loading import Job, Loader
+from pipelines.transfer import HostViews, Transfer
 from pipelines.views import Batch
 
-# Images per task: few enough to share out evenly, enough that handing out tasks costs nothing. All are decoded before the
-# views of the first are made, by which the decoder runs 4% faster: its code, tables and branch history stay in the core.
+# Images per task. These are few enough to divide a batch evenly among the threads, and enough that
+# the cost of a task does not matter. A task decodes all its images before it makes the first view.
+# This makes the decoder 4% faster, because its code, tables and branch history stay in the core.
 CHUNK = 4
 
-Submitted = tuple[list[Future[None]], Slot, np.ndarray, np.ndarray]  # tasks, ids, parameters
+# A batch in work: its tasks, and the memory, the ids `(B,)` and the parameters `(B, 2)` they write.
+Submitted = tuple[list[Future[None]], HostViews, np.ndarray, np.ndarray]
 
 
 class NativeViews(Loader):
@@ -31,8 +38,8 @@ class NativeViews(Loader):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.pool = ThreadPoolExecutor(job.threads)
-        self.landing = Landing(job)
+        self.pool = ThreadPoolExecutor(job.loading.threads)
+        self.transfer = Transfer(job)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -40,49 +47,48 @@ class NativeViews(Loader):
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
         ahead: deque[Submitted] = deque()
         try:
-            for s in range(step, len(self) + self.job.prefetch_batches):
+            for s in range(step, len(self) + self.job.loading.prefetch_batches):
                 if s < len(self):
                     ahead.append(self.submit(epoch, self.job.order.ids(epoch, s)))
-                if s >= step + self.job.prefetch_batches and ahead:
-                    tasks, slot, ids, params = ahead.popleft()
+                if s >= step + self.job.loading.prefetch_batches and ahead:
+                    tasks, memory, ids, params = ahead.popleft()
                     for task in tasks:
                         task.result()
-                    yield self.landing.batch(slot, ids, params)
-        finally:  # an iterator left early must not write into slots that the next one is given
+                    yield self.transfer.batch(memory, ids, params)
+        finally:
+            # The caller may leave before the end of the epoch. The tasks must then end here,
+            # because the next iterator gets the same memory.
             for tasks, *_ in ahead:
                 for task in tasks:
                     task.cancel() or task.exception()
 
     def submit(self, epoch: int, ids: np.ndarray) -> Submitted:
+        """Start the tasks of one batch. Returns at once."""
         ids, params = ids.copy(), self.job.params(epoch, ids)
-        slot = self.landing.slot(len(ids))
-        outputs = self.landing.arrays(slot)
+        memory = self.transfer.take(len(ids))
+        views = self.transfer.arrays(memory).values()
 
         def work(first: int) -> None:
-            images = [
-                self.readable(int(sample), self.decode) for sample in ids[first : first + CHUNK]
-            ]
-            slot.wait()
+            chunk = ids[first : first + CHUNK].tolist()
+            images = [self.readable(sample, self.decode) for sample in chunk]
+            memory.wait()
             for i, (sample, image) in enumerate(images, first):
-                if sample != ids[i]:
+                if sample != ids[i]:  # A bad image was replaced by another.
                     ids[i] = sample
                     params[i] = self.job.params(epoch, ids[i : i + 1])[0]
-                sample_views(image, params[i], self.landing.table, *(out[i] for out in outputs))
+                sample_views(image, params[i], self.transfer.table, *(view[i] for view in views))
 
-        return (
-            [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)],
-            slot,
-            ids,
-            params,
-        )
+        tasks = [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)]
+        return tasks, memory, ids, params
 
     def decode(self, sample: int) -> np.ndarray:
-        """`(H, W, 3)` uint8, equal to `job.read(sample)`."""
+        """An image `(H, W, 3)` uint8, equal to `job.read(sample)`. Raises the same errors."""
         if not (data := self.job.jpeg(sample)):
             return self.job.read(sample)
         try:
             stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image: torch.Tensor = decode_jpeg(stored, ImageReadMode.RGB)
         except RuntimeError:
-            return self.job.read(sample)  # CMYK and its like; or an error that names the file
+            # PIL also reads CMYK and the like. For a damaged file, its error names the file.
+            return self.job.read(sample)
         return image.permute(1, 2, 0).numpy()

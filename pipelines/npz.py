@@ -1,4 +1,7 @@
-"""Arrays from an .npz file whoever wrote it: no pickle, no zip bomb, no more memory than the file is long."""
+"""Read arrays from untrusted .npz files: no pickle, no decompression bomb.
+
+Reading never takes more memory than the file is long.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,27 @@ import numpy as np
 
 
 def read_npz(path: Path, wanted: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
-    """The arrays `wanted` (name: type) of what `np.savez` wrote. Raises FileNotFoundError, ValueError for anything else."""
+    """The arrays `wanted` (name: type) from a file written by `np.savez`.
+
+    Raises FileNotFoundError, and ValueError for a file that is damaged or contains other arrays.
+    """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as stored:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             length = file.seek(0, io.SEEK_END)
-            return {name: read_array(stored, length, name, dtype) for name, dtype in wanted.items()}
+            return {name: read_array(archive, length, name, wanted[name]) for name in wanted}
     except FileNotFoundError:
         raise
-    except Exception as error:  # a damaged zip fails in many ways
+    except Exception as error:  # A damaged zip file raises exceptions of many types.
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_array(stored: zipfile.ZipFile, length: int, name: str, wanted: np.dtype) -> np.ndarray:
-    """One array of the zip file, which is `length` bytes long."""
-    member = stored.getinfo(f"{name}.npy")
-    if (
-        member.compress_type != zipfile.ZIP_STORED
-        or max(member.file_size, member.compress_size) > length
-    ):
+def read_array(archive: zipfile.ZipFile, length: int, name: str, wanted: np.dtype) -> np.ndarray:
+    """One array, of type `wanted`, from a zip file that is `length` bytes long."""
+    member = archive.getinfo(f"{name}.npy")
+    size = max(member.file_size, member.compress_size)
+    if member.compress_type != zipfile.ZIP_STORED or size > length:
         raise ValueError(f"{member.filename} is compressed or larger than the file")
-    data = bytearray(stored.read(member))
+    data = bytearray(archive.read(member))
     header = io.BytesIO(data)
     if (version := np.lib.format.read_magic(header)) != (1, 0):
         raise ValueError(f"{member.filename} is of version {version}")

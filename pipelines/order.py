@@ -1,6 +1,7 @@
-"""Which samples each rank reads at each step: a pure function of (seed, epoch, step, rank, world size).
+"""Which samples each rank reads at each step: a pure function of (seed, epoch, step, rank, ranks).
 
-The union of what R ranks read in a step is what one rank with the same global batch reads, and resuming is a jump.
+In each step, R ranks together read the same samples as one rank with the same global batch size.
+Resuming needs no replay: the samples of any step are computed directly.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipelines.draws import keys
+from pipelines.draws import sample_keys
 
 
 @dataclass(frozen=True)
 class Order:
-    """The reading plan of one rank over `count` samples. `batch_size` is global; `len()` is the steps per epoch.
+    """The reading plan of one rank over `count` samples.
 
-    The remainder of an epoch that does not fill a batch is dropped; which samples those are changes every epoch.
-    Raises ValueError when the dataset does not fill one batch or the batch does not divide among the ranks.
+    `batch_size` is the global batch size, and `len()` is the number of steps per epoch. The last
+    samples of an epoch, which do not fill a batch, are left out. They are other samples in every
+    epoch. Raises ValueError when the dataset does not fill one batch, or when the batch size is not
+    divisible by the number of ranks.
     """
 
     count: int
@@ -35,7 +38,8 @@ class Order:
             )
         if self.batch_size % self.world_size:
             raise ValueError(
-                f"batch_size {self.batch_size} is global and does not divide among {self.world_size} ranks"
+                f"batch_size {self.batch_size} is global and does not divide among "
+                f"{self.world_size} ranks"
             )
 
     def __len__(self) -> int:
@@ -46,13 +50,14 @@ class Order:
         return self.batch_size // self.world_size
 
     def ids(self, epoch: int, step: int) -> np.ndarray:
-        """The sample ids `(batch_per_rank,)` this rank reads at `step` of `epoch`."""
+        """The sample ids `(batch_per_rank,)` that this rank reads at `step` of `epoch`."""
         first = step * self.batch_size + self.rank * self.batch_per_rank
         return epoch_order(self.count, self.seed, epoch)[first : first + self.batch_per_rank]
 
 
 @lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """`(count,)` int64: a permutation of the sample ids, by sorting their hashes."""
-    order_seed = seed ^ 0x6F72646572  # the views are drawn from the hashes of `seed` itself
-    return np.argsort(keys(order_seed, epoch, np.arange(count)), kind="stable")
+    """A permutation of the sample ids, `(count,)` int64, obtained by sorting their hash keys."""
+    # The order gets a seed of its own, because the views are drawn from the keys of `seed` itself.
+    order_seed = seed ^ 0x6F72646572
+    return np.argsort(sample_keys(order_seed, epoch, np.arange(count)), kind="stable")

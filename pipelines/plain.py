@@ -1,4 +1,4 @@
-"""Images as evaluation sees them, the same for every backend: optional resize, centre crop, normalise."""
+"""Images for evaluation, the same for every backend: optional resize, centre crop, normalise."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from pipelines.views import ViewSpec
 
 
 def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.ndarray:
-    """`(size_px, size_px, 3)` uint8: short side to `resize_px` (bilinear), then the centre. None leaves the size, except
-    that an image smaller than the crop is enlarged to fill it."""
+    """Resize and crop an image `(H, W, 3)` uint8 to `(size_px, size_px, 3)` uint8.
+
+    Its short side is resized to `resize_px` (bilinear), then the centre is cropped. With None the
+    image is not resized, unless it is smaller than the crop: then it is enlarged to fill it.
+    """
     short_px = min(image.shape[:2])
     resize_px = resize_px or max(short_px, size_px)
     if image.shape[:2] == (size_px, size_px) and resize_px == size_px:
@@ -29,10 +32,11 @@ def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.nd
 
 
 class PlainImages:
-    """A split in its own order, once: yields `(images (B, 3, H, W), labels (B,))` on the device in the compute dtype.
+    """One pass over a split in its own order, without augmentation.
 
-    Of several ranks each reads every `world_size`-th image, from its own number on. Raises ValueError when the images are to
-    be resized to less than the crop.
+    Yields `(images (B, 3, S, S), labels (B,))` on the device. The images are normalised and in
+    `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. Raises
+    ValueError when the images would be resized to less than the crop.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class PlainImages:
 
     @property
     def transform(self) -> str:
-        """What is done to an image before it is normalised, in words."""
+        """A description in words of what is done to an image before it is normalised."""
         resize = f"short side to {self.resize_px} px, " if self.resize_px else ""
         return f"{resize}centre crop {self.size_px} px"
 

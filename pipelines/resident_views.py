@@ -1,7 +1,7 @@
 """Views of a dataset held as uint8 in memory: CIFAR, STL-10, Tiny ImageNet, the demo.
 
-Nothing is read or decoded after the start. On a CPU the views come from `host_ops` on a pool of threads, on a GPU from
-`device_ops` on the images in its memory.
+Nothing is read or decoded after the start. On a CPU the views are made by `host_ops` on a pool of
+threads, on a GPU by `device_ops` from the images in its memory.
 """
 
 from __future__ import annotations
@@ -14,31 +14,35 @@ import numpy as np
 import torch
 
 from pipelines import device_ops
-from pipelines.loading import Job, Landing, Loader, finish_on_device, in_parts
+from pipelines.loading import Job, Loader, in_parts
+from pipelines.transfer import Transfer, views_from_weak
 from pipelines.views import Batch
 
 
 class ResidentViews(Loader):
-    """Loader over images in memory; `aggressive_on` says where all of a view is made, not only its aggressive stage.
+    """Loader over images in memory.
 
-    Raises ValueError when the images do not fit in memory or, on the device, are not all of one size.
+    Here `aggressive_on` decides where both stages of a view are made, not only the aggressive one.
+    Raises ValueError when the images do not fit in memory, or when they are not all of one size
+    and the views are made on the device.
     """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.sizes = job.source.manifest.sizes
-        self.pool = ThreadPoolExecutor(job.threads)
+        self.pool = ThreadPoolExecutor(job.loading.threads)
         pixels = self.load()
-        if job.aggressive_on == "host":
+        if job.loading.aggressive_on == "host":
             self.pixels, self.make = pixels, self.host_views
-            self.landing = Landing(job)
+            self.transfer = Transfer(job)
             return
         if (self.sizes != self.sizes[0]).any():
             low, high = self.sizes.min(0), self.sizes.max(0)
             raise ValueError(
-                f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: the resident backend on a device needs one size"
+                f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: "
+                "the resident backend on a device needs one size"
             )
-        images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)
+        images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)  # (N, H, W, 3)
         self.images = images.permute(0, 3, 1, 2).contiguous().to(job.device)
         self.make = self.device_views
         self.affine = device_ops.affine(job.spec, job.device)
@@ -54,35 +58,46 @@ class ResidentViews(Loader):
         from pipelines.host_ops import batch_views
 
         params = self.job.params(epoch, ids)
-        slot = self.landing.slot(len(ids))
-        outputs = self.landing.arrays(slot)
+        memory = self.transfer.take(len(ids))
+        views = self.transfer.arrays(memory)
 
-        def work(chunk: slice) -> None:
-            source = (self.pixels, self.offsets, self.sizes, ids[chunk])
+        def work(part: slice) -> None:
             batch_views(
-                *source, params[chunk], self.landing.table, *(out[chunk] for out in outputs)
+                pixels=self.pixels,
+                offsets=self.offsets,
+                sizes=self.sizes,
+                ids=ids[part],
+                params=params[part],
+                table=self.transfer.table,
+                **{name: view[part] for name, view in views.items()},
             )
 
-        in_parts(self.pool, self.job.threads, len(ids), work)
-        return self.landing.batch(slot, ids, params)
+        in_parts(self.pool, self.job.loading.threads, len(ids), work)
+        return self.transfer.batch(memory, ids, params)
 
     def device_views(self, epoch: int, ids: np.ndarray) -> Batch:
         job = self.job
-        params = np.concatenate([job.params(epoch, ids)[:, crop] for crop in job.crops])
+        # All C crops of the batch are made in one go, as C * B views.
+        params = np.concatenate([job.params(epoch, ids)[:, crop] for crop in job.crops])  # (C * B,)
         index = device_ops.send(np.tile(ids, len(job.crops)), job.device)
-        images = self.images.index_select(0, index)
+        images = self.images.index_select(0, index)  # (C * B, 3, H, W)
         weak = device_ops.weak_stage(images, params, job.spec.size_px)
-        return Batch(job.labels(ids), finish_on_device(job, weak, params, self.affine))
+        return Batch(job.labels(ids), views_from_weak(job, weak, params, self.affine))
 
     def load(self) -> np.ndarray:
-        """All images in one flat uint8 array. `offsets` `(N,)` says where each begins, `stand_ins` `(N,)` which to take."""
+        """All images in one flat uint8 array, decoded by PIL.
+
+        Also sets `offsets` `(N,)`, where each image starts, and `stand_ins` `(N,)`, the sample id
+        to use for each one: its own, or that of the replacement of a bad image.
+        """
         job, count = self.job, len(self.sizes)
         ends = (self.sizes.astype(np.int64).prod(1) * 3).cumsum()
         self.offsets = np.concatenate([[0], ends[:-1]])
         free = free_bytes(job.device)
         if ends[-1] > 0.8 * free:
             raise ValueError(
-                f"{count} images take {ends[-1] / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB are free on {job.device}: "
+                f"{count} images take {ends[-1] / 2**30:.1f} GiB decoded, "
+                f"{free / 2**30:.1f} GiB are free on {job.device}: "
                 "too large for the resident backend"
             )
         pixels = np.empty(ends[-1], np.uint8)
@@ -98,6 +113,6 @@ class ResidentViews(Loader):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory free for the images: the host's, and the GPU's if that is less."""
+    """Free memory for the images in bytes: the host's, or the GPU's if that is less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free

@@ -1,9 +1,13 @@
-"""Tar shards, as WebDataset and DALI read them, with an index that makes every image one read.
+"""Tar shards, as WebDataset and DALI read them, with an index by which an image takes one read.
 
-    train.json   train/index.npz   train/shard-000000.tar   train/shard-000000.idx   train/shard-000001.tar ...
+    train.json
+    train/index.npz
+    train/shard-000000.tar   train/shard-000000.idx
+    train/shard-000001.tar   ...
 
-A sample is two members, `<key>.jpg` and `<key>.cls` (its label as text); the key is its number in the split. The `.idx` is
-what DALI's wds2idx writes. `index.npz` holds shard, offset, size, label, height and width, one number each per sample.
+A sample consists of two members, `<key>.jpg` and `<key>.cls` (its label as text). The key is the
+number of the sample in the split. The `.idx` files have the format of DALI's wds2idx. `index.npz`
+contains six columns with one number per sample: shard, offset, size, label, height and width.
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ import numpy as np
 
 from pipelines.npz import read_npz
 from pipelines.packed import ENTRY, Packed, read_classes
-from pipelines.sources import Source, split_folder
+from pipelines.sources import Source
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # 512 and 10,240 bytes
+# The columns of index.npz, and the fields of `packed.ENTRY` that they are read into.
 INDEX = {
     "shard": "file",
     "offset": "offset",
@@ -27,22 +32,22 @@ INDEX = {
     "height": "height",
     "width": "width",
 }
-INDEX_VERSION = "v1.2"  # of wds2idx
+INDEX_VERSION = "v1.2"  # the version of wds2idx whose format the .idx files have
 
 
-def shard_source(data: str | Path, split: str) -> Source:
-    """The shards under `data` of "pretrain" and "train" (`train/`) or "test" (`val/` or `test/`) as a `Source`.
+def shard_source(folder: Path, split: str) -> Source:
+    """The shards in a folder as the `Source` of a split.
 
-    Raises FileNotFoundError for missing files, ValueError naming a truncated shard or an index of something else.
+    Raises FileNotFoundError for missing files, and ValueError for a truncated shard (with its name)
+    or an index that does not belong to the shards.
     """
-    folder = split_folder(Path(data), split)
     packed = open_shards(folder)
     classes = read_classes(folder.with_suffix(".json"), "shards", len(packed))
     return packed.source(split, classes)
 
 
 def open_shards(folder: Path) -> Packed:
-    """The images and labels of one folder of shards. Raises as `shard_source`."""
+    """The images and labels in one folder of shards. Raises the same errors as `shard_source`."""
     index = folder / "index.npz"
     if not index.is_file():
         raise FileNotFoundError(f"no {index}: python -m tools.to_dali writes shards with one")
@@ -54,9 +59,8 @@ def open_shards(folder: Path) -> Packed:
         if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
             raise ValueError(f"{shards} shards of {count} images")
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{index} is no index of shards ({error}): convert the data again"
-        ) from error
+        reason = f"{index} is no index of shards ({error}): convert the data again"
+        raise ValueError(reason) from error
     entries = np.zeros(count, ENTRY)
     for column, field in INDEX.items():
         entries[field] = columns[column]
@@ -67,7 +71,7 @@ def open_shards(folder: Path) -> Packed:
 
 
 def stored_label(packed: Packed, sample: int) -> int:
-    """The label as its tar member says it, behind the image."""
+    """The label of a sample as stored in its `.cls` member, which follows the image."""
     entry = packed.entries[sample]
     start = int(entry["offset"]) + padded(int(entry["size"])) + BLOCK
     return int(os.pread(packed.files[entry["file"]].fileno(), BLOCK, start).rstrip(b"\0"))
@@ -78,28 +82,32 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def padded(size: int) -> int:
+    """The bytes that `size` bytes of data take in a tar file."""
     return -(-size // BLOCK) * BLOCK
 
 
 def member(name: str, data: bytes) -> bytes:
-    """A tar member: the same bytes wherever and whenever it is written."""
+    """The bytes of a tar member. They do not depend on the time, the user or the machine."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
 class ShardWriter:
-    """Appends samples to the shards of `folder`, in order; after a kill it goes on behind `done`, what is known written.
+    """Appends samples to the shards of `folder`, in order.
 
-    A shard is closed before the sample that would take it over `shard_bytes`, and holds at least one. Raises ValueError
-    when a shard is shorter than `done` says.
+    After a kill it continues behind `done` `(n,)` of `ENTRY`, the samples that are known to be
+    written. Whatever follows them in the folder is deleted. A shard is closed before the sample
+    that would make it larger than `shard_bytes`, but contains at least one sample. Raises
+    ValueError when a shard is shorter than `done` says.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, done: np.ndarray) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.shard_bytes, self.samples = folder, shard_bytes, len(done)
-        self.shard, self.end = int(done["file"][-1]) if len(done) else 0, 0
+        self.shard, self.end = 0, 0  # the last shard, and its length in bytes
         if len(done):
+            self.shard = int(done["file"][-1])
             self.end = int(done["offset"][-1]) + padded(int(done["size"][-1])) + 2 * BLOCK
         for path in folder.glob("shard-*.tar"):
             if path > shard_path(folder, self.shard):
@@ -107,6 +115,7 @@ class ShardWriter:
         self.open()
 
     def open(self) -> None:
+        """Open the last shard and cut it to the samples that are known to be written."""
         path = shard_path(self.folder, self.shard)
         self.file = path.open("r+b" if self.end else "w+b")
         if path.stat().st_size < self.end:
@@ -115,7 +124,7 @@ class ShardWriter:
         self.file.seek(self.end)
 
     def append(self, data: bytes, label: int) -> tuple[int, int]:
-        """Write one JPEG and its label; returns the shard's number and the position of the JPEG in it."""
+        """Write one JPEG and its label. Returns the number of the shard and the JPEG's position."""
         key = f"{self.samples:08}"
         image, text = member(f"{key}.jpg", data), member(f"{key}.cls", str(label).encode())
         if self.end and self.end + len(image) + len(text) + RECORD > self.shard_bytes:
@@ -129,7 +138,7 @@ class ShardWriter:
         return self.shard, offset
 
     def sync(self) -> None:
-        """Put what was appended on the disk."""
+        """Wait until all appended samples are on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -137,22 +146,20 @@ class ShardWriter:
         self.file.close()
 
     def end_shard(self) -> None:
-        end = self.end + 2 * BLOCK  # two empty blocks end an archive
+        """Close the last shard: two empty blocks, then zeros up to a multiple of `RECORD`."""
+        end = self.end + 2 * BLOCK
         self.file.write(bytes(2 * BLOCK + -end % RECORD))
         self.sync()
         self.close()
 
     def finish(self, entries: np.ndarray) -> None:
-        """End the last shard and write the indices of all `entries` `(N,)` of `ENTRY`."""
+        """Close the last shard and write the index files of all `entries` `(N,)` of `ENTRY`."""
         self.end_shard()
         shards = np.split(np.arange(len(entries)), np.flatnonzero(np.diff(entries["file"])) + 1)
         for shard, samples in enumerate(shards):
-            lines = [
-                f"{INDEX_VERSION} {len(samples)}\n",
-                *(index_line(sample, entries[sample]) for sample in samples),
-            ]
             with shard_path(self.folder, shard).with_suffix(".idx").open("w") as file:
-                file.writelines(lines)
+                file.write(f"{INDEX_VERSION} {len(samples)}\n")
+                file.writelines(index_line(sample, entries[sample]) for sample in samples)
                 file.flush()
                 os.fsync(file.fileno())
         with (self.folder / "index.npz").open("wb") as file:
@@ -170,6 +177,7 @@ class ShardWriter:
 
 
 def index_line(sample: int, entry: np.void) -> str:
+    """The line of a sample in an `.idx` file: type, position, size and name of both members."""
     label_offset = entry["offset"] + padded(int(entry["size"])) + BLOCK
-    key, label_size = f"{sample:08}", len(str(entry["label"]))
-    return f"jpg {entry['offset']} {entry['size']} {key}.jpg cls {label_offset} {label_size} {key}.cls\n"
+    image = f"jpg {entry['offset']} {entry['size']} {sample:08}.jpg"
+    return f"{image} cls {label_offset} {len(str(entry['label']))} {sample:08}.cls\n"

@@ -1,4 +1,8 @@
-"""The reference: views by PIL and torchvision, op by op, with the parameters `draws` gives. Slow, obvious, the oracle."""
+"""The reference: views by PIL and torchvision, one operation after another.
+
+The parameters are those of `draws`. This backend is slow and obvious. The tests compare all others
+with it.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.loading import Loader
 from pipelines.views import VIEWS, Batch
 
-Delivery = tuple[Batch | ValueError, dict[int, str]]  # what a worker hands over: `__getitem__`
-JITTER = (
-    F.adjust_brightness,
-    F.adjust_contrast,
-    F.adjust_saturation,
-    F.adjust_hue,
-)  # by draws' operation numbers
+# What a worker process returns: a batch or an error, and the bad images it has skipped so far.
+Delivery = tuple[Batch | ValueError, dict[int, str]]
+# The jitter operations in the order of their numbers in `draws`.
+JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
-    """Stage 1 of `draws.VIEW_PARAMS` row `p`."""
+    """The weak stage: the crop and flip of `p`, a row of `draws.VIEW_PARAMS`."""
     window = (int(p[name]) for name in ("top", "left", "height", "width"))
     view: Image.Image = F.resized_crop(image, *window, [size_px, size_px])
     if p["flip"]:
@@ -33,7 +34,7 @@ def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
 
 
 def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
-    """Stage 2, on the 8-bit result of stage 1."""
+    """The aggressive stage: jitter, grayscale and blur of the 8-bit weak view."""
     if p["jitter"]:
         for operation in p["order"]:
             weak = JITTER[operation](weak, float(p["factor"][operation]))
@@ -45,21 +46,27 @@ def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
 
 
 def ignore_signals(worker: int) -> None:
-    """A signal to all processes is for the one that trains, which needs this one to finish its step."""
+    """Ignore signals that were sent to all processes of a job.
+
+    Only the training process handles them, and it needs this worker to finish its step.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class TorchvisionViews(Loader, Dataset[Delivery]):
-    """Loader with worker processes, one batch per worker; the workers belong to one epoch's iterator and end with it."""
+    """Loader with worker processes, each of which makes whole batches.
+
+    The workers belong to the iterator of one epoch and end with it.
+    """
 
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
-        keys = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
+        epochs_and_ids = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
         deliveries = DataLoader(
             self,
-            sampler=keys,
+            sampler=epochs_and_ids,
             batch_size=None,
-            num_workers=self.job.threads,
+            num_workers=self.job.loading.threads,
             worker_init_fn=ignore_signals,
         )
         for batch, skipped in deliveries:
@@ -74,19 +81,21 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
     def close(self) -> None:
         """Nothing to do: the worker processes end with their epoch's iterator."""
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Delivery:
-        """What a worker hands over: a batch or, without the traceback that raising it there would add, why there is none."""
+    def __getitem__(self, epoch_and_ids: tuple[int, np.ndarray]) -> Delivery:
+        """What a worker returns for one batch: the batch, or the error that occurred.
+
+        An error raised in a worker would get the worker's traceback added to its message.
+        """
         try:
-            return self.make(*key), dict(self.skipped)
+            return self.make(*epoch_and_ids), dict(self.skipped)
         except ValueError as error:
             return error, dict(self.skipped)
 
     def make(self, epoch: int, ids: np.ndarray) -> Batch:
+        """The batch of the samples `ids`, on the CPU."""
         job = self.job
         views: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS if name in job.reads}
-        samples, pixels = zip(
-            *(self.readable(int(sample), job.read) for sample in ids), strict=True
-        )
+        samples, pixels = zip(*(self.readable(i, job.read) for i in ids.tolist()), strict=True)
         ids = np.array(samples)
         for image, pair in zip(map(Image.fromarray, pixels), job.params(epoch, ids), strict=True):
             for crop in job.crops:

@@ -1,7 +1,8 @@
-"""What a view is: the augmentation as plain numbers, and the batch every backend yields.
+"""What a view is: the augmentation as plain numbers, and the batch that every backend yields.
 
-RSA's two stages (methods of section 4.1 of the paper, MoCo v2 values): *weak* is crop + flip, *aggressive* is that
-same crop and flip followed by colour jitter, grayscale and blur. Two crops per image give four views.
+RSA augments in two stages (section 4.1 of the paper, with the values of MoCo v2). A *weak* view is
+a crop and a flip. An *aggressive* view is that same crop and flip, followed by colour jitter,
+grayscale and blur. Two crops per image give four views.
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """The augmentation of one dataset; every backend applies all of it and adds nothing.
+    """The augmentation of one dataset. Every backend applies all of it and adds nothing.
 
-    The defaults are the paper's one value for all datasets (section 4.1, MoCo v2); size, mean and std differ per dataset.
+    The defaults are the values that the paper uses for all datasets (section 4.1, MoCo v2). Size,
+    mean and std differ per dataset.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
 
     size_px: int  # side of the square views
-    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    mean: tuple[float, float, float]  # of the red, green and blue values, which lie in [0, 1]
     std: tuple[float, float, float]
     crop_area: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
     flip_p: float = 0.5
-    jitter_p: float = 0.8  # brightness, contrast, saturation, hue in a fresh order per view
-    brightness: float = 0.4  # factor in 1 +- this
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1  # shift in +- this, in turns
+    jitter_p: float = 0.8  # brightness, contrast, saturation and hue, in a random order per view
+    brightness: float = 0.4  # the factor lies in 1 +- this
+    contrast: float = 0.4  # as brightness
+    saturation: float = 0.4  # as brightness
+    hue: float = 0.1  # the shift lies in +- this, in turns of the colour circle
     grayscale_p: float = 0.2
     blur_p: float = 0.5
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)  # not scaled with size_px
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming every field at fault, when a number cannot describe an augmentation."""
+        """Raise a ValueError that names every field whose value makes no sense."""
         bad = [
             f"{name}={getattr(self, name)}: a probability lies in [0, 1]"
             for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p")
@@ -69,11 +71,13 @@ class ViewSpec:
 
 @dataclass
 class Batch:
-    """One step's input. Views are `(B, 3, H, W)`, channels_last, normalised, on the device, in the compute dtype.
+    """The input of one training step.
 
-    `aggressive_i` is `weak_i`'s own crop and flip, then colour, grey and blur; 1 and 2 are
-    independent crops of the same image. `views` contains only the views that the method reads, by
-    their names in `VIEWS`; the others were not computed. `label` is `(B,)` int64, -1 if unlabelled.
+    `views` contains the views that the method reads, by their names in `VIEWS`. The others were not
+    computed. Each view is `(B, 3, H, W)`, normalised, in channels_last memory format, on the device
+    and in the compute dtype. `aggressive_i` has the same crop and flip as `weak_i`, followed by
+    colour jitter, grayscale and blur. The crops 1 and 2 of an image are independent of each other.
+    `label` is `(B,)` int64, -1 for unlabelled images.
     """
 
     label: Tensor

@@ -1,17 +1,20 @@
-"""Fast self-supervised pre-training with RSA and its peers, from Python:
+"""Fast self-supervised pre-training with RSA and the methods it is compared with, from Python:
 
 >>> from pathlib import Path
 >>> from pipelines import VIEWS, Order, open_source, open_views
->>> from rsa_fast import build_recipe, load_encoder, train
+>>> from rsa_fast import build_recipe, evaluate, load_encoder, train
 >>> data, out = Path("data/cifar10"), Path("runs/notebook")
 >>> recipe = build_recipe("cifar10", "rsa", overrides={"epochs": 2, "batch_size": 32, "width": 8})
 >>> source = open_source(data, "pretrain")
->>> with open_views(source, recipe.views, frozenset(VIEWS), Order(len(source.manifest), batch_size=32, seed=0)) as loader:
-...     batch = next(loader.batches(epoch=0))  # weak_1, weak_2, aggressive_1, aggressive_2 and label
+>>> order = Order(len(source.manifest), batch_size=32, seed=0)
+>>> with open_views(source, recipe.views, frozenset(VIEWS), order) as loader:
+...     batch = next(loader.batches(epoch=0))  # weak_1, weak_2, aggressive_1, aggressive_2, label
 >>> batch.aggressive_1.shape
 torch.Size([32, 3, 32, 32])
->>> result = train(recipe, data, out)  # what is in result.json: step, knn_top1, linear_top1, images_per_s, ...
->>> encoder, recipe = load_encoder(max(out.glob("checkpoints/*.pt")))
+>>> result = train(recipe, data, out)  # as in result.json: step, knn_top1, images_per_s, ...
+>>> checkpoint = max(out.glob("checkpoints/*.pt"))
+>>> scores = evaluate(checkpoint, data, "linear")  # linear_top1, ... in percent
+>>> encoder, recipe = load_encoder(checkpoint)
 >>> encoder.eval()(batch.weak_1).shape  # features
 torch.Size([32, 64])
 """
@@ -21,6 +24,7 @@ from typing import Any
 
 EXPORTS = {
     "build_recipe": "recipes",
+    "evaluate": "evaluation.evaluate",
     "load_encoder": "evaluation.encoders",
     "train": "training.engine",
 }
@@ -28,7 +32,7 @@ __all__ = list(EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for and no more: `rsa-fast --help` stays without torch."""
+    """Import a name when it is used, so that `rsa-fast --help` does not import torch."""
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"rsa_fast.{EXPORTS[name]}"), name)

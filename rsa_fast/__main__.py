@@ -1,4 +1,4 @@
-"""`python -m rsa_fast` equals `rsa-fast`."""
+"""`python -m rsa_fast` does the same as `rsa-fast`."""
 
 from rsa_fast.cli import main
 

@@ -1,33 +1,38 @@
-"""The command line: a thin table of commands. Results go to stdout, the last line one JSON object; progress to stderr."""
+"""The command line: a thin table of commands.
+
+Results go to stdout, whose last line is one JSON object. Progress and messages go to stderr.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pipelines.backends import BACKENDS
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import ABLATIONS, METHODS
 
 if TYPE_CHECKING:
-    from pipelines import Backend
+    from pipelines.manifest import Manifest
     from rsa_fast.recipes import Recipe
 
-Function = Callable[..., None]  # a command before click makes it one
+Function = Callable[..., None]  # the function below click's decorators
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
-# The names of the tables in other modules, which import torch: help and the shell's completion are quick without.
-BACKENDS = ("auto", "resident", "native", "dali", "ffcv", "torchvision")
+# Copies of the names in tables of other modules. Those modules import torch, without which help and
+# the shell's completion are quick.
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export")
 GPUS = (
     "v100-16g",
@@ -48,7 +53,7 @@ GPUS = (
 
 
 class Name(click.Choice[str]):
-    """One of a few names, which the shell completes; of another the nearest is said."""
+    """One of a few names, which the shell completes. For another, the nearest one is suggested."""
 
     def __init__(self, noun: str, *names: str) -> None:
         super().__init__(names)
@@ -59,13 +64,14 @@ class Name(click.Choice[str]):
             from rsa_fast.recipes import nearest
 
             raise ValueError(
-                f"no {self.name} {value!r}{nearest(value, self.choices)}: choose from {', '.join(self.choices)}"
+                f"no {self.name} {value!r}{nearest(value, self.choices)}: "
+                f"choose from {', '.join(self.choices)}"
             )
         return str(value)
 
 
 class Command(click.Command):
-    """Shows its options in the sections that `section` put them in."""
+    """A command whose help shows the options in the sections made by `section`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -78,7 +84,7 @@ class Command(click.Command):
 
 
 def section(title: str, *options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """Gives a command these of click's options, under a title in its help."""
+    """A decorator that gives a command these options of click, under a title in its help."""
 
     def add(function: Function) -> Function:
         for option in reversed(options):
@@ -91,7 +97,10 @@ def section(title: str, *options: Callable[[Function], Function]) -> Callable[[F
 
 
 class Group(click.Group):
-    """Errors are said without a traceback, exit code 1; that of an error nobody foresaw is kept in a file."""
+    """The commands. An error ends a command with exit code 1 and a message without a traceback.
+
+    For an unexpected error, the traceback is saved to a file, and the message gives its path.
+    """
 
     command_class = Command
 
@@ -99,7 +108,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own
+            raise  # click handles its own
         except Exception as error:
             if ctx.params["debug"]:
                 raise
@@ -107,10 +116,26 @@ class Group(click.Group):
                 raise click.ClickException(str(error)) from error
             with NamedTemporaryFile("w", prefix="rsa-fast-", suffix=".txt", delete=False) as file:
                 traceback.print_exc(file=file)
-            kept = f"The traceback is in {file.name}; rsa-fast --debug prints it."
             raise click.ClickException(
-                f"{type(error).__name__}: {error}\nNobody foresaw this. {kept}"
+                f"{type(error).__name__}: {error}\nThis error is unexpected. Its traceback is in "
+                f"{file.name}; rsa-fast --debug COMMAND ... prints it instead."
             ) from error
+
+
+class StderrHandler(logging.Handler):
+    """Writes log messages to sys.stderr, with the rank in front if there are several.
+
+    Both are looked up for every message: test runners replace sys.stderr, and in a SLURM step
+    WORLD_SIZE is set only when the ranks meet.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        several_ranks = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        rank = f"[rank {os.environ.get('RANK')}] " if several_ranks else ""
+        click.echo(f"{rank}{self.format(record)}", err=True)
+
+
+STDERR_HANDLER = StderrHandler()  # one for all invocations, so that no message is printed twice
 
 
 DATA = click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
@@ -119,34 +144,48 @@ DATASET = click.option(
     "--dataset",
     type=Name("dataset", *DATASETS),
     metavar="NAME",
-    help=f"Row: {', '.join(DATASETS)}.",
+    help=f"Dataset of the recipe: {', '.join(DATASETS)}.",
 )
 METHOD = click.option(
-    "--method", type=Name("method", *METHODS), metavar="NAME", help=f"{', '.join(METHODS)}."
+    "--method",
+    type=Name("method", *METHODS),
+    metavar="NAME",
+    help=f"Method of the recipe: {', '.join(METHODS)}.",
 )
 CONFIG = click.option(
-    "--config", type=FILE, help="YAML of recipe fields, such as a run's recipe.yaml."
+    "--config", type=FILE, help="YAML file with recipe fields, such as a run's recipe.yaml."
 )
 SET = click.option(
-    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a recipe field; repeatable."
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe field. Can be repeated.",
 )
 EPOCHS = click.option("--epochs", type=int, help="Override the recipe's epochs.")
 BATCH_SIZE = click.option("--batch-size", type=int, help="Override the recipe's global batch size.")
 BACKEND = click.option(
-    "--backend", type=Name("backend", *BACKENDS), metavar="NAME", help=f"{', '.join(BACKENDS)}."
+    "--backend",
+    type=Name("backend", "auto", *BACKENDS),
+    metavar="NAME",
+    help=f"Backend that loads the images: auto, {', '.join(BACKENDS)}.",
 )
-JSON = click.option("--json", "plain", is_flag=True, help="No table, only the JSON object.")
+JSON = click.option("--json", "plain", is_flag=True, help="Print only the JSON object, no table.")
 
 
 @click.group(
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-    epilog='Completion: eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)"; zsh_source or fish_source in other shells.',
+    epilog='For completion in bash: eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)". '
+    "Other shells: zsh_source, fish_source.",
 )
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.version_option(package_name="rsa-fast")
 def main(debug: bool) -> None:
     """Pre-train ResNets with RSA and the methods it is compared with, fast."""
+    log = logging.getLogger("rsa_fast")
+    log.setLevel(logging.INFO)
+    log.addHandler(STDERR_HANDLER)  # does nothing if it is there already
 
 
 @main.command()
@@ -157,56 +196,74 @@ def main(debug: bool) -> None:
     click.option(
         "--ablation",
         type=Name("ablation", *ABLATIONS),
-        help="A row of the paper's Table 1 instead of a method.",
+        help="Row of the paper's Table 1, instead of a method.",
     ),
     CONFIG,
     SET,
     EPOCHS,
     BATCH_SIZE,
-    click.option("--seed", type=int, help="Of initialisation, order and views."),
+    click.option(
+        "--seed",
+        type=int,
+        help="Seed of the initialisation, the sample order and the augmentations.",
+    ),
 )
 @section(
     "Images",
     DATA,
     click.option(
-        "--download", is_flag=True, help="Fetch CIFAR-10, CIFAR-100 or STL-10 into --data first."
+        "--download", is_flag=True, help="First download CIFAR-10, CIFAR-100 or STL-10 to --data."
     ),
     BACKEND,
     click.option(
         "--on-bad-image",
         type=Name("policy", "stop", "skip"),
-        help="Unreadable since the start (stop).",
+        help="What to do with an image that can no longer be read: stop (default) or skip.",
     ),
 )
 @section(
     "Run",
     OUT,
-    click.option("--dry-run", is_flag=True, help="Print the resolved recipe and plan, and stop."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Only print the resolved recipe and the numbers derived from it.",
+    ),
     click.option(
         "--resume",
         is_flag=True,
-        help="Go on from the newest checkpoint in --out, exactly, or start.",
+        help="Continue exactly from the newest checkpoint in --out, or start if there is none.",
     ),
     click.option(
-        "--force", is_flag=True, help="Resume although recipe or data differ; says in what."
+        "--force",
+        is_flag=True,
+        help="Resume even if recipe or data differ; the differences are printed.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
     click.option(
         "--init-from",
         type=FILE,
-        help="Start, where nothing is resumed, from another run's weights.",
+        help="Start from the weights in another run's checkpoint. Ignored when a run is resumed.",
     ),
-    click.option("--wandb", is_flag=True, default=None, help="Records go to Weights & Biases too."),
+    click.option(
+        "--wandb", is_flag=True, default=None, help="Also send the records to Weights & Biases."
+    ),
 )
 @section(
     "Processes",
-    click.option("--gpus", type=click.IntRange(1), help="GPUs of this machine, one process each."),
-    click.option("--nproc", type=click.IntRange(1), help="Processes on the CPU instead."),
+    click.option(
+        "--gpus",
+        type=click.IntRange(1),
+        help="Number of this machine's GPUs to use, with one process each.",
+    ),
+    click.option(
+        "--nproc", type=click.IntRange(1), help="Train on the CPU with this number of processes."
+    ),
     click.option(
         "--max-restarts",
         type=click.IntRange(0),
         default=0,
-        help="From the newest checkpoint, when one dies.",
+        help="How many times to restart from the newest checkpoint after a process died.",
     ),
 )
 @click.pass_context
@@ -237,16 +294,14 @@ def train(
 ) -> None:
     """Pre-train an encoder and score it.
 
-    By kNN meanwhile, and by kNN and a linear classifier at the end.
+    It is scored by kNN during training, and by kNN and a linear classifier at the end.
 
-    Exit code 75: a signal (TERM, USR1, INT) stopped the run after its checkpoint was written; go on with --resume.
+    Exit code 75: a signal (TERM, USR1, INT) stopped the run, which --resume continues exactly.
     """
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other")
+    refuse_both("--resume", resume, "--overwrite", overwrite)
+    refuse_both("--gpus", gpus, "--nproc", nproc)
     if force and not resume:
-        raise click.UsageError("--force is of --resume")
-    if gpus and nproc:
-        raise click.UsageError("--gpus and --nproc exclude each other")
+        raise click.UsageError("--force is only valid with --resume")
     overrides = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -256,36 +311,26 @@ def train(
         "wandb": wandb,
         "device": "cuda" if gpus else "cpu" if nproc else None,
     }
-    recipe = recipe_of(dataset, method, config, sets, overrides, ablation)
-    from pipelines.sources import download as fetch
-    from pipelines.sources import open_source
+    recipe = recipe_of(
+        dataset=dataset,
+        method=method,
+        config=config,
+        sets=sets,
+        overrides=overrides,
+        ablation=ablation,
+    )
+    from pipelines import layouts
 
     if download:
-        fetch(data, recipe.dataset)
+        layouts.download(data, binary_layout(recipe.dataset, data))
     processes = gpus or nproc
     if dry_run:
-        from dataclasses import asdict
-
-        from pipelines.order import Order
-        from rsa_fast.recipes import dump_yaml, resolve
-
-        manifest = open_source(data, "pretrain").manifest
-        recipe.check_labels(manifest.labelled, len(manifest.classes))
-        Order(
-            len(manifest), recipe.batch_size, recipe.seed, 0, processes or 1
-        )  # which refuses what does not divide
-        click.echo(dump_yaml(recipe))
-        click.echo(
-            json.dumps(
-                {"images": len(manifest), **asdict(resolve(recipe, len(manifest), processes or 1))}
-            )
-        )
+        print_dry_run(recipe, layouts.open_source(data, "pretrain").manifest, processes or 1)
         return
-    if processes and "RANK" not in os.environ:
-        from rsa_fast.distributed import launch
+    from rsa_fast.distributed import STOPPED_EXIT_CODE, launch
 
+    if processes and "RANK" not in os.environ:
         ctx.exit(launch(processes, max_restarts, sys.argv[1:]))
-    from rsa_fast.distributed import STOPPED_EXIT_CODE
     from rsa_fast.training import engine
 
     try:
@@ -299,7 +344,40 @@ def train(
         click.echo(json.dumps(result))
 
 
+def binary_layout(dataset: str, data: Path) -> str:
+    """The name under which torchvision downloads a dataset. Raises ValueError where it cannot."""
+    if not (layout := DATASETS[dataset].binary_layout):
+        known = ", ".join(name for name, row in DATASETS.items() if row.binary_layout)
+        raise ValueError(
+            f"--download knows {known}; put the images of {dataset} under {data} yourself"
+        )
+    return layout
+
+
+def refuse_both(option: str, value: object, other: str, other_value: object) -> None:
+    if value and other_value:
+        raise click.UsageError(f"{option} and {other} exclude each other")
+
+
+def print_dry_run(recipe: Recipe, manifest: Manifest, processes: int) -> None:
+    """The recipe as YAML, and the numbers derived from it as JSON.
+
+    Raises ValueError for labels or a batch size with which the run could not start.
+    """
+    from dataclasses import asdict
+
+    from pipelines.order import Order
+    from rsa_fast.recipes import dump_yaml, resolve
+
+    images = len(manifest)
+    recipe.check_labels(manifest.labelled, len(manifest.classes))
+    Order(images, batch_size=recipe.batch_size, seed=recipe.seed, world_size=processes)
+    click.echo(dump_yaml(recipe))
+    click.echo(json.dumps({"images": images, **asdict(resolve(recipe, images, processes))}))
+
+
 def recipe_of(
+    *,
     dataset: str | None,
     method: str | None,
     config: Path | None,
@@ -307,26 +385,28 @@ def recipe_of(
     overrides: Mapping[str, object],
     ablation: str | None = None,
 ) -> Recipe:
-    """The recipe of the command line: row, file, ablation, --set, then the options of their own.
+    """The recipe of a command line.
 
-    `overrides` holds those options by the names of the recipe's fields, None if not given.
+    It comes from dataset and method, --config, --ablation, --set, and options such as --epochs;
+    later ones replace earlier ones. `overrides` maps the names of recipe fields to the values of
+    those options, None for an option that is not given.
     """
     from rsa_fast.recipes import build_recipe, parse_set, read_yaml
 
-    named = read_yaml(config) if config else {}
-    fields: dict[str, Any] = {}
+    config_fields = read_yaml(config) if config else {}
+    ablation_fields: dict[str, Any] = {}
     if ablation:
-        if method and method != ABLATIONS[ablation][0]:
-            raise click.UsageError(
-                f"--ablation {ablation} is of {ABLATIONS[ablation][0]}, not of {method}"
-            )
-        method, fields = ABLATIONS[ablation]
-    dataset, method = dataset or named.get("dataset"), method or named.get("method")
+        ablated_method, ablation_fields = ABLATIONS[ablation]
+        if method and method != ablated_method:
+            raise click.UsageError(f"--ablation {ablation} is for {ablated_method}, not {method}")
+        method = ablated_method
+    dataset = dataset or config_fields.get("dataset")
+    method = method or config_fields.get("method")
     if not (dataset and method):
         raise click.UsageError("give --dataset and --method, or a --config that names both")
-    named = {"dataset": dataset, "method": method}
-    options = {key: value for key, value in overrides.items() if value is not None}
-    return build_recipe(dataset, method, config, {**named, **fields, **parse_set(sets), **options})
+    fields = {"dataset": dataset, "method": method, **ablation_fields, **parse_set(sets)}
+    fields |= {key: value for key, value in overrides.items() if value is not None}
+    return build_recipe(dataset, method, config, fields)
 
 
 def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -339,7 +419,7 @@ def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str)
 def recipes(name: str | None) -> None:
     """List the recipes, or show one with the source of every number.
 
-    `rsa-fast recipes cifar100` is RSA's, `rsa-fast recipes cifar100/byol` another method's.
+    `rsa-fast recipes cifar100` shows RSA's recipe, `rsa-fast recipes cifar100/byol` that of BYOL.
     """
     if not name:
         click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}")
@@ -355,12 +435,10 @@ def recipes(name: str | None) -> None:
     sources = row(dataset, recipe.method)
     table = Table("field", "value", "source", title=f"{dataset}/{recipe.method}")
     for field, value in recipe:
-        value = (
-            ", ".join(f"{key} {number}" for key, number in vars(value).items())
-            if field == "views"
-            else str(value)
-        )
-        table.add_row(field, value, sources[field].source if field in sources else "")
+        text = str(value)
+        if field == "views":
+            text = ", ".join(f"{key} {number}" for key, number in vars(value).items())
+        table.add_row(field, text, sources[field].source if field in sources else "")
     Console().print(table)
     click.echo(recipe.model_dump_json())
 
@@ -380,10 +458,12 @@ def recipes(name: str | None) -> None:
     "--dataset",
     type=Name("dataset", *DATASETS),
     metavar="NAME",
-    help="Row for size and normalisation, not the run's own.",
+    help="Size and normalise images as for this dataset, not as the run did.",
 )
 @click.option(
-    "--resize-px", metavar="PX", help="Short side of test images before the centre crop, or native."
+    "--resize-px",
+    metavar="PX",
+    help="Resize the short side of test images to this before the centre crop; native: do not.",
 )
 @section(
     "Linear classifier",
@@ -391,69 +471,57 @@ def recipes(name: str | None) -> None:
         "--protocol",
         "variant",
         type=Name("protocol", "fast", "rsa-small", "rsa-large"),
-        help="Without it: fast.",
+        help="Protocol of the classifier; fast if not given.",
     ),
     click.option(
         "--epochs",
         type=click.IntRange(1),
-        help="Of rsa-small (100), rsa-large (40); lr drops stay in proportion.",
+        help="Epochs of rsa-small (default 100) or rsa-large (40). "
+        "The learning rate drops after the same fractions.",
     ),
     click.option(
         "--bn",
         type=Name("mode", "eval", "recalibrate"),
-        help="Of rsa-small (eval); the RSA code recalibrates.",
+        help="BatchNorm in rsa-small: frozen (eval, the default), or statistics of the training "
+        "images (recalibrate, as in the RSA code).",
     ),
     click.option(
-        "--nesterov/--no-nesterov", default=None, help="Of rsa-small (on, as in the RSA code)."
+        "--nesterov/--no-nesterov",
+        default=None,
+        help="Nesterov momentum in rsa-small; on by default, as in the RSA code.",
     ),
 )
 def evaluate(
-    protocol: str,
+    protocol: Literal["knn", "linear"],
     checkpoint: Path,
     data: Path,
     dataset: str | None,
     resize_px: str | None,
-    variant: str | None,
+    variant: Literal["fast", "rsa-small", "rsa-large"] | None,
     epochs: int | None,
-    bn: str | None,
+    bn: Literal["eval", "recalibrate"] | None,
     nesterov: bool | None,
 ) -> None:
     """Score an encoder by kNN or by a linear classifier.
 
-    kNN is k=200 T=.1 and k=20 T=.07. The linear classifier is fast, on cached features; rsa-small or rsa-large, on augmented
-    images as the paper does on small datasets and on ImageNet.
+    kNN is measured twice, with k=200 T=.1 and k=20 T=.07. The fast linear classifier is trained on
+    features that are computed once. rsa-small and rsa-large are trained on augmented images: they
+    are the paper's protocols for small datasets and for ImageNet.
     """
-    if protocol == "knn" and variant:
-        raise click.UsageError("knn has no --protocol")
-    name = "knn" if protocol == "knn" else f"linear-{variant or 'fast'}"
-    takes = {"linear-rsa-small": {"epochs", "bn", "nesterov"}, "linear-rsa-large": {"epochs"}}.get(
-        name, set()
-    )
-    options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
-    if extra := {key for key, value in options.items() if value is not None} - takes:
-        raise click.UsageError(f"{name} has no --{', --'.join(sorted(extra))}")
-    from rsa_fast.evaluation.encoders import load_encoder
-    from rsa_fast.evaluation.evaluate import Evaluation
-    from rsa_fast.recipes import build_recipe, validate
-    from rsa_fast.training.step import choose_device, choose_dtype
+    from rsa_fast.evaluation.evaluate import evaluate as run
 
-    encoder, recipe = load_encoder(checkpoint)
-    if dataset:
-        recipe = build_recipe(dataset, "rsa")
-    if recipe is None:
-        raise click.UsageError(
-            f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
-        )
-    if resize_px:
-        recipe = validate(
-            recipe.model_dump() | {"eval_resize_px": None if resize_px == "native" else resize_px}
-        )
-    device = choose_device(recipe.device)
-    evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
-    scores = evaluation.score(
-        encoder.to(device), (name,), bn == "recalibrate", epochs=epochs, nesterov=nesterov
+    scores = run(
+        checkpoint,
+        data,
+        protocol,
+        variant=variant,
+        dataset=dataset,
+        resize_px=resize_px,
+        epochs=epochs,
+        bn=bn,
+        nesterov=nesterov,
     )
-    click.echo(json.dumps({"checkpoint": str(checkpoint), **scores}))
+    click.echo(json.dumps(scores))
 
 
 @main.command()
@@ -461,45 +529,54 @@ def evaluate(
     "--checkpoint",
     required=True,
     type=FILE,
-    help="A ResNet-50: a run's checkpoints/step_*.pt or another project's.",
+    help="A ResNet-50: a run's checkpoints/step_*.pt, or another project's encoder.",
 )
 @click.option(
     "--data",
     required=True,
     type=FOLDER,
-    help="COCO: train2017/, val2017/, annotations/instances_*2017.json.",
+    help="COCO folder: train2017/, val2017/, annotations/instances_*2017.json.",
 )
 @OUT
 @click.option(
     "--schedule",
     type=Name("schedule", "1x", "2x"),
     default="1x",
-    help="90,000 steps at lr .02, or 180,000 at .03.",
+    help="90,000 steps at a learning rate of .02 (1x), or 180,000 at .03 (2x).",
 )
 @click.option(
-    "--steps", type=click.IntRange(1), help="Shorten the schedule; its drops stay in proportion."
+    "--steps",
+    type=click.IntRange(1),
+    help="Shorten the schedule. The learning rate drops after the same fractions.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
-    help="Images per step; the learning rate follows it.",
+    help="Images per step. The learning rate is scaled in proportion.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
-    help="Of new layers, order, flips, sizes and proposals.",
+    help="Seed of the new layers, the order, flips, image sizes and proposals.",
 )
-@click.option("--workers", type=click.IntRange(0), default=4, help="Processes that read images.")
-@click.option("--device", type=Name("device", "auto", "cpu", "cuda"), default="auto")
+@click.option(
+    "--workers", type=click.IntRange(0), default=4, help="Number of processes that read images."
+)
+@click.option(
+    "--device",
+    type=Name("device", "auto", "cpu", "cuda"),
+    default="auto",
+    help="Where to train; auto: the GPU if there is one.",
+)
 @click.option(
     "--precision",
     type=Name("precision", "auto", "fp32", "bf16", "fp16"),
     default="auto",
-    help="Of the computation.",
+    help="Precision of the computation.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --out.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def detect(
     checkpoint: Path,
@@ -515,9 +592,11 @@ def detect(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Fine-tune an encoder on COCO as Mask R-CNN R50-FPN: AP, AP50, AP75 of boxes and masks, in percent."""
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other")
+    """Fine-tune an encoder on COCO as Mask R-CNN R50-FPN.
+
+    The result is AP, AP50 and AP75 of boxes and masks, in percent.
+    """
+    refuse_both("--resume", resume, "--overwrite", overwrite)
     from rsa_fast.evaluation.detection import detect as run
 
     result = run(
@@ -547,17 +626,17 @@ def detect(
     "--images",
     type=click.IntRange(1),
     default=4,
-    help="How many, from the first that training reads.",
+    help="Number of images: the first ones that training reads.",
 )
 @BACKEND
 @click.option(
     "--compare",
-    type=Name("backend", *BACKENDS),
+    type=Name("backend", "auto", *BACKENDS),
     metavar="NAME",
-    help="A second backend, and the difference.",
+    help="Also show this backend's views and the differences.",
 )
-@click.option("--epoch", type=click.IntRange(0), default=0, help="Whose views.")
-@click.option("--seed", type=int, help="Of order and views.")
+@click.option("--epoch", type=click.IntRange(0), default=0, help="Epoch whose views are drawn.")
+@click.option("--seed", type=int, help="Seed of the sample order and the augmentations.")
 def preview(
     data: Path,
     out: Path,
@@ -566,17 +645,20 @@ def preview(
     sets: tuple[str, ...],
     images: int,
     backend: str | None,
-    compare: Backend | None,
+    compare: str | None,
     epoch: int,
     seed: int | None,
 ) -> None:
     """Draw a sheet of what training sees.
 
-    Images of --dataset, imagenet1k where nothing else is said, with both crops, and their four views, labelled with what was
-    drawn.
+    It shows each image with its two crops, and its four views with the random parameters that were
+    drawn. Without --dataset and --config, the recipe is that of imagenet1k.
     """
     dataset, method = (dataset, None) if config else (dataset or "imagenet1k", "rsa")
-    recipe = recipe_of(dataset, method, config, sets, {"backend": backend, "seed": seed})
+    overrides = {"backend": backend, "seed": seed}
+    recipe = recipe_of(
+        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides
+    )
     from pipelines import open_source
     from rsa_fast.insight.preview import preview as run
 
@@ -589,19 +671,24 @@ def preview(
     "--checkpoint",
     required=True,
     type=FILE,
-    help="A run's checkpoints/step_*.pt, or another project's.",
+    help="A run's checkpoints/step_*.pt, or another project's encoder.",
 )
 @click.option(
     "--format",
     required=True,
     type=Name("format", *FORMATS),
-    help="The first three hold the standard network only: 7x7 stem, 64 channels.",
+    help="The first three only represent the standard network: 7x7 stem, 64 channels.",
 )
-@click.option("--out", required=True, type=NEW_FILE, help="File; README.md goes beside it.")
+@click.option(
+    "--out",
+    required=True,
+    type=NEW_FILE,
+    help="The file to write. A README.md is written beside it.",
+)
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace the file, and a README.md that is not this checkpoint's card.",
+    help="Replace the file, and a README.md that is not this checkpoint's model card.",
 )
 def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
     """Write an encoder for another library, with a model card."""
@@ -616,27 +703,29 @@ def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
 @JSON
 @click.pass_context
 def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
-    """Examine this machine, and say what to mend.
+    """Check this machine, and print how to fix what is wrong.
 
-    Versions, GPUs, limits and disks; exit code 1 if a check fails.
+    It checks versions, GPUs, limits and disks. The exit code is 1 if a check fails.
     """
     from rsa_fast.insight import doctor
 
     checks = doctor.diagnose(data, out)
     if not plain:
         doctor.show(checks)
-    found = doctor.report(checks)
-    click.echo(json.dumps(found))
-    ctx.exit(0 if found["ok"] else 1)
+    result = doctor.summary(checks)
+    click.echo(json.dumps(result))
+    ctx.exit(0 if result["ok"] else 1)
 
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @click.option(
-    "--out", type=NEW_FILE, help="The page to write; RUN/report.html where there is one RUN."
+    "--out",
+    type=NEW_FILE,
+    help="The page to write. For a single run the default is report.html in its folder.",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw a run as a web page, or several over each other."""
+    """Draw the curves of one or more runs on a web page."""
     from rsa_fast.insight.report import report as run
 
     click.echo(json.dumps({"out": str(run(list(runs), out))}))
@@ -648,35 +737,58 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     DATASET,
     CONFIG,
     SET,
-    click.option("--batch-size", type=int, help="Of this one device."),
+    click.option("--batch-size", type=int, help="Batch size on the measured device."),
 )
-@section("Images", DATA, BACKEND, click.option("--threads", type=int, help="Of the loader."))
+@section(
+    "Images",
+    DATA,
+    BACKEND,
+    click.option("--threads", type=int, help="Number of the loader's threads."),
+)
 @section(
     "Measurement",
     click.option(
         "--methods",
         default="rsa,byol",
         metavar="NAME,...",
-        help="In turns; --tune takes the first.",
+        help="Methods to measure in turn. --tune takes the first one.",
     ),
     click.option(
-        "--repeats", type=click.IntRange(1), default=5, help="Turns that count; one more warms up."
+        "--repeats",
+        type=click.IntRange(1),
+        default=5,
+        help="Number of turns, after one more to warm up.",
     ),
     click.option(
-        "--seconds", type=click.FloatRange(0), default=1.0, help="Of each measurement in a turn."
+        "--seconds",
+        type=click.FloatRange(0),
+        default=1.0,
+        help="Duration of each measurement in a turn.",
     ),
     JSON,
-    click.option("--html", type=NEW_FILE, help="Write the report as a page with stacked bars."),
-    click.option("--trace", type=NEW_FILE, help="Write a Chrome trace of a few iterations."),
+    click.option(
+        "--html", type=NEW_FILE, help="Also write the report as a page with stacked bars."
+    ),
+    click.option("--trace", type=NEW_FILE, help="Also write a Chrome trace of a few iterations."),
 )
 @section(
     "Tuning",
     click.option(
-        "--tune", is_flag=True, help="Try loading settings instead, and write the fastest to --out."
+        "--tune",
+        is_flag=True,
+        help="Instead, try loading settings and write the fastest ones to --out.",
     ),
-    click.option("--budget-s", type=click.FloatRange(0), default=300.0, help="Time for that."),
     click.option(
-        "--out", type=NEW_FILE, default=Path("tuned.yaml"), help="File that train --config takes."
+        "--budget-s",
+        type=click.FloatRange(0),
+        default=300.0,
+        help="Duration of --tune in seconds.",
+    ),
+    click.option(
+        "--out",
+        type=NEW_FILE,
+        default=Path("tuned.yaml"),
+        help="File for the settings of --tune. `train --config` reads it.",
     ),
 )
 def profile(
@@ -699,53 +811,69 @@ def profile(
 ) -> None:
     """Measure where the time of an iteration goes.
 
-    Its step on a ready batch, its views alone, both, and their parts; the bottleneck, and the knob to turn.
+    The training step on a ready batch, the loading of the views, both together, and the parts of
+    each are measured. The result names the bottleneck and the setting that helps.
     """
     overrides = {"batch_size": batch_size, "backend": backend, "threads": threads}
     names = [name.strip() for name in methods.split(",")]
-    recipes = {name: recipe_of(dataset, name, config, sets, overrides) for name in names}
+    recipes = {
+        name: recipe_of(dataset=dataset, method=name, config=config, sets=sets, overrides=overrides)
+        for name in names
+    }
     if tune:
         from rsa_fast.insight import tuning
 
         click.echo(json.dumps(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
         return
+    from pipelines.files import write_text
     from rsa_fast.insight import profiling
-    from rsa_fast.insight.profile_page import page, table
+    from rsa_fast.insight.profile_page import page, text_table
 
     report = profiling.profile(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(report))
+        write_text(html, page(report))
     if not plain:
         from rich.console import Console
 
-        Console().print(table(report))
+        Console().print(text_table(report))
     click.echo(json.dumps(report))
 
 
 @main.command()
 @section(
     "Recipe",
-    *(DATASET, METHOD, CONFIG, SET, EPOCHS, BATCH_SIZE),
+    DATASET,
+    METHOD,
+    CONFIG,
+    SET,
+    EPOCHS,
+    BATCH_SIZE,
     click.option(
-        "--data", type=FOLDER, help="Folder with the images; without it the dataset as published."
+        "--data",
+        type=FOLDER,
+        help="Folder with the images. If not given, the dataset as published is assumed.",
     ),
 )
 @section(
     "Machine",
     click.option(
-        "--gpu", required=True, type=Name("GPU", *GPUS), metavar="NAME", help=f"{', '.join(GPUS)}."
+        "--gpu",
+        required=True,
+        type=Name("GPU", *GPUS),
+        metavar="NAME",
+        help=f"The node's GPU: {', '.join(GPUS)}.",
     ),
-    click.option("--gpus", type=click.IntRange(1), default=1, help="GPUs of a node."),
-    click.option("--nodes", type=click.IntRange(1), default=1),
+    click.option("--gpus", type=click.IntRange(1), default=1, help="Number of GPUs in a node."),
+    click.option("--nodes", type=click.IntRange(1), default=1, help="Number of nodes."),
     click.option(
-        "--cores", type=click.IntRange(1), help="CPU cores of a node; 4 a GPU where not given."
+        "--cores", type=click.IntRange(1), help="Number of CPU cores in a node. Default: 4 per GPU."
     ),
     click.option(
         "--network-gbps",
         type=click.FloatRange(0, min_open=True),
         default=100.0,
-        help="Of a node to the others.",
+        help="Speed of the network between nodes.",
     ),
 )
 def plan(
@@ -762,15 +890,18 @@ def plan(
     cores: int | None,
     network_gbps: float,
 ) -> None:
-    """Predict memory, time and decoding of a run on other GPUs."""
-    recipe = recipe_of(dataset, method, config, sets, {"epochs": epochs, "batch_size": batch_size})
+    """Predict memory, time and decoding speed of a run on other GPUs."""
+    overrides = {"epochs": epochs, "batch_size": batch_size}
+    recipe = recipe_of(
+        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides
+    )
     from rsa_fast.insight import planning
 
-    found = planning.plan(
+    prediction = planning.plan(
         recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data
     )
-    planning.show(found)
-    click.echo(json.dumps(found))
+    planning.show(prediction)
+    click.echo(json.dumps(prediction))
 
 
 if __name__ == "__main__":

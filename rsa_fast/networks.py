@@ -1,8 +1,10 @@
-"""ResNet encoders, and the way a projector sits on one.
+"""ResNet encoders, and an encoder with a projector.
 
-Encoders are torchvision's ResNets without the classifier; the CIFAR stem (3x3 convolution, no max-pool) is used at 32 and
-64 px. Initialisation follows the reference code: the CIFAR stem's convolution keeps PyTorch's default initialisation
-(methods.BYOL in github.com/tmllab/RSA).
+    features = Encoder("resnet18", stem="cifar")(images)  # (B, 3, 32, 32) -> (B, 512)
+
+The encoders are torchvision's ResNets without the classifier. At 32 and 64 px they have the CIFAR
+stem: a 3x3 convolution without max-pool. As in the reference code (methods/BYOL.py in
+github.com/tmllab/RSA), this convolution keeps PyTorch's default initialisation.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ STANDARD_WIDTH = 64  # channels of the first stage
 
 
 class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """`(B, 3, H, W)` to features `(B, feature_dim)`; keys as in torchvision, without `fc`.
+    """From images `(B, 3, H, W)` to features `(B, feature_dim)`.
 
-    `width` scales every stage (64 is the standard network); `zero_init_residual` starts every block as the identity, the
-    last BatchNorm gain being zero. Raises ValueError for an unknown `arch` or `stem`.
+    The keys of the state dict are torchvision's, without `fc`. `width` is the number of channels of
+    the first stage and scales all stages (64 is the standard network). With `zero_init_residual`
+    the last BatchNorm gain of every block starts at 0, so that the block starts as the identity.
 
-    Two settings change what training costs, and nothing else but, with the second, rounding. Of the first `recompute_stages`
-    stages nothing is kept for the backward, which runs them again (Chen et al. 2016, arXiv:1604.06174). If `compiled`,
-    torch.compile fuses what lies between the convolutions.
+    Two settings change the cost of training. The first `recompute_stages` stages store no
+    activations; the backward pass computes them again (Chen et al. 2016, arXiv:1604.06174). With
+    `compiled`, torch.compile fuses the operations between the convolutions, which changes the
+    results by rounding.
+
+    Raises ValueError for an unknown `arch` or `stem`.
     """
 
     def __init__(
@@ -50,7 +56,8 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         self.width = width
         block, blocks = LAYERS[arch]
         super().__init__(block, blocks, zero_init_residual=zero_init_residual)
-        self.feature_dim: int = 8 * width * block.expansion  # it doubles in stages 2, 3 and 4
+        # The number of channels doubles in stages 2, 3 and 4.
+        self.feature_dim: int = 8 * width * block.expansion
         self.fc = nn.Identity()
         self.recompute_stages, self.compiled = recompute_stages, compiled
         if stem == "cifar":
@@ -70,6 +77,7 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
+        """Build a stage of torchvision's ResNet with `width` channels for its 64."""
         if planes == STANDARD_WIDTH:
             self.inplanes = self.width
         planes = planes * self.width // STANDARD_WIDTH
@@ -81,66 +89,74 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """What `encoder` computes, whose stages are the four layers, the first with the stem."""
+    """The forward pass of `encoder`, in four stages; the first includes the stem."""
     e, x = encoder, images
     stages = [[e.conv1, e.bn1, e.relu, e.maxpool, e.layer1], [e.layer2], [e.layer3], [e.layer4]]
     for number, stage in enumerate(stages):
         recompute = number < e.recompute_stages and torch.is_grad_enabled()
-        x = recomputed(stage, x) if recompute else in_turn(stage, x)
-    return torch.flatten(e.avgpool(x), 1)
+        x = run_recomputed(stage, x) if recompute else run_layers(stage, x)  # (B, channels, h, w)
+    return torch.flatten(e.avgpool(x), 1)  # (B, feature_dim)
 
 
 @cache
 def compiled_features() -> Callable[[Encoder, Tensor], Tensor]:
-    """`features` in one graph, for batches that all have one shape; a break is an error, as it would undo the gain."""
+    """`features`, compiled to a single graph for batches of one shape.
+
+    A graph break is an error, because it would undo the gain.
+    """
     return torch.compile(features, fullgraph=True, dynamic=False)
 
 
-def in_turn(layers: list[nn.Module], x: Tensor) -> Tensor:
+def run_layers(layers: list[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
 
 
-def recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """`in_turn` that keeps only `x`: the backward runs it again. BatchNorm's statistics move once all the same."""
+def run_recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """`run_layers`, but only `x` is stored, and the backward pass runs the layers again.
+
+    The running statistics of BatchNorm are updated in the first run only.
+    """
     output: Tensor
-    if torch.compiler.is_compiling():  # compiled, they move once by themselves
-        output = checkpoint(in_turn, layers, x, use_reentrant=False, preserve_rng_state=False)
+    if torch.compiler.is_compiling():  # a compiled second run does not update the statistics
+        output = checkpoint(run_layers, layers, x, use_reentrant=False, preserve_rng_state=False)
     else:
         output = checkpoint(
-            in_turn,
+            run_layers,
             layers,
             x,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), statistics_apart(layers)),
+            context_fn=lambda: (nullcontext(), statistics_discarded(layers)),
         )
     return output
 
 
 @contextmanager
-def statistics_apart(layers: list[nn.Module]) -> Iterator[None]:
-    """BatchNorm's statistics are written to buffers that nobody reads."""
-    batchnorms = [
-        module for layer in layers for module in layer.modules() if isinstance(module, _BatchNorm)
-    ]
-    kept = [
+def statistics_discarded(layers: list[nn.Module]) -> Iterator[None]:
+    """Discard what the BatchNorms in `layers` would add to their running statistics."""
+    buffers = [
         (module, name, buffer)
-        for module in batchnorms
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, _BatchNorm)
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    for module, name, buffer in kept:
+    for module, name, buffer in buffers:
         setattr(module, name, torch.empty_like(buffer))
     try:
         yield
     finally:
-        for module, name, buffer in kept:
+        for module, name, buffer in buffers:
             setattr(module, name, buffer)
 
 
 class Projected(nn.Module):
-    """An encoder and its projector, `(B, 3, H, W)` to `(B, out_dim)`: what a target network is a copy of."""
+    """An encoder and its projector, from `(B, 3, H, W)` to `(B, D)`.
+
+    A target network is a copy of such a network.
+    """
 
     def __init__(self, encoder: Encoder, projector: nn.Module) -> None:
         super().__init__()

@@ -1,46 +1,36 @@
-"""Recipes: what is trained, on what, how. A dataset's row, the method's, a user's file and `--set key=value`, in that order.
+"""Recipes: what is trained, on what, and how.
 
     recipe = build_recipe("cifar100", "rsa", overrides={"epochs": 800})
-    plan = resolve(recipe, count=50_000)          # the derived numbers: steps, peak_lr, ...
+    derived = resolve(recipe, count=50_000)  # steps_per_epoch, total_steps, peak_lr, ...
 
-Unknown keys are errors, and so are fields of another method. Every number of a row has its source beside it: PAPER is RSA
-(NeurIPS 2022) with the section, CODE is github.com/tmllab/RSA, chosen is where neither says.
+The fields come from the dataset's row, the method's row, a user's file and `--set key=value`; later
+ones replace earlier ones. Unknown keys are errors, and so are fields of another method. In a row,
+every number has its source beside it (see `sourced.py` for PAPER, CODE and "chosen").
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipelines import AggressiveOn, Backend, DecodeOn, OnBadImage
+from pipelines.loading import AggressiveOn, DecodeOn, Loading, OnBadImage
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import METHODS, method_class
 from rsa_fast.sourced import Fields, cite
 
-
-class Loading(TypedDict, total=False):
-    """The settings of `open_views` that change only the speed of the loader."""
-
-    backend: Backend
-    threads: int
-    prefetch_batches: int
-    aggressive_on: AggressiveOn
-    decode_on: DecodeOn
-    on_bad_image: OnBadImage
-
-
-LOADING_FIELDS = tuple(Loading.__annotations__)
-# Fields in which a resumed run may differ from its start. A bad image where none is skipped ends the run: nothing is seen
-# with one `on_bad_image` that is not seen with the other.
+LOADING_FIELDS = tuple(field.name for field in dataclasses.fields(Loading))
+# The fields that a resumed run may change. `on_bad_image` is one of them: a bad image ends the run
+# unless it is skipped, so until then the setting has not changed what the run has seen.
 FREE_FIELDS = (
     *LOADING_FIELDS,
     "recompute_stages",
@@ -56,80 +46,84 @@ FREE_FIELDS = (
 
 
 class Recipe(BaseModel):
-    """What every run has. Batch sizes are global; lengths are epochs unless the name says steps."""
+    """The fields of every run. Batch sizes are global. Lengths are in epochs unless named steps.
+
+    A field without a default gets its value and its source from a row of `datasets.py` or of the
+    method's file. A default holds for every dataset, unless a row replaces it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    # --- changes the result
-    dataset: str
-    method: str
-    views: ViewSpec
-    eval_resize_px: int | None = Field(
-        None, ge=1
-    )  # short side before the centre crop; None: images as they are
-    arch: Literal["resnet18", "resnet50"]
-    stem: Literal["cifar", "imagenet"]
+    # --- Fields that change the result
+    dataset: str  # a name in datasets.py
+    method: str  # the name of a file in methods/
+    views: ViewSpec  # the augmentation
+    # Evaluation resizes the short side of images to this before the centre crop. None: it resizes
+    # only images that are smaller than the crop.
+    eval_resize_px: int | None = Field(None, ge=1)
+    arch: Literal["resnet18", "resnet50"]  # the encoder
+    stem: Literal["cifar", "imagenet"]  # 3x3 convolution without max-pool, or 7x7 with it
     width: int = Field(64, ge=1)  # channels of the first stage; 64 is the standard ResNet
-    zero_init_residual: bool = True  # every residual block starts as the identity
-    bn: str = Field(
-        "local", pattern=r"^(local|sync|split:[1-9]\d*)$"
-    )  # over a rank's batch, all ranks', or an N-th of all
+    # Every residual block starts as the identity (CODE methods/BYOL.py).
+    zero_init_residual: bool = True
+    # BatchNorm's statistics are those of each rank's batch (local), of all ranks' (sync), or of
+    # each of N equal parts of the global batch (split:N).
+    bn: str = Field("local", pattern=r"^(local|sync|split:[1-9]\d*)$")
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # global
+    batch_size: int = Field(ge=1)  # images of all ranks together
     optimizer: Literal["sgd", "lars"]
     base_lr: float = Field(gt=0)  # per 256 images: peak_lr = base_lr * batch_size / 256
-    peak_lr: float | None = Field(None, gt=0)  # sets the peak directly instead
-    momentum: float = Field(0.9, ge=0, lt=1)
+    peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
+    momentum: float = Field(0.9, ge=0, lt=1)  # of the optimiser (PAPER 4.1)
     weight_decay: float = Field(ge=0)
-    trust_coefficient: float = Field(0.001, gt=0)  # LARS only (CODE common/lars.py)
-    warmup_epochs: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 where the device has it, fp16 on other GPUs
-    )
-    seed: int = Field(0, ge=0, lt=2**63)  # of the initialisation, the order and the views
+    trust_coefficient: float = Field(0.001, gt=0)  # only used by LARS (CODE common/lars.py)
+    warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from 0
+    # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**63)  # for the initialisation, the sample order and the views
 
-    # --- changes the result by rounding alone
-    # The encoder's training by torch.compile, which fuses BatchNorm, ReLU and sums. Modelled for RSA, ResNet-50, 224 px, fp16,
-    # 256 images a V100: its bytes fall by 25%, its roofline time by 21%; but there are 28% more kernels to launch, for which
-    # small images and batches wait, and minutes go to compiling.
+    # --- Fields that change the result by rounding only
+    # Train the encoder with torch.compile, which fuses BatchNorm, ReLU and sums. A model of RSA's
+    # training (ResNet-50, 224 px, fp16, 256 images per V100) predicts 25% fewer bytes and 21% less
+    # roofline time. But there are 28% more kernels to launch, which costs time where images or
+    # batches are small, and compiling takes minutes.
     compile: bool = False
 
-    # --- changes only speed or memory
-    # Of the encoder's four, how many stages run again in the backward instead of being kept for it (Chen et al. 2016). Modelled
-    # likewise: 1 takes 12.3 GiB for 21.6 and 11% more time, which 16 GB hold; 2 takes 9.7 GiB and 19%.
+    # --- Fields that change only speed or memory
+    # How many of the encoder's four stages are computed again in the backward pass, so that their
+    # activations need not be stored (Chen et al. 2016). The same model predicts 12.3 GiB instead of
+    # 21.6 GiB and 11% more time for one stage, which then fits a GPU of 16 GB, and 9.7 GiB and 19%
+    # more time for two.
     recompute_stages: int = Field(0, ge=0, le=4)
-    backend: Backend = "auto"
-    threads: int = Field(2, ge=1)  # of the loader, per rank
-    prefetch_batches: int = Field(2, ge=1)  # made ahead of the one in use
-    aggressive_on: AggressiveOn = (
-        "auto"  # where the aggressive stage runs; auto: the device on a GPU
-    )
-    decode_on: DecodeOn = (
-        "gpu"  # of the dali backend on a GPU: decode there (mixed), or on the host
-    )
+    backend: str = "auto"  # what makes the views
+    threads: int = Field(2, ge=1)  # loader threads per rank
+    prefetch_batches: int = Field(2, ge=1)  # batches made ahead of the one in use
+    # Where jitter, grayscale and blur are computed; auto: on the device if that is a GPU.
+    aggressive_on: AggressiveOn = "auto"
+    # Where the dali backend decodes if the device is a GPU: on the GPU (mixed) or on the host.
+    decode_on: DecodeOn = "gpu"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    on_bad_image: OnBadImage = "stop"  # which cannot be read any more: skip takes the next that can
+    # What happens when an image can no longer be read: stop the run, or skip to the next readable.
+    on_bad_image: OnBadImage = "stop"
 
-    # --- changes only what is recorded
+    # --- Fields that change only what is recorded, and when a run stops
     log_every_steps: int = Field(20, ge=1)
     knn_every_epochs: int = Field(10, ge=0)  # 0: only at the end
     checkpoint_every_epochs: int = Field(1, ge=1)
-    keep_last: int = Field(2, ge=1)  # checkpoints kept
+    keep_last: int = Field(2, ge=1)  # checkpoints that are not deleted
     max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
-    timeout_s: float = Field(600, gt=0)  # that ranks wait for each other before the run stops
-    wandb: bool = False  # records go to Weights & Biases too
+    timeout_s: float = Field(600, gt=0)  # how long ranks wait for each other before the run stops
+    wandb: bool = False  # send the records to Weights & Biases too
 
     @property
     def loading(self) -> Loading:
-        """All of `LOADING_FIELDS`, as keywords of `open_views`."""
-        return {
-            "backend": self.backend,
-            "threads": self.threads,
-            "prefetch_batches": self.prefetch_batches,
-            "aggressive_on": self.aggressive_on,
-            "decode_on": self.decode_on,
-            "on_bad_image": self.on_bad_image,
-        }
+        """The settings of loading, for `open_views`."""
+        return Loading(**{name: getattr(self, name) for name in LOADING_FIELDS})
+
+    @field_validator("backend")
+    @classmethod
+    def backend_exists(cls, backend: str) -> str:
+        return Loading(backend=backend).backend
 
     @model_validator(mode="after")
     def split_fits(self) -> Recipe:
@@ -137,23 +131,32 @@ class Recipe(BaseModel):
             groups = int(self.bn.removeprefix("split:"))
             if self.batch_size % groups or self.batch_size // groups < 2:
                 raise ValueError(
-                    f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts of 2 or more"
+                    f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts "
+                    "of 2 or more"
                 )
         return self
 
-    def schedule(self, step: int, plan: Plan) -> dict[str, float]:
-        """What changes with the step (counted from 0): the learning rate, and the method's own tau and beta."""
-        return {
-            "lr": schedules.learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr)
-        }
+    def schedule(self, step: int, derived: Derived) -> dict[str, float]:
+        """The numbers that change with the step, which is counted from 0.
+
+        These are the learning rate, `lr`, and what the method's recipe adds, such as `tau`.
+        """
+        total, warmup, peak = derived.total_steps, derived.warmup_steps, derived.peak_lr
+        return {"lr": schedules.learning_rate(step, total, warmup, peak)}
 
     def check_labels(self, labelled: bool, classes: int) -> None:
-        """Raise ValueError when the method cannot train on a dataset with so many classes, or without labels."""
+        """Raise ValueError if the method cannot train with these labels.
+
+        `labelled` says whether the dataset has labels, `classes` how many classes.
+        """
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Numbers derived from a recipe, a dataset and the world; printed before step 0."""
+class Derived:
+    """The numbers derived from a recipe, the dataset's size and the number of ranks.
+
+    They are printed before the first step.
+    """
 
     steps_per_epoch: int
     total_steps: int
@@ -162,10 +165,13 @@ class Plan:
     batch_per_gpu: int
 
 
-def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Plan:
-    """The derived numbers for `count` training images."""
+def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
+    """The derived numbers for `count` training images on `world_size` ranks.
+
+    An incomplete last batch of an epoch is dropped.
+    """
     steps = count // recipe.batch_size
-    return Plan(
+    return Derived(
         steps_per_epoch=steps,
         total_steps=steps * recipe.epochs,
         warmup_steps=steps * recipe.warmup_epochs,
@@ -179,7 +185,7 @@ def recipe_type(method: str) -> type[Recipe]:
 
 
 def row(dataset: str, method: str) -> Fields:
-    """The fields of a dataset and a method with their sources. Raises ValueError for a name that is not known."""
+    """The fields of a dataset and a method, with sources. Raises ValueError for unknown names."""
     if dataset not in DATASETS:
         raise ValueError(
             f"no dataset {dataset!r}{nearest(dataset, DATASETS)}: choose from {', '.join(DATASETS)}"
@@ -188,21 +194,21 @@ def row(dataset: str, method: str) -> Fields:
         raise ValueError(
             f"no method {method!r}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}"
         )
-    about, kind = DATASETS[dataset], method_class(method)
-    fields = dict(about.fields)
-    for scale in ("all", *about.scales):
-        fields |= kind.rows.get(scale, {})
-    if "classes" in kind.recipe_type.model_fields:
-        fields |= cite("the dataset's", classes=about.classes)
+    fields = dict(DATASETS[dataset].fields)
+    for scale in ("all", *DATASETS[dataset].scales):
+        fields |= method_class(method).rows.get(scale, {})
+    if "classes" in recipe_type(method).model_fields:
+        fields |= cite("the dataset's", classes=DATASETS[dataset].classes)
     return fields
 
 
 def build_recipe(
     dataset: str, method: str, file: Path | None = None, overrides: dict[str, Any] | None = None
 ) -> Recipe:
-    """The row with the file's and then the caller's overrides; `views.blur_p` reaches into the views.
+    """The row of a dataset and a method, changed by a YAML file and then by `overrides`.
 
-    Raises ValueError naming every unknown key, with the nearest known one, and every value out of range.
+    The key `views.blur_p` changes a field of the views. Raises ValueError, which names every value
+    out of range and every unknown key, with the nearest known one.
     """
     fields = {name: sourced.value for name, sourced in row(dataset, method).items()}
     fields |= {"dataset": dataset, "method": method, "views": dict(fields["views"])}
@@ -216,7 +222,7 @@ def build_recipe(
 
 
 def validate(fields: dict[str, Any]) -> Recipe:
-    """A recipe from all its fields, such as a checkpoint's. Raises ValueError naming every fault."""
+    """A recipe from all its fields, such as a checkpoint's. Raises ValueError with every fault."""
     method = fields.get("method")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"no method {method!r}: choose from {', '.join(METHODS)}")
@@ -228,16 +234,15 @@ def validate(fields: dict[str, Any]) -> Recipe:
 
 
 def explain(error: Any, method: str) -> str:
+    """One of pydantic's errors in our words."""
     key = ".".join(str(part) for part in error["loc"])
     known = [
         *recipe_type(method).model_fields,
         *(f"views.{name}" for name in ViewSpec.__dataclass_fields__),
     ]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        owners = [name for name in METHODS if key in recipe_type(name).model_fields]
-        hint = (
-            f": {method} does not use it, {', '.join(owners)} do" if owners else nearest(key, known)
-        )
+        owners = ", ".join(name for name in METHODS if key in recipe_type(name).model_fields)
+        hint = f": {method} does not use it, {owners} do" if owners else nearest(key, known)
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
         return str(error["msg"]).removeprefix("Value error, ")
@@ -245,12 +250,16 @@ def explain(error: Any, method: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    """A hint at the most similar known word, or an empty string if none is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
-    """`("beta_base=0.3", "views.blur_p=0")` to a dict, values read as YAML. Raises ValueError without an equals sign."""
+    """Turn `("beta_base=0.3", "views.blur_p=0")` into a dict, whose values are read as YAML.
+
+    Raises ValueError for an item without an equals sign.
+    """
     if bad := [item for item in items if "=" not in item]:
         raise ValueError(f"--set takes key=value, found {', '.join(bad)}")
     return {
@@ -260,53 +269,46 @@ def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
 
 
 def flatten(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The fields as pairs; those of a `views` mapping come last, as `views.blur_p` and so on."""
     views = fields.get("views")
-    rest = [
-        (key, value)
-        for key, value in fields.items()
-        if not (key == "views" and isinstance(views, dict))
-    ]
-    return rest + [
-        (f"views.{key}", value) for key, value in (views if isinstance(views, dict) else {}).items()
-    ]
+    if not isinstance(views, dict):
+        return list(fields.items())
+    others = [(key, value) for key, value in fields.items() if key != "views"]
+    return others + [(f"views.{key}", value) for key, value in views.items()]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields in a recipe file. Raises ValueError if it contains anything else."""
     try:
         text = path.read_text()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     fields = load_yaml(text, str(path))
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise ValueError(
-            f"{path} holds {type(fields).__name__}, wanted recipe fields as `key: value` lines"
+            f"{path} contains {type(fields).__name__}, wanted recipe fields as `key: value` lines"
         )
     return fields
 
 
 class PlainYaml(yaml.SafeLoader):
-    """YAML without references: a few lines of them unfold to gigabytes."""
+    """YAML without aliases: with them, a few lines can unfold to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a recipe has no aliases (*name)")
+            raise yaml.YAMLError("a recipe must not use aliases (*name)")
         return super().compose_node(parent, index)
 
 
-def load_yaml(text: str, place: str) -> Any:
-    """Raises ValueError naming the `place` of what is no YAML, or YAML that no recipe has."""
+def load_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises ValueError, naming `origin`, for text no recipe may have."""
     try:
         return yaml.load(text, PlainYaml)
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # bad tags too
-        raise ValueError(f"{place} is no YAML of a recipe: {str(error)[:500]}") from error
+    # Values that do not fit their tag, such as `!!bool maybe`, raise one of the last three.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{origin} is not YAML for a recipe: {str(error)[:500]}") from error
 
 
 def dump_yaml(recipe: Recipe) -> str:
-    """The whole recipe; `--config` reads it back to an equal one."""
+    """All fields as YAML. `--config` turns the text back into an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -1,6 +1,7 @@
-"""Learning rate, target momentum and beta as pure functions of the step: nothing remembers a count.
+"""The learning rate, the target's tau and RSA's beta as pure functions of the step.
 
-`step` counts from 0, `k = step + 1` is the paper's step number, K the total. Every ramp stays at its end beyond K.
+`step` counts from 0. `k = step + 1` is the step number of the papers, K the total number of steps.
+Beyond K, every schedule stays at its last value.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ def cosine_ramp(k: float, total: float) -> float:
 
 
 def tau(k: int, total_steps: int, tau_base: float, schedule: str = "cosine") -> float:
-    """The target's share in its moving average at step k: from `tau_base` to 1 (BYOL), or `fixed` (MoCo, ReSSL)."""
+    """The target's weight in its moving average at step k.
+
+    `cosine` rises from `tau_base` to 1 (BYOL); `fixed` stays at `tau_base` (MoCo, ReSSL).
+    """
     return tau_base if schedule == "fixed" else 1 - (1 - tau_base) * cosine_ramp(k, total_steps)
 
 
 def beta(k: int, total_steps: int, beta_base: float, schedule: str) -> float:
-    """RSA's weight of aggressive pairs at step k: Eq. 6 (`cosine`), or Table 1's ablation (`fixed`)."""
+    """RSA's weight of aggressive pairs at step k.
+
+    `cosine` falls from `beta_base` to 0 (PAPER Eq. 6); `fixed` stays (PAPER Table 1's ablation).
+    """
     return beta_base if schedule == "fixed" else beta_base * cosine_ramp(k, total_steps)
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """Linear from 0 over the warm-up, then a cosine to 0 (reference code: train_multi.py, adjust_learning_rate).
+    """Linear from 0 to `peak_lr` during the warm-up, then a cosine to 0.
 
-    A run that is shorter than its warm-up, such as one epoch to try things out, ends on the way up.
+    Source: adjust_learning_rate in train_multi.py of github.com/tmllab/RSA. A run that is shorter
+    than its warm-up, such as one epoch to try things out, ends before the peak.
     """
     if step < warmup_steps:
         return peak_lr * step / warmup_steps

@@ -1,7 +1,8 @@
 """Numbers with their sources: `cite("PAPER 4.1", epochs=200)`.
 
-PAPER is RSA (NeurIPS 2022) with the section, CODE is github.com/tmllab/RSA, and `chosen` is where
-neither says. `rsa-fast recipes DATASET/METHOD` prints the source of every number.
+PAPER is the RSA paper (NeurIPS 2022) with the section, CODE is github.com/tmllab/RSA, and "chosen"
+marks our own choice where neither of them says. `rsa-fast recipes DATASET/METHOD` prints the source
+of every number.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sourced:
+    """The value of a recipe's field, and where it comes from."""
+
     value: Any
     source: str
 
 
-Fields = dict[str, Sourced]  # by the names of the recipe's fields
-Rows = dict[str, Fields]  # by the scale of the datasets for which they hold
+Fields = dict[str, Sourced]  # by the name of the recipe's field
+Rows = dict[str, Fields]  # by the scale of the datasets that the fields are for, or "all"
 
 
 def cite(source: str, **fields: Any) -> Fields:
+    """Recipe fields that all come from one source."""
     return {name: Sourced(value, source) for name, value in fields.items()}
 
 
-def stacked(*rows: Rows) -> Rows:
-    """Rows of several tables by scale, later ones on top."""
-    return {
-        scale: {name: cited for row in rows for name, cited in row.get(scale, {}).items()}
-        for row in rows
-        for scale in row
-    }
+def merged_rows(*tables: Rows) -> Rows:
+    """The rows of several tables, merged by scale. Later tables replace fields of earlier ones."""
+    merged: Rows = {}
+    for table in tables:
+        for scale, fields in table.items():
+            merged[scale] = merged.get(scale, {}) | fields
+    return merged

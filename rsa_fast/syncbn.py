@@ -1,7 +1,8 @@
-"""BatchNorm over more or fewer images than a rank holds.
+"""BatchNorm over more or fewer images than the batch of one rank.
 
-The global batch is normalised in `groups` equal parts: one (`sync`, over all ranks), one per rank (`local`, plain
-BatchNorm), or N (`split:N`, which gives one GPU the statistics of N, as MoCo's CIFAR demo does).
+The global batch is normalised in `groups` equal parts. There is one part with bn = `sync` (over all
+ranks), one per rank with `local` (ordinary BatchNorm), and N with `split:N`, which gives one GPU
+the statistics of N GPUs, as MoCo's CIFAR demo does.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def bn_groups(bn: str) -> int:
-    """The number of groups of a recipe's `bn`. Raises ValueError when they do not divide among the ranks."""
+    """The number of parts for a recipe's `bn`.
+
+    Raises ValueError if they cannot be divided equally among the ranks.
+    """
     if bn == "sync":
         return 1
     groups = world_size() if bn == "local" else int(bn.removeprefix("split:"))
     if groups % world_size():
         raise ValueError(
-            f"bn: {bn} does not divide among {world_size()} ranks: use sync, local, or a multiple of the ranks"
+            f"bn: {bn} does not divide among {world_size()} ranks: "
+            "use sync, local, or a multiple of the ranks"
         )
     return groups
 
@@ -34,7 +39,7 @@ def bn_groups(bn: str) -> int:
 def convert_batchnorm(network: Network, groups: int) -> Network:
     """Make every BatchNorm in `network` normalise `groups` parts of the global batch.
 
-    The keys of the state dict stay the same. Returns the same network.
+    Returns the same network. The keys of its state dict do not change.
     """
     if groups == world_size():
         return network
@@ -58,7 +63,10 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 class SplitBatchNorm(GroupedBatchNorm):
-    """Normalises `groups_here` consecutive parts of the batch apart; the running statistics move by the parts' mean."""
+    """Normalises `groups_here` consecutive parts of this rank's batch separately.
+
+    The running statistics are updated with the mean of the statistics of the parts.
+    """
 
     groups_here: int
 
@@ -66,9 +74,9 @@ class SplitBatchNorm(GroupedBatchNorm):
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        means, variances = (
-            buffer.repeat(self.groups_here, 1) for buffer in (self.running_mean, self.running_var)
-        )
+        # Each part updates its own copy of the running statistics.
+        means = self.running_mean.repeat(self.groups_here, 1)
+        variances = self.running_var.repeat(self.groups_here, 1)
         parts = zip(x.chunk(self.groups_here), means, variances, strict=True)
         options = (self.weight, self.bias, True, self.momentum, self.eps)
         normalised = torch.cat(
@@ -80,9 +88,10 @@ class SplitBatchNorm(GroupedBatchNorm):
 
 
 class SyncBatchNorm(GroupedBatchNorm):
-    """Normalises the batch of all ranks together: one collective forward, one backward.
+    """Normalises the batch of all ranks together, with one collective forward and one backward.
 
-    Unlike torch's it runs on CPUs, and it never waits for the device: every rank holds as many images.
+    Unlike torch's SyncBatchNorm it also runs on CPUs, and it never waits for the device, because
+    every rank has the same number of images.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,19 +100,23 @@ class SyncBatchNorm(GroupedBatchNorm):
         self.num_batches_tracked.add_(1)
         arguments = x, self.weight, self.bias, self.eps
         outputs: tuple[Tensor, Tensor, Tensor]
-        outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]  # torch gives no types
+        outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]
         normalised, mean, variance = outputs
+        # The running variance is the unbiased one, as in BatchNorm.
         count = world_size() * x.numel() // x.shape[1]
+        unbiased = variance.to(self.running_var.dtype) * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(
-            variance.to(self.running_var.dtype) * (count / (count - 1)), self.momentum
-        )
+        self.running_var.lerp_(unbiased, self.momentum)
         return normalised
 
 
 class Normalise(torch.autograd.Function):
-    """On CUDA torch's own SyncBatchNorm kernels; the same formulas in plain operations on the CPU, which lacks them, and where
-    they are compiled, which fuses what surrounds them."""
+    """The normalisation over all ranks, with its gradient.
+
+    On CUDA it uses the kernels of torch's own SyncBatchNorm. The same formulas in plain operations
+    are used on the CPU, for which there are no kernels, and under torch.compile, which fuses plain
+    operations with those around them.
+    """
 
     @staticmethod
     def forward(
@@ -113,16 +126,19 @@ class Normalise(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The mean and the variance of this rank's batch, (C,) each.
         if has_kernels(x):
             mean, inverse_std = torch.batch_norm_stats(x, eps)
             variance = inverse_std**-2 - eps
         else:
-            variance, mean = torch.var_mean(wide(x), spatial(x), correction=0)
+            variance, mean = torch.var_mean(at_least_float32(x), all_but_channels(x), correction=0)
+
+        # Those of the global batch. The formula mean(x^2) - mean(x)^2 would lose precision by
+        # cancellation, so the variance of the ranks' means is added to the mean variance.
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)  # (ranks, C)
         mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(
-            0
-        )  # not mean(x^2) - mean(x)^2: that cancels
+        variance = (variances + (means - mean).square()).mean(0)
+
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance
@@ -130,44 +146,44 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std = ctx.saved_tensors
+        global_count = world_size() * x.numel() // x.shape[1]
         if has_kernels(x):
-            grad = (
-                grad.contiguous(memory_format=torch.channels_last)
-                if x.ndim == 4
-                else grad.contiguous()
-            )
+            layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+            grad = grad.contiguous(memory_format=layout)
             reduced = torch.batch_norm_backward_reduce(
                 grad, x, mean, inverse_std, weight, True, True, True
             )
             sums, grad_weight, grad_bias = torch.stack(reduced[:2]), *reduced[2:]
             dist.all_reduce(sums)
-            count = torch.full(
-                (1,), world_size() * x.numel() // x.shape[1], dtype=torch.int32, device=x.device
-            )
+            count = torch.full((1,), global_count, dtype=torch.int32, device=x.device)
             saved = (mean, inverse_std, weight)
             grad_x = torch.batch_norm_backward_elemt(grad, x, *saved, sums[0], sums[1], count)
         else:
-            shape = (-1, *[1] * (x.ndim - 2))
-            grad, hat = wide(grad), (wide(x) - mean.view(shape)) * inverse_std.view(shape)
-            grad_bias, grad_weight = grad.sum(spatial(x)), (grad * hat).sum(spatial(x))
+            shape = (-1, *[1] * (x.ndim - 2))  # of a vector (C,) that is broadcast over x
+            grad = at_least_float32(grad)
+            x_hat = (at_least_float32(x) - mean.view(shape)) * inverse_std.view(shape)
+            grad_bias = grad.sum(all_but_channels(x))
+            grad_weight = (grad * x_hat).sum(all_but_channels(x))
             sums = torch.stack([grad_bias, grad_weight])
             dist.all_reduce(sums)
-            sums = (sums / (world_size() * x.numel() // x.shape[1])).view(2, *shape)
+            means = (sums / global_count).view(2, *shape)
             scale = inverse_std if weight is None else inverse_std * weight
-            grad_x = ((grad - sums[0] - hat * sums[1]) * scale.view(shape)).to(x.dtype)
-        return (
-            (grad_x, None, None, None) if weight is None else (grad_x, grad_weight, grad_bias, None)
-        )
+            grad_x = ((grad - means[0] - x_hat * means[1]) * scale.view(shape)).to(x.dtype)
+        if weight is None:
+            return grad_x, None, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 def has_kernels(x: Tensor) -> bool:
+    """Whether the CUDA kernels of torch's SyncBatchNorm are used for `x`."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
-def spatial(x: Tensor) -> list[int]:
-    """All dimensions but the channels'."""
+def all_but_channels(x: Tensor) -> list[int]:
+    """All dimensions of `x` `(B, C, ...)` except that of the channels."""
     return [0, *range(2, x.ndim)]
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if its type has higher precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Images for the tests: synthetic ones always, real ones when they are at hand."""
+"""Test images: synthetic ones are always available, real ones only on some machines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import tarfile
 from pathlib import Path
 
-# oneDNN as torch 2.10.0 has it corrupts the heap, or never returns, in the backward of convolutions with
-# few channels on CPUs without AVX-512. The tests' networks have few.
+# In torch 2.10.0, oneDNN corrupts the heap or never returns in the backward pass of convolutions
+# with few channels on CPUs without AVX-512. The networks of the tests have few channels.
 if "avx512f" not in Path("/proc/cpuinfo").read_text():
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
 
@@ -23,7 +23,10 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def natural_image(seed: int, height: int, width: int) -> np.ndarray:
-    """Smooth colour fields with edges and noise, `(H, W, 3)` uint8: enough structure to tell filters apart."""
+    """Return a `(H, W, 3)` uint8 image with enough structure to tell filters apart.
+
+    It consists of smooth colour fields with edges and noise.
+    """
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
         (width, height), Image.BICUBIC
@@ -36,21 +39,21 @@ def natural_image(seed: int, height: int, width: int) -> np.ndarray:
 def write_folder(
     root: Path, splits: dict[str, int], size: tuple[int, int] = (20, 20), classes: int = 2
 ) -> Path:
-    """An ImageFolder of JPEGs with `splits[name]` images per class."""
+    """Write an ImageFolder of JPEGs with `splits[name]` images per class."""
     for split, per_class in splits.items():
         for label in range(classes):
             folder = root / split / f"class_{label}"
             folder.mkdir(parents=True)
             for i in range(per_class):
                 image = natural_image(1000 * label + i + (500 if split != "train" else 0), *size)
-                image[..., label] //= 4  # so that the classes can be told apart
+                image[..., label] //= 4  # This makes the classes distinguishable.
                 Image.fromarray(image).save(folder / f"{i:03}.jpg", quality=95)
     return root
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, 20 training and 10 test images each, 20x20 px."""
+    """An image folder of two classes with 20 training and 10 test images each, of 20x20 px."""
     return write_folder(tmp_path_factory.mktemp("folder"), {"train": 20, "test": 10})
 
 
@@ -58,7 +61,8 @@ def real_images(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     archive = REAL_DATA / f"{name}.tar"
     if not archive.is_file():
         pytest.skip(
-            f"no {name}.tar: set RSA_FAST_TEST_DATA to a folder that holds it to test on real images"
+            f"no {name}.tar: set RSA_FAST_TEST_DATA to a folder that holds it "
+            "to test on real images"
         )
     place = tmp_path_factory.mktemp(name)
     with tarfile.open(archive) as tar:
@@ -78,7 +82,10 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`folder` as .beton files of raw pixels: a JPEG would be decoded by FFCV's own libjpeg settings."""
+    """The images of `folder` in .beton files of raw pixels.
+
+    JPEGs would be decoded with FFCV's own libjpeg settings.
+    """
     from click.testing import CliRunner
 
     from tools.to_ffcv import main

@@ -1,7 +1,8 @@
-"""Runs a program on fake GPUs: torch's real CUDA code on a CUDA runtime that computes nothing.
+"""Run a program on fake GPUs: torch's real CUDA code on a CUDA runtime that computes nothing.
 
-It proves code paths, devices, dtypes, memory, counts, and that the host never waits; never a value
-or a time. tests/gpuless/README.md describes the runtime and its settings. By hand:
+This checks code paths, devices, dtypes, memory and counts, and that the host never waits. It cannot
+check values or times. tests/gpuless/README.md describes the runtime and its settings. To run it by
+hand:
 
     .venv/bin/python tests/fake_gpu.py PROGRAM.py ARGUMENTS...
 """
@@ -22,7 +23,7 @@ from gpuless.ghost import build
 
 
 def missing() -> str | None:
-    """What the fake runtime needs and this machine does not have, if anything."""
+    """Return what the fake runtime needs and this machine lacks, or None."""
     if (system := (platform.system(), platform.machine())) != ("Linux", "x86_64"):
         return f"the fake CUDA runtime is for Linux on x86_64, not for {' on '.join(system)}"
     if not torch.version.cuda:
@@ -36,7 +37,7 @@ def missing() -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """The environment variables of a process that runs on the fake runtime."""
+    """Return the environment variables of a process that runs on the fake runtime."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LD_PRELOAD": str(build.build())}
     if folder := os.environ.get("RSA_FAST_GPU_COVERAGE"):  # see gpuless/gpu_lines.py
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
 
 
 def on_fake_gpu(*program: object) -> str:
-    """What `python PROGRAM...` prints on a fake GPU. Skips the test where that cannot work."""
+    """Return what `python PROGRAM...` prints on a fake GPU. Skip the test if that cannot work."""
     if reason := missing():
         pytest.skip(reason)
     command = [sys.executable, *map(str, program)]

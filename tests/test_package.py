@@ -1,4 +1,4 @@
-"""What is shipped: the wheel and what a clean environment gets of it, the extras, the image."""
+"""What is shipped: the wheel, and what it gives a clean environment, the extras, the image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 SETUP = (ROOT / "tools" / "setup.sh").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-BUILDER = "77"  # of setuptools, the first to read a license as pyproject.toml states it
+BUILDER = "77"  # the first setuptools that reads a license as in pyproject.toml
 HADOLINT = shutil.which(
     "hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 )
@@ -38,7 +38,7 @@ def call(*words: object, **options) -> str:
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What .dockerignore lets into the image."""
+    """The files that .dockerignore lets into the image."""
     everything, *kept, compiled = re.findall(
         r"^[^#\n].*$", (ROOT / ".dockerignore").read_text(), re.M
     )
@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
         for name in ("pipelines", "rsa_fast", "tools")
         for path in (ROOT / name).rglob("*.py")
     }
-    wanted |= {"pipelines/py.typed", "rsa_fast/py.typed"}  # type checkers read their annotations
+    wanted |= {"pipelines/py.typed", "rsa_fast/py.typed"}  # for type checkers
     names = set(zipfile.ZipFile(wheel).namelist())
     about = f"rsa_fast-{PROJECT['version']}.dist-info"
     assert {name for name in names if not name.startswith(about)} == wanted
@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
 
 
 def test_a_clean_environment_gets_a_working_command(wheel, tmp_path, monkeypatch):
-    """The environment has nothing but the wheel; the packages it depends on are lent by a path."""
+    """The environment contains only the wheel. A path lends the packages that it depends on."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""What the README shows works: its commands run, on a few small images, its method trains."""
+"""What the README shows works: its commands run on a few small images, its method trains."""
 
 from __future__ import annotations
 
@@ -35,17 +35,16 @@ INLINE = [
     if not line.startswith("python -m tools.bench")
 ]
 COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
-BENCHMARKS = re.findall(
-    r"`python -m tools\.bench (\w+)", README
-)  # tests/tools/test_bench.py runs them
+# tests/tools/test_bench.py runs them.
+BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)
 
-# What makes a command short; the rest is as it stands.
+# Options that make a command short. The rest of the command is unchanged.
 NARROW = "--set arch=resnet18 --set width=4"
 RECIPE = (
     "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
 )
 SMALL = {
-    "train --dataset cifar10": NARROW,  # and ImageNet's network whole: detection needs it
+    "train --dataset cifar10": NARROW,  # Detection needs ImageNet's whole network.
     "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
     "eval linear --protocol": "--epochs 1",
     "detect": "--steps 1 --batch-size 2 --workers 0",
@@ -60,7 +59,10 @@ PLACES = {
 
 
 def ready(line: str) -> list[str]:
-    """The words of a command as they run here: small, and with the checkpoint that is there under the name that is told."""
+    """Return the words of a command as it runs here.
+
+    Its run is small, and an existing checkpoint gets the name that the README uses.
+    """
     line = re.sub(
         r"\$\(\[ -d (\S+) \] && echo (\S+)\)",
         lambda found: found[2] if Path(found[1]).is_dir() else "",
@@ -79,7 +81,10 @@ def ready(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Every command run where the README's data lies; first those that convert and train, whose files others read."""
+    """Run every command in a folder with the README's data, and return the results.
+
+    Commands that convert and train run first, because others read their files.
+    """
     place, ran = tmp_path_factory.mktemp("readme"), {}
     write_folder(place / "data" / "imagenet", {"train": 6, "val": 4}, size=(40, 48))
     (place / "LIST").write_text("class_0\n")
@@ -129,7 +134,7 @@ def test_the_targets_of_make_and_the_benchmarks_exist():
 
 @pytest.mark.parametrize("code", [code for code in PYTHON if ">>>" in code])
 def test_the_lines_for_a_notebook_are_those_that_are_run(code):
-    assert code in rsa_fast.__doc__  # tests/rsa_fast/test_surface.py
+    assert code in rsa_fast.__doc__  # tests/rsa_fast/test_surface.py runs it.
 
 
 def test_the_method_in_the_readme_trains_and_is_barlow_twins():

@@ -1,14 +1,16 @@
-"""Speed of the views and of the training step, as ratios within one run: machines and their noise differ, ratios less.
+"""Measure the speed of the views and of the training step.
 
-    python -m tools.bench views     resident backend against torchvision/PIL, four views at 32 px
-    python -m tools.bench backends  every backend at 224 px from files, against torchvision/PIL and the decode limit
-    python -m tools.bench step      the loop against its step, RSA against BYOL, bf16 channels_last against fp32 contiguous
-    python -m tools.bench training  the loop on files, ResNet-50 at 224 px: RSA against BYOL, and what waits for views
-    python -m tools.bench all       all of these, each in a process of its own
-    python -m tools.bench learn     accuracy of every method at the same small budget
+    python -m tools.bench views     # the resident backend and torchvision/PIL, four views at 32 px
+    python -m tools.bench backends  # every backend at 224 px from files, and the limit of decoding
+    python -m tools.bench step      # loop and step, RSA and BYOL, bf16 channels_last and fp32
+    python -m tools.bench training  # the loop on files at 224 px, RSA and BYOL, wait for views
+    python -m tools.bench all       # all of these, each in a process of its own
+    python -m tools.bench learn     # the accuracy of every method at the same small budget
 
-Each prints a table and, last, one JSON object. Variants take turns, so that a slow minute slows all of them; figures are
-medians over the turns. Nothing else should run on the machine.
+Each command prints a table and, on the last line, one JSON object. The speeds of one run are
+compared as ratios, because ratios differ less between machines than the speeds do. Variants take
+turns, so that a slow minute slows all of them, and the figures are medians over the turns. Nothing
+else should run on the machine.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipelines import (
     VIEWS,
     AggressiveOn,
-    Backend,
     Batch,
+    Loading,
     Order,
     Source,
     open_source,
@@ -50,7 +52,7 @@ from pipelines.draws import draw
 from pipelines.loading import Loader
 from pipelines.manifest import array_manifest
 from rsa_fast.evaluation.evaluate import Evaluation
-from rsa_fast.insight.profiling import Repeated, loading_of, open_loader, ratio
+from rsa_fast.insight.measure import EndlessOrder, median_ratio, open_loader
 from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
 from rsa_fast.training.engine import train
 from rsa_fast.training.meter import Meter
@@ -58,27 +60,32 @@ from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, 
 from tools.to_ffcv import main as to_ffcv
 
 CIFAR = build_recipe("cifar10", "rsa").views
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="An image folder with train/.",
+)
 
 
-def images(count: int, size_px: int) -> Source:
-    """`count` smooth colour images in memory: no file is read, and the content does not change the work."""
+def smooth_images(count: int, size_px: int) -> Source:
+    """`count` smooth colour images in memory. Their content does not change the work."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
     size, smooth = (size_px, size_px), Image.Resampling.BICUBIC
     pixels = np.stack([np.asarray(Image.fromarray(c).resize(size, smooth)) for c in coarse])
-    return Source(
-        array_manifest(Path("."), "pretrain", pixels, np.zeros(count, np.int64), ("none",)),
-        pixels.__getitem__,
-    )
+    manifest = array_manifest("pretrain", pixels, np.zeros(count, np.int64), ("none",))
+    return Source(manifest, pixels.__getitem__)
 
 
-def timed(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> None:
+    """Print the rows as a table, and the result as JSON."""
     table = Table("", "median (lowest to highest)", title=title)
     for row in rows:
         table.add_row(*row)
@@ -87,12 +94,13 @@ def show(title: str, rows: list[tuple[str, str]], result: dict[str, float]) -> N
 
 
 def spread(values: list[float], unit: str) -> str:
+    """The median, the lowest and the highest value as text."""
     return f"{statistics.median(values):,.1f} {unit} ({min(values):,.1f} to {max(values):,.1f})"
 
 
 @click.group()
 def main() -> None:
-    """Benchmarks; run them alone on the machine."""
+    """Benchmarks. Nothing else should run on the machine."""
 
 
 @main.command()
@@ -100,10 +108,10 @@ def main() -> None:
 @click.option("--turns", default=5, show_default=True)
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
 def views(batch_size: int, turns: int, dtype: str) -> None:
-    """Source images per second, each with four views, by 2 threads or worker processes."""
-    source = images(40 * batch_size, CIFAR.size_px)
+    """Measure images per second with four views each, on 2 threads or worker processes."""
+    source = smooth_images(40 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
-    variants: dict[str, tuple[Backend, AggressiveOn]] = {
+    variants: dict[str, tuple[str, AggressiveOn]] = {
         "torchvision": ("torchvision", "host"),
         "resident": ("resident", "host"),
         "resident-device": ("resident", "device"),
@@ -115,35 +123,34 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
             CIFAR,
             frozenset(VIEWS),
             order,
-            backend=backend,
-            aggressive_on=where,
             dtype=getattr(torch, dtype),
+            loading=Loading(backend, aggressive_on=where),
         )
         for name, (backend, where) in variants.items()
     }
     for turn in range(turns):
         for name, loader in loaders.items():
-            rates[name].append(batch_size * rate(loader, turn))
+            rates[name].append(batch_size * batches_per_s(loader, turn))
     ids, sizes = np.arange(256), np.full((256, 2), 32)
-    draw_ms = [1e3 * timed(lambda: draw(0, 0, ids, CIFAR, sizes)) for _ in range(100)]
-    middle = {name: statistics.median(values) for name, values in rates.items()}
+    draw_ms = [1e3 * seconds_of(lambda: draw(0, 0, ids, CIFAR, sizes)) for _ in range(100)]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     rows = [
         (f"{name}, four views, {dtype}", spread(values, "images/s"))
         for name, values in rates.items()
     ]
     rows.append(("drawing 2 x 256 views, one core", spread(draw_ms, "ms")))
-    result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in middle.items()}
-    result["resident_host_ratio"] = middle["resident"] / middle["torchvision"]
-    result["resident_device_ratio"] = middle["resident-device"] / middle["torchvision"]
-    show(
-        f"views at {CIFAR.size_px} px, batch {batch_size}",
-        rows,
-        {**result, "draw_ms": statistics.median(draw_ms)},
-    )
+    result = {f"{name.replace('-', '_')}_images_per_s": value for name, value in medians.items()}
+    result["resident_host_ratio"] = medians["resident"] / medians["torchvision"]
+    result["resident_device_ratio"] = medians["resident-device"] / medians["torchvision"]
+    result["draw_ms"] = statistics.median(draw_ms)
+    show(f"views at {CIFAR.size_px} px, batch {batch_size}", rows, result)
 
 
-def rate(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf) -> float:
-    """Batches per second, for some seconds or to the end of the epoch, once what was made ahead at the start is gone."""
+def batches_per_s(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf) -> float:
+    """Batches per second, measured for some seconds or to the end of the epoch.
+
+    The first `warm_up` batches are not counted, because the loader prepares some in advance.
+    """
     with closing(batch for batch in loader.batches(epoch)) as batches:
         for _ in range(warm_up):
             next(batches)
@@ -156,23 +163,21 @@ def rate(loader: Loader, epoch: int, warm_up: int = 8, seconds: float = math.inf
 
 
 @main.command()
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="An image folder with train/.",
-)
+@data_option
 @click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--turns", default=3, show_default=True)
-@click.option("--seconds", default=4.0, show_default=True, help="Of each measurement.")
+@click.option("--seconds", default=4.0, show_default=True, help="Length of each measurement.")
 @click.option(
     "--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16."
 )
 def backends(
     data: Path, size: int, batch_size: int, turns: int, seconds: float, dtype: str
 ) -> None:
-    """Source images per second of every backend on the CPU by 2 threads, from the page cache, decoding included."""
+    """Measure images per second of every backend on 2 CPU threads, decoding included.
+
+    The files are read from the page cache.
+    """
     source = open_source(data, "train")
     if source.encoded is None:
         raise click.UsageError(f"{data} holds pixels: wanted a folder of image files")
@@ -186,7 +191,7 @@ def backends(
         ):
             to_ffcv([str(data), f"{folder}/{name}", "--write-mode", *mode], standalone_mode=False)
             sources[name] = open_source(f"{folder}/{name}", "train")
-        rows: dict[str, tuple[Backend, str, frozenset[str]]] = {
+        rows: dict[str, tuple[str, str, frozenset[str]]] = {
             "torchvision": ("torchvision", "", every),
             "native": ("native", "", every),
             "native_byol": ("native", "", byol),
@@ -195,7 +200,7 @@ def backends(
             "dali_cpu_weak": ("dali", "", weak),
             "dali_cpu": ("dali", "", every),
         }
-        order = Repeated(len(source.manifest), min(batch_size, len(source.manifest)), seed=0)
+        order = EndlessOrder(len(source.manifest), min(batch_size, len(source.manifest)), seed=0)
         loaders = {
             name: opened.enter_context(
                 open_views(
@@ -203,9 +208,8 @@ def backends(
                     spec,
                     reads,
                     order,
-                    backend=backend,
-                    threads=2,
                     dtype=getattr(torch, dtype),
+                    loading=Loading(backend),
                 )
             )
             for name, (backend, which, reads) in rows.items()
@@ -213,36 +217,36 @@ def backends(
         files = [source.encoded(i) for i in range(len(source.manifest))]
         rates: dict[str, list[float]] = {"decode_limit": [], **{name: [] for name in rows}}
         for turn in range(turns):
-            rates["decode_limit"].append(decode_rate(files, seconds))
+            rates["decode_limit"].append(decode_limit_per_s(files, seconds))
             for name, loader in loaders.items():
-                rates[name].append(order.batch_size * rate(loader, turn, seconds=seconds))
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    result = {f"{name}_images_per_s": value for name, value in middle.items()}
+                rates[name].append(order.batch_size * batches_per_s(loader, turn, seconds=seconds))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    result = {f"{name}_images_per_s": value for name, value in medians.items()}
     result |= {
-        f"{name}_ratio": middle[name] / middle["torchvision"]
+        f"{name}_ratio": medians[name] / medians["torchvision"]
         for name in rows
         if name != "torchvision"
     }
-    result["native_of_decode_limit"] = middle["native"] / middle["decode_limit"]
-    title = f"{size} px, batch {order.batch_size}, {dtype}; four views unless named weak (two) or byol (two aggressive)"
+    result["native_of_decode_limit"] = medians["native"] / medians["decode_limit"]
+    title = f"{size} px, batch {order.batch_size}, {dtype}; 4 views, weak: 2, byol: 2 aggressive"
     show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
 
 
-def decode_rate(files: list[bytes], seconds: float) -> float:
-    """Images per second of nothing but decoding JPEGs to RGB, by two threads."""
-    images = [
+def decode_limit_per_s(files: list[bytes], seconds: float) -> float:
+    """Images per second when two threads decode JPEGs to RGB and do nothing else."""
+    jpegs = [
         torch.frombuffer(bytearray(file), dtype=torch.uint8)
         for file in files
-        if file[:2] == b"\xff\xd8"
+        if file.startswith(b"\xff\xd8")
     ]
     deadline = time.perf_counter() + seconds
 
     def work(part: int) -> int:
-        done = 0
+        decoded = 0
         while time.perf_counter() < deadline:
-            decode_jpeg(images[(2 * done + part) % len(images)], ImageReadMode.RGB)
-            done += 1
-        return done
+            decode_jpeg(jpegs[(2 * decoded + part) % len(jpegs)], ImageReadMode.RGB)
+            decoded += 1
+        return decoded
 
     with ThreadPoolExecutor(2) as pool:
         return sum(pool.map(work, range(2))) / seconds
@@ -253,20 +257,16 @@ def decode_rate(files: list[bytes], seconds: float) -> float:
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--turns", default=7, show_default=True)
 def step(width: int, batch_size: int, turns: int) -> None:
-    """Training steps of ResNet-18 at 32 px."""
-    source = images(20 * batch_size, CIFAR.size_px)
+    """Measure training steps of ResNet-18 at 32 px."""
+    source = smooth_images(20 * batch_size, CIFAR.size_px)
     order = Order(len(source.manifest), batch_size, seed=0)
 
     def run_of(method: str, precision: str = "auto") -> Run:
         fields = {"width": width, "batch_size": batch_size, "precision": precision}
         return build_run(build_recipe("cifar10", method, overrides=fields), len(source.manifest))
 
-    rsa, byol, looped, contiguous = (
-        run_of("rsa"),
-        run_of("byol"),
-        run_of("rsa"),
-        run_of("rsa", "fp32"),
-    )
+    rsa, byol, looped = run_of("rsa"), run_of("byol"), run_of("rsa")
+    contiguous = run_of("rsa", precision="fp32")
     layout = torch.contiguous_format
     contiguous.method.to(memory_format=layout)  # type: ignore[call-overload]  # not in torch's types
     with open_views(
@@ -285,14 +285,14 @@ def step(width: int, batch_size: int, turns: int) -> None:
         times: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(turns + 2):
             for name, work in variants.items():
-                elapsed_ms = 1e3 * timed(partial(synchronised, work, rsa.device))
-                if turn >= 2:  # the first two warm up
+                elapsed_ms = 1e3 * seconds_of(partial(synchronised, work, rsa.device))
+                if turn >= 2:  # the first two turns are a warm-up
                     times[name].append(elapsed_ms)
     ready_ms, byol_ms, loop_ms, contiguous_ms = times.values()
     result = {
-        "loop_efficiency": ratio(ready_ms, loop_ms),
-        "rsa_over_byol": ratio(ready_ms, byol_ms),
-        "bf16_channels_last_speedup": ratio(contiguous_ms, ready_ms),
+        "loop_efficiency": median_ratio(ready_ms, loop_ms),
+        "rsa_over_byol": median_ratio(ready_ms, byol_ms),
+        "bf16_channels_last_speedup": median_ratio(contiguous_ms, ready_ms),
         "step_ms": statistics.median(ready_ms),
         "images_per_s": 1e3 * batch_size / statistics.median(ready_ms),
     }
@@ -302,19 +302,18 @@ def step(width: int, batch_size: int, turns: int) -> None:
 
 
 @main.command()
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="An image folder with train/.",
-)
+@data_option
 @click.option("--arch", default="resnet50", show_default=True)
 @click.option("--size", default=224, show_default=True, help="Side of the views in pixels.")
 @click.option("--batch-size", default=16, show_default=True)
 @click.option("--turns", default=3, show_default=True)
-@click.option("--seconds", default=12.0, show_default=True, help="Of each measurement.")
+@click.option("--seconds", default=12.0, show_default=True, help="Length of each measurement.")
 def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seconds: float) -> None:
-    """The training loop of ImageNet's recipes with each file backend: RSA's step over BYOL's, and the wait for views."""
+    """Measure the training loop of the ImageNet-1K recipes with each backend for files.
+
+    The figures are RSA's step time relative to BYOL's, and the share of the time that is spent
+    waiting for views.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         to_ffcv([str(data), folder], standalone_mode=False)
         loops: dict[tuple[str, str], tuple[Run, Loader]] = {}
@@ -328,12 +327,11 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
                     "bn": "local",
                     "backend": backend,
                 }
-                run = build_run(
-                    build_recipe("imagenet1k", method, overrides=fields), len(source.manifest)
-                )
-                loader = open_loader(run, source, loading_of(run.recipe, source, run.device))
+                recipe = build_recipe("imagenet1k", method, overrides=fields)
+                run = build_run(recipe, len(source.manifest))
+                loader = open_loader(run, source)
                 loops[backend, method] = run, opened.enter_context(loader)
-        reads: dict[tuple[str, str], list[dict[str, float]]] = {name: [] for name in loops}
+        readings: dict[tuple[str, str], list[dict[str, float]]] = {name: [] for name in loops}
         for turn in range(turns):
             for name, (run, loader) in loops.items():
                 meter = Meter(batch_size, run.device)
@@ -342,56 +340,47 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
                     meter.restart()
                     while time.perf_counter() - meter.began < seconds:
                         meter.add(run.step, train_step(run, next(batches)))
-                    reads[name].append(meter.read())
-    values = {
-        name: {key: [read[key] for read in turns] for key in reads[name][0]}
-        for name, turns in reads.items()
-    }
-    result = {}
+                    readings[name].append(meter.read())
+    step_ms = {name: [read["step_ms"] for read in reads] for name, reads in readings.items()}
+    wait_pct = {name: [read["wait_pct"] for read in reads] for name, reads in readings.items()}
+    result: dict[str, float] = {}
+    rows: list[tuple[str, str]] = []
     for backend, method in loops:
-        for key in ("step_ms", "wait_pct"):
-            result[f"{backend}_{method}_{key}"] = statistics.median(values[backend, method][key])
+        times, waits = step_ms[backend, method], wait_pct[backend, method]
+        result[f"{backend}_{method}_step_ms"] = statistics.median(times)
+        result[f"{backend}_{method}_wait_pct"] = statistics.median(waits)
+        rows.append((f"{backend} {method}", f"{spread(times, 'ms')}, waits {spread(waits, '%')}"))
     for backend, _ in loops:
-        result[f"{backend}_rsa_over_byol"] = ratio(
-            values[backend, "rsa"]["step_ms"], values[backend, "byol"]["step_ms"]
-        )
-    title = f"{arch}, {size} px, batch {batch_size}"
-    rows = [
-        (" ".join(name), f"{spread(of['step_ms'], 'ms')}, waits {spread(of['wait_pct'], '%')}")
-        for name, of in values.items()
-    ]
-    show(title, rows, result)
+        over_byol = median_ratio(step_ms[backend, "rsa"], step_ms[backend, "byol"])
+        result[f"{backend}_rsa_over_byol"] = over_byol
+    show(f"{arch}, {size} px, batch {batch_size}", rows, result)
 
 
 @main.command("all")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="An image folder with train/.",
-)
-@click.option("--json", "plain", is_flag=True, help="No tables.")
+@data_option
+@click.option("--json", "plain", is_flag=True, help="Print the JSON object only.")
 def everything(data: Path, plain: bool) -> None:
-    """All speeds that the README states, each measured by a process of its own: memory and threads of one slow the next."""
+    """Measure all speeds that the README states.
+
+    Each benchmark runs in a process of its own, as the memory and threads of one slow the next.
+    """
     figures = {}
-    for name, options in {
-        "views": [],
-        "step": [],
-        "backends": ["--data", data],
-        "training": ["--data", data],
-    }.items():
-        command = [sys.executable, "-m", "tools.bench", name, *map(str, options)]
-        *table, last = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout.splitlines()
+    on_files = ["--data", str(data)]
+    on_arrays: list[str] = []
+    benchmarks = {"views": on_arrays, "step": on_arrays, "backends": on_files, "training": on_files}
+    for name, arguments in benchmarks.items():
+        command = [sys.executable, "-m", "tools.bench", name, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        *table_lines, last = done.stdout.splitlines()
         figures[name] = json.loads(last)
         if not plain:
-            click.echo("\n".join(table))
+            click.echo("\n".join(table_lines))
     click.echo(json.dumps(figures))
 
 
-# Of a narrow ResNet-18 on two CPU cores. BYOL's and RSA's targets follow faster than the paper's, as there are few steps;
-# MoCo's split gives the batches of 16 that BatchNorm has in its CIFAR demo's shuffling, with half as many of them.
+# The budget is for a narrow ResNet-18 on two CPU cores. The targets of BYOL and RSA follow faster
+# than in the paper, as there are few steps. MoCo's split gives BatchNorm batches of 16 images, as
+# the shuffling of its CIFAR demo does, but half as many of them.
 LEARN = {"width": 16, "batch_size": 64, "peak_lr": 0.06, "knn_every_epochs": 0}
 LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "simclr": ("simclr", {}),
@@ -419,12 +408,14 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
 )
 @click.option("--epochs", default=12, show_default=True)
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Some of them; repeatable."
+    "--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Train this one; repeatable."
 )
 def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
-    """Train every method with the same backbone, epochs and data, and score each by kNN and a linear probe.
+    """Train every method with the same backbone, epochs and data, and compare their accuracy.
 
-    A smoke-scale comparison. Stopped, it goes on where it was: finished runs are read, an unfinished one is resumed.
+    The accuracies are those of kNN and a linear probe. This is a smoke test, whose accuracies are
+    not the paper's. After a stop, run the same command again: finished runs are read, and an
+    unfinished one is resumed.
     """
     recipes = {
         name: build_recipe("cifar10", method, overrides={**LEARN, "epochs": epochs, **fields})
@@ -434,40 +425,30 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
     scores = {"random init": random_init(next(iter(recipes.values())), data)}
     for name, recipe in recipes.items():
         result = out / name / "result.json"
-        begun = any((out / name / "checkpoints").glob("*.pt"))
-        # A finished run is resumed too when its recipe is no longer this one: that is refused with the difference.
+        has_checkpoint = any((out / name / "checkpoints").glob("*.pt"))
+        # A finished run with another recipe is resumed too, which is refused with the difference.
         done = result.is_file() and (out / name / "recipe.yaml").read_text() == dump_yaml(recipe)
         if not done:
-            train(recipe, data, out / name, resume=begun)
+            train(recipe, data, out / name, resume=has_checkpoint)
         scores[name] = json.loads(result.read_text())
     columns = ("knn_top1", "knn20_top1", "linear_top1", "embedding_std", "images_per_s")
-    table = Table(
-        "top-1 %",
-        *columns,
-        title=f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}",
-    )
-    for name, score in scores.items():
-        table.add_row(
-            name,
-            *("" if score.get(column) is None else f"{score[column]:.2f}" for column in columns),
-        )
+    figures = {name: {key: score.get(key) for key in columns} for name, score in scores.items()}
+    title = f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}"
+    table = Table("top-1 %", *columns, title=title)
+    for name, row in figures.items():
+        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in row.values()))
     Console().print(table)
-    click.echo(
-        json.dumps(
-            {
-                name: {column: score.get(column) for column in columns}
-                for name, score in scores.items()
-            }
-        )
-    )
+    click.echo(json.dumps(figures))
 
 
 def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
+    """The scores of a network before training."""
     run = build_run(recipe, len(open_source(data, "pretrain").manifest))
     return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 
 
 def synchronised(work: Callable[[], object], device: torch.device) -> None:
+    """Call `work` and wait until the device has finished it."""
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,12 @@
-"""What `to_ffcv` and `to_dali` share: encode in parallel, write in order, survive a kill, verify, then give the final name.
+"""The conversion that `to_ffcv` and `to_dali` share.
 
-While it goes, everything of a split lies in `DST/<split>.partial/`: what was asked for (`plan.json`), the images so far and
-a journal of them (`journal`). An image counts as written once the journal says so, and the journal never runs ahead of the
-disk, so whatever a kill leaves is cut back to the journal and the result is that of a run never interrupted.
+Images are encoded in parallel and written in order. The result is read back, and only then gets its
+final name.
+
+During the conversion everything of a split is in `DST/<split>.partial/`: the settings
+(`plan.json`), the images written so far, and a journal of them (`journal`). An image counts as
+written once it is in the journal, and it is on the disk before its journal record is. After a kill,
+whatever is not in the journal is cut off. The result is therefore the same as without the kill.
 """
 
 from __future__ import annotations
@@ -34,23 +38,26 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.draws import keys
+from pipelines.draws import sample_keys
+from pipelines.files import write_whole
+from pipelines.layouts import open_source
 from pipelines.packed import ENTRY, VERSION, Packed
-from pipelines.sources import Source, open_source, to_rgb
+from pipelines.sources import Source, to_rgb
 
 Result = TypeVar("Result")
 
 WRITE_MODES = ("proportion", "jpg", "raw", "smart", "passthrough")
-JOURNAL = np.dtype(
-    [("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")]
-)  # no PSNR (NaN): raw, or its own bytes
-# PIL's nearest to ffcv's area filter (cv2.INTER_AREA): 0.87 levels from it on 60 photographs; BOX, which counts a pixel
-# whole where its centre falls, 2.80, BILINEAR 1.14, LANCZOS 1.90
+# One record per image. The PSNR is NaN for images stored as pixels or with their original bytes.
+JOURNAL = np.dtype([("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")])
+# PIL's filter that is closest to ffcv's area filter (cv2.INTER_AREA). On 60 photographs HAMMING
+# differs from it by 0.87 levels, BILINEAR by 1.14 and LANCZOS by 1.90. BOX differs by 2.80, because
+# it counts a pixel fully where its centre falls.
 RESIZE_FILTER = Image.Resampling.HAMMING
-CHUNK = 8  # images a worker takes at a time
-SYNC_EVERY_S = 2.0  # at most so much work is lost by a kill
+CHUNK = 8  # images per task of a worker
+SYNC_EVERY_S = 2.0  # a kill loses at most the work of this time
 REFRESH_EVERY_S = 0.2  # of the progress bar
-PARAMS: list[click.Parameter] = [  # of both commands
+# The arguments and options that both commands have.
+PARAMS: list[click.Parameter] = [
     click.Argument(["src"], type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.Argument(["dst"], type=click.Path(path_type=Path, file_okay=False)),
     click.Option(
@@ -58,29 +65,30 @@ PARAMS: list[click.Parameter] = [  # of both commands
         type=click.IntRange(1, 100),
         default=90,
         show_default=True,
-        help="Of new JPEGs.",
+        help="Quality of new JPEGs.",
     ),
     click.Option(
         ["--workers"],
         type=click.IntRange(1),
         default=os.cpu_count(),
-        help="Processes; all cores by default.",
+        help="Number of processes, by default one per core.",
     ),
     click.Option(
         ["--overwrite"],
         is_flag=True,
-        help="Delete what DST holds of these splits, and start afresh.",
+        help="Delete these splits in DST and start again.",
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored; at most one of the two limits is set.
+    """How images are stored. At most one of `longest_px` and `shortest_px` is set.
 
-    `write_mode`: jpg, raw, smart (JPEG above `smart_threshold_bytes` of pixels) and proportion (JPEG with
-    `compress_probability`, by a hash of seed and sample) as ffcv's RGBImageField; passthrough keeps the bytes of JPEGs that
-    need no resizing and are grayscale or RGB, all else becomes JPEG.
+    The write modes jpg, raw, smart and proportion are those of ffcv's RGBImageField. smart stores a
+    JPEG when an image has more than `smart_threshold_bytes` of pixels. proportion stores a JPEG
+    with `compress_probability`, decided by a hash of the seed and the sample. passthrough keeps the
+    bytes of JPEGs that need no resizing and are grayscale or RGB; other images become JPEGs.
     """
 
     write_mode: str
@@ -92,8 +100,10 @@ class Encoding:
     seed: int = 0
 
     def sizes(self, sizes: np.ndarray) -> np.ndarray:
-        """`(..., 2)` heights and widths as stored: never enlarged, rounded down as ffcv does, but in whole numbers, where
-        ffcv's floats lose a pixel for some sizes."""
+        """The stored heights and widths `(..., 2)` of images of these `sizes`, which never grow.
+
+        Sizes are rounded down as in ffcv, but exactly: ffcv's floats lose a pixel for some sizes.
+        """
         limit = self.longest_px or self.shortest_px
         if limit is None:
             return sizes
@@ -101,17 +111,17 @@ class Encoding:
         return np.where(side > limit, np.maximum(1, sizes.astype(np.int64) * limit // side), sizes)
 
     def stores_raw(self, sample: int, pixels: np.ndarray) -> bool:
+        """Whether a sample is stored as pixels, not as a JPEG."""
         match self.write_mode:
             case "raw":
                 return True
             case "smart":
                 assert self.smart_threshold_bytes is not None, "smart needs smart_threshold_bytes"
                 return pixels.nbytes <= self.smart_threshold_bytes
-            case "proportion":  # a seed of its own, apart from those of the order and the views
-                share = (
-                    float(keys(self.seed ^ 0x726177, 0, np.array([sample]))[0] >> np.uint64(11))
-                    * 2.0**-53
-                )
+            case "proportion":
+                # The seed is changed so that the choice does not depend on the order and the views.
+                key = sample_keys(self.seed ^ 0x726177, 0, np.array([sample]))[0]
+                share = float(key >> np.uint64(11)) * 2.0**-53
                 return share >= self.compress_probability
         return False
 
@@ -128,7 +138,7 @@ class Encoded:
 
 
 class Writer(Protocol):
-    """Appends images in order; built on a path it goes on behind the entries already there."""
+    """Appends images in order, behind the entries that its file has already."""
 
     def append(self, data: bytes, label: int) -> tuple[int, int]: ...
     def sync(self) -> None: ...
@@ -138,7 +148,12 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Format:
-    """A storage format: `writer(path, sizes, done)` for images of at most `sizes`, `open(path)`, `label(packed, sample)`."""
+    """A storage format.
+
+    `writer(path, sizes, done)` makes a writer for images of the stored `sizes` `(N, 2)`, of which
+    `done` entries are written. `open(path)` reads a finished split. `label(packed, sample)` is the
+    label that is stored with a sample.
+    """
 
     name: str
     suffix: str  # of the split's file; empty for a folder
@@ -150,19 +165,19 @@ class Format:
 def run(
     src: Path,
     dst: Path,
+    *,
     form: Format,
     encoding: Encoding,
     order: Callable[[int], np.ndarray],
-    *,
     settings: dict[str, Any],
     workers: int,
     overwrite: bool,
 ) -> None:
-    """Convert train and, where there is one, the test split (as val); print what was written as one JSON object.
+    """Convert the training split and the test split, if there is one; the latter is named val.
 
-    `order(count)` gives the samples in the order of writing; the keyword arguments are those of
-    `convert`. Every image's header is checked before anything is written. Errors are click's, for
-    the command line.
+    Prints what was written as one JSON object. `order(count)` gives the samples in the order of
+    writing; the other keyword arguments are those of `convert`. The headers of all images are
+    checked before anything is written. Errors are raised as click's, for the command line.
     """
     try:
         if dst.resolve() == src.resolve():
@@ -177,9 +192,9 @@ def run(
                 source,
                 dst,
                 split,
-                form,
-                encoding,
-                order(len(source.manifest)),
+                form=form,
+                encoding=encoding,
+                order=order(len(source.manifest)),
                 settings=settings,
                 workers=workers,
                 overwrite=overwrite,
@@ -195,19 +210,20 @@ def convert(
     source: Source,
     dst: Path,
     split: str,
+    *,
     form: Format,
     encoding: Encoding,
     order: np.ndarray,
-    *,
     settings: dict[str, Any],
     workers: int,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write one split to `dst`, or go on with what an earlier run left; returns the description without the class names.
+    """Write one split to `dst`, or continue an earlier run; returns the summary of the split.
 
-    `settings` are what decides the bytes, recorded and compared. Raises ValueError when `dst` holds the same split made
-    from another source or by other settings (unless `overwrite`), or naming an image that cannot be read; OSError when
-    the disk is full. Both leave what is done for the next run.
+    `settings` is everything that decides the bytes, and is recorded. An existing split with other
+    settings or from another source raises ValueError, unless `overwrite` is set. An image that
+    cannot be read raises ValueError with its name, and a full disk raises OSError. After both
+    errors the next run continues with what was written.
     """
     plan = {
         "format": form.name,
@@ -218,54 +234,62 @@ def convert(
         "settings": settings,
         "source_fingerprint": source.manifest.fingerprint,
     }
-    work, final, description = (
-        dst / f"{split}.partial",
-        dst / f"{split}{form.suffix}",
-        dst / f"{split}.json",
-    )
+    work, final = dst / f"{split}.partial", dst / f"{split}{form.suffix}"
+    description = dst / f"{split}.json"
     if overwrite:
         remove(description, work, final)
     if description.exists():
-        found = agreed(description, plan)
+        recorded = read_matching(description, plan)
         if not final.exists():
             raise ValueError(
                 f"{description} is there but {final} is not: put it back, or use --overwrite"
             )
-        remove(work)  # a kill came between the last rename and this
+        # The folder is still there when a kill came after the last rename.
+        remove(work)
         note(f"{final} is complete: left alone")
-        return summary(final, found)
+        return summary(final, recorded)
     if final.exists() and not (work / description.name).exists():
         raise ValueError(
             f"{final} is in the way and no conversion of ours wrote it: move it, or use --overwrite"
         )
     work.mkdir(parents=True, exist_ok=True)
     if (work / "plan.json").exists():
-        agreed(work / "plan.json", plan)
-        note(f"going on with {work}")
+        read_matching(work / "plan.json", plan)
+        note(f"continuing with {work}")
     else:
         write_json(work / "plan.json", plan)
     with (work / "journal").open("a+b") as journal:
         try:
-            fcntl.lockf(
-                journal, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # of this process: gone with it, whatever its end
+            # The lock belongs to this process and ends with it, even if it is killed.
+            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"another run is writing {work}: wait for it or end it") from error
         if not (work / description.name).exists():
             payload = work / final.name
             try:
-                records = fill(source, payload, form, encoding, order, journal, workers)
+                records = fill(
+                    source,
+                    payload,
+                    form=form,
+                    encoding=encoding,
+                    order=order,
+                    journal=journal,
+                    workers=workers,
+                )
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                free = shutil.disk_usage(dst).free / 1e9
-                message = f"the disk of {dst} is full ({free:.1f} GB free). Make room and run again: {work} is kept"
-                raise OSError(message) from error
-            verify(source, payload, form, order, records, workers)
-            write_json(work / description.name, plan | outcome(payload, records))
+                free_gb = shutil.disk_usage(dst).free / 1e9
+                raise OSError(
+                    f"the disk of {dst} is full ({free_gb:.1f} GB free). "
+                    f"Make room and run again: {work} is kept"
+                ) from error
+            verify(source, payload, form=form, order=order, records=records, workers=workers)
+            write_json(work / description.name, plan | statistics(payload, records))
         if (work / final.name).exists():
             (work / final.name).rename(final)
-        (work / description.name).rename(description)  # last: what has a description is complete
+        # The description is renamed last: a split that has one is complete.
+        (work / description.name).rename(description)
         sync_folder(dst)
     remove(work)
     return summary(final, json.loads(description.read_text()))
@@ -274,18 +298,20 @@ def convert(
 def fill(
     source: Source,
     payload: Path,
+    *,
     form: Format,
     encoding: Encoding,
     order: np.ndarray,
     journal: io.BufferedRandom,
     workers: int,
 ) -> np.ndarray:
-    """Encode and write what the journal lacks; returns all records `(N,)` of `JOURNAL`."""
+    """Encode and write the images that the journal lacks; returns all `JOURNAL` records `(N,)`."""
     records = np.zeros(len(order), JOURNAL)
+    # The journal is read by this handle, as closing another one of the same file drops the lock.
     journal.seek(0)
-    found = journal.read()  # by this handle: closing another of the same file would drop the lock
-    done = records[: len(found) // JOURNAL.itemsize]  # a record cut short is not counted
-    done[:] = np.frombuffer(found[: done.nbytes], JOURNAL)
+    earlier = journal.read()
+    done = records[: len(earlier) // JOURNAL.itemsize]  # an incomplete record is not counted
+    done[:] = np.frombuffer(earlier[: done.nbytes], JOURNAL)
     journal.truncate(done.nbytes)
     writer = form.writer(payload, encoding.sizes(source.manifest.sizes), done["entry"])
     written = saved = len(done)
@@ -302,13 +328,10 @@ def fill(
     def encode_chunk(samples: np.ndarray) -> list[Encoded]:
         return [encode(source, int(sample), encoding) for sample in samples]
 
-    images = progress(
-        in_order(encode_chunk, order[written:], workers), "write", written, len(order)
-    )
-    with (
-        closing(writer),
-        closing(images),
-    ):  # the workers end now, whatever keeps an error's frames alive
+    encoded = in_order(encode_chunk, order[written:], workers)
+    images = progress(encoded, "write", written, len(order))
+    # Closing `images` ends the workers at once, even if a traceback keeps the generator alive.
+    with closing(writer), closing(images):
         for image in images:
             label = int(source.manifest.labels[order[written]])
             file, offset = writer.append(image.data, label)
@@ -323,7 +346,11 @@ def fill(
 
 
 def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
-    """One image as it will be stored. Raises ValueError naming it when it cannot be read or is not what the scan saw."""
+    """One image as it will be stored.
+
+    Raises ValueError with its name when it cannot be read or has another size than it had when the
+    source was scanned.
+    """
     scanned = source.manifest.sizes[sample]
     height, width = encoding.sizes(scanned).tolist()
     same_size = [height, width] == scanned.tolist()
@@ -332,53 +359,60 @@ def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
     pixels = source.read(sample)
     if list(pixels.shape[:2]) != scanned.tolist():
         raise ValueError(
-            f"{name(source, sample)} was {scanned} pixels when scanned, now {pixels.shape[:2]}: start again"
+            f"{image_name(source, sample)} was {scanned} pixels when scanned, "
+            f"now {pixels.shape[:2]}: start again"
         )
+    image = Image.fromarray(pixels)
     if not same_size:
-        pixels = np.asarray(
-            Image.fromarray(pixels).resize((width, height), RESIZE_FILTER, reducing_gap=None)
-        )
+        image = image.resize((width, height), RESIZE_FILTER, reducing_gap=None)
+        pixels = np.asarray(image)
     if encoding.stores_raw(sample, pixels):
         return Encoded(pixels.tobytes(), height, width, raw=True)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=encoding.jpeg_quality)
-    return Encoded(
-        buffer.getvalue(), height, width, False, psnr_db(pixels, to_rgb(Image.open(buffer)))
-    )
+    image.save(buffer, "JPEG", quality=encoding.jpeg_quality)
+    decoded = to_rgb(Image.open(buffer))
+    return Encoded(buffer.getvalue(), height, width, raw=False, psnr_db=psnr_db(pixels, decoded))
 
 
 def plain_jpeg(source: Source, sample: int) -> bytes | None:
-    """The image's own bytes where they are a JPEG that every decoder takes (not CMYK); what is damaged, `read` names."""
+    """The image's own bytes if they are a JPEG that every decoder accepts, which CMYK ones are not.
+
+    Else None. For a damaged image, `source.read` raises the error that names it.
+    """
     try:
         data = source.encoded(sample) if source.encoded else b""
         with Image.open(io.BytesIO(data)) as image:
             plain = image.format == "JPEG" and image.mode in ("L", "RGB")
-            return (
-                data if plain and image.size[::-1] == tuple(source.manifest.sizes[sample]) else None
-            )
+            unchanged = image.size[::-1] == tuple(source.manifest.sizes[sample])
+            return data if plain and unchanged else None
     except OSError:
         return None
 
 
-def psnr_db(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of 8-bit images in dB, at most 100: equal images have no noise."""
-    error = np.square(wanted.astype(np.float32) - found).mean()
+def psnr_db(original: np.ndarray, decoded: np.ndarray) -> float:
+    """The peak signal-to-noise ratio of two 8-bit images in dB; 100 if they are equal."""
+    error = np.square(original.astype(np.float32) - decoded).mean()
     return min(100.0, float(10 * np.log10(255**2 / max(error, 1e-6))))
 
 
 def verify(
     source: Source,
     payload: Path,
+    *,
     form: Format,
     order: np.ndarray,
     records: np.ndarray,
     workers: int,
 ) -> None:
-    """Read every image back as a training run will. Raises ValueError naming what is not as encoded."""
+    """Read every image back as a training run will.
+
+    Raises ValueError with the name of an image that differs from what was encoded.
+    """
     packed = form.open(payload)
     if not np.array_equal(packed.entries, records["entry"]):
         raise ValueError(
-            f"the tables of {payload} are not as written: the disk may be faulty; --overwrite restarts"
+            f"the tables of {payload} are not as written: "
+            "the disk may be faulty; --overwrite restarts"
         )
 
     def check_chunk(samples: np.ndarray) -> list[int]:
@@ -388,32 +422,32 @@ def verify(
 
     def check(sample: int) -> None:
         data = packed.stored(sample)
-        original = name(source, int(order[sample]))
-        if (
-            zlib.crc32(data) != records["crc32"][sample]
-            or form.label(packed, sample) != records["entry"]["label"][sample]
-        ):
+        original = image_name(source, int(order[sample]))
+        same_bytes = zlib.crc32(data) == records["crc32"][sample]
+        if not same_bytes or form.label(packed, sample) != records["entry"]["label"][sample]:
             raise ValueError(
-                f"{packed.name(sample)} ({original}) is not as written: the disk may be faulty; --overwrite restarts"
+                f"{packed.name(sample)} ({original}) is not as written: "
+                "the disk may be faulty; --overwrite restarts"
             )
         try:
             packed.decode(sample, data)
         except ValueError as error:
             raise ValueError(
-                f"{original} of the source is damaged: replace or delete it, then --overwrite ({error})"
+                f"{original} of the source is damaged: "
+                f"replace or delete it, then --overwrite ({error})"
             ) from error
 
-    for _ in progress(
-        in_order(check_chunk, np.arange(len(order)), workers), "verify", 0, len(order)
-    ):
+    checked = in_order(check_chunk, np.arange(len(order)), workers)
+    for _ in progress(checked, "verify", 0, len(order)):
         pass
 
 
-def name(source: Source, sample: int) -> str:
+def image_name(source: Source, sample: int) -> str:
     return source.manifest.paths[sample] if source.manifest.paths else f"image {sample}"
 
 
-def outcome(payload: Path, records: np.ndarray) -> dict[str, Any]:
+def statistics(payload: Path, records: np.ndarray) -> dict[str, Any]:
+    """Bytes, numbers of images and PSNR of a split, for its description."""
     psnr = records["psnr_db"][~np.isnan(records["psnr_db"])].astype(float)
     raw = int(records["entry"]["raw"].sum())
     files = [payload] if payload.is_file() else sorted(payload.iterdir())
@@ -422,23 +456,25 @@ def outcome(payload: Path, records: np.ndarray) -> dict[str, Any]:
         "jpg": len(records) - raw,
         "raw": raw,
         "reencoded": len(psnr),
-        "psnr_db": {"median": round(np.median(psnr), 2), "min": round(psnr.min(), 2)}
-        if len(psnr)
-        else None,
+        "psnr_db": psnr_summary(psnr) if len(psnr) else None,
     }
+
+
+def psnr_summary(psnr: np.ndarray) -> dict[str, float]:
+    return {"median": round(float(np.median(psnr)), 2), "min": round(float(psnr.min()), 2)}
 
 
 def in_order(
     work: Callable[[np.ndarray], list[Result]], samples: np.ndarray, workers: int
 ) -> Generator[Result, None, None]:
-    """What `work` makes of each chunk of `samples`, in their order, by forked worker processes.
+    """Apply `work` to chunks of `samples` in forked processes; yields the results in order.
 
-    An exception of a worker is raised here at once, and so is a worker's death (ChildProcessError).
+    An exception in a worker is raised here at once. A worker that dies raises ChildProcessError.
     """
-    gc.collect()  # a worker that inherits a dead DALI pipeline and collects it waits for threads that it does not have
-    context = multiprocessing.get_context(
-        "fork"
-    )  # the source, a million paths, is shared and not sent
+    # A worker that inherits and collects a dead DALI pipeline waits for threads it does not have.
+    gc.collect()
+    # Forked workers share the source and its million paths; nothing of it is sent to them.
+    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
         workers, context, initializer=start_worker, initargs=(os.getpid(), work)
     )
@@ -446,32 +482,31 @@ def in_order(
     try:
         for first in range(0, len(samples), CHUNK):
             waiting.append(pool.submit(work_on, samples[first : first + CHUNK]))
-            if (
-                len(waiting) > 2 * workers
-            ):  # as much as a fast worker may be ahead of a slow one, and memory may hold
+            # This limits how far a fast worker is ahead of a slow one, and the memory it takes.
+            if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a worker died, killed for want of memory perhaps: run again, with fewer --workers"
+            "a worker died, perhaps killed for lack of memory: run again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_work: Callable[[np.ndarray], list[Any]]  # of this worker process
+_work: Callable[[np.ndarray], list[Any]]  # the function of this worker process
 
 
 def start_worker(parent: int, work: Callable[[np.ndarray], list[Any]]) -> None:
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
 
 
-def leave_with(parent: int) -> None:
-    """End this worker when its parent was killed: nothing else would tell it."""
+def end_with_parent(parent: int) -> None:
+    """End this worker once its parent is gone. A killed parent cannot end its workers itself."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -484,7 +519,10 @@ def work_on(samples: np.ndarray) -> list[Any]:
 def progress(
     items: Iterable[Result], title: str, done: int, total: int
 ) -> Generator[Result, None, None]:
-    """Pass `items` on, showing on stderr how many are done of `total`, how fast, and how long the rest will take."""
+    """Yield `items`, of which `done` of `total` were done before, with a progress bar on stderr.
+
+    The bar shows how many are done, the speed and the time that is left.
+    """
     columns = (
         TextColumn(title),
         BarColumn(),
@@ -493,67 +531,58 @@ def progress(
         TimeRemainingColumn(),
     )
     shown_at = 0.0
-    with Progress(
-        *columns, console=Console(stderr=True), auto_refresh=False
-    ) as bar:  # by a thread, beside which we fork
+    # Refreshing automatically would start a thread, and we fork.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
         task = bar.add_task(title, total=total, completed=done, rate="")
         for item in items:
             yield item
             done += 1
             if done == total or time.monotonic() - shown_at > REFRESH_EVERY_S:
                 speed, shown_at = bar.tasks[task].speed, time.monotonic()
-                bar.update(
-                    task,
-                    completed=done,
-                    rate=f"{speed:,.0f} images/s" if speed else "",
-                    refresh=True,
-                )
+                rate = f"{speed:,.0f} images/s" if speed else ""
+                bar.update(task, completed=done, rate=rate, refresh=True)
 
 
-def agreed(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object at `path`. Raises ValueError saying where it is not what `plan` asks for."""
+def read_matching(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object at `path`. Raises ValueError with the differences if it does not match."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        then, now = (flat({key: each[key] for key in plan}) for each in (found, plan))
+        recorded: dict[str, Any] = json.loads(path.read_text())
+        then, now = (flat({key: each[key] for key in plan}) for each in (recorded, plan))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not of a conversion: move it away, or use --overwrite"
+            f"{path} was not written by a conversion: move it away, or use --overwrite"
         ) from error
-    changed = [
+    changes = [
         f"{key} was {then.get(key)}, now {now.get(key)}"
         for key in now | then
         if then.get(key) != now.get(key)
     ]
-    if changed:
-        shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changed)
+    if changes:
+        shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changes)
         raise ValueError(
-            f"{path} is of other settings or another source: {shown}. Use the same, another DST, or --overwrite"
+            f"{path} was made with other settings or from another source: {shown}. "
+            "Use the same, another DST, or --overwrite"
         )
-    return found
+    return recorded
 
 
 def flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with its settings on the top level."""
     return {**plan, **plan["settings"], "settings": None}
 
 
 def summary(final: Path, description: dict[str, Any]) -> dict[str, Any]:
-    return {"path": str(final)} | {
-        key: value for key, value in description.items() if key != "classes"
-    }
+    """The path of a split and its description without the class names."""
+    rest = {key: value for key, value in description.items() if key != "classes"}
+    return {"path": str(final)} | rest
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".tmp")
-    with partial.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def sync_folder(folder: Path) -> None:
-    """Put renames on the disk."""
+    """Make sure that renames in this folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -1,14 +1,16 @@
-"""`make demo`: from no data to a table of accuracies, a sheet of views, curves and a report, on two CPU cores.
+"""`make demo`: a complete small experiment on two CPU cores, data included.
 
     python -m tools.demo --out runs/demo
 
-Trains RSA and BYOL with the `demo` recipe at the same budget on tools/make_demo.py's images and scores both beside a
-randomly initialised network and raw pixels.
+This draws the images of tools/make_demo.py and trains RSA and BYOL on them, both with the `demo`
+recipe and the same budget. Both are compared with a randomly initialised network and with raw
+pixels. The results are a table of accuracies, a sheet of views, curves and a report.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import open_source
+from pipelines.files import write_whole
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.insight.preview import preview
-from rsa_fast.insight.report import KNN, LOSS, draw, read_runs, report
+from rsa_fast.insight.report import KNN, LOSS, draw_figure, read_runs, report
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.engine import train
 from rsa_fast.training.step import build_run
@@ -38,8 +41,10 @@ METHODS = ("rsa", "byol")
     "--data", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True
 )
 def main(out: Path, data: Path) -> None:
-    """Make the data, train, evaluate, draw."""
+    """Make the data, train and evaluate the methods, and draw the results."""
     began = time.perf_counter()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rsa_fast").setLevel("INFO")
     make_demo(data)
     recipes = {method: build_recipe("demo", method) for method in METHODS}
     scores = baselines(recipes["rsa"], data)
@@ -65,31 +70,28 @@ def baselines(recipe: Recipe, data: Path) -> dict[str, dict[str, Any]]:
 
 
 def show(scores: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
-    table = Table(
-        "top-1 %", "kNN k=200", "kNN k=20", "linear", title="10 classes of shape and texture"
-    )
+    """Print a table of the scores, the files and, as the last line, the scores as JSON."""
+    title = "10 classes of shape and texture"
+    table = Table("top-1 %", "kNN k=200", "kNN k=20", "linear", title=title)
     columns = ("knn_top1", "knn20_top1", "linear_top1")
     for name, score in scores.items():
         table.add_row(name, *(f"{score[column]:.1f}" for column in columns))
     Console().print(table)
     files = "   ".join(str(out / name) for name in ("curves.png", "views.png", "report.html"))
     click.echo(f"{files}   {seconds / 60:.1f} minutes")
-    click.echo(
-        json.dumps(
-            {name: {column: score[column] for column in columns} for name, score in scores.items()}
-        )
-    )
+    result = {name: {key: score[key] for key in columns} for name, score in scores.items()}
+    click.echo(json.dumps(result))
 
 
 def draw_curves(out: Path, scores: dict[str, dict[str, Any]], path: Path) -> None:
-    """The losses, each on its method's own scale, and the accuracies beside those that need no training."""
-    figure = draw(read_runs([out / method for method in METHODS]), (LOSS, KNN))
+    """Draw the losses, each on its method's own scale, and the accuracies with their baselines."""
+    figure = draw_figure(read_runs([out / method for method in METHODS]), (LOSS, KNN))
     knn = figure.axes[1]
     for name, colour in (("raw pixels", "gray"), ("chance", "black")):
         knn.axhline(scores[name]["knn_top1"], color=colour, linestyle="--", label=name)
     knn.set_ylim(bottom=0)
     knn.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The 100-class subset of ImageNet, or any other list of classes, of an image folder: as links, or as copies.
+"""Make a subset of an image folder, such as ImageNet's 100 classes, from a list of classes.
 
-python -m tools.imagenet100 data/imagenet data/imagenet100 --classes imagenet100.txt
+    python -m tools.imagenet100 data/imagenet data/imagenet100 --classes imagenet100.txt
+
+The subset consists of links to the class folders, or of copies with `--copy`.
 """
 
 from __future__ import annotations
@@ -13,51 +15,53 @@ from typing import Any
 
 import click
 
-from pipelines.sources import images_below
+from pipelines.layouts import images_below
 from tools.convert import progress
 
-VERSION = 1  # of the record
+VERSION = 1  # of subset.json, which says what a subset was made from
 SPLITS = ("train", "val", "test")
 
 
 def read_classes(path: Path) -> list[str]:
-    """The class names in a text file, one a line, sorted; blank lines and what follows a # are skipped.
+    """The class names in a text file, sorted. It has one per line; # begins a comment.
 
-    Raises ValueError when there is none, for one listed twice, and for what is no name of a folder.
+    Raises ValueError when there are none, when one is listed twice, and when one cannot be the name
+    of a folder.
     """
-    names = sorted(
-        name for line in path.read_text().splitlines() if (name := line.split("#")[0].strip())
-    )
+    lines = path.read_text().splitlines()
+    names = sorted(name for line in lines if (name := line.split("#")[0].strip()))
     if not names:
         raise ValueError(f"{path} lists no class: wanted one wnid a line, such as n01440764")
     if twice := sorted({name for name, following in pairwise(names) if name == following}):
         raise ValueError(f"{path} lists classes twice: {', '.join(twice)}. Remove one line of each")
-    if odd := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{path} lists what is no name of a class folder: {', '.join(odd)}")
+    if invalid := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{path} lists invalid names of class folders: {', '.join(invalid)}")
     return names
 
 
 def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) -> dict[str, Any]:
-    """Write the folders of `classes` of every split in `src` to `dst`, or leave them if they are already there; returns
-    what lies there.
+    """Write the folders of `classes` of every split in `src` to `dst`; returns what `dst` contains.
 
-    Links are absolute: `dst` can then be moved, or made anywhere, and a source of this size stays where it is. An interrupted
-    run leaves nothing at `dst`. Raises FileNotFoundError naming all classes that `src` lacks, before anything is written,
-    ValueError when `dst` holds something else.
+    Nothing is done when `dst` already is this subset. Links are absolute, so `dst` can be moved but
+    the source must stay where it is. An interrupted run leaves nothing at `dst`. Raises
+    FileNotFoundError with the names of all missing class folders, before anything is written, and
+    ValueError when `dst` contains something else.
     """
     src = src.resolve()
     record = {"version": VERSION, "source": str(src), "copy": copy, "classes": classes}
-    done = dst / "subset.json"
-    if done.is_file() and (found := json.loads(done.read_text())).items() >= record.items():
-        return {"path": str(dst), "classes": len(classes), **found["images"]}
+    record_path = dst / "subset.json"
+    existing = json.loads(record_path.read_text()) if record_path.is_file() else {}
+    if existing.items() >= record.items():
+        return {"path": str(dst), "classes": len(classes), **existing["images"]}
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(
-            f"{dst} exists and is not the subset asked for: remove it, or name another folder"
+            f"{dst} exists and is not the requested subset: remove it, or name another folder"
         )
     splits = [split for split in SPLITS if (src / split).is_dir()]
     if "train" not in splits:
         raise FileNotFoundError(
-            f"no train/ in {src}: wanted an image folder, train/<class>/*.JPEG and val/<class>/*.JPEG"
+            f"no train/ in {src}: wanted an image folder, "
+            "train/<class>/*.JPEG and val/<class>/*.JPEG"
         )
     folders = [Path(split, name) for split in splits for name in classes]
     images = {
@@ -66,7 +70,8 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
     }
     if missing := [str(folder) for folder, paths in images.items() if not paths]:
         raise FileNotFoundError(
-            f"{src} lacks {len(missing)} class folder(s), or they hold no images: {', '.join(missing)}"
+            f"{src} lacks {len(missing)} class folder(s), or they hold no images: "
+            f"{', '.join(missing)}"
         )
     partial = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,11 +97,11 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
     "--classes",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="One wnid a line.",
+    help="A text file with one wnid per line.",
 )
-@click.option("--copy", is_flag=True, help="Copy the files; without it, link the class folders.")
+@click.option("--copy", is_flag=True, help="Copy the images. By default, class folders are links.")
 def main(src: Path, dst: Path, classes: Path, copy: bool) -> None:
-    """Make of the image folder SRC (train/, val/) the subset DST of the classes that a file lists."""
+    """Make DST, a subset of the image folder SRC (train/, val/), from a list of classes."""
     try:
         click.echo(json.dumps(make_subset(src, dst, read_classes(classes), copy)))
     except (ValueError, OSError) as error:

@@ -1,13 +1,17 @@
-"""Demo images: a small labelled JPEG ImageFolder, drawn the same on every machine.
+"""Draw the demo's images: a small labelled folder of JPEGs, the same on every machine.
 
     python -m tools.make_demo data/demo
 
-Ten classes, each a shape filled with a texture; every shape and every texture occurs in two classes, so that neither
-tells the class alone. Colours, position, size, rotation, the texture's phase, lighting, contrast, background and JPEG
-quality vary within a class. What tells one image from another is mostly what the views' crops, flips and colour changes
-take away, and what they leave is shape and texture. Chosen by measuring raw pixels and RSA at the demo's budget: textures
-of 8 to 10 px are what the network learns fastest and pixels match worst; vivid colours, a strong light from one side, or
-any rotation become what an image is known by, and no method leaves chance.
+There are ten classes, each a shape filled with a texture. Every shape and every texture occurs in
+two classes, so that neither of them determines the class alone. Colours, position, size, rotation,
+the texture's phase, lighting, contrast, background and JPEG quality vary within a class. The crops,
+flips and colour changes of the views remove most of what tells one image from another, and leave
+shape and texture.
+
+These choices were made by measuring raw pixels and RSA at the demo's budget. Textures of 8 to 10 px
+are what the network learns fastest and what raw pixels match worst. With vivid colours, a strong
+light from one side, or rotations by any angle, images are recognised by these, and no method does
+better than chance.
 """
 
 from __future__ import annotations
@@ -21,20 +25,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-VERSION = 3  # of the drawing: another one makes other images
+VERSION = 3  # of the drawing code; another version draws other images
 SHAPES = ("disc", "square", "triangle", "star", "cross")
 TEXTURES = ("stripes", "dots", "checks", "rings", "blotches")
 CLASSES = [(i, j % 5) for i in range(5) for j in (i, i + 1)]  # (shape, texture)
 TEST_SHARE = 0.2
-OVERSAMPLING = 2  # drawn larger and reduced, for smooth edges
-CHROMA = 0.06  # how far a colour's channels lie from its grey
+OVERSAMPLING = 2  # images are drawn larger and then reduced, for smooth edges
+CHROMA = 0.06  # the largest difference of a colour's channel from its grey
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
 def shape_mask(shape: str, x: Array, y: Array) -> Mask:
-    """Where the shape is, on coordinates in which it fills about the unit circle."""
+    """The pixels inside the shape, which about fills the unit circle of the coordinates."""
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     if shape == "disc":
         return radius < 0.9
@@ -49,8 +53,8 @@ def shape_mask(shape: str, x: Array, y: Array) -> Mask:
     return cross
 
 
-def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) -> Mask:
-    """The share of the second colour at each pixel, on coordinates in which a period is one unit."""
+def texture_mask(texture: str, x: Array, y: Array, rng: np.random.Generator) -> Mask:
+    """The pixels of the second colour, on coordinates in which a period is one unit."""
     if texture == "stripes":
         return np.sin(2 * np.pi * x) > 0
     if texture == "dots":
@@ -63,28 +67,26 @@ def texture_share(texture: str, x: Array, y: Array, rng: np.random.Generator) ->
 
 
 def noise(size: int, cells: int, rng: np.random.Generator) -> Array:
-    """`(size, size)` smooth noise in 0..1 with `cells` independent values along each side."""
+    """Smooth noise `(size, size)` in 0..1 with `cells` independent values along each side."""
     coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
 
 
 def tint(grey: float, rng: np.random.Generator) -> Array:
-    """A pale colour `(3,)` about a grey."""
+    """A random pale colour `(3,)` near a grey."""
     return np.clip(grey + rng.uniform(-CHROMA, CHROMA, 3), 0.02, 0.98)
 
 
 def background(size: int, x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """`(size, size, 3)`: two colours mixed by noise of two scales and a gradient."""
-    share = (
-        0.6 * noise(size, 4, rng)
-        + 0.4 * noise(size, 16, rng)
-        + 0.3 * (x * rng.normal() + y * rng.normal())
-    )
+    """Two colours mixed by noise of two scales and a gradient, `(size, size, 3)`."""
+    share = 0.6 * noise(size, 4, rng) + 0.4 * noise(size, 16, rng)
+    share = share + 0.3 * (x * rng.normal() + y * rng.normal())
     grey = rng.uniform(0.2, 0.8)
-    return mixed(tint(grey, rng), tint(grey + rng.uniform(-0.25, 0.25), rng), share)
+    return mix(tint(grey, rng), tint(grey + rng.uniform(-0.25, 0.25), rng), share)
 
 
-def mixed(first: Array, second: Array, share: Array) -> Array:
+def mix(first: Array, second: Array, share: Array) -> Array:
+    """Two colours `(3,)` mixed, with `share` `(size, size)` of the second one."""
     share = np.clip(share, 0, 1)[..., None]
     return first * (1 - share) + second * share
 
@@ -94,7 +96,7 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     size = size_px * OVERSAMPLING
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     shape, texture = SHAPES[CLASSES[label][0]], TEXTURES[CLASSES[label][1]]
-    extent = rng.uniform(0.9, 1.15)  # of the half image: what a crop shows has the texture in it
+    extent = rng.uniform(0.9, 1.15)  # relative to half the image, so that crops show the texture
     centre_x, centre_y = rng.uniform(-0.35, 0.35, 2)
     angle = rng.uniform(-0.3, 0.3)
     u = ((x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)) / extent
@@ -103,14 +105,13 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     phase = rng.uniform(0, 1, 2)
     grey, step = rng.uniform(0.15, 0.85), rng.uniform(0.45, 0.6)
     first, second = tint(grey, rng), tint(grey + (step if grey < 0.5 else -step), rng)
-    share = texture_share(texture, u / period + phase[0], v / period + phase[1], rng)
-    inside = mixed(first, second, share.astype(np.float64))
+    mask = texture_mask(texture, u / period + phase[0], v / period + phase[1], rng)
+    inside = mix(first, second, mask.astype(np.float64))
     canvas = np.where(shape_mask(shape, u, v)[..., None], inside, background(size, x, y, rng))
-    sun = rng.uniform(0, 2 * np.pi)
-    light = 1 + rng.uniform(0, 0.15) * (x * np.cos(sun) + y * np.sin(sun))  # from one side
-    canvas = (
-        (canvas * light[..., None] - 0.5) * rng.uniform(0.6, 1) + 0.5 + rng.uniform(-0.22, 0.22)
-    )
+    sun = rng.uniform(0, 2 * np.pi)  # the direction of the light
+    light = 1 + rng.uniform(0, 0.15) * (x * np.cos(sun) + y * np.sin(sun))
+    contrast, brightness = rng.uniform(0.6, 1), rng.uniform(-0.22, 0.22)
+    canvas = (canvas * light[..., None] - 0.5) * contrast + 0.5 + brightness
     image = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
     image = image.resize((size_px, size_px), Image.Resampling.BOX)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
@@ -121,9 +122,10 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
 def make_demo(
     root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0
 ) -> dict[str, str | int]:
-    """Write `root/train` and `root/test`, or leave them if they are already there; returns what lies there.
+    """Write `root/train` and `root/test`, unless they are there; returns what `root` contains.
 
-    An interrupted run leaves nothing under `root`. Raises ValueError when `root` holds something else.
+    An interrupted run leaves nothing at `root`. Raises ValueError when `root` contains something
+    else.
     """
     settings = {"version": VERSION, "per_class": per_class, "size_px": size_px, "seed": seed}
     test = round(per_class * TEST_SHARE)
@@ -134,7 +136,7 @@ def make_demo(
         return result
     if root.exists():
         raise ValueError(
-            f"{root} exists and is not the demo data asked for: remove it, or name another folder"
+            f"{root} exists and is not the requested demo data: remove it, or name another folder"
         )
     partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -157,12 +159,12 @@ def make_demo(
     "--per-class",
     default=300,
     show_default=True,
-    help="Images of each class; a fifth is the test split.",
+    help="Number of images of each class. A fifth of them is the test split.",
 )
 @click.option("--size-px", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(root: Path, per_class: int, size_px: int, seed: int) -> None:
-    """Draw the demo's ImageFolder under ROOT."""
+    """Draw the demo's images in the folder ROOT."""
     try:
         click.echo(json.dumps(make_demo(root, per_class, size_px, seed)))
     except ValueError as error:

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Makes the virtual environment $1 with the versions of constraints.txt. FFCV is built from source and needs Debian
-# packages: they are installed where root or passwordless sudo allows it, else FFCV is left out and the reason printed.
+# Makes the virtual environment $1 with the versions of constraints.txt.
+# FFCV is built from source, which needs Debian packages. They are installed if this script may do
+# so as root or by sudo without a password. Otherwise FFCV is left out, and the reason is printed.
 set -euo pipefail
 venv=$1
 apt_packages="libopencv-dev libturbojpeg0-dev pkg-config"
 
 python=${PYTHON:-python3.11}
-command -v "$python" >/dev/null || { echo "setup: no $python found; install Python 3.11 or name it: make PYTHON=/path/to/python3.11 setup"; exit 1; }
+if ! command -v "$python" >/dev/null; then
+    echo "setup: no $python found; install Python 3.11 or name it:"
+    echo "  make PYTHON=/path/to/python3.11 setup"
+    exit 1
+fi
 "$python" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali-cu12,detection,export,tensorboard,dev]'
 

@@ -1,9 +1,11 @@
-"""From images to tar shards with DALI's indices: `train/shard-000000.tar` and `.idx` ..., `val/`, each split with a `.json`.
+"""Convert images to tar shards with DALI's indices.
 
     python -m tools.to_dali data/imagenet data/imagenet-shards
 
-JPEGs are kept as they are unless `--short-side` reduces them; samples are shuffled, so that reading in order is reading at
-random. Run it again after a kill or an error and it goes on where it was.
+This writes `train/shard-000000.tar`, `train/shard-000000.idx`, ... and the same below `val/`, with
+a `.json` that describes each split. JPEGs are stored unchanged unless `--short-side` reduces them.
+The samples are shuffled, so that reading the shards from front to back gives a random order.
+After a kill or an error, run the same command again: it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from tools.convert import PARAMS, Encoding, Format, run
     type=click.IntRange(1),
     default=1000,
     show_default=True,
-    help="Largest shard, in 10^6 bytes.",
+    help="Size limit of a shard in 10^6 bytes.",
 )
 @click.option(
     "--short-side",
     type=click.IntRange(1),
-    help="Reduce images to this short side in pixels, as new JPEGs.",
+    help="Reduce larger images to this short side in pixels and store them as new JPEGs.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the shuffling.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the shuffling.")
 def main(
     src: Path,
     dst: Path,
@@ -41,15 +43,18 @@ def main(
     workers: int,
     overwrite: bool,
 ) -> None:
-    """Convert the images in SRC to tar shards in DST. The last line printed is a JSON object of what lies there."""
+    """Convert the images in SRC to tar shards in DST.
+
+    The last line of the output is a JSON object that describes what was written.
+    """
     encoding = Encoding("passthrough", shortest_px=short_side, jpeg_quality=jpeg_quality)
     shard_bytes = shard_mb * 10**6
     shards = Format(
-        "shards",
-        "",
-        lambda path, _, done: ShardWriter(path, shard_bytes, done),
-        open_shards,
-        stored_label,
+        name="shards",
+        suffix="",
+        writer=lambda path, _, done: ShardWriter(path, shard_bytes, done),
+        open=open_shards,
+        label=stored_label,
     )
     settings = {
         "shard_bytes": shard_bytes,
@@ -60,9 +65,9 @@ def main(
     run(
         src,
         dst,
-        shards,
-        encoding,
-        lambda count: epoch_order(count, seed, 0),
+        form=shards,
+        encoding=encoding,
+        order=lambda count: epoch_order(count, seed, 0),
         settings=settings,
         workers=workers,
         overwrite=overwrite,

@@ -1,9 +1,10 @@
-"""From images to FFCV's .beton: `train.beton`, `val.beton`, each with a `.json` that says what it is.
+"""Convert images to FFCV's format: `train.beton` and `val.beton`, each described by a `.json`.
 
-    python -m tools.to_ffcv data/imagenet data/imagenet-ffcv --max-resolution 500 --compress-probability 0.5
+    python -m tools.to_ffcv data/imagenet data/imagenet-ffcv --max-resolution 500
 
-Knobs and defaults are those of ffcv-imagenet's write_imagenet.sh, and `--write-mode passthrough` keeps JPEGs as they are.
-Run it again after a kill or an error and it goes on where it was.
+The options and their defaults are those of ffcv-imagenet's write_imagenet.sh. In addition,
+`--write-mode passthrough` stores JPEGs unchanged. After a kill or an error, run the same command
+again: it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
 
 
 def writer(path: Path, sizes: np.ndarray, done: np.ndarray) -> BetonWriter:
-    """A writer whose pages hold the largest image even as pixels: what a JPEG will take is not known before it is made."""
+    """A writer for images of at most `sizes` `(N, 2)` that continues behind the entries `done`.
+
+    Its pages are large enough for the pixels of the largest image, because the size of a JPEG is
+    not known before it is encoded. Raises ValueError when a side is too long for the format.
+    """
     if (largest_px := sizes.max(initial=0)) > MAX_SIDE_PX:
         raise ValueError(
-            f"the format takes sides up to {MAX_SIDE_PX} px, an image has {largest_px}: use --max-resolution"
+            f"the format takes sides up to {MAX_SIDE_PX} px, an image has {largest_px}: "
+            "use --max-resolution"
         )
-    return BetonWriter(
-        path, len(sizes), page_bytes(3 * sizes.astype(np.int64).prod(-1).max(initial=1)), done
-    )
+    largest_bytes = 3 * sizes.astype(np.int64).prod(-1).max(initial=1)
+    return BetonWriter(path, len(sizes), page_bytes(largest_bytes), done)
 
 
 BETON = Format(
-    "beton", ".beton", writer, open_beton, lambda packed, sample: packed.entries["label"][sample]
+    name="beton",
+    suffix=".beton",
+    writer=writer,
+    open=open_beton,
+    label=lambda packed, sample: packed.entries["label"][sample],
 )
 
 
@@ -40,29 +49,30 @@ BETON = Format(
     type=click.IntRange(1),
     default=500,
     show_default=True,
-    help="Longest side in pixels.",
+    help="Reduce larger images to this long side in pixels.",
 )
 @click.option(
     "--compress-probability",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="For proportion.",
+    help="For proportion: the share of images that become JPEGs.",
 )
 @click.option(
     "--smart-threshold",
     type=click.IntRange(1),
-    help="For smart: pixel bytes above which an image is JPEG.",
+    help="For smart: images with more bytes of pixels than this become JPEGs.",
 )
 @click.option(
     "--write-mode",
     type=click.Choice(WRITE_MODES),
     default="proportion",
     show_default=True,
-    help="proportion: some JPEG, the rest pixels; passthrough: JPEGs as they are, not resized, all else as JPEG.",
+    help="How images are stored. proportion: some as JPEGs, the others as pixels. passthrough: "
+    "JPEGs unchanged and not resized, all other images as JPEGs.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="For proportion: which images become JPEG."
+    "--seed", default=0, show_default=True, help="For proportion: selects the images for JPEG."
 )
 def main(
     src: Path,
@@ -76,10 +86,14 @@ def main(
     workers: int,
     overwrite: bool,
 ) -> None:
-    """Convert the images in SRC to .beton files in DST. The last line printed is a JSON object of what lies there."""
+    """Convert the images in SRC to .beton files in DST.
+
+    The last line of the output is a JSON object that describes what was written.
+    """
     if write_mode == "smart" and smart_threshold is None:
         raise click.UsageError(
-            "--write-mode smart needs --smart-threshold: ffcv without one stores pixels only, which is raw"
+            "--write-mode smart needs --smart-threshold: "
+            "ffcv without one stores pixels only, which is raw"
         )
     encoding = Encoding(
         write_mode,
@@ -92,9 +106,9 @@ def main(
     run(
         src,
         dst,
-        BETON,
-        encoding,
-        np.arange,
+        form=BETON,
+        encoding=encoding,
+        order=np.arange,
         settings=asdict(encoding),
         workers=workers,
         overwrite=overwrite,

@@ -1,9 +1,13 @@
-"""Decode everything before a training run does, and repair what can be repaired.
+"""Decode every image of a dataset before training, and repair what can be repaired.
 
-    python -m tools.verify data/imagenet                  a table and, last, one JSON object; exit code 1 if anything is bad
-    python -m tools.verify data/imagenet --fix            repaired in place, or moved away; all originals are kept
+    python -m tools.verify data/imagenet          # list bad images
+    python -m tools.verify data/imagenet --fix    # repair bad images or move them away
 
-What the decoder lets pass, such as changed bytes inside the pixels of a BMP, is not found: no checksum says what they were.
+The output is a table and, on the last line, one JSON object. The exit code is 1 if there are bad
+images. --fix keeps all originals.
+
+Known limit: damage that a decoder accepts is not detected, such as changed pixels in a BMP. There
+is no checksum that says what the pixels were.
 """
 
 from __future__ import annotations
@@ -15,8 +19,6 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -28,15 +30,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipelines.files import write_whole
-from pipelines.manifest import Paths, header_size
-from pipelines.sources import (
-    BINARY_FOLDERS,
-    Source,
-    images_below,
-    open_source,
-    packed_place,
-    to_rgb,
-)
+from pipelines.layouts import BINARY_FOLDERS, images_below, open_source, packed_place
+from pipelines.manifest import Paths
+from pipelines.scan import header_size
+from pipelines.sources import Source, to_rgb
 from tools.convert import in_order, progress
 
 BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "no bytes at all"}
@@ -45,43 +42,44 @@ NOTES = {
     "not_rgb": "grayscale, CMYK, palette, alpha or 16 bits: converted when read",
     "over_large": "more than --max-pixels: slow to decode",
 }
-KEPT = Path(".rsa-fast", "replaced")  # below the data; hidden, so no listing of images finds it
-SHOWN = 100  # paths of a kind in the JSON object; --report has all
+# The folder of the originals, below the data. It is hidden, so that no listing of images finds it.
+ORIGINALS = Path(".rsa-fast", "replaced")
+MAX_SHOWN = 100  # paths of each kind in the JSON object; --report has all
 JPEG_QUALITY = 95
 
-Findings = dict[str, dict[str, str]]  # kind -> path -> what was found
+Findings = dict[str, dict[str, str]]  # kind -> path -> detail
 
 
 def verify_images(data: Path, paths: Paths, workers: int, max_pixels: int) -> Findings:
-    """Decode the image files `paths` below `data`."""
+    """Decode the image files `paths` below `data`; returns what is wrong with them."""
 
     def inspect_chunk(samples: np.ndarray) -> list[tuple[bytes, dict[str, str]]]:
         return [inspect(data / paths[int(sample)], max_pixels) for sample in samples]
 
-    found: Findings = {kind: {} for kind in (*BAD, *NOTES)}
-    first: dict[bytes, int] = {}
-    results = progress(
-        in_order(inspect_chunk, np.arange(len(paths)), workers), "verify", 0, len(paths)
-    )
+    findings: Findings = {kind: {} for kind in (*BAD, *NOTES)}
+    first: dict[bytes, int] = {}  # digest -> the first sample that has it
+    inspected = in_order(inspect_chunk, np.arange(len(paths)), workers)
+    results = progress(inspected, "verify", 0, len(paths))
     for sample, (digest, faults) in enumerate(results):
-        if (
-            not faults.keys() & BAD.keys()
-            and (original := first.setdefault(digest, sample)) != sample
-        ):
+        is_bad = bool(faults.keys() & BAD.keys())
+        if not is_bad and (original := first.setdefault(digest, sample)) != sample:
             faults["duplicate"] = f"same bytes as {paths[original]}"
         for kind, detail in faults.items():
-            found[kind][paths[sample]] = detail
-    return found
+            findings[kind][paths[sample]] = detail
+    return findings
 
 
 def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
-    """SHA-256 of a file, and what is wrong or worth noting by kind (but for duplicates). A bad file has one kind only."""
+    """The SHA-256 of a file, and the details of every kind in `BAD` or `NOTES` that applies to it.
+
+    A bad file has one kind only. Duplicates are found by `verify_images`.
+    """
     data = b""
     try:
         data = path.read_bytes()
         if isinstance(header := header_size(path), str):
             raise ValueError(header)
-        with no_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             notes = {}
             deep = ", 16 bits" if any(";16" in str(tile) for tile in image.tile) else ""
             if image.mode != "RGB" or deep:
@@ -89,31 +87,21 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
             if image.width * image.height > max_pixels:
                 notes["over_large"] = f"{image.width}x{image.height} px"
             to_rgb(image)
-    except (
-        Exception
-    ) as error:  # on damaged bytes decoders raise whatever their authors did not think of
-        kind = (
-            "empty"
-            if str(error) == "empty file"
-            else "truncated"
-            if "truncated" in str(error).lower()
-            else "corrupt"
-        )
+    except Exception as error:  # damaged bytes make decoders raise exceptions of any type
+        if str(error) == "empty file":
+            kind = "empty"
+        else:
+            kind = "truncated" if "truncated" in str(error).lower() else "corrupt"
         notes = {kind: str(error)}
     return hashlib.sha256(data).digest(), notes
 
 
-@contextmanager
-def no_warnings() -> Iterator[None]:
-    """Silences warnings; `catch_warnings(action="ignore")` came with Python 3.11."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
-    """Read every sample of a set that is not plain image files; returns how many, and those that fail as `split/id`."""
-    found: Findings = {"corrupt": {}}
+    """Read every sample of a dataset that does not consist of image files.
+
+    Returns the number of samples, and the findings of those that fail, by their name `split/id`.
+    """
+    findings: Findings = {"corrupt": {}}
     count = 0
     test = packed_place(data, "test") or any(
         (data / name).is_dir() for name in ("val", "test", *BINARY_FOLDERS)
@@ -126,12 +114,11 @@ def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
         def read_chunk(samples: np.ndarray, source: Source = source) -> list[str]:
             return [read_fault(source, int(sample)) for sample in samples]
 
-        for sample, fault in enumerate(
-            progress(in_order(read_chunk, samples, workers), f"verify {split}", 0, len(samples))
-        ):
+        faults = in_order(read_chunk, samples, workers)
+        for sample, fault in enumerate(progress(faults, f"verify {split}", 0, len(samples))):
             if fault:
-                found["corrupt"][f"{split}/{sample}"] = fault
-    return count, found
+                findings["corrupt"][f"{split}/{sample}"] = fault
+    return count, findings
 
 
 def read_fault(source: Source, sample: int) -> str:
@@ -141,32 +128,32 @@ def read_fault(source: Source, sample: int) -> str:
     except Exception as error:  # as in `inspect`
         return str(error)
     expected = tuple(int(side) for side in source.manifest.sizes[sample])
-    return (
-        ""
-        if size == expected
-        else f"decodes to {size} px (height, width), the manifest says {expected}"
-    )
+    if size == expected:
+        return ""
+    return f"decodes to {size} px (height, width), the manifest says {expected}"
 
 
-def fix(data: Path, found: Findings, workers: int, max_pixels: int) -> tuple[list[str], list[str]]:
-    """Re-encode what is truncated, not RGB or over-large; move away what is bad beyond that. Returns both lists of paths.
+def fix(
+    data: Path, findings: Findings, workers: int, max_pixels: int
+) -> tuple[list[str], list[str]]:
+    """Re-encode truncated, non-RGB and over-large images; move away those that cannot be repaired.
 
-    Every original lies in `data/.rsa-fast/replaced/` afterwards. Raises ValueError, before anything is changed, when a file
-    lies outside `data`, behind a linked folder.
+    Returns the paths of the repaired images and of those moved away. All originals are in
+    `data/.rsa-fast/replaced/` afterwards. Raises ValueError, before anything is changed, when a
+    file is outside `data`, behind a linked folder.
     """
-    paths = sorted(
-        set(chain.from_iterable(paths for kind, paths in found.items() if kind != "duplicate"))
-    )
+    to_fix = (paths for kind, paths in findings.items() if kind != "duplicate")
+    paths = sorted(set(chain.from_iterable(to_fix)))
     inside = {
         folder: folder.resolve().is_relative_to(data.resolve())
         for folder in {(data / path).parent for path in paths}
     }
     if outside := [path for path in paths if not inside[(data / path).parent]]:
         raise ValueError(
-            f"{len(outside)} file(s) to fix lie outside {data}, behind links: {outside[0]} is {(data / outside[0]).resolve()}. "
-            "Run --fix where they lie"
+            f"{len(outside)} file(s) to fix lie outside {data}, behind links: "
+            f"{outside[0]} is {(data / outside[0]).resolve()}. Run --fix where they lie"
         )
-    lost = found["corrupt"].keys() | found["empty"].keys()
+    lost = findings["corrupt"].keys() | findings["empty"].keys()
 
     def fix_chunk(samples: np.ndarray) -> list[bool]:
         return [
@@ -175,35 +162,40 @@ def fix(data: Path, found: Findings, workers: int, max_pixels: int) -> tuple[lis
         ]
 
     done = list(progress(in_order(fix_chunk, np.arange(len(paths)), workers), "fix", 0, len(paths)))
-    fixed = [path for path, repaired in zip(paths, done, strict=True) if repaired]
-    return fixed, sorted(set(paths) - set(fixed))
+    repaired = [path for path, is_repaired in zip(paths, done, strict=True) if is_repaired]
+    return repaired, sorted(set(paths) - set(repaired))
 
 
 def replace(data: Path, path: str, repairable: bool, max_pixels: int) -> bool:
-    """Put a repaired image in place of one, keeping the original; or, when that fails, move it away. Returns which."""
-    image, kept = data / path, data / KEPT / path
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    """Replace an image by a repaired one, or move it away if that fails; the original is kept.
+
+    Returns whether the image was repaired.
+    """
+    image, original = data / path, data / ORIGINALS / path
+    original.parent.mkdir(parents=True, exist_ok=True)
     number = 0
-    while kept.exists() or kept.is_symlink():  # of an earlier --fix
+    # An earlier --fix may have kept an original of this name.
+    while original.exists() or original.is_symlink():
         number += 1
-        kept = data / KEPT / f"{path}.{number}"
-    content = repaired(image, max_pixels) if repairable else None
+        original = data / ORIGINALS / f"{path}.{number}"
+    content = repaired_content(image, max_pixels) if repairable else None
     if content is None:
-        shutil.move(image, kept)
+        shutil.move(image, original)
         return False
-    shutil.copy2(image, kept)  # not moved: at no moment is the name without an image
+    shutil.copy2(image, original)  # a copy, so that an image has this name at every moment
     write_whole(image, lambda file: file.write(content))
     return True
 
 
-def repaired(path: Path, max_pixels: int) -> bytes | None:
-    """An image, as far as it can be decoded, as 8-bit RGB of at most `max_pixels`; None when it cannot be decoded at all.
+def repaired_content(path: Path, max_pixels: int) -> bytes | None:
+    """The decodable part of an image, encoded as 8-bit RGB of at most `max_pixels`, or None.
 
-    A JPEG where the name says so, else a PNG whatever the name says: readers go by the content.
+    The result is a JPEG if the file's name says so. Otherwise it is a PNG under any name, because
+    readers go by the content.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with no_warnings():
+        with warnings.catch_warnings(action="ignore"):
             image = Image.fromarray(to_rgb(Image.open(io.BytesIO(path.read_bytes()))))
     except Exception:  # as in `inspect`
         return None
@@ -211,10 +203,8 @@ def repaired(path: Path, max_pixels: int) -> bytes | None:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
-        image = image.resize(
-            (max(1, int(image.width * scale)), max(1, int(image.height * scale))),
-            Image.Resampling.LANCZOS,
-        )
+        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if path.suffix.lower() in (".jpg", ".jpeg"):
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
@@ -223,13 +213,13 @@ def repaired(path: Path, max_pixels: int) -> bytes | None:
     return buffer.getvalue()
 
 
-def show(data: Path, found: Findings) -> None:
+def show(data: Path, findings: Findings) -> None:
+    """Print a table with a row for each kind."""
     table = Table("", "images", "what", Column("the first", overflow="fold"), title=str(data))
-    for kind, paths in found.items():
+    for kind, paths in findings.items():
         first = next((f"{path}: {detail}" for path, detail in paths.items()), "")
-        plain = Text(
-            first.encode("utf-8", "replace").decode()
-        )  # a name may be no UTF-8, and look like markup
+        # A file name may be invalid UTF-8, and it may look like markup.
+        plain = Text(first.encode("utf-8", "replace").decode())
         table.add_row(kind, f"{len(paths):,}", (BAD | NOTES)[kind], plain)
     Console().print(table)
 
@@ -240,18 +230,19 @@ def show(data: Path, found: Findings) -> None:
     "--fix",
     "fixing",
     is_flag=True,
-    help="Repair image files, move away what cannot be; keep all originals.",
+    help="Repair image files or move them away; keep all originals.",
 )
 @click.option("--workers", default=os.cpu_count(), show_default="all cores", type=click.IntRange(1))
 @click.option(
     "--max-pixels",
     default=25_000_000,
     show_default=True,
-    help="Above it, an image is over-large.",
+    help="Images with more pixels are over-large.",
     type=click.IntRange(1),
 )
 @click.option(
     "--report",
+    "report_path",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write all findings to this file as JSON.",
 )
@@ -262,42 +253,46 @@ def main(
     fixing: bool,
     workers: int,
     max_pixels: int,
-    report: Path | None,
+    report_path: Path | None,
 ) -> None:
-    """Decode every image under PATH: train/, val/ and test/, or one flat folder, or a converted set.
+    """Decode every image under PATH: train/, val/ and test/, a flat folder, or a converted dataset.
 
-    Bad, exit code 1: corrupt, truncated and empty files. The rest are notes and exit code 0, for training takes them:
-    duplicates (identical bytes), images that are not RGB (converted when read), over-large ones (slow).
+    Corrupt, truncated and empty files are bad, and the exit code is then 1. All other findings are
+    notes, because training accepts such images: duplicates (identical bytes), images that are not
+    RGB (converted when read) and over-large images (slow).
 
-    --fix encodes truncated (as far as they go), non-RGB and over-large images anew under their names, and moves corrupt and
-    empty ones away. The originals are in PATH/.rsa-fast/replaced/. The exit code is then 0: nothing bad is left.
+    --fix encodes non-RGB images, over-large images and the decodable part of truncated images
+    again, under the same names. It moves corrupt and empty files away. The originals are kept in
+    PATH/.rsa-fast/replaced/. The exit code is then 0, as nothing bad is left.
     """
     try:
-        roots = [path / name for name in ("train", "val", "test") if (path / name).is_dir()] or [
-            path
-        ]
+        splits = [path / name for name in ("train", "val", "test") if (path / name).is_dir()]
+        roots = splits or [path]
         files = Paths(chain.from_iterable(images_below(root, path) for root in roots))
         if packed_place(path, "train") or packed_place(path, "test") or not files:
             if fixing:
                 raise ValueError(
-                    f"{path} is not a folder of image files: --fix the images it was made from, then convert again"
+                    f"{path} is not a folder of image files: "
+                    "--fix the images it was made from, then convert again"
                 )
-            count, found = verify_source(path, workers)
+            count, findings = verify_source(path, workers)
         else:
-            count, found = len(files), verify_images(path, files, workers, max_pixels)
-        show(path, found)
-        counts = {kind: len(paths) for kind, paths in found.items()}
+            count, findings = len(files), verify_images(path, files, workers, max_pixels)
+        show(path, findings)
+        counts = {kind: len(paths) for kind, paths in findings.items()}
         bad = sum(counts[kind] for kind in BAD if kind in counts)
-        full = {"path": str(path), "images": count, "bad": bad, "counts": counts, "paths": found}
-        result = full | {"paths": {kind: list(paths)[:SHOWN] for kind, paths in found.items()}}
+        report = {"path": str(path), "images": count, "bad": bad, "counts": counts}
+        result = report | {"paths": {kind: list(p)[:MAX_SHOWN] for kind, p in findings.items()}}
+        report["paths"] = findings
         if fixing:
-            fixed, moved = fix(path, found, workers, max_pixels)
+            repaired, moved = fix(path, findings, workers, max_pixels)
             for name in moved:
                 click.echo(f"moved away, it cannot be repaired: {name}", err=True)
-            result |= {"repaired": len(fixed), "moved_away": len(moved)}
-            full |= {"repaired": fixed, "moved_away": moved}
-        if report:
-            report.write_text(json.dumps(full, indent=1))
+            result |= {"repaired": len(repaired), "moved_away": len(moved)}
+            report |= {"repaired": repaired, "moved_away": moved}
+        if report_path:
+            content = json.dumps(report, indent=1).encode()
+            write_whole(report_path, lambda file: file.write(content))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps(result))

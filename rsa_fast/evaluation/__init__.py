@@ -1,1 +1,1 @@
-"""What an encoder is worth after pre-training: scores, detection, embeddings, exports."""
+"""What a pre-trained encoder is worth: scores, detection, feature statistics and exports."""

@@ -1,16 +1,30 @@
-"""Transfer: fine-tune a pre-trained ResNet-50 as Mask R-CNN with FPN on COCO (RSA paper 4.4, Tables 5 and 6).
+"""Transfer to detection: a pre-trained ResNet-50 in Mask R-CNN with FPN, fine-tuned on COCO.
 
-    result = detect(Path("step_00125000.pt"), data=Path("data/coco"), out=Path("runs/coco-1x"), schedule="1x")
+    result = detect(Path("step_00125000.pt"), data=Path("data/coco"), out=Path("runs/coco-1x"))
 
-The paper follows InfoMin (its [43]), whose detectron2 settings are R_50_FPN_{1x,2x}.yaml in github.com/HobbitLong/PyContrast:
-all layers are trained; BatchNorm learns and is taken over the whole batch of 16, in the backbone and, new, after the FPN's,
-the box head's (4 convolutions, 1 linear layer) and the mask head's convolutions; its statistics are taken anew from 200
-batches before the evaluation; short sides of 640 to 800 px, flips. The learning rates are the paper's.
+This is section 4.4 of the RSA paper (Tables 5 and 6). The paper follows InfoMin (its [43]), whose
+detectron2 settings are R_50_FPN_{1x,2x}.yaml in github.com/HobbitLong/PyContrast:
 
-torchvision's model differs from detectron2's: RoIAlign is not `aligned` and samples 2 x 2 points, not as many as the box
-needs; box losses are smooth L1 with beta 1/9, not L1; mask targets are cut from bitmaps, not polygons; images are resized
-without antialiasing; linear and last layers have torchvision's initialisation. Half precision (`precision`) is an addition.
-One process on one device: BatchNorm over its batch is what SyncBN is over the same batch on eight GPUs.
+- All layers are trained.
+- BatchNorm is trained too, with statistics of the whole batch of 16. It is in the backbone and is
+  added after the convolutions of the FPN, of the box head (4 convolutions, 1 linear layer) and of
+  the mask head.
+- Before the evaluation, BatchNorm's statistics are computed again from 200 batches.
+- Images are flipped at random, and their short sides are 640 to 800 px.
+
+The learning rates are the paper's.
+
+torchvision's model differs from detectron2's:
+
+- RoIAlign is not `aligned`. It samples 2 x 2 points, while detectron2 samples as many as the box
+  needs.
+- The box losses are smooth L1 with beta 1/9 instead of L1.
+- Mask targets are cut from bitmaps instead of polygons.
+- Images are resized without antialiasing.
+- Linear and last layers have torchvision's initialisation.
+
+Half precision (`precision`) is an addition. There is one process on one device: BatchNorm over its
+batch is the same as SyncBN over the same batch on eight GPUs.
 """
 
 from __future__ import annotations
@@ -32,20 +46,20 @@ from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.rpn import RPNHead
 
 from pipelines.coco import CocoImages, open_loader, reading_plan
+from pipelines.files import write_text
 from pipelines.order import Order
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.training import checkpoint
-from rsa_fast.training.metrics import Metrics, environment
+from rsa_fast.training.metrics import Metrics, versions_and_hardware
 from rsa_fast.training.run_folder import prepare_folder
 from rsa_fast.training.step import choose_device, choose_dtype
 
-Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects: `CocoImages`
+Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects, as in `CocoImages`
 
-SCHEDULES = {
-    "1x": (90_000, 0.02),
-    "2x": (180_000, 0.03),
-}  # steps, learning rate of a batch of 16 (RSA paper 4.4)
-# detectron2's where torchvision's differ: one short side in px is drawn per image, the last is for evaluation
+# Steps, and the learning rate for a batch of 16 (RSA paper 4.4).
+SCHEDULES = {"1x": (90_000, 0.02), "2x": (180_000, 0.03)}
+# detectron2's values where torchvision's differ. Each training image gets one of these short sides
+# in px at random; the evaluation uses the last.
 MODEL_OPTIONS: dict[str, Any] = {
     "min_size": (640, 672, 704, 736, 768, 800),
     "rpn_post_nms_top_n_train": 1000,
@@ -69,18 +83,24 @@ def detect(
     overwrite: bool = False,
     stop_at_step: int | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune the encoder of a checkpoint on `data`, evaluate on its val2017; the result is also in `out/result.json`.
+    """Fine-tune the encoder of a checkpoint on COCO-format `data` and evaluate it on its val2017.
 
-    `steps` shortens a schedule, its drops stay at the same fractions; the learning rate is scaled by `batch_size` / 16.
-    `resume` goes on from the newest checkpoint in `out` with the same batches and dice. AP is in percent. Raises ValueError
-    or FileNotFoundError, before any training, for an encoder that is not the standard ResNet-50, for data that is incomplete
-    or contradicts itself, and when a resumed run's settings changed; FloatingPointError when the loss is not finite.
+    The result, which is also in `out/result.json`, has the settings, the step, and AP, AP50 and
+    AP75 of boxes and masks in percent. `steps` shortens the schedule, and its drops stay at the
+    same fractions. The learning rate is scaled by `batch_size` / 16. `resume` continues from the
+    newest checkpoint in `out` with the same batches and random numbers. `stop_at_step` writes a
+    checkpoint after that step and returns without an evaluation.
+
+    Before any training, raises ValueError or FileNotFoundError if the encoder is not the standard
+    ResNet-50, if the data are incomplete or contradict themselves, or if the settings of a resumed
+    run have changed. Raises FloatingPointError if the loss is not finite.
     """
     train, val = CocoImages(data, "train2017"), CocoImages(data, "val2017")
     if train.categories != val.categories:
         differ = sorted({name for _, name in train.categories.items() ^ val.categories.items()})
         raise ValueError(
-            f"train2017 and val2017 under {data} differ in the id or the name of: {', '.join(differ[:10])}"
+            f"train2017 and val2017 under {data} differ in the id or the name of: "
+            f"{', '.join(differ[:10])}"
         )
     train.ids = [image_id for image_id in train.ids if train.objects(image_id)]
     order = Order(len(train), batch_size, seed)
@@ -100,8 +120,6 @@ def detect(
         "schedule": schedule,
         "steps": total_steps,
         "batch_size": batch_size,
-    }
-    settings |= {
         "seed": seed,
         "precision": precision,
         "images": len(train),
@@ -109,25 +127,23 @@ def detect(
     }
     prepare_folder(out, resume, overwrite)
     step = restore(parts, settings, out) if resume else 0
-    (out / "env.json").write_text(json.dumps(environment(), indent=1))
+    write_text(out / "env.json", json.dumps(versions_and_hardware(), indent=1))
 
     def losses_of(batch: list[Sample], step: int) -> dict[str, Tensor]:
         images, targets = on_device(batch, place)
-        torch.manual_seed(
-            seed + step
-        )  # the model draws image sizes and proposals; a resumed run draws the same
+        # The model draws image sizes and proposals. A resumed run draws the same.
+        torch.manual_seed(seed + step)
         with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
             losses: dict[str, Tensor] = model(images, targets)
         return losses
 
     stop = min(stop_at_step or total_steps, total_steps)
-    plan = reading_plan(
-        order, train.portrait(), step, total_steps + min(PRECISE_BN_STEPS, total_steps)
-    )
+    plan_end = total_steps + min(PRECISE_BN_STEPS, total_steps)
+    plan = reading_plan(order, train.portrait(), step, plan_end)
     batches = iter(open_loader(train, plan, workers, place))
     model.train()
     with Metrics(out, total_steps, step) as metrics:
-        began, began_step = time.perf_counter(), step
+        log_time, log_step = time.perf_counter(), step
         while step < stop:
             lr = learning_rate(step, total_steps, peak_lr)
             for group in optimizer.param_groups:
@@ -144,27 +160,31 @@ def detect(
                 loss = sum(values.values())
                 if not math.isfinite(loss):
                     raise FloatingPointError(
-                        f"the losses are {values} at step {step}: lower --batch-size, the rate follows it"
+                        f"the losses are {values} at step {step}: lower --batch-size, "
+                        "the rate follows it"
                     )
-                step_ms = 1e3 * (time.perf_counter() - began) / (step - began_step)
+                step_ms = 1e3 * (time.perf_counter() - log_time) / (step - log_step)
                 metrics.write({"step": step, "lr": lr, "loss": loss, **values, "step_ms": step_ms})
-                began, began_step = time.perf_counter(), step
+                log_time, log_step = time.perf_counter(), step
             if step % CHECKPOINT_STEPS == 0 or step == stop:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                checkpoint.save(
-                    out / "checkpoints", {"step": step, "recipe": settings, **state}, keep_last=2
-                )
+                state |= {"step": step, "recipe": settings}
+                checkpoint.save(out / "checkpoints", state, keep_last=2)
     result = {"out": str(out), **settings, "step": step}
     if step == total_steps:
         precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))
-        result |= coco_scores(val.coco, find_objects(model, val, place, dtype, workers))
-    (out / "result.json").write_text(json.dumps(result))
+        predictions = find_objects(model, val, device=place, dtype=dtype, workers=workers)
+        result |= coco_scores(val.coco, predictions)
+    write_text(out / "result.json", json.dumps(result))
     return result
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float) -> float:
-    """Of a step counted from 0, as detectron2's: a tenth from 2/3 and a hundredth from 8/9 of the steps (60k and 80k of 90k);
-    before that a linear warm-up from a thousandth over 1000 steps, or a tenth of the run where that is less."""
+    """The learning rate of a step, counted from 0, as in detectron2.
+
+    A linear warm-up starts at a thousandth and takes 1000 steps, or a tenth of a shorter run. The
+    rate falls to a tenth after 2/3 of the steps and to a hundredth after 8/9 (60k and 80k of 90k).
+    """
     warmup = min(1000, total_steps // 10)
     ramp = min(step / warmup, 1) if warmup else 1
     drops = (3 * step >= 2 * total_steps) + (9 * step >= 8 * total_steps)
@@ -177,10 +197,11 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> MaskRCNN:
-    """Mask R-CNN R50-FPN for `classes` classes and background, its backbone the encoder's weights and BatchNorm statistics.
+    """Mask R-CNN R50-FPN with the encoder's weights and BatchNorm statistics in its backbone.
 
-    The model normalises images by `mean` and `std`, or by ImageNet's if they are None, and takes
-    `MODEL_OPTIONS`. Raises ValueError unless the encoder has the keys and shapes of a ResNet-50.
+    It predicts `classes` classes and the background. It normalises images `(3, H, W)` in [0, 1] by
+    `mean` and `std`, or by ImageNet's if they are None, and has the `MODEL_OPTIONS`. Raises
+    ValueError unless the encoder has the keys and shapes of a ResNet-50.
     """
     model = maskrcnn_resnet50_fpn_v2(
         weights=None,
@@ -190,53 +211,55 @@ def build_model(
         image_std=std,
         **MODEL_OPTIONS,
     )
-    model.rpn.head = RPNHead(
-        model.backbone.out_channels, 3
-    )  # one convolution deep, as detectron2's
-    given, wanted = (
+    # One convolution deep, as in detectron2; torchvision's has two.
+    model.rpn.head = RPNHead(model.backbone.out_channels, 3)
+    shapes, expected_shapes = (
         {key: tuple(value.shape) for key, value in module.state_dict().items()}
         for module in (encoder, model.backbone.body)
     )
-    if given != wanted:
-        key, _ = min(given.items() ^ wanted.items())
+    if shapes != expected_shapes:
+        key, _ = min(shapes.items() ^ expected_shapes.items())
         raise ValueError(
-            f"transfer wants a ResNet-50 with the ImageNet stem and width 64; in this encoder {key} is "
-            f"{given.get(key, 'missing')}, not {wanted.get(key, 'wanted')}"
+            "transfer wants a ResNet-50 with the ImageNet stem and width 64; in this encoder "
+            f"{key} is {shapes.get(key, 'missing')}, not {expected_shapes.get(key, 'wanted')}"
         )
     model.backbone.body.load_state_dict(encoder.state_dict())
+    # torchvision decodes boxes in the dtype of these outputs. In bf16, numbers from 512 on have
+    # steps of 4 px.
     for head in (model.rpn.head, model.roi_heads.box_predictor):
-        for layer in (
-            head.children()
-        ):  # torchvision decodes boxes in their type: bf16 has steps of 4 px from 512 px on
+        for layer in head.children():
             layer.register_forward_hook(lambda layer, inputs, output: output.float())
     return model
 
 
 def build_sgd(model: nn.Module) -> torch.optim.SGD:
-    """Momentum .9, weight decay 1e-4 but none on BatchNorm (detectron2); the caller sets the learning rate."""
+    """SGD as in detectron2: momentum 0.9, weight decay 1e-4 except for BatchNorm, which has none.
+
+    The caller sets the learning rate.
+    """
     groups: dict[float, list[nn.Parameter]] = {0.0: [], 1e-4: []}
     for module in model.modules():
-        groups[0.0 if isinstance(module, nn.BatchNorm2d) else 1e-4] += module.parameters(
-            recurse=False
-        )
-    return torch.optim.SGD(
-        [{"params": p, "weight_decay": decay} for decay, p in groups.items()], lr=0.0, momentum=0.9
-    )
+        decay = 0.0 if isinstance(module, nn.BatchNorm2d) else 1e-4
+        groups[decay] += module.parameters(recurse=False)
+    params = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    return torch.optim.SGD(params, lr=0.0, momentum=0.9)
 
 
 def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
-    """Put the newest checkpoint into model, optimiser and scaler; returns its step. Raises ValueError for other settings."""
+    """Load the newest checkpoint in `out` into model, optimiser and scaler; returns its step.
+
+    Raises ValueError if its settings are not `settings`.
+    """
     state = checkpoint.load_latest(out / "checkpoints")
-    then = state["recipe"]
-    differ = [
-        f"  {key}: {then.get(key)!r} then, {now!r} now"
-        for key, now in settings.items()
-        if then.get(key) != now
+    saved_settings = state["recipe"]
+    differences = [
+        f"  {key}: {saved_settings.get(key)!r} then, {value!r} now"
+        for key, value in settings.items()
+        if saved_settings.get(key) != value
     ]
-    if differ:
-        raise ValueError(
-            "\n".join(["the settings are not those this run was started with:", *differ])
-        )
+    if differences:
+        heading = "the settings are not those this run was started with:"
+        raise ValueError("\n".join([heading, *differences]))
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])
@@ -244,12 +267,15 @@ def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
 
 @torch.no_grad()
 def precise_bn(model: nn.Module, forwards: Iterable[Any]) -> None:
-    """Make BatchNorm's running statistics their plain mean over the forward passes that iterating `forwards` runs
-    (detectron2's PRECISE_BN); the model is for evaluation then."""
+    """Replace BatchNorm's running statistics by their mean over several forward passes.
+
+    Iterating `forwards` runs these passes. Afterwards the model is only good for evaluation. This
+    is detectron2's PRECISE_BN.
+    """
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean
+            norm.momentum = None  # torch's sign for a cumulative mean
     for _ in forwards:
         pass
 
@@ -258,7 +284,10 @@ def precise_bn(model: nn.Module, forwards: Iterable[Any]) -> None:
 def find_objects(
     model: MaskRCNN, images: CocoImages, device: torch.device, dtype: torch.dtype, workers: int
 ) -> list[dict[str, Any]]:
-    """What the model finds, as rows of COCO's result format: boxes x, y, width, height in px, masks run-length coded."""
+    """The objects that the model finds, one row each in COCO's result format.
+
+    Boxes are x, y, width and height in px, masks are run-length coded.
+    """
     from pycocotools.mask import encode
 
     categories, rows = list(images.categories), []
@@ -266,31 +295,33 @@ def find_objects(
     plan = ([(index, False)] for index in range(len(images)))
     for image_id, batch in zip(images.ids, open_loader(images, plan, workers, device), strict=True):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            (found,) = model(on_device(batch, device)[0])
-        found["boxes"][:, 2:] -= found["boxes"][:, :2]
-        masks = encode(
-            np.asfortranarray((found["masks"][:, 0] > 0.5).byte().permute(1, 2, 0).cpu().numpy())
-        )
-        numbers = (found[key].tolist() for key in ("labels", "boxes", "scores"))
+            (objects,) = model(on_device(batch, device)[0])
+        objects["boxes"][:, 2:] -= objects["boxes"][:, :2]
+        bitmaps = (objects["masks"][:, 0] > 0.5).byte().permute(1, 2, 0)  # (H, W, N)
+        masks = encode(np.asfortranarray(bitmaps.cpu().numpy()))
+        numbers = (objects[key].tolist() for key in ("labels", "boxes", "scores"))
         for label, box, score, mask in zip(*numbers, masks, strict=True):
             row = {
                 "image_id": image_id,
                 "category_id": categories[label - 1],
                 "bbox": box,
                 "score": score,
+                "segmentation": mask,
             }
-            rows.append({**row, "segmentation": mask})
+            rows.append(row)
     return rows
 
 
 def coco_scores(coco: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """AP (mean over IoU .50 to .95), AP50 and AP75 of boxes and masks in percent, by pycocotools; its report goes to stderr."""
+    """AP (mean over IoU .50 to .95), AP50 and AP75 of boxes and masks in percent.
+
+    pycocotools computes them. Its own report goes to stderr.
+    """
     from pycocotools.cocoeval import COCOeval
 
-    scores = dict.fromkeys(
-        ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"), 0.0
-    )
-    if not rows:  # pycocotools fails on none
+    names = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
+    scores = dict.fromkeys(names, 0.0)
+    if not rows:  # pycocotools fails without rows
         return scores
     with redirect_stdout(sys.stderr):
         results = coco.loadRes(rows)
@@ -299,17 +330,15 @@ def coco_scores(coco: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            scores |= {
-                f"{name}_{key}": 100 * float(evaluation.stats[i])
-                for i, key in enumerate(("ap", "ap50", "ap75"))
-            }
+            for i, key in enumerate(("ap", "ap50", "ap75")):
+                scores[f"{name}_{key}"] = 100 * float(evaluation.stats[i])
     return scores
 
 
 def on_device(
     batch: list[Sample], device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images in [0, 1] and targets, as torchvision's detection models take them."""
+    """Images `(3, H, W)` in [0, 1] and targets, as torchvision's detection models expect them."""
     images = [image.to(device, non_blocking=True) / 255 for image, _ in batch]
     targets = [
         {key: value.to(device, non_blocking=True) for key, value in target.items()}

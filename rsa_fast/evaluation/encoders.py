@@ -1,6 +1,7 @@
-"""Encoders of this project and from elsewhere, told by how their keys are spelled.
+"""Encoders of this project and of others, recognised by the names of their weights.
 
-    encoder, recipe = load_encoder(Path("moco_v2_800ep_pretrain.pth.tar"))     # recipe is None: not this project's
+    encoder, recipe = load_encoder(Path("moco_v2_800ep_pretrain.pth.tar"))
+    # recipe is None: the checkpoint is from another project
 
 | from | keys |
 |---|---|
@@ -11,9 +12,10 @@
 | MoCo's CIFAR demo | `encoder_q.net.0.weight` |
 | torchvision, timm | `conv1.weight` |
 
-All are torchvision's keys behind a prefix, under `state_dict` or `model` or not; a Sequential numbers what torchvision
-names. A 3x3 first convolution means the CIFAR stem. What no key tells is taken to be as in torchvision: the max-pool after
-a 7x7 convolution, and the stride in a bottleneck's 3x3 convolution.
+All are torchvision's keys behind a prefix. The file holds them directly, or under `state_dict` or
+`model`. A Sequential numbers the layers that torchvision names. A 3x3 first convolution means the
+CIFAR stem. Two properties cannot be seen from the keys and are assumed to be as in torchvision: the
+max-pool after a 7x7 convolution, and the stride in the 3x3 convolution of a bottleneck.
 """
 
 from __future__ import annotations
@@ -33,12 +35,10 @@ from rsa_fast.networks import LAYERS, Encoder
 from rsa_fast.recipes import Recipe, validate
 from rsa_fast.training import checkpoint
 
-STAGE = re.compile(
-    r"((?:.*\.)?)(layer1|\d+)\.0\.conv1\.weight"
-)  # prefix, and the name or number of a stage
-FOLLOWER = re.compile(
-    r"(^|[._])(k|momentum|target|teacher|ema)[._]"
-)  # in the prefix of a network that follows another
+# The first weight of a stage: the prefix, and the name or the number of the stage.
+STAGE = re.compile(r"((?:.*\.)?)(layer1|\d+)\.0\.conv1\.weight")
+# A word in the prefix of a network that follows another one.
+FOLLOWER = re.compile(r"(^|[._])(k|momentum|target|teacher|ema)[._]")
 HEADS = (
     "fc",
     "linear",
@@ -49,33 +49,28 @@ HEADS = (
     "predictor",
     "prediction_head",
 )
-STEMS = {3: "cifar", 7: "imagenet"}  # by the first convolution's side
+STEMS = {3: "cifar", 7: "imagenet"}  # by the side of the first convolution
 
 
 def load_encoder(path: Path) -> tuple[Encoder, Recipe | None]:
-    """The online encoder of a checkpoint, channels_last on the CPU, and the recipe it was trained by, if it says.
+    """The online encoder of a checkpoint, channels_last on the CPU, and its training recipe.
 
-    Raises FileNotFoundError, and ValueError for a file that holds code, no or several ResNets, or an encoder of which a key
-    is missing or not known, each named.
+    The recipe is None if the checkpoint has none. Raises FileNotFoundError if there is no file.
+    Raises ValueError if the file contains code, no ResNet or several, or an encoder with missing or
+    unknown keys; the message lists these keys.
     """
-    state = read(path)
-    recipe = validate(state["recipe"]) if "recipe" in state else None
-    state = next(
-        (
-            state[key]
-            for key in ("method", "state_dict", "model")
-            if isinstance(state.get(key), dict)
-        ),
-        state,
-    )
+    content = read_file(path)
+    recipe = validate(content["recipe"]) if "recipe" in content else None
+    groups = (content.get(key) for key in ("method", "state_dict", "model"))
+    state = next((group for group in groups if isinstance(group, dict)), content)
     try:
-        return build(state).to(memory_format=torch.channels_last), recipe
+        return build_encoder(state).to(memory_format=torch.channels_last), recipe
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no encoder that can be used: {error}") from error
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A file of torch.save or of safetensors, on the CPU."""
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a file written by torch.save or by safetensors, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors" and find_spec("safetensors") is None:
@@ -85,12 +80,10 @@ def read(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if is_zipfile(path):  # not the format of torch before 1.6
-            checkpoint.check(path)
+        if is_zipfile(path):  # torch before 1.6 wrote another format
+            checkpoint.check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # of many types, for a damaged file and for one that holds more than tensors
+    except Exception as error:  # damaged files and files with code raise many types
         advice = "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         raise ValueError(
             f"{path} is damaged or holds more than tensors; if you trust it, {advice}\n{error}"
@@ -100,72 +93,67 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def build(state: dict[str, Tensor]) -> Encoder:
-    """The encoder whose keys are in `state` behind some prefix. Raises ValueError, or by torch RuntimeError, with the keys."""
+def build_encoder(state: dict[str, Tensor]) -> Encoder:
+    """The encoder whose weights are in `state` behind some prefix.
+
+    Raises ValueError if there is none or several, and, from torch, RuntimeError for missing or
+    unknown keys.
+    """
     stages = defaultdict(list)
     for key in state:
-        if stage := STAGE.fullmatch(key):
-            stages[stage[1]].append(stage[2])
-    leaders = [prefix for prefix in stages if not FOLLOWER.search(prefix)]
-    if len(leaders) != 1:
-        found = (
-            f"ResNets under {', '.join(map(repr, leaders))}"
-            if leaders
-            else f"no ResNet among {list(state)[:5]}"
-        )
+        if match := STAGE.fullmatch(key):
+            stages[match[1]].append(match[2])
+    prefixes = [prefix for prefix in stages if not FOLLOWER.search(prefix)]
+    if len(prefixes) != 1:
+        networks = f"ResNets under {', '.join(map(repr, prefixes))}"
+        found = networks if prefixes else f"no ResNet among {list(state)[:5]}"
         raise ValueError(
             f"found {found}; wanted one, conv1.weight and layer1.0.conv1.weight, behind any prefix"
         )
-    (prefix,) = leaders
+    (prefix,) = prefixes
     numbers = [] if "layer1" in stages[prefix] else sorted(map(int, stages[prefix]))
-    weights = renamed(
-        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
-        numbers,
-    )
+    own_weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    weights = torchvision_weights(own_weights, numbers)
     if "conv1.weight" not in weights:
         raise ValueError(f"there is no {prefix}{'0' if numbers else 'conv1'}.weight")
-    encoder = Encoder(
-        arch_of(weights),
-        STEMS.get(weights["conv1.weight"].shape[-1], "imagenet"),
-        len(weights["conv1.weight"]),
-    )
+    first = weights["conv1.weight"]
+    stem = STEMS.get(first.shape[-1], "imagenet")
+    encoder = Encoder(arch_of(weights), stem, width=len(first))
     encoder.load_state_dict(weights)
-    if (
-        numbers and numbers[0] == 2
-    ):  # convolution, BatchNorm, stages: a Sequential of lightly's own ResNet loses the ReLU
+    # Stages that follow the convolution and BatchNorm at once: lightly's own ResNet loses the ReLU
+    # between them when it is put into a Sequential.
+    if numbers and numbers[0] == 2:
         encoder.relu = nn.Identity()
-    if (
-        prefix == "backbone."
-        and "classifier.weight" in state
-        and isinstance(encoder.maxpool, nn.Identity)
-    ):
-        encoder.conv1.padding = (2, 2)  # solo-learn's CIFAR stem (solo/methods/base.py)
+    # solo-learn's CIFAR stem pads by 2 (solo/methods/base.py).
+    if prefix == "backbone." and "classifier.weight" in state and stem == "cifar":
+        encoder.conv1.padding = (2, 2)
     return encoder
 
 
-def renamed(weights: dict[str, Tensor], numbers: list[int]) -> dict[str, Tensor]:
-    """Torchvision's keys, without heads. `numbers` are the stages' in a Sequential, whose first two are conv1 and bn1 and
-    whose last, after the stages, is a classifier."""
-    names = (
-        {"0": "conv1", "1": "bn1", **{str(n): f"layer{i}" for i, n in enumerate(numbers, 1)}}
-        if numbers
-        else {}
-    )
-    kept = {}
+def torchvision_weights(weights: dict[str, Tensor], numbers: list[int]) -> dict[str, Tensor]:
+    """The weights under torchvision's keys, without heads.
+
+    `numbers` are the positions of the stages in a Sequential; it is empty if the layers have names.
+    In a Sequential, the first two layers are conv1 and bn1, and a layer with weights after the
+    stages is a classifier.
+    """
+    names: dict[str, str] = {}
+    if numbers:
+        names = {"0": "conv1", "1": "bn1"}
+        names |= {str(number): f"layer{i}" for i, number in enumerate(numbers, 1)}
+    renamed = {}
     for key, value in weights.items():
-        first, dot, rest = key.replace(".shortcut.", ".downsample.").partition(
-            "."
-        )  # lightly's own ResNet says shortcut
-        first = names.get(
-            first, "fc" if numbers and first.isdigit() and int(first) > numbers[-1] else first
-        )
-        if first not in HEADS:
-            kept[first + dot + rest] = value
-    return kept
+        # lightly's own ResNet has `shortcut` for `downsample`.
+        layer, dot, rest = key.replace(".shortcut.", ".downsample.").partition(".")
+        is_classifier = bool(numbers) and layer.isdigit() and int(layer) > numbers[-1]
+        name = names.get(layer, "fc" if is_classifier else layer)
+        if name not in HEADS:
+            renamed[name + dot + rest] = value
+    return renamed
 
 
 def arch_of(weights: dict[str, Tensor]) -> str:
-    """The name in `LAYERS` of the network with as many blocks of the same type."""
+    """The name in `LAYERS` of the network with the same type and number of blocks."""
     blocks = [
         len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)

@@ -1,10 +1,15 @@
-"""How good a frozen encoder is: kNN, and the linear classifiers of `linear`. Accuracies are top-1 in percent.
+"""Scores of a frozen encoder: kNN and the linear classifiers of `linear`.
+
+    scores = evaluate(Path("runs/a/checkpoints/step_00039000.pt"), Path("data/cifar10"), "knn")
+
+`Evaluation` scores an encoder that is already in memory, several times if wanted:
 
     evaluation = Evaluation(data, recipe, device, dtype)
     scores = evaluation.score(encoder, ("knn", "linear-rsa-small"), recalibrate=True)
 
-Protocols carry a name and a version, which stand in every result. Of several ranks each reads its own part of the images,
-and all get the result that one would get.
+Accuracies are top-1 in percent. Every result contains the name and the version of its protocol.
+With several ranks, each rank reads its own part of the images, and all ranks return the result that
+a single process would return.
 """
 
 from __future__ import annotations
@@ -15,69 +20,160 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import Order, open_source, open_views
+from pipelines import Loading, Order, open_source, open_views
 from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.evaluation import linear
-from rsa_fast.evaluation.linear import Batches, Features
-from rsa_fast.recipes import Recipe
+from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.linear import Batches, LabelledFeatures
+from rsa_fast.recipes import Recipe, build_recipe, validate
+from rsa_fast.training.step import choose_device, choose_dtype
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
-KNN_SETTINGS = {
-    "knn_top1": (200, 0.1),
-    "knn20_top1": (20, 0.07),
-}  # k, temperature: InstDis/MoCo/RSA code; DINO/solo-learn
+# The options of `evaluate` that a protocol reads; the others read none.
+PROTOCOL_OPTIONS = {
+    "linear-rsa-small": {"epochs", "bn", "nesterov"},
+    "linear-rsa-large": {"epochs"},
+}
+# k and temperature: the first as in InstDis, MoCo and the RSA code, the second as in DINO and
+# solo-learn.
+KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}
 KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    protocol: Literal["knn", "linear"],
+    *,
+    variant: Literal["fast", "rsa-small", "rsa-large"] | None = None,
+    dataset: str | None = None,
+    resize_px: int | str | None = None,
+    epochs: int | None = None,
+    bn: Literal["eval", "recalibrate"] | None = None,
+    nesterov: bool | None = None,
+) -> dict[str, Any]:
+    """Score the encoder of a checkpoint on the labelled train and test images under `data`.
+
+    This is what `rsa-fast eval` runs, and the result is the object that it prints: `checkpoint`,
+    `test_transform`, and for `knn` the entries `knn_protocol`, `knn_top1` and `knn20_top1`, for
+    `linear` the entries `linear_protocol`, `linear_top1` and those of the classifier. Accuracies
+    are in percent.
+
+    `checkpoint` is a file of this project or an encoder from elsewhere (see `load_encoder`). The
+    checkpoint's recipe says how images are sized and normalised, on which device and in which
+    precision the encoder runs, and which seed the linear classifiers use. `dataset`, the name of a
+    dataset in `rsa_fast.datasets`, replaces that recipe by the dataset's own. `resize_px` replaces
+    the length in pixels to which the short side of test images is resized before the centre crop;
+    "native" leaves the images as they are.
+
+    `variant` is the linear classifier (see `rsa_fast.evaluation.linear`), `fast` by default.
+    `epochs` is read by rsa-small (default 100) and rsa-large (40). `bn` and `nesterov` are read by
+    rsa-small: "eval" (the default) freezes BatchNorm's statistics and "recalibrate" replaces them
+    as the RSA code does; `nesterov` is true by default.
+
+    Raises ValueError for an option that the protocol does not read, for an encoder without a recipe
+    if `dataset` is missing, for a checkpoint without an encoder, and for data that cannot be
+    evaluated on. Raises FileNotFoundError if the checkpoint or the data do not exist.
+    """
+    if protocol == "knn" and variant:
+        raise ValueError("knn has no --protocol")
+    name = "knn" if protocol == "knn" else f"{protocol}-{variant or 'fast'}"
+    check_protocols((name,))
+    options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
+    given = {key for key, value in options.items() if value is not None}
+    if unread := given - PROTOCOL_OPTIONS.get(name, set()):
+        raise ValueError(f"{name} has no --{', --'.join(sorted(unread))}")
+    if bn not in (None, "eval", "recalibrate"):
+        raise ValueError(f"no bn {bn!r}: choose from eval, recalibrate")
+    encoder, recipe = load_encoder(checkpoint)
+    if dataset:
+        recipe = build_recipe(dataset, "rsa")
+    if recipe is None:
+        raise ValueError(
+            f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
+        )
+    if resize_px:
+        short_side_px = None if resize_px == "native" else resize_px
+        recipe = validate(recipe.model_dump() | {"eval_resize_px": short_side_px})
+    device = choose_device(recipe.device)
+    evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
+    scores = evaluation.score(
+        encoder.to(device),
+        (name,),
+        recalibrate=bn == "recalibrate",
+        epochs=epochs,
+        nesterov=nesterov,
+    )
+    return {"checkpoint": str(checkpoint), **scores}
+
+
+def check_protocols(names: tuple[str, ...]) -> None:
+    """Raises ValueError unless all names are in `PROTOCOLS`."""
+    if unknown := set(names) - set(PROTOCOLS):
+        raise ValueError(f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}")
 
 
 @torch.no_grad()
 def embed(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Float32 features `(B, D)` of images in the compute dtype."""
+    """Float32 features `(B, D)` of images `(B, 3, H, W)`, computed in the images' dtype."""
     with torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32):
-        rows: Tensor = encoder(images)
-        return rows.float()
+        features: Tensor = encoder(images)
+        return features.float()
 
 
-def features(encoder: nn.Module, images: PlainImages) -> Features:
-    """This rank's features `(n, D)` in eval mode, and labels `(n,)`; the encoder's mode is put back."""
+def extract_features(encoder: nn.Module, images: PlainImages) -> LabelledFeatures:
+    """This rank's features `(n, D)`, computed in eval mode, and labels `(n,)`.
+
+    Afterwards the encoder is in the mode it was in before.
+    """
     training = encoder.training
     encoder.eval()
-    rows = [(embed(encoder, batch), labels) for batch, labels in images]
+    batches = [(embed(encoder, batch), labels) for batch, labels in images]
     encoder.train(training)
-    return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Every `world_size`-th row, `(n, ...)`, from all ranks put back in the order of the whole; n differs by 1 at most."""
+    """The rows of all ranks, `(N, ...)`, in their original order.
+
+    Each rank passes every `world_size`-th row, `(n, ...)`; the ranks' n differ by 1 at most.
+    """
     counts = gather(torch.tensor([len(x)], device=x.device))
     padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, int(counts.max()) - len(x)])
     by_rank = torch.unflatten(gather(padded), 0, (world_size(), -1))
     return by_rank.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
 
 
+def gather_features(part: LabelledFeatures) -> LabelledFeatures:
+    """Features and labels of all ranks, in the order of the images."""
+    return gather_rows(part[0]), gather_rows(part[1])
+
+
 def knn(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int
 ) -> dict[str, float]:
-    """Top-1 of the exact weighted vote of the k nearest by cosine, for each of `KNN_SETTINGS`.
+    """Top-1 accuracy of a weighted vote among the k nearest neighbours, for all `KNN_SETTINGS`.
 
-    Each rank gives its rows of `bank` `(N, D)` and `queries` `(M, D)` and compares all queries with its own part of the
-    bank; only the nearest of each part are gathered. A neighbour's vote is exp(cos / T) (Wu et al. 2018, InstDis). k is cut
-    to N.
+    Nearness is the cosine, and a neighbour's vote is exp(cosine / T) (Wu et al. 2018, InstDis). The
+    search is exact. If k is larger than the bank, all of the bank votes.
+
+    Each rank passes its own rows of `bank` `(N, D)` and of `queries` `(M, D)`. A rank compares all
+    queries with its own part of the bank, so only the nearest neighbours of each part are gathered.
     """
     queries, labels = F.normalize(gather_rows(queries), dim=1), gather_rows(labels)
     lengths = bank.norm(dim=1).clamp(min=1e-12)
     most = min(max(k for k, _ in KNN_SETTINGS.values()), len(gather_rows(bank_labels)))
     correct = dict.fromkeys(KNN_SETTINGS, 0)
     for first in range(0, len(queries), KNN_CHUNK):
-        cosine, index = (
-            (queries[first : first + KNN_CHUNK] @ bank.T).div_(lengths).topk(min(most, len(bank)))
-        )
+        chunk = slice(first, first + KNN_CHUNK)
+        cosine, index = (queries[chunk] @ bank.T).div_(lengths).topk(min(most, len(bank)))
         missing = (0, most - cosine.shape[1])
         parts = F.pad(cosine, missing, value=-torch.inf).T, F.pad(bank_labels[index], missing).T
         cosine, owner = (gather(part).T for part in parts)  # (chunk, world_size most)
@@ -86,14 +182,17 @@ def knn(
         for name, (k, temperature) in KNN_SETTINGS.items():
             votes = torch.zeros(len(cosine), classes, device=bank.device)
             votes.scatter_add_(1, owner[:, :k], (cosine[:, :k] / temperature).exp())
-            correct[name] += int((votes.argmax(1) == labels[first : first + KNN_CHUNK]).sum())
+            correct[name] += int((votes.argmax(1) == labels[chunk]).sum())
     return {name: 100 * hits / len(queries) for name, hits in correct.items()}
 
 
 class Evaluation:
-    """The labelled train and test splits of a dataset, opened once, to score an encoder as often as wanted.
+    """The labelled train and test images of a dataset, opened once to score encoders on them.
 
-    Raises FileNotFoundError or ValueError when there is no labelled train and test split.
+    `recipe` says how images are sized and normalised, `device` and `dtype` where and in which
+    precision encoders run, and `cache` is a folder for the scan of the images (see `open_source`).
+
+    Raises FileNotFoundError or ValueError if there is no labelled train and test split.
     """
 
     def __init__(
@@ -111,22 +210,25 @@ class Evaluation:
                 f"{data} has no labels for both train and test images: nothing to evaluate on"
             )
         if train.classes != test.classes:
-            differ = sorted(set(train.classes) ^ set(test.classes))
+            differ = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:10])
             raise ValueError(
-                f"train and test under {data} do not have the same classes; only one has {', '.join(differ[:10])}"
+                f"train and test under {data} do not have the same classes; only one has {differ}"
             )
         self.classes, self.recipe = len(train.classes), recipe
-        opened = (
-            recipe.views,
-            recipe.eval_resize_px,
-            linear.BATCH_SIZE,
-            device,
-            dtype,
-            recipe.threads,
-            rank(),
-            world_size(),
+        self.train, self.test = (
+            PlainImages(
+                source,
+                recipe.views,
+                recipe.eval_resize_px,
+                batch_size=linear.BATCH_SIZE,
+                device=device,
+                dtype=dtype,
+                threads=recipe.threads,
+                rank=rank(),
+                world_size=world_size(),
+            )
+            for source in sources
         )
-        self.train, self.test = (PlainImages(source, *opened) for source in sources)
 
     def score(
         self,
@@ -136,25 +238,27 @@ class Evaluation:
         epochs: int | None = None,
         nesterov: bool | None = None,
     ) -> dict[str, Any]:
-        """The results of the protocols named (of `PROTOCOLS`), in one dict; every rank has to call it.
+        """The results of the named protocols (of `PROTOCOLS`) in one dict.
 
-        The encoder is in eval mode meanwhile, and comes back unchanged. linear-rsa-small and
-        linear-rsa-large use `epochs`, and linear-rsa-small uses `nesterov`; None means the
-        protocol's own value (see `rsa_fast.evaluation.linear`).
-        `recalibrate` is of linear-rsa-small: the classifier is trained on a copy with BatchNorm in train mode, whose running
-        statistics its images replace, as happens in eval_single.py of github.com/tmllab/RSA. Raises ValueError when there
-        are several ranks to recalibrate on: each would have statistics of its own.
+        With several ranks, every rank must call this. The encoder is in eval mode meanwhile and is
+        returned unchanged. linear-rsa-small and linear-rsa-large use `epochs`, and linear-rsa-small
+        uses `nesterov`; None means the protocol's own value (see `rsa_fast.evaluation.linear`).
+
+        `recalibrate` is only for linear-rsa-small. The classifier is then trained on a copy of the
+        encoder with BatchNorm in train mode: the running statistics become those of the
+        classifier's images. The same happens in eval_single.py of github.com/tmllab/RSA.
+
+        Raises ValueError for an unknown protocol, and for `recalibrate` with several ranks, because
+        each rank would have different statistics.
         """
-        if unknown := set(protocols) - set(PROTOCOLS):
-            raise ValueError(
-                f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}"
-            )
+        check_protocols(protocols)
         if recalibrate and world_size() > 1:
             raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
         encoder.eval()
-        test = features(encoder, self.test)
-        train = cache(lambda: features(encoder, self.train))  # linear-rsa-small never calls it
+        test = extract_features(encoder, self.test)
+        # A function, because linear-rsa-small needs no features of plain training images.
+        train = cache(lambda: extract_features(encoder, self.train))
         results: dict[str, Any] = {"test_transform": self.test.transform}
         scores: dict[str, Any]
         for protocol in protocols:
@@ -162,61 +266,75 @@ class Evaluation:
                 case "knn":
                     scores = knn(*train(), *test, self.classes)
                 case "linear-fast":
-                    scores = linear.fast(whole(train()), whole(test), self.classes)
+                    scores = linear.fast(
+                        gather_features(train()), gather_features(test), self.classes
+                    )
                 case "linear-rsa-small":
-                    scores = self.rsa_small(encoder, whole(test), recalibrate, epochs, nesterov)
+                    scores = self.rsa_small(
+                        encoder,
+                        gather_features(test),
+                        recalibrate=recalibrate,
+                        epochs=epochs or linear.SMALL_EPOCHS,
+                        nesterov=nesterov is not False,
+                    )
                 case "linear-rsa-large":
                     with self.augmented(encoder) as batches:
                         scores = linear.rsa_large(
                             batches,
-                            whole(train()),
-                            whole(test),
-                            self.classes,
-                            self.recipe.seed,
-                            epochs or linear.LARGE_EPOCHS,
+                            train=gather_features(train()),
+                            test=gather_features(test),
+                            classes=self.classes,
+                            seed=self.recipe.seed,
+                            epochs=epochs or linear.LARGE_EPOCHS,
                         )
             results |= {f"{protocol.partition('-')[0]}_protocol": f"{protocol}/1", **scores}
         encoder.train(training)
-        after = (
-            encoder.state_dict()
-        )  # MoCo's check, main_lincls.py: a frozen network is one that did not change
-        assert all(torch.equal(after[key], value) for key, value in before.items()), (
-            "the encoder changed in evaluation"
-        )
+        # MoCo's main_lincls.py makes the same check: a frozen network must not have changed.
+        after = encoder.state_dict()
+        unchanged = all(torch.equal(after[key], value) for key, value in before.items())
+        assert unchanged, "the encoder changed in evaluation"
         return results
 
     def rsa_small(
         self,
         encoder: nn.Module,
-        test: Features,
+        test: LabelledFeatures,
+        *,
         recalibrate: bool,
-        epochs: int | None,
-        nesterov: bool | None,
+        epochs: int,
+        nesterov: bool,
     ) -> dict[str, Any]:
+        """linear-rsa-small; `test` are the test set's features by the encoder in eval mode."""
         learner = copy.deepcopy(encoder).train() if recalibrate else encoder
-        test_now = (lambda: features(learner, self.test)) if recalibrate else (lambda: test)
         with self.augmented(learner) as batches:
             scores = linear.rsa_small(
                 batches,
-                test_now,
-                self.classes,
-                self.recipe.seed,
-                epochs or linear.SMALL_EPOCHS,
-                nesterov is not False,
+                test=lambda: extract_features(learner, self.test) if recalibrate else test,
+                classes=self.classes,
+                seed=self.recipe.seed,
+                epochs=epochs,
+                nesterov=nesterov,
             )
         return {"linear_bn": "recalibrate" if recalibrate else "eval", **scores}
 
     @contextmanager
     def augmented(self, encoder: nn.Module) -> Iterator[Batches]:
-        """Features of the training images, randomly cropped and flipped, an epoch at a time, by the encoder as it stands.
+        """A function that yields one epoch of features of randomly cropped and flipped images.
 
-        The last images of an epoch, that fill no batch, are left out: eval_single.py does so, eval_multi.py does not.
+        The encoder computes them in its current mode. The last images of an epoch that do not fill
+        a batch are left out, as in eval_single.py of the RSA code; eval_multi.py uses them.
         """
         source, count = self.train.source, len(self.train.source.manifest)
         views = replace(
             self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5
         )
-        order = Order(count, min(linear.BATCH_SIZE, count), self.recipe.seed, rank(), world_size())
+        order = Order(
+            count,
+            batch_size=min(linear.BATCH_SIZE, count),
+            seed=self.recipe.seed,
+            rank=rank(),
+            world_size=world_size(),
+        )
         with open_views(
             source,
             views,
@@ -224,16 +342,11 @@ class Evaluation:
             order,
             device=self.train.device,
             dtype=self.train.dtype,
-            threads=self.train.threads,
+            loading=Loading(threads=self.train.threads),
         ) as loader:
 
-            def batches(epoch: int) -> Iterator[Features]:
+            def batches(epoch: int) -> Iterator[LabelledFeatures]:
                 for batch in loader.batches(epoch):
                     yield gather(embed(encoder, batch.weak_1)), gather(batch.label)
 
             yield batches
-
-
-def whole(part: Features) -> Features:
-    """Features and labels of all ranks, in the images' order."""
-    return gather_rows(part[0]), gather_rows(part[1])

@@ -1,12 +1,15 @@
-"""A checkpoint's encoder in the formats other libraries read, and a model card beside it.
+"""Export an encoder in the formats of other libraries, with a model card beside it.
 
     export(Path("runs/a/checkpoints/step_00039000.pt"), "onnx", Path("release/encoder.onnx"))
 
-`torchvision`, `timm` and `safetensors` hold torchvision's keys without `fc`: pre-training has no classifier, so they load
-strictly into a network whose `fc` is nn.Identity, and no untrained weights can pass for trained ones. `detectron2` follows
-MoCo's detection/convert-pretrain-to-detectron2.py, which leaves the channels as they are: the encoder reads RGB, and the
-card has the settings for that, as detectron2's defaults are BGR and Caffe's pixel mean. `onnx` and `torch-export` hold the
-graph in eval mode: `images` `(B, 3, size_px, size_px)`, any B, to `features` `(B, feature_dim)`.
+- `torchvision`, `timm` and `safetensors` contain torchvision's keys without `fc`, because
+  pre-training has no classifier. They load strictly into a network whose `fc` is nn.Identity, so no
+  untrained weights can be taken for trained ones.
+- `detectron2` follows MoCo's detection/convert-pretrain-to-detectron2.py, which does not swap the
+  channels: the encoder reads RGB. detectron2's defaults are BGR and Caffe's pixel mean, so the card
+  has the settings for RGB.
+- `onnx` and `torch-export` contain the graph in eval mode. It maps `images`
+  `(B, 3, size_px, size_px)` to `features` `(B, feature_dim)` for any B.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe, dump_yaml
 from rsa_fast.training import checkpoint
 
-SUFFIXES = {  # detectron2 and timm choose their reader by it
+# detectron2 and timm choose their reader by the suffix.
+SUFFIXES = {
     "torchvision": ".pth",
     "timm": ".pth",
     "detectron2": ".pkl",
@@ -39,15 +43,15 @@ SUFFIXES = {  # detectron2 and timm choose their reader by it
     "torch-export": ".pt2",
 }
 NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
-GRAPHS = ("onnx", "torch-export")  # the others hold weights, for a network that their reader builds
-ASSUMED = {
-    "imagenet": "imagenet1k",
-    "cifar": "cifar10",
-}  # by stem: whose images a checkpoint without a recipe reads
+# These contain the network; the other formats contain weights for a network that the reader builds.
+GRAPHS = ("onnx", "torch-export")
+# By stem: the dataset whose images a checkpoint without a recipe is assumed to read.
+ASSUMED_DATASETS = {"imagenet": "imagenet1k", "cifar": "cifar10"}
 
 CARD = """# {arch} encoder: {name}
 
-Maps `images` `(B, 3, {size_px}, {size_px})`, RGB in [0, 1] less {mean} over {std}, to `features` `(B, {feature_dim})`.
+Maps `images` `(B, 3, {size_px}, {size_px})` to `features` `(B, {feature_dim})`.
+The images are RGB in [0, 1], normalised by mean {mean} and std {std}.
 {arch} with the {stem} stem and {width} channels in its first stage: {parameters:,} parameters.
 
 ## Accuracy
@@ -63,7 +67,7 @@ Fingerprint of the training images: {data}
 ```yaml
 {recipe}```
 """
-SECTION = "\n## Load "  # one for each file of the checkpoint
+SECTION = "\n## Load "  # starts the section of one exported file
 SNIPPETS = {
     "torchvision": """import torch
 import torchvision
@@ -108,10 +112,14 @@ INPUT:
 
 
 def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the encoder of checkpoint `path` to `out` and a model card `README.md` beside it; returns what was written.
+    """Write the encoder of checkpoint `path` to `out` and a model card `README.md` beside it.
 
-    The card of the same checkpoint gains a section. Raises FileExistsError when `out` or another README.md is there and
-    not to be overwritten; ValueError when the format cannot hold the network, a library is missing, or the suffix is wrong.
+    If there is a card of the same checkpoint already, a section for `out` is added to it. Returns
+    `out`, `format` and the number of `parameters`.
+
+    Raises FileExistsError if `out` or another README.md exists and `overwrite` is false. Raises
+    ValueError if the format cannot represent the network, if a library is missing, or if the suffix
+    of `out` is wrong.
     """
     if format not in SUFFIXES:
         raise ValueError(f"no format {format!r}: choose from {', '.join(SUFFIXES)}")
@@ -125,47 +133,62 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
         raise FileExistsError(
             f"{out} is there already: choose another --out, or replace it with --overwrite"
         )
-    encoder, facts = open_encoder(path)
-    if not holds(format, encoder, facts):
+    encoder, card_values = open_encoder(path)
+    if not supports(format, encoder, card_values):
         begins = f"{encoder.conv1}, {encoder.relu}, {encoder.maxpool}"
-        able = ", ".join(other for other in SUFFIXES if holds(other, encoder, facts))
+        able = ", ".join(other for other in SUFFIXES if supports(other, encoder, card_values))
         raise ValueError(
-            f"{format} cannot hold a {facts['arch']} that begins with {begins}: choose {able}"
+            f"{format} cannot hold a {card_values['arch']} that begins with {begins}: choose {able}"
         )
 
-    card, head, others = out.with_name("README.md"), CARD.format(**facts), []
-    if card.exists():
-        old, *sections = card.read_text().split(SECTION)
-        if old == head:
-            others = [section for section in sections if not section.startswith(f"`{out.name}`")]
-        elif not overwrite:
-            raise FileExistsError(
-                f"{card} is not this checkpoint's card: choose another folder, or replace it by --overwrite"
-            )
+    card, head = out.with_name("README.md"), CARD.format(**card_values)
+    others = other_sections(card, head, out.name, overwrite)
     command = shlex.join(
         ["rsa-fast", "export", "--checkpoint", str(path), "--format", format, "--out", str(out)]
     )
-    code = SNIPPETS[format].format(file=out.name, **facts)
+    code = SNIPPETS[format].format(file=out.name, **card_values)
     language = "yaml" if format == "detectron2" else "python"
     section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
-    content = encode(encoder, format, facts)
+    content = encode(encoder, format, card_values)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda file: file.write(content))
     write_whole(card, lambda file: file.write(SECTION.join([head, *others, section]).encode()))
-    return {"out": str(out), "format": format, "parameters": facts["parameters"]}
+    return {"out": str(out), "format": format, "parameters": card_values["parameters"]}
+
+
+def other_sections(card: Path, head: str, name: str, overwrite: bool) -> list[str]:
+    """The sections of an existing card that are about files other than `name`.
+
+    Raises FileExistsError if the card is another checkpoint's, unless it may be overwritten.
+    """
+    if not card.exists():
+        return []
+    old_head, *sections = card.read_text().split(SECTION)
+    if old_head == head:
+        return [section for section in sections if not section.startswith(f"`{name}`")]
+    if not overwrite:
+        raise FileExistsError(
+            f"{card} is not this checkpoint's card: choose another folder, "
+            "or replace it by --overwrite"
+        )
+    return []
 
 
 def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder in eval mode, contiguous, and all that the card says of it."""
+    """The encoder in eval mode, and the values for the card and its code."""
     encoder, recipe = load_encoder(path)
     state = checkpoint.load(path) if recipe else {}
     arch = arch_of(encoder.state_dict())
     stem = "cifar" if isinstance(encoder.maxpool, nn.Identity) else "imagenet"
-    views = (recipe or build_recipe(ASSUMED[stem], "byol")).views
-    facts = {
-        "name": f"{recipe.method} on {recipe.dataset}, step {state['step']:,}"
-        if recipe
-        else path.name,
+    views = (recipe or build_recipe(ASSUMED_DATASETS[stem], "byol")).views
+    if recipe:
+        name = f"{recipe.method} on {recipe.dataset}, step {state['step']:,}"
+        recipe_text = dump_yaml(recipe)
+    else:
+        name = path.name
+        recipe_text = "# not in the checkpoint: size, mean and std of the images are assumed\n"
+    card_values = {
+        "name": name,
         "arch": arch,
         "stem": stem,
         "width": encoder.width,
@@ -180,28 +203,26 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         "res2_channels": encoder.width * encoder.layer1[0].expansion,
         "accuracy": accuracy(path, state),
         "data": state.get("data", "not in the checkpoint"),
-        "recipe": dump_yaml(recipe)
-        if recipe
-        else "# not in the checkpoint: size, mean and std of the images are assumed\n",
+        "recipe": recipe_text,
     }
-    return encoder.eval().to(
-        memory_format=torch.contiguous_format
-    ), facts  # safetensors takes no other format
+    # safetensors accepts contiguous tensors only.
+    return encoder.eval().to(memory_format=torch.contiguous_format), card_values
 
 
-def holds(format: str, encoder: Encoder, facts: dict[str, Any]) -> bool:
-    """Whether the network that the format's reader builds is the encoder's: the standard one, or for ours any of ours."""
-    network = (
-        (facts["arch"], facts["stem"], facts["width"])
-        if format == "safetensors"
-        else (facts["arch"],)
-    )
+def supports(format: str, encoder: Encoder, card_values: dict[str, Any]) -> bool:
+    """Whether a reader of the format would build the encoder's network.
+
+    Readers of `safetensors` are this project's and build any of its networks. Readers of the other
+    weights build the standard network only. Graphs bring the network with them.
+    """
+    names = ("arch", "stem", "width") if format == "safetensors" else ("arch",)
+    network = [card_values[name] for name in names]
     with torch.device("meta"):
         return format in GRAPHS or str(Encoder(*network)) == str(encoder)
 
 
 def accuracy(path: Path, state: dict[str, Any]) -> str:
-    """The scores in the run's result.json, when they are those of this step."""
+    """The scores in the run's result.json as a table, if they are from the checkpoint's step."""
     result = path.absolute().parent.parent / "result.json"
     scores = json.loads(result.read_text()) if state and result.is_file() else {}
     rows = [
@@ -211,20 +232,19 @@ def accuracy(path: Path, state: dict[str, Any]) -> str:
     ]
     if not rows or scores["step"] != state["step"]:
         return "Not measured at this step."
-    table = [
-        f"| {key} | {value if isinstance(value, str) else f'{value:.4g}'} |" for key, value in rows
-    ]
-    return "\n".join(["| top-1 in percent | |", "|---|---|", *table])
+    table = ["| top-1 in percent | |", "|---|---|"]
+    for key, value in rows:
+        table.append(f"| {key} | {value if isinstance(value, str) else f'{value:.4g}'} |")
+    return "\n".join(table)
 
 
-def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
-    """The file's bytes. Made in memory, so that `out` and the card are written only when nothing failed."""
+def encode(encoder: Encoder, format: str, card_values: dict[str, Any]) -> bytes:
+    """The bytes of the file. They are made in memory so that an error leaves no file behind."""
     weights, buffer = encoder.state_dict(), io.BytesIO()
     if format in GRAPHS:
-        images = torch.zeros(2, 3, facts["size_px"], facts["size_px"])
-        shapes = (
-            {0: torch.export.Dim("batch")},
-        )  # not height and width: the strides would make guards on their parity
+        images = torch.zeros(2, 3, card_values["size_px"], card_values["size_px"])
+        # Height and width are fixed: the strides would add guards on whether they are even.
+        shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
     match format:
         case "torchvision" | "timm":
@@ -232,17 +252,16 @@ def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
         case "safetensors":
             from safetensors.torch import save
 
-            about = {key: str(facts[key]) for key in ("arch", "stem", "width", "data", "recipe")}
-            return save(weights, {"format": "pt", **about})
+            names = ("arch", "stem", "width", "data", "recipe")
+            return save(weights, {"format": "pt", **{key: str(card_values[key]) for key in names}})
         case "detectron2":
             arrays = {
                 detectron2_key(key): value.numpy()
                 for key, value in weights.items()
                 if "num_batches" not in key
             }
-            ArrayPickler(buffer, 4).dump(
-                {"model": arrays, "__author__": "rsa-fast", "matching_heuristics": True}
-            )
+            content = {"model": arrays, "__author__": "rsa-fast", "matching_heuristics": True}
+            ArrayPickler(buffer, 4).dump(content)
         case "torch-export":
             torch.export.save(program, buffer)
         case "onnx":
@@ -254,7 +273,7 @@ def encode(encoder: Encoder, format: str, facts: dict[str, Any]) -> bytes:
                 output_names=["features"],
                 dynamic_shapes=shapes,
             )
-            assert onnx is not None  # None comes from the exporter without dynamo only
+            assert onnx is not None  # only the exporter without dynamo returns None
             return bytes(onnx.model_proto.SerializeToString())
     return buffer.getvalue()
 
@@ -268,8 +287,11 @@ def detectron2_key(key: str) -> str:
 
 
 class ArrayPickler(pickle.Pickler):
-    """Writes arrays as calls of `numpy.ndarray`: NumPy 2's own pickles name modules that NumPy 1, with which detectron2 is
-    often installed, does not have (github.com/numpy/numpy/issues/28340)."""
+    """A pickler that writes arrays as calls of `numpy.ndarray`.
+
+    NumPy 2's own pickles name modules that NumPy 1 does not have, and detectron2 is often installed
+    with NumPy 1 (github.com/numpy/numpy/issues/28340).
+    """
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):

@@ -1,7 +1,10 @@
-"""What one batch's features say of the encoder: how many directions they fill, and how far an aggressive view moves an
-image from its weak one, which is the semantic shift that RSA is about.
+"""Statistics of the features of one batch.
 
-Taken once an epoch, on its last batch, in eval mode: training is the same bit for bit, and two forwards of a batch longer.
+They measure how many directions the features fill, and how far the aggressive view of an image is
+from its weak view. The second is the semantic shift that RSA is about.
+
+They are computed once an epoch, on its last batch and in eval mode. Training stays the same bit for
+bit and takes longer by two forward passes of a batch.
 """
 
 from __future__ import annotations
@@ -16,18 +19,22 @@ from pipelines import Batch
 from rsa_fast.evaluation.evaluate import embed
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
-COSINE_BINS = (
-    20  # of equal width from 0 to 1: features follow a ReLU, so that no cosine is negative
-)
+# Bins of equal width from 0 to 1. Features come from a ReLU, so no cosine is negative.
+COSINE_BINS = 20
 
 
 def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
-    """`effective_rank` of the features, at most the batch's size, of an aggressive view where there is one.
+    """The statistics of one batch; waits for the device.
 
-    Where the batch holds both views of a crop, their cosine too: `weak_aggressive_cosine`, the mean;
-    `weak_aggressive_counts`, the images in each of `COSINE_BINS`; and `other_image_cosine`, the mean between one image's
-    aggressive view and another's weak one, which says how alike features are by chance. Empty when a feature is not finite:
-    the loss tells of that. Waits for the device.
+    `effective_rank` is that of the features of one view, an aggressive one if the batch has any. It
+    is at most the batch's size. If the batch has both views of a crop, their cosine is measured:
+
+    - `weak_aggressive_cosine`: the mean over the images
+    - `weak_aggressive_counts`: the number of images in each of the `COSINE_BINS` bins
+    - `other_image_cosine`: the mean between the aggressive view of an image and the weak view of
+      another image, which shows how similar features are by chance
+
+    The result is empty if a feature is not finite: the loss reports that.
     """
     names = next((pair for pair in PAIRS if batch.views.keys() >= set(pair)), (min(batch.views),))
     training = encoder.training
@@ -40,17 +47,19 @@ def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
     if len(features) == 2:
         aggressive, weak = features
         cosine = F.cosine_similarity(aggressive, weak)
+        counts = torch.histc(cosine.clamp(0, 1), COSINE_BINS, 0, 1)
+        other_image_cosine = F.cosine_similarity(aggressive, weak.roll(1, 0))
         stats["weak_aggressive_cosine"] = cosine.mean().item()
-        stats["other_image_cosine"] = F.cosine_similarity(aggressive, weak.roll(1, 0)).mean().item()
-        stats["weak_aggressive_counts"] = (
-            torch.histc(cosine.clamp(0, 1), COSINE_BINS, 0, 1).int().tolist()
-        )
+        stats["other_image_cosine"] = other_image_cosine.mean().item()
+        stats["weak_aggressive_counts"] = counts.int().tolist()
     return stats
 
 
-def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007): `(B, D)` to 1 (all rows in one
-    direction) .. min(B, D) (spread evenly in all)."""
-    values = torch.linalg.svdvals(rows)
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
+
+    For features `(B, D)` it is between 1 (all in one direction) and min(B, D) (spread evenly).
+    """
+    values = torch.linalg.svdvals(features)
     entropy = torch.special.entr(values / values.sum().clamp(min=1e-12)).sum()
     return float(entropy.exp())

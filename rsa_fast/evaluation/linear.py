@@ -1,14 +1,17 @@
-"""Linear classifiers on the features of a frozen encoder: the RSA paper's two protocols, and a fast one.
+"""Linear classifiers on a frozen encoder: the two protocols of the RSA paper, and a fast one.
 
-Features are `(N, D)` float32 with labels `(N,)` beside them; accuracies are top-1 in percent. `fast` reads the features of
-plain images, made once. `rsa_small` and `rsa_large` read those of randomly cropped and flipped images: `batches(epoch)`
-yields an epoch of them, on every rank the global batch's, so that all ranks train the same classifier. Of these the test
-accuracy after the last epoch comes first, and second the best of all epochs, which is what the reference codes report.
+Features are `(N, D)` float32, labels are `(N,)`, and accuracies are top-1 in percent. `fast` trains
+on features of plain images, which are computed once. `rsa_small` and `rsa_large` train on features
+of randomly cropped and flipped images: `batches(epoch)` yields those of one epoch. Every rank
+receives the global batch, so that all ranks train the same classifier.
+
+`rsa_small` and `rsa_large` report two test accuracies: `linear_top1` is that after the last epoch,
+and `linear_best_top1` the best of all epochs, which is what the reference codes report.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,8 +22,8 @@ from pipelines.order import epoch_order
 from rsa_fast.distributed import rank
 from rsa_fast.schedules import cosine_ramp
 
-Features = tuple[Tensor, Tensor]  # (N, D), (N,)
-Batches = Callable[[int], Iterable[Features]]
+LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,)
+Batches = Callable[[int], Iterable[LabelledFeatures]]
 
 BATCH_SIZE = 256  # eval_single.py, eval_multi.py in github.com/tmllab/RSA
 FAST_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -28,73 +31,77 @@ FAST_EPOCHS = 100
 SMALL_EPOCHS = 100
 LARGE_EPOCHS = 40
 
+log = logging.getLogger("rsa_fast")
+
 
 def rsa_small(
     batches: Batches,
-    test: Callable[[], Features],
+    test: Callable[[], LabelledFeatures],
     classes: int,
     seed: int,
     epochs: int = SMALL_EPOCHS,
     nesterov: bool = True,
 ) -> dict[str, float]:
-    """The protocol of CIFAR, STL-10 and Tiny ImageNet (RSA 4.1, after MoCo): raw features, SGD with lr 30, a tenth of it from
-    60% and a hundredth from 80% of the epochs on. `nesterov` is in the code (eval_single.py), not in the paper.
+    """The protocol for CIFAR, STL-10 and Tiny ImageNet (RSA 4.1, after MoCo).
 
-    `test()` is asked for the test set's features after every epoch.
+    It trains on raw features by SGD with a learning rate of 30, which falls to 3 after 60% of the
+    epochs and to 0.3 after 80%. `nesterov` is in the reference code (eval_single.py), not in the
+    paper. `test()` is called after every epoch for the features of the test set.
     """
-    rows, _ = test()
-    head = linear_layer(rows.shape[1], classes)
+    features, _ = test()
+    head = linear_layer(features.shape[1], classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.SGD(
-        head.to(rows.device).parameters(), lr=30, momentum=0.9, nesterov=nesterov
+    parameters = head.to(features.device).parameters()
+    optimizer = torch.optim.SGD(parameters, lr=30, momentum=0.9, nesterov=nesterov)
+    scores = train_head(
+        head, optimizer, drops=(0.6, 0.8), epochs=epochs, batches=batches, test=test
     )
-    return {
-        "linear_nesterov": nesterov,
-        **train_head(head, optimizer, (0.6, 0.8), epochs, batches, test),
-    }
+    return {"linear_nesterov": nesterov, **scores}
 
 
 def rsa_large(
     batches: Batches,
-    train: Features,
-    test: Features,
+    train: LabelledFeatures,
+    test: LabelledFeatures,
     classes: int,
     seed: int,
     epochs: int = LARGE_EPOCHS,
 ) -> dict[str, float]:
-    """The protocol of ImageNet (RSA 4.1, after Mean Shift's eval_linear.py): features of unit length, standardised by the
-    training set's mean and unbiased variance; SGD with lr .01, a tenth of it from epoch 15 and a hundredth from epoch 30 of
-    40 on, at the same fractions of other `epochs`.
+    """The protocol for ImageNet (RSA 4.1, after Mean Shift's eval_linear.py).
 
-    The statistics are of plain training images, as Mean Shift's; the reference code takes them of cropped ones where it
-    reads image files. Features that are all zero keep the length zero, where the reference divides by it.
+    Features are scaled to unit length, then standardised by the training set's mean and unbiased
+    variance. SGD starts with a learning rate of 0.01, which falls to a tenth after 15 of 40 epochs
+    and to a hundredth after 30. Other values of `epochs` keep these fractions.
+
+    The mean and the variance are those of plain training images, as in Mean Shift. The RSA code
+    takes them from cropped images when it reads image files. Features that are all zero keep the
+    length zero here, while the RSA code divides by it.
     """
     variance, mean = torch.var_mean(F.normalize(train[0], dim=1), dim=0)
 
-    def standardise(batch: Features) -> Features:
+    def standardise(batch: LabelledFeatures) -> LabelledFeatures:
         return (F.normalize(batch[0], dim=1) - mean) / (variance + 1e-5).sqrt(), batch[1]
 
     head = linear_layer(len(mean), classes)
-    generator = torch.Generator().manual_seed(seed)
+    generator, bound = torch.Generator().manual_seed(seed), len(mean) ** -0.5
     for parameter in head.parameters():  # as torch initialises nn.Linear
-        nn.init.uniform_(parameter, -(len(mean) ** -0.5), len(mean) ** -0.5, generator=generator)
-    optimizer = torch.optim.SGD(
-        head.to(mean.device).parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4
-    )
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    parameters = head.to(mean.device).parameters()
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
     test = standardise(test)
     return train_head(
         head,
         optimizer,
-        (15 / 40, 30 / 40),
-        epochs,
-        lambda epoch: map(standardise, batches(epoch)),
-        lambda: test,
+        drops=(15 / 40, 30 / 40),
+        epochs=epochs,
+        batches=lambda epoch: map(standardise, batches(epoch)),
+        test=lambda: test,
     )
 
 
 def linear_layer(dim: int, classes: int) -> nn.Linear:
-    """A linear layer on the CPU, uninitialised: torch's random generator is not used."""
+    """An uninitialised linear layer on the CPU. Making it draws nothing from torch's generator."""
     return nn.Linear(dim, classes, device="meta").to_empty(device="cpu")
 
 
@@ -104,73 +111,87 @@ def train_head(
     drops: tuple[float, float],
     epochs: int,
     batches: Batches,
-    test: Callable[[], Features],
+    test: Callable[[], LabelledFeatures],
 ) -> dict[str, float]:
-    """Cross-entropy; the learning rate falls to a tenth after each of the fractions `drops` of the epochs, rounded."""
-    schedule = torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [round(drop * epochs) for drop in drops]
-    )
+    """Train `head` with cross-entropy and test it after every epoch.
+
+    `drops` are two fractions of the epochs. After each of them, rounded to whole epochs, the
+    learning rate falls to a tenth.
+    """
+    milestones = [round(drop * epochs) for drop in drops]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     scores = []
     for epoch in range(epochs):
-        for rows, labels in batches(epoch):
+        for features, labels in batches(epoch):
             optimizer.zero_grad()
-            loss = F.cross_entropy(head(rows), labels)
+            loss = F.cross_entropy(head(features), labels)
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives no types
             optimizer.step()
         schedule.step()
         with torch.no_grad():
-            rows, labels = test()
-            scores.append(top1(head(rows), labels))
+            features, labels = test()
+            scores.append(top1(head(features), labels))
         if rank() == 0:
-            print(f"linear epoch {epoch + 1}/{epochs}  top1 {scores[-1]:.2f}", file=sys.stderr)
+            log.info(f"linear epoch {epoch + 1}/{epochs}  top1 {scores[-1]:.2f}")
     return {"linear_top1": scores[-1], "linear_best_top1": max(scores), "linear_epochs": epochs}
 
 
-def fast(train: Features, test: Features, classes: int) -> dict[str, float]:
-    """The learning rate is chosen on every tenth training image, then the classifier is trained on all of them. Features are
-    standardised by the training set's mean and deviation."""
+def fast(train: LabelledFeatures, test: LabelledFeatures, classes: int) -> dict[str, float]:
+    """Choose a learning rate, then train a classifier with it on all training features.
+
+    The learning rate is the one of `FAST_LRS` whose classifier is best on a tenth of the training
+    images, after training on the others. Features are standardised by the training set's mean and
+    deviation.
+    """
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
 
-    def standardise(rows: Tensor) -> Tensor:
-        return F.pad((rows - mean) / std, (0, 1), value=1)  # the last column is the bias's
+    def standardise(features: Tensor) -> Tensor:
+        return F.pad((features - mean) / std, (0, 1), value=1)  # the last column is the bias's
 
-    def batch(
-        ids: Tensor,
-    ) -> Features:  # a batch at a time: no second copy of ImageNet's features, 10 GB
+    # One batch at a time is standardised: a second copy of ImageNet's features would take 10 GB.
+    def batch(ids: Tensor) -> LabelledFeatures:
         return standardise(train[0][ids]), train[1][ids]
 
-    order = torch.from_numpy(epoch_order(len(train[0]), 0, 0)).to(mean.device)
-    held, rest = (order % 10 == 0).nonzero()[:, 0], (order % 10 != 0).nonzero()[:, 0]
-    rows, labels = batch(held)
-    scores = [
-        top1(rows @ weight, labels) for weight in fit(batch, rest, len(mean) + 1, classes, FAST_LRS)
-    ]
+    dim, device = len(mean) + 1, mean.device
+    order = torch.from_numpy(epoch_order(len(train[0]), 0, 0)).to(device)
+    held_out = order % 10 == 0
+    validation_ids, training_ids = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
+    features, labels = batch(validation_ids)
+    weights = fit(batch, training_ids, dim=dim, classes=classes, lrs=FAST_LRS)
+    scores = [top1(features @ weight, labels) for weight in weights]
     best_lr = FAST_LRS[scores.index(max(scores))]
-    (weight,) = fit(
-        batch, torch.arange(len(order), device=mean.device), len(mean) + 1, classes, (best_lr,)
-    )
+    all_ids = torch.arange(len(order), device=device)
+    (weight,) = fit(batch, all_ids, dim=dim, classes=classes, lrs=(best_lr,))
     return {"linear_top1": top1(standardise(test[0]) @ weight, test[1]), "linear_lr": best_lr}
 
 
 def fit(
-    batch: Callable[[Tensor], Features], ids: Tensor, dim: int, classes: int, lrs: tuple[float, ...]
+    batch: Callable[[Tensor], LabelledFeatures],
+    ids: Tensor,
+    dim: int,
+    classes: int,
+    lrs: tuple[float, ...],
 ) -> Tensor:
-    """Softmax regressions `(L, dim, C)`, one per learning rate, trained side by side on `batch` of `ids`: SGD, momentum .9,
-    cosine, from 0."""
+    """Train one softmax regression per learning rate, all at the same time and on the same batches.
+
+    `batch` returns the features and labels of given ids; the classifiers are trained on `ids`. SGD
+    with momentum 0.9 and a cosine schedule starts from zero weights. Returns weights `(L, D, C)`.
+    """
     weight = torch.zeros(len(lrs), dim, classes, device=ids.device)
     momentum = torch.zeros_like(weight)
     lr = torch.tensor(lrs, device=ids.device)[:, None, None]
     steps = -(-len(ids) // BATCH_SIZE)
     for epoch in range(FAST_EPOCHS):
         order = torch.from_numpy(epoch_order(len(ids), 1, epoch)).to(ids.device)
-        for step, chosen in enumerate(torch.split(order, BATCH_SIZE)):
+        for step, positions in enumerate(torch.split(order, BATCH_SIZE)):
             ramp = cosine_ramp(epoch + step / steps, FAST_EPOCHS)
-            rows, labels = batch(ids[chosen])
-            error = torch.softmax(rows @ weight, -1) - F.one_hot(labels, classes)  # (L, B, C)
-            momentum.mul_(0.9).add_(rows.T @ error / len(rows))
+            features, labels = batch(ids[positions])
+            error = torch.softmax(features @ weight, -1) - F.one_hot(labels, classes)  # (L, B, C)
+            momentum.mul_(0.9).add_(features.T @ error / len(features))
             weight.sub_(momentum * lr * ramp)
     return weight
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
+    """The percentage of rows of `logits` `(N, C)` whose largest value is at the label's place."""
     return 100 * int((logits.argmax(-1) == labels).sum()) / len(labels)

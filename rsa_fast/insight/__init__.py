@@ -1,1 +1,1 @@
-"""What a user wants to know about a run: its speed, its plan, its curves, its views, and the state of the machine."""
+"""Tools around a run: its speed, plan, curves and views, and the state of the machine."""

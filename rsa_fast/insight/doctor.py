@@ -1,9 +1,10 @@
-"""Is this machine fit to train? Versions, GPUs, limits and disks, each with what to do about it.
+"""Checks whether this machine is fit to train: versions, GPUs, limits and disks.
 
     checks = diagnose(data=Path("data/imagenet"), out=Path("runs"))
 
-A check is a function of the facts it is given; only `diagnose` and the `read_` functions look at the machine. Versions are
-strings, None where there is none; `gpus` is a count, or a list of names and compute capabilities.
+Every finding comes with what to do about it. A check is a function of the facts that it is given;
+only `diagnose` and the `read_` functions look at the machine. Versions are strings, or None where
+there is none. `gpus` is a count, or a list of names and compute capabilities.
 """
 
 from __future__ import annotations
@@ -31,40 +32,34 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-PIP = f"{sys.executable} -m pip"
-TORCH_PIN = f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} --index-url https://download.pytorch.org/whl/{{0}}"
-PIN_ARCHS = (
-    "sm_70",
-    "sm_75",
-    "sm_80",
-    "sm_86",
-    "sm_90",
-    "sm_100",
-    "sm_120",
-)  # of cu128; torch 2.11's begin at sm_75
-HEADERS = {
-    "opencv4": "libopencv-dev",
-    "libturbojpeg": "libturbojpeg0-dev",
-}  # what FFCV compiles with: pkg-config, Debian
-EXTRAS = ("tensorboard", "wandb", "onnx", "pycocotools")
 GIB = 2**30
-IMAGENET_GIB = 144  # 147.9 and 6.7 GB: ILSVRC2012_img_train.tar and _val.tar, and as much again the files in them
-CHECKPOINT_GIB = 0.4  # ResNet-50 RSA: 35 M parameters online, 33 M target, 35 M momentum, in fp32
-BATCH_GIB = 256 * 4 * 3 * 224**2 * 2 / GIB  # a rank's four views, ImageNet-1K on 8 GPUs in fp16
+PIP = f"{sys.executable} -m pip"
+TORCH_PIN = (
+    f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} "
+    "--index-url https://download.pytorch.org/whl/{0}"
+)
+# Of TORCH_PIN with cu128. Those of torch 2.11 begin at sm_75.
+PIN_ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+# What FFCV is compiled with: names for pkg-config and Debian's packages.
+HEADERS = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}
+EXTRAS = ("tensorboard", "wandb", "onnx", "pycocotools")
+# ILSVRC2012_img_train.tar and _val.tar are 147.9 and 6.7 GB; the files in them take as much again.
+IMAGENET_GIB = 144
+# ResNet-50 RSA in fp32: 35 M parameters online, 33 M target, 35 M momentum.
+CHECKPOINT_GIB = 0.4
+# A rank's four views with ImageNet-1K on 8 GPUs in fp16.
+BATCH_GIB = 256 * 4 * 3 * 224**2 * 2 / GIB
 
-Gpu = tuple[str, tuple[int, int]]
+DetectedGpu = tuple[str, tuple[int, int]]  # name, compute capability
 Status = Literal["ok", "warning", "fail"]
 
-STATUSES: dict[Status, str] = {  # from best to worst, with their colours
-    "ok": "green",
-    "warning": "yellow",
-    "fail": "bold red",
-}
+# From best to worst, with their colours.
+STATUSES: dict[Status, str] = {"ok": "green", "warning": "yellow", "fail": "bold red"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding, and the command or action that mends it, empty where nothing is to be done."""
+    """One finding, and the command or action that fixes it; empty if there is nothing to do."""
 
     name: str
     status: Status
@@ -72,230 +67,256 @@ class Check:
     fix: str = ""
 
 
-def judge(name: str, found: str, *faults: tuple[object, Status, str]) -> Check:
-    """A check by the first of the faults (is it so, status, fix) that is so; ok without any."""
-    return next(
-        (Check(name, status, found, fix) for so, status, fix in faults if so),
-        Check(name, "ok", found),
-    )
+def make_check(name: str, found: str, *faults: tuple[object, Status, str]) -> Check:
+    """A check with the status and fix of the first fault whose condition is true, or else ok.
+
+    A fault is (condition, status, fix).
+    """
+    for condition, status, fix in faults:
+        if condition:
+            return Check(name, status, found, fix)
+    return Check(name, "ok", found)
 
 
-def check_python(version: str, wanted: str) -> Check:
-    """`wanted` as in requires-python."""
-    fix = f"make PYTHON=/path/to/python setup, with Python {wanted}"
-    return judge(
-        "Python", f"{version}, wanted {wanted}", (version not in SpecifierSet(wanted), "fail", fix)
-    )
+def check_python(version: str, required: str) -> Check:
+    """`required` is a specifier as in requires-python."""
+    unsupported = version not in SpecifierSet(required)
+    fix = f"make PYTHON=/path/to/python setup, with Python {required}"
+    return make_check("Python", f"{version}, wanted {required}", (unsupported, "fail", fix))
 
 
-def reach(archs: Iterable[str], capability: tuple[int, int]) -> Status:
-    """How code compiled for `archs` runs on a GPU: ok, as a binary; warning, as PTX that the driver compiles; fail.
+def arch_status(archs: Iterable[str], capability: tuple[int, int]) -> Status:
+    """How code compiled for `archs` runs on a GPU of this compute capability.
 
-    `sm_XY` runs on X.Y and later minor versions of X, `compute_XY` on X.Y and everything later; with the suffix a on X.Y
-    alone, with f within X (CUDA programming guide, compute capability).
+    "ok" is as a binary, "warning" as PTX that the driver compiles, and "fail" not at all.
+    `sm_XY` runs on X.Y and later minor versions of X, `compute_XY` on X.Y and everything later.
+    With the suffix a, both run on X.Y only; with f, within X (CUDA programming guide, compute
+    capability).
+
     Raises ValueError for any other name.
     """
-    ways: set[Status] = {"fail"}
+    statuses: set[Status] = {"fail"}
     for arch in archs:
         if not (name := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)):
             raise ValueError(f"no architecture {arch!r}: wanted names such as sm_80, compute_90")
         kind, major, minor, suffix = name.groups()
-        built = int(major), int(minor)
-        same_major = built[0] == capability[0] or (kind == "compute" and not suffix)
-        if built == capability or (same_major and built < capability and suffix != "a"):
-            ways.add("ok" if kind == "sm" else "warning")
-    return min(ways, key=list(STATUSES).index)
+        built_for = int(major), int(minor)
+        same_major = built_for[0] == capability[0] or (kind == "compute" and not suffix)
+        if built_for == capability or (same_major and built_for < capability and suffix != "a"):
+            statuses.add("ok" if kind == "sm" else "warning")
+    return min(statuses, key=list(STATUSES).index)
 
 
-def check_architectures(archs: list[str], gpus: list[Gpu]) -> Check:
-    """`archs` as torch.cuda.get_arch_list() names them. The fix is for the GPU that is worst off."""
-    cards = ", ".join(
-        f"{count} x {name} (sm_{x}{y})" for (name, (x, y)), count in Counter(gpus).items()
+def check_architectures(archs: list[str], gpus: list[DetectedGpu]) -> Check:
+    """`archs` are as in torch.cuda.get_arch_list(); the fix is for the worst supported GPU."""
+    counts = Counter(gpus)
+    cards = ", ".join(f"{n} x {name} (sm_{x}{y})" for (name, (x, y)), n in counts.items())
+    found = (
+        f"{cards or 'no GPU, training runs on the CPU'}; "
+        f"torch has {', '.join(archs) or 'no GPU code'}"
     )
-    found = f"{cards or 'no GPU, training runs on the CPU'}; torch has {', '.join(archs) or 'no GPU code'}"
     if not gpus:
-        return judge("GPU architectures", found)
-    worst = max(
-        (capability for _, capability in gpus), key=lambda c: list(STATUSES).index(reach(archs, c))
-    )
-    status = reach(archs, worst)
+        return make_check("GPU architectures", found)
+    severity = list(STATUSES).index
+    capabilities = [capability for _, capability in gpus]
+    worst = max(capabilities, key=lambda capability: severity(arch_status(archs, capability)))
+    status = arch_status(archs, worst)
     if status != "ok":
         found += f": {'nothing' if status == 'fail' else 'only PTX'} for sm_{worst[0]}{worst[1]}"
-    older, newer = TORCH_PIN.format("cu126"), f"{PIP} install --upgrade torch torchvision"
-    fix = (
-        TORCH_PIN.format("cu128")
-        if reach(PIN_ARCHS, worst) == "ok"
-        else older
-        if worst < (7, 0)
-        else newer
-    )
-    return judge("GPU architectures", found, (status != "ok", status, fix))
+    if arch_status(PIN_ARCHS, worst) == "ok":
+        fix = TORCH_PIN.format("cu128")
+    elif worst < (7, 0):
+        fix = TORCH_PIN.format("cu126")
+    else:
+        fix = f"{PIP} install --upgrade torch torchvision"
+    return make_check("GPU architectures", found, (status != "ok", status, fix))
 
 
 def check_driver(driver: str | None, torch_cuda: str | None, gpus: int, cards: int) -> Check:
-    """`driver` is the CUDA it serves, with all before; of later minor versions it serves the binaries, not the PTX (CUDA
-    compatibility guide). `gpus` are those it shows, `cards` those on the PCI bus."""
-    served, wanted = Version(driver or "0"), Version(torch_cuda or "0")
-    serves = f"serves CUDA {driver}" if driver else "none"
-    newer = f"install a driver for which nvidia-smi shows CUDA {wanted} or later; V100: branch 580 is the last"
-    return judge(
+    """`driver` is the CUDA version that it serves.
+
+    It shows `gpus` GPUs; `cards` are on the PCI bus. A driver also serves all earlier versions. Of
+    later minor versions it serves the binaries, but not the PTX (CUDA compatibility guide).
+    """
+    served = Version(driver or "0")
+    required = Version(torch_cuda or "0")
+    upgrade = (
+        f"install a driver for which nvidia-smi shows CUDA {required} or later; "
+        "V100: branch 580 is the last"
+    )
+    install = "install the NVIDIA driver; in a container: docker run --gpus all"
+    look = "look at CUDA_VISIBLE_DEVICES, nvidia-smi, dmesg; V100: driver branch 580 is the last"
+    return make_check(
         "NVIDIA driver",
-        f"{serves}; {gpus} GPU(s) visible, {cards} on the PCI bus; torch is for CUDA {torch_cuda}",
-        (
-            cards and not driver,
-            "fail",
-            "install the NVIDIA driver; in a container: docker run --gpus all",
-        ),
-        (driver and served.major < wanted.major, "fail", newer),
-        (
-            cards and not gpus,
-            "warning",
-            "look at CUDA_VISIBLE_DEVICES, nvidia-smi, dmesg; V100: driver branch 580 is the last",
-        ),
-        (driver and served < wanted, "warning", newer),
+        f"{f'serves CUDA {driver}' if driver else 'none'}; {gpus} GPU(s) visible, "
+        f"{cards} on the PCI bus; torch is for CUDA {torch_cuda}",
+        (cards and not driver, "fail", install),
+        (driver and served.major < required.major, "fail", upgrade),
+        (cards and not gpus, "warning", look),
+        (driver and served < required, "warning", upgrade),
     )
 
 
 def check_dali(installed: dict[str, str], torch_cuda: str | None, gpus: int) -> Check:
-    """`installed`: versions by the names of DALI's packages, such as nvidia-dali-cuda120."""
-    wanted = f"nvidia-dali-cuda{Version(torch_cuda or '12').major}0"
-    found = (
-        ", ".join(f"{name} {version}" for name, version in installed.items())
-        or "absent, the native backend decodes"
-    )
-    other = f"{PIP} uninstall -y {' '.join(installed)} && {PIP} install {wanted}"
-    return judge(
+    """`installed` has the versions by the names of DALI's packages, such as nvidia-dali-cuda120."""
+    package = f"nvidia-dali-cuda{Version(torch_cuda or '12').major}0"
+    names = ", ".join(f"{name} {version}" for name, version in installed.items())
+    replace = f"{PIP} uninstall -y {' '.join(installed)} && {PIP} install {package}"
+    return make_check(
         "DALI",
-        f"{found}; torch is for CUDA {torch_cuda}",
-        (installed and torch_cuda and set(installed) != {wanted}, "fail", other),
-        (gpus and not installed, "warning", f"{PIP} install {wanted}"),
+        f"{names or 'absent, the native backend decodes'}; torch is for CUDA {torch_cuda}",
+        (installed and torch_cuda and set(installed) != {package}, "fail", replace),
+        (gpus and not installed, "warning", f"{PIP} install {package}"),
     )
 
 
 def check_nccl(loaded: str | None, shipped: str | None, gpus: int) -> Check:
-    """`loaded` is the version that answers, `shipped` that of the package torch was installed with, if it was."""
-    return judge(
+    """`loaded` is the version in use, `shipped` that of the package installed with torch."""
+    remove = "take the other libnccl out of LD_LIBRARY_PATH and LD_PRELOAD"
+    return make_check(
         "NCCL",
         f"{loaded or 'none'} is loaded, torch came with {shipped or 'none'}; {gpus} GPU(s)",
         (gpus > 1 and not loaded, "fail", TORCH_PIN.format("cu128")),
-        (
-            loaded and shipped and loaded != shipped,
-            "warning",
-            "take the other libnccl out of LD_LIBRARY_PATH and LD_PRELOAD",
-        ),
+        (loaded and shipped and loaded != shipped, "warning", remove),
     )
 
 
 def check_ffcv(version: str | None, error: str, missing: list[str]) -> Check:
-    """`error` of its import, empty if there is none; `missing`: the Debian packages that compiling FFCV needs."""
+    """`error` is that of its import, or empty; `missing` are Debian packages to compile it with."""
     apt = f"sudo apt-get install -y {' '.join(missing)} && " if missing else ""
-    return judge(
+    reinstall = f"{apt}{PIP} install --force-reinstall --no-deps --no-cache-dir ffcv"
+    found = version or "absent, the other backends work without"
+    if error:
+        found += f", does not import: {error}"
+    return make_check(
         "FFCV",
-        f"{version or 'absent, the other backends work without'}{error and f', does not import: {error}'}",
+        found,
         (not version, "warning", f"{apt}{PIP} install ffcv"),
-        (error, "fail", f"{apt}{PIP} install --force-reinstall --no-deps --no-cache-dir ffcv"),
+        (error, "fail", reinstall),
     )
 
 
 def check_numba_cache(folder: str, error: str) -> Check:
-    """`folder` numba chose for compiled kernels; `error` if it found none that can be written."""
-    return judge(
-        "numba cache", error or folder, (error, "fail", "export NUMBA_CACHE_DIR=/a/writable/folder")
-    )
+    """`folder` is where numba caches compiled kernels; `error` says why it found no such folder."""
+    fix = "export NUMBA_CACHE_DIR=/a/writable/folder"
+    return make_check("numba cache", error or folder, (error, "fail", fix))
 
 
 def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
-    """`capability` of torch's kernels, in its words."""
-    return judge(
+    """`capability` is the instruction set of torch's kernels, as torch names it."""
+    unset = "unset ATEN_CPU_CAPABILITY, or take a CPU with AVX2"
+    precision = "bf16" if bf16 else "fp32 (no avx512_bf16)"
+    return make_check(
         "CPU",
-        f"torch's kernels: {capability}; on the CPU, training in {'bf16' if bf16 else 'fp32 (no avx512_bf16)'}",
-        (
-            capability in ("DEFAULT", "NO AVX"),
-            "warning",
-            "unset ATEN_CPU_CAPABILITY, or take a CPU with AVX2",
-        ),
+        f"torch's kernels: {capability}; on the CPU, training in {precision}",
+        (capability in ("DEFAULT", "NO AVX"), "warning", unset),
         (not bf16 and not gpus, "warning", "a CPU with avx512_bf16 trains in bf16, twice as fast"),
     )
 
 
 def check_threads(threads: int, cores: int, allowed: int, quota: float) -> Check:
-    """`threads` of torch, the machine's `cores`, those the affinity `allowed`, and the cgroup's `quota` in cores."""
+    """`threads` of torch, and `cores` of the machine.
+
+    Of these the affinity permits `allowed`, and the cgroup `quota`.
+    """
     usable = max(1, min(allowed, quota))
-    found = f"torch takes {threads}, {usable:g} of {cores} cores usable (affinity {allowed}, cgroup quota {quota:g})"
-    return judge(
-        "threads", found, (threads > usable, "warning", f"export OMP_NUM_THREADS={int(usable)}")
+    found = (
+        f"torch takes {threads}, {usable:g} of {cores} cores usable "
+        f"(affinity {allowed}, cgroup quota {quota:g})"
     )
+    fix = f"export OMP_NUM_THREADS={int(usable)}"
+    return make_check("threads", found, (threads > usable, "warning", fix))
 
 
 def check_shared_memory(free_gib: float, gpus: int) -> Check:
-    """A rank's two worker processes of the torchvision backend make two batches ahead each; NCCL's guide asks for 1 GiB."""
-    wanted_gib = 4 * BATCH_GIB * max(1, gpus)
-    found = f"{free_gib:.2f} GiB free in /dev/shm; the torchvision backend takes {wanted_gib:.1f} on ImageNet"
-    size = math.ceil(wanted_gib)
-    fix = f"docker run --shm-size={size}g; outside a container: sudo mount -o remount,size={size}G /dev/shm"
-    return judge(
+    """Each rank needs room for four batches in /dev/shm.
+
+    The torchvision backend has two worker processes, which prefetch two batches each. NCCL's guide
+    asks for 1 GiB.
+    """
+    needed_gib = 4 * BATCH_GIB * max(1, gpus)
+    size = math.ceil(needed_gib)
+    fix = (
+        f"docker run --shm-size={size}g; "
+        f"outside a container: sudo mount -o remount,size={size}G /dev/shm"
+    )
+    return make_check(
         "shared memory",
-        found,
+        f"{free_gib:.2f} GiB free in /dev/shm; "
+        f"the torchvision backend takes {needed_gib:.1f} on ImageNet",
         (gpus > 1 and free_gib < 1, "fail", fix),
-        (free_gib < wanted_gib, "warning", fix),
+        (free_gib < needed_gib, "warning", fix),
     )
 
 
 def check_open_files(soft: float, hard: float, workers: int) -> Check:
-    """The torchvision backend holds 14 open and 10 more per worker process (measured); 1024 is what Linux gives."""
-    wanted = max(1024, 14 + 10 * workers)
-    fix = (
-        f"ulimit -n {wanted}"
-        if hard >= wanted
-        else f"as root: nofile {wanted} in /etc/security/limits.conf"
-    )
-    return judge(
-        "open files",
-        f"{soft:g} at once, hard limit {hard:g}, wanted {wanted}",
-        (soft < wanted, "warning", fix),
-    )
+    """The torchvision backend keeps 14 files open, and 10 more per worker process (measured).
+
+    1024 is Linux's default.
+    """
+    needed = max(1024, 14 + 10 * workers)
+    fix = f"ulimit -n {needed}"
+    if hard < needed:
+        fix = f"as root: nofile {needed} in /etc/security/limits.conf"
+    found = f"{soft:g} at once, hard limit {hard:g}, wanted {needed}"
+    return make_check("open files", found, (soft < needed, "warning", fix))
 
 
 def check_out_disk(free_gib: float, writable: bool) -> Check:
     """Two checkpoints are kept while a third is written."""
-    return judge(
+    fix = "free space, or choose another --out"
+    return make_check(
         "disk of --out",
-        f"{free_gib:.1f} GiB free{'' if writable else ', not writable'}; a ResNet-50 checkpoint takes {CHECKPOINT_GIB}",
-        (not writable or free_gib < CHECKPOINT_GIB, "fail", "free space, or choose another --out"),
-        (free_gib < 3 * CHECKPOINT_GIB, "warning", "free space, or choose another --out"),
+        f"{free_gib:.1f} GiB free{'' if writable else ', not writable'}; "
+        f"a ResNet-50 checkpoint takes {CHECKPOINT_GIB}",
+        (not writable or free_gib < CHECKPOINT_GIB, "fail", fix),
+        (free_gib < 3 * CHECKPOINT_GIB, "warning", fix),
     )
 
 
-def check_data_disk(free_gib: float, held_gib: float) -> Check:
-    """`held_gib` of files are in the data folder."""
-    held = f"{held_gib:.1f} GiB" if held_gib else "nothing"
-    found = f"{held} there, {free_gib:.1f} GiB free; ImageNet-1K takes {IMAGENET_GIB}, and as much again its tar files"
-    fix = "for ImageNet-1K, choose another --data, or have its tar files elsewhere"
-    return judge(
-        "disk of --data", found, (not held_gib and free_gib < 2 * IMAGENET_GIB, "warning", fix)
+def check_data_disk(free_gib: float, data_gib: float) -> Check:
+    """`data_gib` is the size of the files in the data folder."""
+    data = f"{data_gib:.1f} GiB" if data_gib else "nothing"
+    return make_check(
+        "disk of --data",
+        f"{data} there, {free_gib:.1f} GiB free; "
+        f"ImageNet-1K takes {IMAGENET_GIB}, and as much again its tar files",
+        (
+            not data_gib and free_gib < 2 * IMAGENET_GIB,
+            "warning",
+            "for ImageNet-1K, choose another --data, or have its tar files elsewhere",
+        ),
     )
 
 
-def check_page_cache(held_gib: float, memory_gib: float) -> Check:
-    """Files stay in memory from one epoch to the next if four fifths of it hold them all; ImageNet's, where none are yet."""
-    data = f"{held_gib:.1f} GiB" if held_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
-    fix = "a local NVMe disk, or smaller files: python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400"
-    too_large = (held_gib or IMAGENET_GIB) > 0.8 * memory_gib
-    return judge(
-        "page cache", f"{data} in {memory_gib:.1f} GiB of memory", (too_large, "warning", fix)
+def check_page_cache(data_gib: float, memory_gib: float) -> Check:
+    """Files stay in memory from one epoch to the next if they take at most four fifths of it.
+
+    Without files yet, those of ImageNet count.
+    """
+    data = f"{data_gib:.1f} GiB" if data_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
+    too_large = (data_gib or IMAGENET_GIB) > 0.8 * memory_gib
+    fix = (
+        "a local NVMe disk, or smaller files: "
+        "python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400"
     )
+    found = f"{data} in {memory_gib:.1f} GiB of memory"
+    return make_check("page cache", found, (too_large, "warning", fix))
 
 
 def check_extras(installed: dict[str, str]) -> Check:
-    """Training needs none of them: an absent one is named and no fault."""
+    """Training needs none of these packages: absent ones are listed, and are no fault."""
     found = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in EXTRAS)
     absent = [name for name in EXTRAS if name not in installed]
-    return judge("optional packages", found, (absent, "ok", f"{PIP} install {' '.join(absent)}"))
+    fix = f"{PIP} install {' '.join(absent)}"
+    return make_check("optional packages", found, (absent, "ok", fix))
 
 
-def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[Gpu]]:
-    """The CUDA version the driver serves and the GPUs it shows, by the driver's own word: torch knows neither when the
-    driver is too old for it."""
+def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[DetectedGpu]]:
+    """The CUDA version that the driver serves, and the GPUs that it shows.
+
+    The driver itself is asked, as torch knows neither when the driver is too old for it.
+    """
     try:
         driver = ctypes.CDLL(library)
     except OSError:
@@ -306,24 +327,21 @@ def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[Gpu]]:
         getattr(driver, function)(ctypes.byref(value), *arguments)
         return value.value
 
-    def gpu(device: int) -> Gpu:
+    def read_gpu(device: int) -> DetectedGpu:
         name = ctypes.create_string_buffer(256)
         driver.cuDeviceGetName(name, len(name), device)
-        return name.value.decode(), (
-            ask("cuDeviceGetAttribute", 75, device),
-            ask("cuDeviceGetAttribute", 76, device),
-        )
+        major = ask("cuDeviceGetAttribute", 75, device)
+        minor = ask("cuDeviceGetAttribute", 76, device)
+        return name.value.decode(), (major, minor)
 
-    driver.cuInit(0)  # where it fails, no GPU is counted
-    version = ask(
-        "cuDriverGetVersion"
-    )  # 12080 is 12.8; 0 from the stub of CUDA's development images
-    gpus = [gpu(ask("cuDeviceGet", i)) for i in range(ask("cuDeviceGetCount"))]
+    driver.cuInit(0)  # if it fails, no GPU is counted below
+    version = ask("cuDriverGetVersion")  # 12080 is 12.8; the stub in CUDA's images gives 0
+    gpus = [read_gpu(ask("cuDeviceGet", i)) for i in range(ask("cuDeviceGetCount"))]
     return f"{version // 1000}.{version % 1000 // 10}" if version else None, gpus
 
 
 def read_cards(bus: Path = Path("/sys/bus/pci/devices")) -> int:
-    """NVIDIA's display controllers on the PCI bus, with or without a driver."""
+    """The number of NVIDIA's display controllers on the PCI bus, with or without a driver."""
     devices = [
         ((card / "vendor").read_text(), (card / "class").read_text()) for card in bus.glob("*")
     ]
@@ -331,57 +349,113 @@ def read_cards(bus: Path = Path("/sys/bus/pci/devices")) -> int:
 
 
 def read_cgroups(groups: str, root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
-    """Cores and bytes of memory that the cgroups of /proc/self/cgroup, v1 or v2, and their parents leave this process."""
+    """The cores and the bytes of memory that cgroups leave to this process.
 
-    def numbers(folder: Path, *files: str) -> list[float]:
-        words = " ".join(
-            (folder / file).read_text() for file in files if (folder / file).is_file()
-        ).split()
-        return [
-            float(word) if word.isdigit() and word != "0" else math.inf for word in words
-        ]  # no limit: max, -1 or 0
+    `groups` is the text of /proc/self/cgroup, v1 or v2. The limits of parent groups count too.
+    """
+
+    def read_limits(folder: Path, *files: str) -> list[float]:
+        """The numbers in those of the files that exist; "max", -1 and 0 mean no limit."""
+        paths = [folder / file for file in files]
+        words = " ".join(path.read_text() for path in paths if path.is_file()).split()
+        return [float(word) if word.isdigit() and word != "0" else math.inf for word in words]
 
     cores = memory = math.inf
     for _, controllers, group in (line.split(":", 2) for line in groups.splitlines()):
         for path in (Path(group), *Path(group).parents):
             folder = root / controllers / path.relative_to("/")
-            quota, period = numbers(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us") or (
-                math.inf,
-                1,
-            )
-            cores = min(cores, quota / period)
-            memory = min(memory, *numbers(folder, "memory.max", "memory.limit_in_bytes"), math.inf)
+            if cpu := read_limits(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+                quota_us, period_us = cpu
+                cores = min(cores, quota_us / period_us)
+            memory = min([memory, *read_limits(folder, "memory.max", "memory.limit_in_bytes")])
     return cores, memory
 
 
-def read_missing() -> list[str]:
+def read_memory_bytes() -> float:
+    """The memory that this process may use: the machine's, or less if a cgroup limits it."""
+    _, limit = read_cgroups(Path("/proc/self/cgroup").read_text())
+    return min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def read_folder_gib(folder: Path) -> float:
+    """The size of all files below a folder, which need not exist. Symbolic links are followed."""
+    paths = (
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+    return sum(os.path.getsize(path) for path in paths if os.path.isfile(path)) / GIB
+
+
+def read_free_gib(folder: Path) -> float:
+    return shutil.disk_usage(folder).free / GIB
+
+
+def read_missing_packages() -> list[str]:
     """The Debian packages that compiling FFCV needs and that are not installed."""
-    tools = [tool for tool in ("g++", "pkg-config") if not shutil.which(tool)]
-    exists = ("pkg-config", "--exists")
-    return tools + [
-        HEADERS[h]
-        for h in HEADERS
-        if "pkg-config" in tools or subprocess.run([*exists, h]).returncode
-    ]
+    missing = [tool for tool in ("g++", "pkg-config") if not shutil.which(tool)]
+    for library, package in HEADERS.items():
+        if (
+            "pkg-config" in missing
+            or subprocess.run(["pkg-config", "--exists", library]).returncode
+        ):
+            missing.append(package)
+    return missing
 
 
 def import_error(module: str) -> str:
-    """What importing a module raises; empty if it imports."""
+    """The error that importing a module raises; empty if it imports."""
     try:
         import_module(module)
-    except Exception as error:  # a broken build raises anything
+    except Exception as error:  # a broken build may raise anything
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def diagnose(data: Path, out: Path) -> list[Check]:
-    """Every check of this machine, in the order to mend things in; the folders `data` and `out` need not exist yet."""
+    """All checks of this machine, in the order in which to fix things.
+
+    The folders `data` and `out` need not exist yet.
+    """
     python = check_python(platform.python_version(), metadata("rsa-fast")["Requires-Python"])
     if error := import_error("torch"):
         return [python, Check("torch", "fail", error, "make setup")]
     import torch
 
     packages = {package.name: package.version for package in distributions()}
+    driver, gpus = read_driver()
+    cpu = torch.backends.cpu.get_cpu_capability()
+    cores, _ = read_cgroups(Path("/proc/self/cgroup").read_text())
+    allowed = len(os.sched_getaffinity(0))
+    uncached = import_error("pipelines.host_ops")
+    cache = "" if uncached else sys.modules["pipelines.host_ops"].sample_views.stats.cache_path
+    soft, hard = (
+        math.inf if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    out_place, data_place = existing_parent(out), existing_parent(data)
+    data_gib = read_folder_gib(data)
+    return [
+        python,
+        check_cpu(cpu, torch.cpu._is_avx512_bf16_supported(), len(gpus)),
+        check_threads(torch.get_num_threads(), os.cpu_count() or 1, allowed, cores),
+        *diagnose_gpu_libraries(packages, driver, gpus),
+        check_numba_cache(cache, uncached),
+        check_shared_memory(read_free_gib(Path("/dev/shm")), len(gpus)),
+        check_open_files(soft, hard, workers=allowed),
+        check_out_disk(read_free_gib(out_place), os.access(out_place, os.W_OK)),
+        check_data_disk(read_free_gib(data_place), data_gib),
+        check_page_cache(data_gib, read_memory_bytes() / GIB),
+        check_extras(packages),
+    ]
+
+
+def diagnose_gpu_libraries(
+    packages: dict[str, str], driver: str | None, gpus: list[DetectedGpu]
+) -> list[Check]:
+    """The driver, torch's GPU code, NCCL, DALI and FFCV; `packages` has all installed versions."""
+    import torch
+
     cuda = torch.version.cuda
     # torch.cuda.get_arch_list() is empty where torch finds no GPU.
     archs = (torch._C._cuda_getArchFlags() or "").split() if cuda else []
@@ -389,64 +463,26 @@ def diagnose(data: Path, out: Path) -> list[Check]:
     if torch.distributed.is_nccl_available():
         numbers = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]  # torch gives no types
         nccl = ".".join(map(str, numbers))
-    driver, gpus = read_driver()
-    allowed, (quota, memory) = (
-        len(os.sched_getaffinity(0)),
-        read_cgroups(Path("/proc/self/cgroup").read_text()),
-    )
-    memory = min(memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    soft, hard = (
-        math.inf if limit == resource.RLIM_INFINITY else limit
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
-    places = [
-        next(p for p in (folder, *folder.parents) if p.exists())
-        for folder in (out.absolute(), data.absolute())
-    ]
-    shm_gib, out_gib, data_gib = (
-        shutil.disk_usage(place).free / GIB for place in (Path("/dev/shm"), *places)
-    )
-    files = (
-        os.path.join(place, name)
-        for place, _, names in os.walk(data, followlinks=True)
-        for name in names
-    )
-    held_gib = sum(os.path.getsize(file) for file in files if os.path.isfile(file)) / GIB
-    uncached = import_error("pipelines.host_ops")
-    cache = "" if uncached else sys.modules["pipelines.host_ops"].sample_views.stats.cache_path
+    shipped_nccl = packages.get(f"nvidia-nccl-cu{Version(cuda or '0').major}")
+    dali = {name: packages[name] for name in packages if name.startswith("nvidia-dali-cuda")}
+    ffcv_error = import_error("pipelines.ffcv_views") if "ffcv" in packages else ""
     return [
-        python,
-        check_cpu(
-            torch.backends.cpu.get_cpu_capability(),
-            torch.cpu._is_avx512_bf16_supported(),
-            len(gpus),
-        ),
-        check_threads(torch.get_num_threads(), os.cpu_count() or 1, allowed, quota),
         check_driver(driver, cuda, len(gpus), read_cards()),
         check_architectures(archs, gpus),
-        check_nccl(nccl, packages.get(f"nvidia-nccl-cu{Version(cuda or '0').major}"), len(gpus)),
-        check_dali(
-            {name: packages[name] for name in packages if name.startswith("nvidia-dali-cuda")},
-            cuda,
-            len(gpus),
-        ),
-        check_ffcv(
-            packages.get("ffcv"),
-            import_error("pipelines.ffcv_views") if "ffcv" in packages else "",
-            read_missing(),
-        ),
-        check_numba_cache(cache, uncached),
-        check_shared_memory(shm_gib, len(gpus)),
-        check_open_files(soft, hard, workers=allowed),
-        check_out_disk(out_gib, os.access(places[0], os.W_OK)),
-        check_data_disk(data_gib, held_gib),
-        check_page_cache(held_gib, memory / GIB),
-        check_extras(packages),
+        check_nccl(nccl, shipped_nccl, len(gpus)),
+        check_dali(dali, cuda, len(gpus)),
+        check_ffcv(packages.get("ffcv"), ffcv_error, read_missing_packages()),
     ]
 
 
-def report(checks: list[Check]) -> dict[str, Any]:
-    """`{"ok": ..., "checks": [...]}`: ok if no check failed; warnings do not count."""
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest folder above it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def summary(checks: list[Check]) -> dict[str, Any]:
+    """`{"ok": ..., "checks": [...]}`. It is ok if no check failed; warnings do not count."""
     return {
         "ok": all(check.status != "fail" for check in checks),
         "checks": [asdict(check) for check in checks],
@@ -454,15 +490,10 @@ def report(checks: list[Check]) -> dict[str, Any]:
 
 
 def show(checks: list[Check]) -> None:
-    """The checks as a table on stdout."""
-    table = Table(
-        "check", "", Column("found", overflow="fold"), Column("what to do", overflow="fold")
-    )
+    """Print the checks as a table on stdout."""
+    found, fix = Column("found", overflow="fold"), Column("what to do", overflow="fold")
+    table = Table("check", "", found, fix)
     for check in checks:
-        table.add_row(
-            check.name,
-            Text(check.status, STATUSES[check.status]),
-            Text(check.found),
-            Text(check.fix),
-        )
+        status = Text(check.status, STATUSES[check.status])
+        table.add_row(check.name, status, Text(check.found), Text(check.fix))
     Console().print(table)

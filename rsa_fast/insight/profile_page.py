@@ -16,26 +16,29 @@ from rsa_fast.insight.report import svg
 from rsa_fast.insight.timeline import PARTS
 
 
-def table(report: dict[str, Any]) -> Table:
-    """A column for each method."""
-    methods = report["methods"].values()
-    title = f"milliseconds per iteration of {report['batch_size']} images on {report['device']} in {report['dtype']}"
-    stages = ", ".join(f"{stage} {us:.0f}" for stage, us in report["stages_us"].items())
-    grid = Table(
+def text_table(summary: dict[str, Any]) -> Table:
+    """What `profile` returned as a table with a column for each method."""
+    methods = summary["methods"].values()
+    stages = ", ".join(f"{stage} {us:.0f}" for stage, us in summary["stages_us"].items())
+    table = Table(
         "",
-        *report["methods"],
-        title=title,
+        *summary["methods"],
+        title=f"milliseconds per iteration of {summary['batch_size']} images "
+        f"on {summary['device']} in {summary['dtype']}",
         caption=f"views, microseconds per image on one thread: {stages}",
     )
 
     def row(name: str, text: Callable[[dict[str, Any]], str]) -> None:
-        grid.add_row(name, *(text(method) for method in methods))
+        table.add_row(name, *(text(method) for method in methods))
 
     def times(mode: str) -> Callable[[dict[str, Any]], str]:
         return lambda m: "{:.2f} ({:.2f} to {:.2f})".format(m[f"{mode}_ms"], *m["range_ms"][mode])
 
     def part_ms(part: str) -> Callable[[dict[str, Any]], str]:
         return lambda m: f"{m['parts_ms'][part]:.2f}"
+
+    def over_byol(method: dict[str, Any]) -> str:
+        return ", ".join(f"{ratio:.3f}" for ratio in (method["over_byol"] or {}).values())
 
     row(MODES["step"], times("step"))
     for part in PARTS:
@@ -46,26 +49,28 @@ def table(report: dict[str, Any]) -> Table:
     row("images/s", lambda m: f"{m['images_per_s']:,.1f}")
     row("peak GiB", lambda m: f"{m['peak_gib']:.2f}")
     row("stall share", lambda m: f"{m['stall_share']:.1%}")
-    row(
-        "of BYOL: step, views, both",
-        lambda m: ", ".join(f"{x:.3f}" for x in (m["over_byol"] or {}).values()),
-    )
+    row("of BYOL: step, views, both", over_byol)
     row("verdict", lambda m: m["verdict"])
-    row("what to turn", lambda m: m["knob"])
-    return grid
+    row("what to change", lambda m: m["knob"])
+    return table
 
 
-def page(report: dict[str, Any]) -> str:
-    """An HTML page that needs no other file: an iteration's parts and the views' stages as stacked bars, and the table."""
-    methods = report["methods"]
-    figure = Figure(figsize=(12, len(methods) + 4), layout="constrained")
+def page(summary: dict[str, Any]) -> str:
+    """What `profile` returned as an HTML page that needs no other file.
+
+    Stacked bars show the parts of an iteration and the stages of the views; the table follows.
+    """
+    methods = summary["methods"]
     parts = {
         name: m["parts_ms"] | {"added by the views": m["both_ms"] - m["step_ms"]}
         for name, m in methods.items()
     }
-    charts = {"ms per iteration": parts, "us per image, one thread": {"views": report["stages_us"]}}
-    for axes, (unit, bars) in zip(
-        figure.subplots(2, 1, height_ratios=[len(methods), 1]), charts.items(), strict=True
+    stages = {"views": summary["stages_us"]}
+    figure = Figure(figsize=(12, len(methods) + 4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=[len(methods), 1])
+    for axes, unit, bars in (
+        (upper, "ms per iteration", parts),
+        (lower, "us per image, one thread", stages),
     ):
         left = np.zeros(len(bars))
         for part in next(iter(bars.values())):
@@ -76,6 +81,7 @@ def page(report: dict[str, Any]) -> str:
         axes.invert_yaxis()
         axes.legend(ncols=8, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
     console = Console(record=True, file=io.StringIO(), width=140)
-    console.print(table(report))
-    text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    return f'<!doctype html>\n<meta charset="utf-8">\n<title>rsa-fast profile</title>\n{svg(figure)}{text}\n'
+    console.print(text_table(summary))
+    table = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    title = "<title>rsa-fast profile</title>"
+    return f'<!doctype html>\n<meta charset="utf-8">\n{title}\n{svg(figure)}{table}\n'

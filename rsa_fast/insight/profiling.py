@@ -1,19 +1,22 @@
-"""Where the time of a training iteration goes, and what to change: `profile({"rsa": recipe, "byol": other}, Path("data"))`.
+"""Where the time of a training iteration goes, and which setting to change.
 
-An iteration is measured as its step on a batch made before, as its views alone, and as both. Methods take turns, so that a
-slow minute slows all; the first turn warms up and is dropped.
+    profile({"rsa": recipe, "byol": other}, Path("data"))
+
+An iteration is measured in several modes: its step on a batch made before, its views alone, and
+both. The methods take turns, so that a slow minute of the machine slows all of them. The first turn
+warms up and is dropped.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -22,29 +25,59 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from pipelines import VIEWS, Batch, Order, Source, choose_backend, open_source, open_views
-from pipelines.loading import Loader
-from rsa_fast.insight.doctor import read_cgroups
-from rsa_fast.insight.timeline import PARTS, Timeline, peak_bytes, reset_peak, used_bytes, watched
-from rsa_fast.recipes import Loading, Recipe
+from pipelines import (
+    BACKENDS,
+    VIEWS,
+    Batch,
+    Loader,
+    Loading,
+    Order,
+    Source,
+    open_source,
+    open_views,
+)
+from rsa_fast.insight.doctor import read_memory_bytes
+from rsa_fast.insight.measure import (
+    median_ratio,
+    open_loader,
+    prefetched_batches,
+    skip_prefetched,
+)
+from rsa_fast.insight.timeline import (
+    PARTS,
+    Timeline,
+    mark_parts,
+    peak_bytes,
+    reset_peak,
+    used_bytes,
+)
+from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import Run, build_run, choose_device, train_step
 
+log = logging.getLogger("rsa_fast")
+
+# The modes in the order in which they are measured, with their row titles.
 MODES = {
     "step": "step, ready batch",
     "views": "views, page cache",
     "both": "both",
     "cold_views": "views, from the disk",
 }
-COMPARED = ("step", "views", "both")
+COMPARED_MODES = ("step", "views", "both")
 STAGE_IMAGES = 32
 TOLERANCE = 0.05  # within which two times count as equal
 KNOBS = {
     "compute-bound": "precision, batch_size: the loader has time to spare",
-    "decode-bound": "threads, up to the cores; smaller images (tools.to_ffcv --max-resolution); backend dali on a GPU",
-    "read-bound": "few large files (tools.to_ffcv, tools.to_dali), a local disk, memory that holds the data",
-    "host-bound": "threads, prefetch_batches, aggressive_on: try --tune; a larger batch_size if a GPU waits for launches",
+    "decode-bound": "threads, up to the cores; "
+    "smaller images (tools.to_ffcv --max-resolution); backend dali on a GPU",
+    "read-bound": "few large files (tools.to_ffcv, tools.to_dali), a local disk, "
+    "memory that holds the data",
+    "host-bound": "threads, prefetch_batches, aggressive_on: try --tune; "
+    "a larger batch_size if a GPU waits for launches",
 }
-SHARED = "threads, backend: the views take less time than the step, but take it from the same cores"
+SHARED_CORES_KNOB = (
+    "threads, backend: the views take less time than the step, but take it from the same cores"
+)
 
 
 def verdict(
@@ -57,172 +90,150 @@ def verdict(
     overlaps: bool = False,
     idle_share: float = 0.0,
 ) -> str:
-    """What an iteration waits for, a key of `KNOBS`, from times per iteration.
+    """What limits an iteration, a key of `KNOBS`, from times per iteration.
 
-    `read_ms` and `decode_ms` are parts of `views_ms`; `cold_views_ms` counts instead of it where the data do not stay in
-    memory. `overlaps` says that the step has hardware of its own, `idle_share` in how many steps that ran out of work.
+    `read_ms` and `decode_ms` are parts of `views_ms`. Pass `cold_views_ms` where the data do not
+    stay in memory: it then replaces `views_ms`, and what it takes longer counts as reading.
+    `overlaps` says that the step has hardware of its own, so that views can be made meanwhile.
+    `idle_share` is the share of the steps in which that hardware ran out of work.
     """
     loading_ms = cold_views_ms or views_ms
     if loading_ms <= (1 + TOLERANCE) * step_ms:
-        waits = (
-            overlaps and both_ms > (1 + TOLERANCE) * step_ms
-        )  # though the views take no longer than the step
+        # The views take no longer than the step, and yet the step may wait for them.
+        waits = overlaps and both_ms > (1 + TOLERANCE) * step_ms
         return "host-bound" if waits or idle_share > 0.5 else "compute-bound"
     read_ms += loading_ms - views_ms
     rest_ms = loading_ms - read_ms - decode_ms
     return max((decode_ms, "decode-bound"), (read_ms, "read-bound"), (rest_ms, "host-bound"))[1]
 
 
-def ratio(one: list[float], other: list[float]) -> float:
-    """Median over the turns of one / other, each pair taken close in time."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
-
-
-class Repeated(Order):
-    """An order with many steps per epoch over few images, so that what starts and ends with an epoch weighs nothing."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def ids(self, epoch: int, step: int) -> np.ndarray:
-        epochs, step = divmod(step, super().__len__())
-        return super().ids(len(self) * epoch + epochs, step)
-
-
-def loading_of(recipe: Recipe, source: Source, device: torch.device) -> Loading:
-    """The recipe's loading fields, with what `auto` stands for."""
-    loading = recipe.loading
-    if recipe.backend == "auto":
-        loading["backend"] = choose_backend(source, device)[0]
-    if recipe.aggressive_on == "auto":
-        loading["aggressive_on"] = "device" if device.type == "cuda" else "host"
-    return loading
-
-
-def open_loader(run: Run, source: Source, loading: Loading) -> Loader:
-    """Of the views that the run's method reads, and no others."""
-    order = Repeated(len(source.manifest), run.recipe.batch_size, run.recipe.seed)
-    return open_views(
-        source,
-        run.recipe.views,
-        run.method.reads,
-        order,
-        device=run.device,
-        dtype=run.dtype,
-        **loading,
-    )
-
-
-def made_ahead(loader: Loader) -> int:
-    """No backend makes more batches ahead: DALI's has two queues of them."""
-    return 3 * loader.job.prefetch_batches + 2
-
-
-@contextmanager
-def steady(loader: Loader) -> Iterator[Iterator[Batch]]:
-    """The loader's batches; the first `next` also takes those that could be made ahead before anything was waited for."""
-    with closing(loader.batches(0)) as batches:
-        yield islice(batches, made_ahead(loader), None)
-
-
 @dataclass
 class Subject:
-    """A method under measurement: its network, a loader of the views it reads, a batch made before; and what was measured."""
+    """A method under measurement and its results so far."""
 
     run: Run
-    loader: Loader
-    ready: Batch
-    own_bytes: int  # on the GPU, of network, optimiser and loader
+    loader: Loader  # of the views that the method reads
+    ready: Batch  # for steps that need no loader
+    own_bytes: int  # on the GPU: network, optimiser and loader
     loading: Loading
+    timeline: Timeline
+    # The parts of an iteration in each mode, one dictionary a turn.
     parts_ms: dict[str, list[dict[str, float]]] = field(
         default_factory=lambda: {mode: [] for mode in MODES}
-    )  # by turn
+    )
     peak_bytes: int = 0
     idle_share: float = 0.0
     cold_fault: str = ""  # why cold views were not measured
 
     def measure(self, data: Path, seconds: float) -> None:
-        """One turn: every mode for some seconds; cold views last, so that the others find the files in memory."""
-        run, timeline = self.run, Timeline(self.run.device)
+        """One turn: every mode for some seconds.
 
-        def record(mode: str, work: Iterator[object], limit_s: float = seconds) -> int:
-            parts_ms, items = timeline.time(work, limit_s)
-            self.parts_ms[mode].append(parts_ms)
-            return items
+        Cold views come last, so that the other modes find the files in memory.
+        """
+        self.measure_step(seconds)
+        batches = self.measure_views(seconds)
+        self.measure_both(seconds)
+        self.measure_cold_views(data, batches)
 
-        train_step(run, self.ready)
-        with watched(run, timeline):
-            record("step", (train_step(run, self.ready) for _ in count()))
-        self.idle_share = statistics.mean(timeline.idle or [0])
-        with steady(self.loader) as batches:
+    def measure_step(self, seconds: float) -> None:
+        train_step(self.run, self.ready)
+        with mark_parts(self.run, self.timeline):
+            self.record("step", (train_step(self.run, self.ready) for _ in count()), seconds)
+        self.idle_share = statistics.mean(self.timeline.idle or [0])
+
+    def measure_views(self, seconds: float) -> int:
+        """Returns how many batches were read in this time."""
+        with skip_prefetched(self.loader) as batches:
             next(batches)
-            items = record("views", batches)
-        with steady(self.loader) as batches:
-            train_step(run, next(batches))
-            reset_peak(run.device)
-            used = used_bytes(run.device)
-            record("both", (train_step(run, batch) for batch in batches))
-            self.peak_bytes = max(self.peak_bytes, peak_bytes(run.device) - used + self.own_bytes)
-        source, order = self.loader.job.source, self.loader.job.order
-        steps = min(
-            items + made_ahead(self.loader), order.count // order.batch_size
-        )  # an image is cold once
-        files = stored_files(
-            source, data, np.concatenate([order.ids(0, step) for step in range(steps)])
-        )
-        held = self.loading["backend"] == "resident" or not files
-        self.cold_fault = self.cold_fault or ("the images are in memory" if held else evict(files))
+            return self.record("views", batches, seconds)
+
+    def measure_both(self, seconds: float) -> None:
+        device = self.run.device
+        with skip_prefetched(self.loader) as batches:
+            train_step(self.run, next(batches))
+            reset_peak(device)
+            used = used_bytes(device)
+            self.record("both", (train_step(self.run, batch) for batch in batches), seconds)
+            # Without the memory that other methods keep on the GPU.
+            peak = peak_bytes(device) - used + self.own_bytes
+            self.peak_bytes = max(self.peak_bytes, peak)
+
+    def measure_cold_views(self, data: Path, batches: int) -> None:
+        """Read as many batches and the prefetched ones, just after dropping their files.
+
+        The files are dropped from the page cache. If they cannot be, `cold_fault` says why.
+        """
+        order = self.loader.job.order
+        # An image is cold once, so that an epoch is the most there is to read.
+        steps = min(batches + prefetched_batches(self.loader), order.count // order.batch_size)
+        ids = np.concatenate([order.ids(0, step) for step in range(steps)])
+        files = stored_files(self.loader.job.source, data, ids)
+        if not self.cold_fault:
+            in_memory = BACKENDS[self.loading.backend].resident or not files
+            self.cold_fault = "the images are in memory" if in_memory else evict(files)
         if self.cold_fault:
             self.parts_ms["cold_views"].clear()
-        else:
-            with closing(self.loader.batches(0)) as batches:
-                record("cold_views", islice(batches, steps), math.inf)
+            return
+        with closing(self.loader.batches(0)) as cold_batches:
+            self.record("cold_views", islice(cold_batches, steps), math.inf)
+
+    def record(self, mode: str, work: Iterator[object], seconds: float) -> int:
+        """Time `work` for some seconds or to its end; returns how many items that were."""
+        parts_ms, items = self.timeline.time(work, seconds)
+        self.parts_ms[mode].append(parts_ms)
+        return items
 
     def times(self, mode: str) -> list[float]:
-        """Milliseconds per iteration in every turn but the first."""
+        """Milliseconds per iteration in every turn except the first."""
         return [sum(parts.values()) for parts in self.parts_ms[mode][1:]]
 
-    def report(
+    def summary(
         self, stages_us: dict[str, float], in_memory: bool, byol: Subject | None
     ) -> dict[str, Any]:
-        run, times = self.run, {mode: self.times(mode) for mode in MODES}
-        step_ms, views_ms, both_ms = (statistics.median_low(times[mode]) for mode in COMPARED)
-        cold_views_ms = statistics.median_low(times["cold_views"]) if times["cold_views"] else None
-        parts = self.parts_ms["step"][1 + times["step"].index(step_ms)]
-        stall_share = 1 - ratio(times["step"], times["both"])
-        threads = min(run.recipe.threads, len(os.sched_getaffinity(0)))
-        per_batch = (
-            0 if self.loading["backend"] == "resident" else 1e-3 * run.recipe.batch_size / threads
-        )
-        bound = verdict(
-            step_ms=step_ms,
-            views_ms=views_ms,
-            both_ms=both_ms,
-            read_ms=per_batch * stages_us["read"],
-            decode_ms=per_batch * stages_us["decode"],
+        """The method's part of what `profile` returns.
+
+        `in_memory` says that the data stay in the page cache.
+        """
+        recipe = self.run.recipe
+        times = {mode: self.times(mode) for mode in MODES}
+        medians = {mode: statistics.median_low(ms) for mode, ms in times.items() if ms}
+        cold_views_ms = medians.get("cold_views")
+        median_turn = 1 + times["step"].index(medians["step"])
+        parts_ms = self.parts_ms["step"][median_turn]
+        threads = min(recipe.threads, len(os.sched_getaffinity(0)))
+        # From microseconds an image on one thread to milliseconds a batch on all threads.
+        decodes = not BACKENDS[self.loading.backend].resident
+        batch_ms_per_us = 1e-3 * recipe.batch_size / threads if decodes else 0
+        bottleneck = verdict(
+            step_ms=medians["step"],
+            views_ms=medians["views"],
+            both_ms=medians["both"],
+            read_ms=batch_ms_per_us * stages_us["read"],
+            decode_ms=batch_ms_per_us * stages_us["decode"],
             cold_views_ms=None if in_memory else cold_views_ms,
-            overlaps=run.device.type == "cuda",
+            overlaps=self.run.device.type == "cuda",
             idle_share=self.idle_share,
         )
+        stall_share = 1 - median_ratio(times["step"], times["both"])
+        shares_cores = bottleneck == "compute-bound" and stall_share > TOLERANCE
+        over_byol = None
+        if byol:
+            over_byol = {m: median_ratio(times[m], byol.times(m)) for m in COMPARED_MODES}
         return {
-            "loading": self.loading,
-            "step_ms": step_ms,
-            "views_ms": views_ms,
-            "both_ms": both_ms,
+            "loading": asdict(self.loading),
+            "step_ms": medians["step"],
+            "views_ms": medians["views"],
+            "both_ms": medians["both"],
             "cold_views_ms": cold_views_ms,
             "range_ms": {mode: [min(ms), max(ms)] for mode, ms in times.items() if ms},
-            "parts_ms": {part: parts.get(part, 0.0) for part in PARTS},
-            "images_per_s": 1e3 * run.recipe.batch_size / both_ms,
+            "parts_ms": {part: parts_ms.get(part, 0.0) for part in PARTS},
+            "images_per_s": 1e3 * recipe.batch_size / medians["both"],
             "peak_gib": self.peak_bytes / 2**30,
             "stall_share": stall_share,
-            "over_byol": {mode: ratio(times[mode], byol.times(mode)) for mode in COMPARED}
-            if byol
-            else None,
+            "over_byol": over_byol,
             "cold_fault": self.cold_fault,
-            "verdict": bound,
-            "knob": SHARED
-            if bound == "compute-bound" and stall_share > TOLERANCE
-            else KNOBS[bound],
+            "verdict": bottleneck,
+            "knob": SHARED_CORES_KNOB if shares_cores else KNOBS[bottleneck],
         }
 
 
@@ -230,12 +241,18 @@ class Subject:
 def open_subject(recipe: Recipe, source: Source) -> Iterator[Subject]:
     used = used_bytes(choose_device(recipe.device))
     run = build_run(recipe, len(source.manifest))
-    loading = loading_of(recipe, source, run.device)
-    with open_loader(run, source, loading) as loader:
+    with open_loader(run, source) as loader:
         own_bytes = used_bytes(run.device) - used
         with closing(loader.batches(0)) as batches:
             ready = next(batches)
-        yield Subject(run, loader, ready, own_bytes, loading)
+        yield Subject(
+            run=run,
+            loader=loader,
+            ready=ready,
+            own_bytes=own_bytes,
+            loading=loader.job.loading,
+            timeline=Timeline(run.device),
+        )
 
 
 def profile(
@@ -248,105 +265,123 @@ def profile(
 ) -> dict[str, Any]:
     """Measure named recipes of one dataset on the images under `data`, in `repeats` turns.
 
-    Times are milliseconds per iteration, medians of the turns, with the lowest and the highest in `range_ms`. `parts_ms` are of
-    the turn with the median step and add up to it. Cold views include the loader's start, as an image is cold once.
-    `stages_us` are microseconds per image, for all four views, on one thread. `stall_share` is 1 - step / both. `peak_gib` is
-    of the GPU or, on a CPU, of the whole process. `trace` is where to write a Chrome trace of three iterations of each.
+    Times are milliseconds per iteration, medians of the turns; `range_ms` has the lowest and the
+    highest. `parts_ms` are those of the turn with the median step and add up to it. Cold views
+    include the loader's start, as an image is cold only once. `stages_us` are microseconds per
+    image on one thread, for all four views. `stall_share` is 1 - step / both. `peak_gib` is the
+    GPU's memory or, on a CPU, that of the whole process. A Chrome trace of three iterations of each
+    recipe is written to `trace`.
 
-    Raises as `open_source`, `build_run` and `open_views` do.
+    Raises the errors of `open_source`, `build_run` and `open_views`.
     """
     source = open_source(data, "pretrain")
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         subjects = {
-            name: opened.enter_context(open_subject(recipe, source))
+            name: stack.enter_context(open_subject(recipe, source))
             for name, recipe in recipes.items()
         }
         run = next(iter(subjects.values())).run
         for turn in range(repeats + 1):
             for name, subject in subjects.items():
-                print(
-                    f"{name}: {f'turn {turn} of {repeats}' if turn else 'warming up'}",
-                    file=sys.stderr,
-                )
+                log.info(f"{name}: {f'turn {turn} of {repeats}' if turn else 'warming up'}")
                 subject.measure(data, seconds)
         stages_us, stored_bytes = measure_stages(source, run)
         if trace:
             write_trace(subjects, trace)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    in_memory = stored_bytes < 0.8 * min(
-        memory, read_cgroups(Path("/proc/self/cgroup").read_text())[1]
-    )
+    # The same share of the memory as in the doctor's check of the page cache.
+    in_memory = stored_bytes < 0.8 * read_memory_bytes()
+    byol = subjects.get("byol")
     methods = {
-        name: subject.report(stages_us, in_memory, subjects.get("byol"))
-        for name, subject in subjects.items()
+        name: subject.summary(stages_us, in_memory, byol) for name, subject in subjects.items()
     }
-    report = {
+    summary = {
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
         "batch_size": run.recipe.batch_size,
+        "repeats": repeats,
+        "stages_us": stages_us,
+        "methods": methods,
     }
-    report |= {"repeats": repeats, "stages_us": stages_us, "methods": methods}
     if {"rsa", "byol"} <= methods.keys():
-        report["rsa_over_byol"] = methods["rsa"]["over_byol"]["both"]
-    return report
+        summary["rsa_over_byol"] = methods["rsa"]["over_byol"]["both"]
+    return summary
 
 
 def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
-    """Microseconds per image, on one thread and from the page cache, of reading, decoding, making both crops, and both
-    aggressive stages; and the bytes of all images as they are stored."""
-    from pipelines.host_ops import batch_views  # numba, without which a GPU can train
+    """Microseconds per image of the stages of loading, and the bytes of all images as stored.
+
+    The stages are reading from the page cache, decoding, making both crops, and both aggressive
+    stages. All run on one thread.
+    """
+    from pipelines.host_ops import batch_views  # imports numba, without which a GPU can train
     from pipelines.native_views import NativeViews
 
-    order = Order(len(source.manifest), min(STAGE_IMAGES, len(source.manifest)), run.recipe.seed)
+    images = len(source.manifest)
+    order = Order(images, min(STAGE_IMAGES, images), run.recipe.seed)
     with open_views(
         source,
         run.recipe.views,
         frozenset(VIEWS),
         order,
-        backend="native",
-        threads=1,
         dtype=run.dtype,
+        loading=Loading("native", threads=1),
     ) as loader:
         assert isinstance(loader, NativeViews)
-        ids, landing, stored = (
-            order.ids(0, 0).tolist(),
-            loader.landing,
-            source.encoded or source.read,
+        decode = loader.decode
+        read_stored = source.encoded or source.read
+        ids = order.ids(0, 0).tolist()
+        decoded = [decode(i) for i in ids]
+        pixels = np.concatenate([image.ravel() for image in decoded])
+        offsets = np.cumsum([0, *(image.size for image in decoded[:-1])])
+        sizes = source.manifest.sizes[ids]
+        places = np.arange(len(ids))
+        params = loader.job.params(0, np.array(ids))
+        transfer = loader.transfer
+        weak_1, weak_2, *aggressive = transfer.arrays(transfer.take(len(ids))).values()
+        unread = np.empty((len(ids), 0, 0, 3), transfer.table.dtype)
+
+        def make_views(aggressive_1: np.ndarray, aggressive_2: np.ndarray) -> None:
+            batch_views(
+                pixels=pixels,
+                offsets=offsets,
+                sizes=sizes,
+                ids=places,
+                params=params,
+                table=transfer.table,
+                weak_1=weak_1,
+                weak_2=weak_2,
+                aggressive_1=aggressive_1,
+                aggressive_2=aggressive_2,
+            )
+
+        us = fastest_us(
+            {
+                "read": lambda: [read_stored(i) for i in ids],
+                "decode": lambda: [decode(i) for i in ids],
+                "crop": lambda: make_views(unread, unread),
+                "aggressive": lambda: make_views(*aggressive),
+            },
+            len(ids),
         )
-        images = [loader.decode(i) for i in ids]
-        pixels, offsets = (
-            np.concatenate([image.ravel() for image in images]),
-            np.cumsum([0, *(i.size for i in images[:-1])]),
-        )
-        drawn = (
-            pixels,
-            offsets,
-            source.manifest.sizes[ids],
-            np.arange(len(ids)),
-            loader.job.params(0, np.array(ids)),
-        )
-        views, unread = (
-            landing.arrays(landing.slot(len(ids))),
-            np.empty((len(ids), 0, 0, 3), landing.table.dtype),
-        )
-        work: dict[str, Callable[[], object]] = {
-            "read": lambda: [stored(i) for i in ids],
-            "decode": lambda: [loader.decode(i) for i in ids],
-            "crop": lambda: batch_views(*drawn, landing.table, views[0], views[1], unread, unread),
-            "aggressive": lambda: batch_views(*drawn, landing.table, *views),
-        }
-        times: dict[str, list[float]] = {stage: [] for stage in work}
-        for _ in range(6):  # the first warms up
-            for stage, do in work.items():
-                began = time.perf_counter()
-                do()
-                times[stage].append(1e6 * (time.perf_counter() - began) / len(ids))
-    us = {stage: min(values[1:]) for stage, values in times.items()}  # what comes between only adds
-    us["decode"], us["aggressive"] = (
-        max(0.0, us["decode"] - us["read"]),
-        max(0.0, us["aggressive"] - us["crop"]),
-    )
-    return us, statistics.mean(size_bytes(stored(i)) for i in ids) * len(source.manifest)
+    # Decoding starts with reading, and aggressive views with the crops: what is left is the stage.
+    us["decode"] = max(0.0, us["decode"] - us["read"])
+    us["aggressive"] = max(0.0, us["aggressive"] - us["crop"])
+    mean_bytes = statistics.mean(size_bytes(read_stored(i)) for i in ids)
+    return us, mean_bytes * images
+
+
+def fastest_us(work: dict[str, Callable[[], object]], images: int) -> dict[str, float]:
+    """Microseconds per image of each piece of work: the fastest of five turns after a warm-up.
+
+    The fastest, since interruptions only add to a time.
+    """
+    times_us: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(6):
+        for name, do in work.items():
+            start = time.perf_counter()
+            do()
+            times_us[name].append(1e6 * (time.perf_counter() - start) / images)
+    return {name: min(values[1:]) for name, values in times_us.items()}
 
 
 def size_bytes(image: bytes | np.ndarray) -> int:
@@ -355,39 +390,40 @@ def size_bytes(image: bytes | np.ndarray) -> int:
 
 
 def stored_files(source: Source, data: Path, ids: np.ndarray) -> list[Path]:
-    """The files that some images are read from while training."""
+    """The files from which these images are read while training; none if they are in memory."""
     if source.manifest.paths:
         return [data / source.manifest.paths[i] for i in ids]
-    return [source.beton] if source.beton else list(data.rglob("*.tar")) if source.encoded else []
+    if source.beton:
+        return [source.beton]
+    return list(data.rglob("*.tar")) if source.encoded else []
 
 
 def evict(files: list[Path]) -> str:
-    """Have the system drop files from its page cache; returns why they are still there, or nothing."""
+    """Drop files from the page cache; returns why they are still there, or nothing."""
     for path in files:
         with path.open("rb", buffering=0) as file:
-            os.fdatasync(file.fileno())  # what is not yet written stays
+            os.fdatasync(file.fileno())  # pages that are not yet written would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    looked_at, stay = files[::20], 0  # not at all: a look has the system read what is not there
-    for path in looked_at:
+    # Only a sample is checked: the check has the system read what is not in the page cache.
+    checked = files[::20]
+    cached = 0
+    for path in checked:
         with path.open("rb", buffering=0) as file:
             try:
-                os.preadv(
-                    file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT
-                )  # fails rather than wait for the disk
-                stay += 1
+                # Raises BlockingIOError where it would have to wait for the disk.
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                cached += 1
             except BlockingIOError:
                 pass
             except OSError as error:
                 return f"the file system does not tell what is in the page cache: {error}"
-    return (
-        f"{stay} of {len(looked_at)} files stay in the page cache"
-        if 10 * stay > len(looked_at)
-        else ""
-    )
+    if 10 * cached > len(checked):
+        return f"{cached} of {len(checked)} files stay in the page cache"
+    return ""
 
 
 def write_trace(subjects: dict[str, Subject], path: Path) -> None:
-    """Three iterations of each method, for Perfetto or chrome://tracing."""
+    """Write three iterations of each method, for Perfetto or chrome://tracing."""
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for name, subject in subjects.items():

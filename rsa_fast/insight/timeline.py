@@ -1,4 +1,7 @@
-"""How long the parts of a step take, and how much memory: by CUDA events on a GPU, by the host's clock on a CPU."""
+"""The time of a training step's parts, and memory.
+
+Times are measured by CUDA events on a GPU and by the host's clock on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,28 @@ import torch
 from rsa_fast.methods.method import Now
 from rsa_fast.training.step import Run
 
-# "backward" holds GradScaler's look at the gradients, "other" the schedules, the scaler and the zeroing of gradients.
+# "backward" includes GradScaler's check of the gradients. "other" is the schedules, the scaler and
+# the zeroing of gradients.
 PARTS = ("forward_online", "forward_target", "loss", "backward", "optimiser", "ema", "other")
 
 
 class Timeline:
-    """When which part of the work began: parts follow each other without a gap or an overlap.
+    """Records when each part of the work began. Parts follow each other without gap or overlap.
 
-    The device is waited for before and after the work, never within.
+    The host waits for the device before and after the work, never during it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []  # part; CUDA event, or seconds of the host's clock
-        self.idle: list[
-            bool
-        ] = []  # of each step: had the GPU begun the optimiser when the host had launched all of it?
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        # The part that begins, and a CUDA event or the host's clock in seconds.
+        self.marks: list[tuple[str, Any]] = []
+        # One value a step: whether the GPU had already reached the optimiser when the host had
+        # launched all of the optimiser's work. Such a GPU is waiting for the host.
+        self.idle: list[bool] = []
 
     def begin(self, part: str) -> None:
+        """Mark the end of the current part and the beginning of the next one."""
         now: Any = time.perf_counter()
         if self.on_gpu:
             if self.marks and self.marks[-1][0] == "optimiser":
@@ -43,41 +50,47 @@ class Timeline:
         self.marks.append((part, now))
 
     def time(
-        self,
-        work: Iterator[object],
-        seconds: float = math.inf,
+        self, work: Iterator[object], seconds: float = math.inf
     ) -> tuple[dict[str, float], int]:
-        """Milliseconds of each part per item of `work`, and how many items: for some seconds, or all of them."""
+        """Iterate over `work` for some seconds or to its end; at least one item is taken.
+
+        Returns the milliseconds per item of each part, and the number of items.
+        """
         self.wait()
-        self.marks, self.idle, items = [], [], 0
-        ends = time.perf_counter() + seconds
+        self.marks = []
+        self.idle = []
+        items = 0
+        deadline = time.perf_counter() + seconds
         self.begin("other")
         for _ in work:
             items += 1
-            if time.perf_counter() >= ends:
+            if time.perf_counter() >= deadline:
                 break
         self.begin("end")
         self.wait()
-        parts: dict[str, float] = defaultdict(float)
-        for (part, begun), (_, ended) in pairwise(self.marks):
-            parts[part] += (
-                begun.elapsed_time(ended) if self.on_gpu else 1e3 * (ended - begun)
-            ) / items
-        return parts, items
+        parts_ms: dict[str, float] = defaultdict(float)
+        for (part, start), (_, end) in pairwise(self.marks):
+            elapsed_ms = start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+            parts_ms[part] += elapsed_ms / items
+        return parts_ms, items
 
     def wait(self) -> None:
+        """Wait until the device has done all its work."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
 
 @contextmanager
-def watched(run: Run, timeline: Timeline) -> Iterator[None]:
-    """Have the steps of `run` mark their parts, by hooks; what a network does without gradient is the target's part."""
+def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
+    """Hook into the steps of `run`, so that each marks its parts on the timeline.
+
+    A forward pass of a network without gradients counts as the target's.
+    """
 
     def begin(part: str) -> Callable[..., None]:
         return lambda *_: timeline.begin(part)
 
-    def network(*_: object) -> None:
+    def begin_network(*_: object) -> None:
         timeline.begin("forward_online" if torch.is_grad_enabled() else "forward_target")
 
     def after_step(now: Now) -> None:
@@ -90,15 +103,12 @@ def watched(run: Run, timeline: Timeline) -> Iterator[None]:
         run.method.register_forward_hook(begin("backward")),
     ]
     for child in run.method.children():
-        hooks += [
-            child.register_forward_pre_hook(network),
-            child.register_forward_hook(begin("loss")),
-        ]
-    hooks += [
-        run.optimizer.register_step_pre_hook(begin("optimiser")),
-        run.optimizer.register_step_post_hook(begin("other")),
-    ]
-    run.method.after_step = after_step  # type: ignore[method-assign]  # `del` below brings the method back
+        hooks.append(child.register_forward_pre_hook(begin_network))
+        hooks.append(child.register_forward_hook(begin("loss")))
+    hooks.append(run.optimizer.register_step_pre_hook(begin("optimiser")))
+    hooks.append(run.optimizer.register_step_post_hook(begin("other")))
+    # An attribute of the instance hides the method of its class until it is deleted below.
+    run.method.after_step = after_step  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -108,22 +118,23 @@ def watched(run: Run, timeline: Timeline) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Allocated on a GPU; on a CPU 0, as `peak_bytes` is of the whole process there."""
+    """The memory allocated on a GPU; 0 on a CPU, where `peak_bytes` counts the whole process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the most memory used so far."""
+    """Let `peak_bytes` start from the memory in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):  # where it is not permitted, the most since the process started counts
+    # Without the permission to write this file, the peak since the process started counts.
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory used since `reset_peak`: allocated on the GPU, or resident of the whole process."""
+    """The peak since `reset_peak`: allocated on a GPU, or resident memory of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    _, _, most = Path("/proc/self/status").read_text().partition("VmHWM:")  # "  1234 kB ..."
-    return 1024 * int(most.split()[0])
+    _, _, peak = Path("/proc/self/status").read_text().partition("VmHWM:")  # "  1234 kB ..."
+    return 1024 * int(peak.split()[0])

@@ -1,15 +1,18 @@
-"""Which loading settings train fastest on this machine and these images: `tune(recipe, Path("data"), Path("tuned.yaml"))`."""
+"""Which loading settings train fastest on this machine and these images.
+
+`tune(recipe, Path("data"), Path("tuned.yaml"))` writes them to a file for `train --config`.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -17,105 +20,125 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines import AggressiveOn, Backend, DecodeOn, Source, choose_backend, open_source
-from rsa_fast.insight.profiling import loading_of, open_loader, steady
+from pipelines import BACKENDS, Loading, Source, choose_backend, open_source
+from pipelines.files import write_text
+from pipelines.loading import AggressiveOn, DecodeOn
+from rsa_fast.insight.measure import open_loader, skip_prefetched
 from rsa_fast.insight.timeline import Timeline
-from rsa_fast.recipes import Loading, Recipe
+from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import Run, build_run, train_step
+
+log = logging.getLogger("rsa_fast")
 
 
 def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict[str, Any]:
-    """Write the loading settings with which `recipe` trains fastest to the YAML `out`, which `--config` takes.
+    """Write the loading settings with which `recipe` trains fastest to the YAML file `out`.
 
-    Successive halving: each round gives all settings that are left the same share of the time, then the slower half goes; the
-    recipe's own stay in to the end. Returns the fastest `settings`, their `images_per_s`, `over_own`, how many times those
-    of the recipe's own in the same round, and how many of `candidates` were tried: a small budget is not enough for all.
+    `train --config` takes this file. The search is successive halving: in each round all remaining
+    settings get the same share of the time, then the slower half is dropped. The recipe's own
+    settings stay to the end.
 
-    Raises as `open_source`, `build_run` and, for the recipe's own settings, `open_views` do.
+    Returns the fastest `settings` and their `images_per_s`. `over_own` is their speed relative to
+    the recipe's own settings in the same round. `tried` says how many of the `candidates` were
+    measured, since a small budget does not suffice for all.
+
+    Raises the errors of `open_source`, `build_run` and, for the recipe's own settings, of
+    `open_views`.
     """
-    ends = time.perf_counter() + budget_s
+    deadline = time.perf_counter() + budget_s
     source = open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
-    own = loading_of(recipe, source, run.device)
-    settings = [
-        own,
-        *(own | other for other in candidates(source, run.device) if own != own | other),
-    ]
+    own, _ = recipe.loading.resolved(source, run.device)
+    others = candidates(own, source, run.device)
+    settings = [own, *(loading for loading in others if loading != own)]
     iteration_ms(run, source, own, 0)  # warms up
-    left = list(range(len(settings)))
-    ms: dict[int, float] = {}  # of the last round, by the place in `settings`
+    remaining = list(range(len(settings)))  # indices of `settings`
+    last_ms: dict[int, float] = {}  # times of the last round, by these indices
     tried = 0
-    while not ms or (len(left) > 1 and time.perf_counter() < ends):
-        share_s = (ends - time.perf_counter()) / max(1, math.ceil(math.log2(len(left)))) / len(left)
+    while not last_ms or (len(remaining) > 1 and time.perf_counter() < deadline):
+        rounds = max(1, math.ceil(math.log2(len(remaining))))
+        share_s = (deadline - time.perf_counter()) / rounds / len(remaining)
         round_ms: dict[int, float] = {}
-        for place in left:
-            if not ms and round_ms and time.perf_counter() > ends:
+        for i in remaining:
+            # The first round ends early rather than overrun the budget, but tries one setting.
+            if not last_ms and round_ms and time.perf_counter() > deadline:
                 break
             try:
-                round_ms[place] = iteration_ms(run, source, settings[place], share_s)
-                print(
-                    f"{1e3 * recipe.batch_size / round_ms[place]:9,.1f} images/s  {settings[place]}",
-                    file=sys.stderr,
-                )
+                round_ms[i] = iteration_ms(run, source, settings[i], share_s)
+                images_per_s = 1e3 * recipe.batch_size / round_ms[i]
+                log.info(f"{images_per_s:9,.1f} images/s  {described(settings[i])}")
             except ValueError as error:
-                print(f"    not possible  {settings[place]}: {error}", file=sys.stderr)
-        ms, tried = round_ms, tried or len(round_ms)
-        fastest = sorted(ms, key=ms.__getitem__)
-        left = [0, *(place for place in fastest[: len(ms) // 2] if place)] if len(ms) > 2 else []
-    best = min(ms, key=ms.__getitem__)
+                log.info(f"    not possible  {described(settings[i])}: {error}")
+        last_ms = round_ms
+        tried = tried or len(round_ms)
+        fastest = sorted(last_ms, key=last_ms.__getitem__)
+        remaining = []
+        if len(last_ms) > 2:
+            remaining = [0, *(i for i in fastest[: len(last_ms) // 2] if i)]
+    best = min(last_ms, key=last_ms.__getitem__)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        yaml.safe_dump(
-            {"dataset": recipe.dataset, "method": recipe.method, **settings[best]}, sort_keys=False
-        )
-    )
-    result = {
+    names = {"dataset": recipe.dataset, "method": recipe.method}
+    fields = names | asdict(settings[best])
+    write_text(out, yaml.safe_dump(fields, sort_keys=False))
+    return {
         "out": str(out),
-        "settings": settings[best],
-        "images_per_s": 1e3 * recipe.batch_size / ms[best],
+        "settings": asdict(settings[best]),
+        "images_per_s": 1e3 * recipe.batch_size / last_ms[best],
+        "over_own": last_ms[0] / last_ms[best],
+        "tried": tried,
+        "candidates": len(settings),
     }
-    return result | {"over_own": ms[0] / ms[best], "tried": tried, "candidates": len(settings)}
 
 
-def iteration_ms(run: Run, source: Source, settings: Loading, share_s: float) -> float:
-    """Of step and views, measured in what opening the loader leaves of `share_s`, once at least."""
-    ends = time.perf_counter() + share_s
-    with open_loader(run, source, settings) as loader, steady(loader) as batches:
+def iteration_ms(run: Run, source: Source, loading: Loading, share_s: float) -> float:
+    """Milliseconds of an iteration, its step and its views.
+
+    Opening the loader counts towards `share_s`; what is left is spent on iterations, at least one.
+    """
+    deadline = time.perf_counter() + share_s
+    with open_loader(run, source, loading) as loader, skip_prefetched(loader) as batches:
         train_step(run, next(batches))
         steps = (train_step(run, batch) for batch in batches)
-        return sum(Timeline(run.device).time(steps, ends - time.perf_counter())[0].values())
+        parts_ms, _ = Timeline(run.device).time(steps, deadline - time.perf_counter())
+    return sum(parts_ms.values())
 
 
-def candidates(source: Source, device: torch.device) -> list[Loading]:
-    """What there is to choose for a source on a device, without `torchvision`, the reference.
+def described(loading: Loading) -> str:
+    return "  ".join(f"{name} {value}" for name, value in asdict(loading).items())
 
-    The backends take turns, each with its settings in random order, so that even a small budget
-    sees every backend.
+
+def candidates(own: Loading, source: Source, device: torch.device) -> list[Loading]:
+    """Variants of the settings `own` for a source on a device.
+
+    `torchvision`, the slow reference, is left out. The backends take turns, each with its settings
+    in random order, so that even a small budget sees every backend.
     """
-    backends: list[Backend] = ["native"]
-    if choose_backend(source, device)[0] == "resident":
-        backends.insert(0, "resident")
-    if source.beton and find_spec("ffcv"):
-        backends.append("ffcv")
-    if source.encoded and find_spec("nvidia") and find_spec("nvidia.dali"):
-        backends.append("dali")
+    suitable = {
+        "resident": choose_backend(source, device)[0] == "resident",
+        "native": True,
+        "ffcv": source.beton is not None,
+        "dali": source.encoded is not None,
+    }
+    backends = [name for name, suits in suitable.items() if suits and BACKENDS[name].installed()]
     cores = len(os.sched_getaffinity(0))
     thread_counts = sorted({2**power for power in range(cores.bit_length())} | {cores})
     places: tuple[AggressiveOn, ...] = ("host", "device")
     decoders: tuple[DecodeOn, ...] = ("gpu", "cpu")
-    found: list[Loading] = []
+    variants: list[Loading] = []
     for backend, threads, prefetch, place in product(backends, thread_counts, (2, 4), places):
-        setting: Loading = {
-            "backend": backend,
-            "threads": threads,
-            "prefetch_batches": prefetch,
-            "aggressive_on": place,
-        }
+        variant = replace(
+            own,
+            backend=backend,
+            threads=threads,
+            prefetch_batches=prefetch,
+            aggressive_on=place,
+        )
         if backend == "dali" and device.type == "cuda":
             if place == "device":
-                found += [setting | {"decode_on": decode} for decode in decoders]
-        elif backend != "resident" or prefetch == 2:  # which makes none ahead
-            found.append(setting)
-    random.Random(0).shuffle(found)
+                variants += [replace(variant, decode_on=decode) for decode in decoders]
+        # The resident backend makes no batches ahead: one value of prefetch_batches is enough.
+        elif not BACKENDS[backend].resident or prefetch == 2:
+            variants.append(variant)
+    random.Random(0).shuffle(variants)
     turns: defaultdict[str, Iterator[int]] = defaultdict(count)
-    return sorted(found, key=lambda setting: next(turns[setting["backend"]]))
+    return sorted(variants, key=lambda loading: next(turns[loading.backend]))

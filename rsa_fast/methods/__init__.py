@@ -1,8 +1,9 @@
-"""The methods. Each file of this folder is one, named after it; `method.py` is what they share.
+"""The training methods, one file each; `method.py` contains what they share.
 
-A method's file holds its recipe's fields, its numbers for each scale of dataset with their sources,
-its networks and its loss. It is registered by being here. This module imports nothing heavy, so
-that `rsa-fast --help` can list the names.
+A method's file contains the fields of its recipe, its numbers for each scale of dataset with their
+sources, its networks and its loss. Every file in this folder is found by its name, so a method
+needs no registration. This module imports nothing heavy, so `rsa-fast --help` lists the names
+quickly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rsa_fast.methods.method import Method
 
+# From the name of a method to the name of its module.
 FILES = {
     path.stem.replace("_", "-"): path.stem
     for path in sorted(Path(__file__).parent.glob("*.py"))
@@ -22,7 +24,7 @@ FILES = {
 }
 METHODS = tuple(FILES)
 
-# PAPER Table 1: the method and the fields of its four rows; beta is .5 in all of that table.
+# The four rows of PAPER Table 1: a method and the fields it sets. All of them have beta = 0.5.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "aa": ("byol", {"pairs": "AA"}),
     "aw": ("byol", {"pairs": "AW"}),
@@ -33,9 +35,9 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def method_class(name: str) -> type[Method]:
-    """The method of that name: the class with `rows` in its file.
+    """The class of the method called `name`: the one in its file that defines `rows`.
 
-    Raises ValueError when the file has none, or several.
+    Raises ValueError when the file has no such class, or several.
     """
     module = import_module(f"rsa_fast.methods.{FILES[name]}")
     methods = [
@@ -44,6 +46,6 @@ def method_class(name: str) -> type[Method]:
         if isinstance(value, type) and value.__module__ == module.__name__ and "rows" in vars(value)
     ]
     if len(methods) != 1:
-        found = ", ".join(method.__name__ for method in methods) or "none"
-        raise ValueError(f"{module.__file__}: one class with `rows` makes a method, found {found}")
+        names = ", ".join(method.__name__ for method in methods) or "none"
+        raise ValueError(f"{module.__file__}: one class with `rows` makes a method, found {names}")
     return methods[0]

@@ -1,6 +1,16 @@
-"""BYOL as RSA re-implements it (Grill et al. 2020; github.com/tmllab/RSA methods/BYOL.py).
+"""BYOL (Grill et al., NeurIPS 2020), as RSA's authors re-implemented it.
 
-An online network with a predictor learns to predict a target network's projection of the image's other view.
+Source: github.com/tmllab/RSA, methods/BYOL.py.
+
+The online network and its predictor learn to predict the target network's projection of the image's
+other view. With unit-length online predictions q and target projections z, the loss is the batch
+mean of
+
+    |q_1 - z_2|^2 + |q_2 - z_1|^2.
+
+The gradient reaches the online network and the predictor. The target network is a moving average of
+the online network. Each of the two views goes through both networks: two aggressive views (`pairs`
+AA), or an aggressive and a weak one (AW).
 """
 
 from __future__ import annotations
@@ -16,7 +26,7 @@ from rsa_fast.methods.method import PAIRS, Loss, Now, TargetMethod, TargetRecipe
 from rsa_fast.networks import Encoder, Projected
 from rsa_fast.sourced import cite
 
-HEADS = {
+BOOTSTRAP_ROWS = {
     "all": cite("PAPER 4.1", hidden_dim=1024, out_dim=128, tau_base=0.99),
     "224px": cite("CODE methods/BYOL.py", hidden_dim=4096, out_dim=256),
     "demo": cite("chosen: 1,500 steps", tau_base=0.97),
@@ -24,14 +34,15 @@ HEADS = {
 
 
 class BootstrapRecipe(TargetRecipe):
-    """The sizes of BYOL's networks, which RSA uses too."""
+    """The sizes of the heads of BYOL and RSA."""
 
-    hidden_dim: int = Field(ge=1)  # of projector and predictor
-    out_dim: int = Field(ge=1)  # of projector and predictor
+    hidden_dim: int = Field(ge=1)  # units of the projector's and the predictor's hidden layer
+    out_dim: int = Field(ge=1)  # D, outputs of the projector and of the predictor
 
 
 class ByolRecipe(BootstrapRecipe):
-    pairs: Literal["AA", "AW"] = "AA"  # two aggressive views, or one of each kind (PAPER Table 1)
+    # Two aggressive views (AA), or an aggressive and a weak one (AW), as in PAPER Table 1.
+    pairs: Literal["AA", "AW"] = "AA"
 
 
 class BootstrapMethod(TargetMethod):
@@ -43,23 +54,20 @@ class BootstrapMethod(TargetMethod):
         self.predictor = mlp(out_dim, hidden_dim, out_dim)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Unit-length online predictions `(B, out_dim)`."""
+        """Unit-length online predictions `(B, D)` of `(B, 3, H, W)`."""
         return unit(self.predictor(self.online(images)))
 
     @torch.no_grad()
     def project(self, images: Tensor) -> Tensor:
-        """Unit-length target projections `(B, out_dim)`, without gradient."""
+        """Unit-length target projections `(B, D)` of `(B, 3, H, W)`, without gradient."""
         return unit(self.target(images))
 
 
 class Byol(BootstrapMethod):
-    """`pairs` is `AA` (two aggressive views) or `AW` (aggressive and weak).
-
-    Each view goes through both networks.
-    """
+    """BYOL on the two views that `pairs` names."""
 
     recipe_type = ByolRecipe
-    rows = HEADS
+    rows = BOOTSTRAP_ROWS
 
     def __init__(self, recipe: ByolRecipe, encoder: Encoder) -> None:
         super().__init__(recipe, encoder)
@@ -67,16 +75,18 @@ class Byol(BootstrapMethod):
         self.reads = frozenset(self.views)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """Symmetrised loss, the sum of both directions, in 0..8."""
-        one, two = (batch.views[name] for name in self.views)
-        z_1, z_2 = (
-            self.project(one),
-            self.project(two),
-        )  # before a graph is kept: 1.1 GiB less for 256 ImageNet images
-        q_1, q_2 = self.predict(one), self.predict(two)
+        """The sum of both directions, between 0 and 8."""
+        one, two = (batch.views[name] for name in self.views)  # (B, 3, H, W)
+        # The target goes first, before autograd stores anything: with 256 ImageNet images this
+        # saves 1.1 GiB.
+        z_1, z_2 = self.project(one), self.project(two)  # (B, D)
+        q_1, q_2 = self.predict(one), self.predict(two)  # (B, D)
         return Loss(distance(q_1, z_2) + distance(q_2, z_1), q_1, {})
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the batch of the squared distance of unit vectors, 2 - 2 cos (Eq. 2): `(B, D)`, `(B, D)` to a scalar."""
-    return (2 - 2 * (a * b).sum(1)).mean()
+    """The squared distance of unit vectors, 2 - 2 cos (PAPER Eq. 2), averaged over the batch.
+
+    Takes `a` and `b` as unit rows `(B, D)` and returns a scalar.
+    """
+    return (2 - 2 * (a * b).sum(1)).mean()  # (B, D) -> (B,) -> ()

@@ -1,5 +1,16 @@
-"""MoCo v2, symmetrised (Chen et al. 2020, He et al. 2020; github.com/facebookresearch/moco): a queue of past keys is the
-dictionary in which a query finds its image's other view."""
+"""MoCo v2 (Chen et al., arXiv 2020; MoCo: He et al., CVPR 2020) with the symmetric loss.
+
+Source: github.com/facebookresearch/moco.
+
+Each query must find the key of its image's other view in a dictionary: that key and a queue of past
+keys m_1 ... m_K. With unit-length online queries q, target keys k and the temperature T, the loss
+is the batch mean of ce(q_1, k_2) + ce(q_2, k_1), where
+
+    ce(q, k) = -log(exp(q.k / T) / (exp(q.k / T) + sum_j exp(q.m_j / T))).
+
+The gradient reaches the online network only. The target network is a moving average of it. Both
+aggressive views are read, and each goes through both networks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.views import Batch
-from rsa_fast.methods.method import PAIRS, QUEUE_START, Loss, Now, QueueMethod, QueueRecipe, unit
+from rsa_fast.methods.method import PAIRS, QUEUE_FIELDS, Loss, Now, QueueMethod, QueueRecipe, unit
 from rsa_fast.networks import Encoder
 from rsa_fast.sourced import Rows, cite
 
@@ -20,11 +31,11 @@ class MoCoRecipe(QueueRecipe):
 
 
 class MoCo(QueueMethod):
-    """The head's hidden layer is as wide as the features; temperature and queue are those of the loss."""
+    """MoCo v2, whose head has a hidden layer as wide as the encoder's features."""
 
     recipe_type = MoCoRecipe
     rows: ClassVar[Rows] = {
-        "all": QUEUE_START
+        "all": QUEUE_FIELDS
         | cite("PAPER 4.1: .99 in all experiments", tau_base=0.99)
         | cite("MoCo v2", out_dim=128)
         | cite("MoCo's CIFAR-10 demo", temperature=0.1, bn="split:8", queue_size=4096),
@@ -46,22 +57,24 @@ class MoCo(QueueMethod):
         super().__init__(recipe, encoder, hidden_dim=encoder.feature_dim)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """InfoNCE of both directions, summed, against the queue as it was; then the keys of both enter it."""
-        (k_1, every_1), (k_2, every_2) = (
-            self.keys(batch.aggressive_1),
-            self.keys(batch.aggressive_2),
-        )
-        q_1, q_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
-        queue = self.queue.clone()  # the backward needs it as it is now
-        total = info_nce(q_1, k_2, queue, self.temperature) + info_nce(
-            q_2, k_1, queue, self.temperature
-        )
-        self.enqueue(torch.cat([every_1, every_2]))
-        return Loss(total, q_1, {})
+        """The sum of both directions. Afterwards the keys of both views enter the queue."""
+        one, two = batch.aggressive_1, batch.aggressive_2  # (B, 3, H, W)
+        (k_1, all_1), (k_2, all_2) = self.keys(one), self.keys(two)  # (B, D), (N, D) each
+        q_1, q_2 = unit(self.online(one)), unit(self.online(two))  # (B, D)
+        # The backward pass needs the queue as it is now, and `enqueue` changes it in place.
+        queue = self.queue.clone()  # (D, K)
+        loss_1 = info_nce(q_1, k_2, queue, self.temperature)
+        loss_2 = info_nce(q_2, k_1, queue, self.temperature)
+        self.enqueue(torch.cat([all_1, all_2]))  # (2N, D)
+        return Loss(loss_1 + loss_2, q_1, {})
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of the cross-entropy of finding k among k and the queue: `(B, D)`, `(B, D)`, `(D, K)`."""
+    """The cross-entropy of finding each query's key among that key and the queue, batch mean.
+
+    Takes unit rows `q` and `k`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
+    """
     with torch.autocast(q.device.type, enabled=False):
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / temperature
+        positive = (q * k).sum(1, keepdim=True)  # (B, 1)
+        logits = torch.cat([positive, q @ queue], 1) / temperature  # (B, 1 + K)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))

@@ -1,5 +1,17 @@
-"""ReSSL (Zheng et al. 2021; github.com/KyleZheng1997/ReSSL): the student's similarities to a queue of past embeddings match
-the teacher's, which sees a weak view and is the sharper of the two."""
+"""ReSSL (Zheng et al., NeurIPS 2021): the student's relations match the teacher's.
+
+Source: github.com/KyleZheng1997/ReSSL.
+
+The relations of an image are the softmax over its similarities to a queue of past embeddings
+m_1 ... m_K. With the unit-length online embedding s (student) and target embedding t (teacher) of
+two views, and their temperatures T_s and T_t, the loss is the batch mean of
+
+    -sum_j p_j log r_j,    p = softmax_j(t.m_j / T_t),    r = softmax_j(s.m_j / T_s).
+
+The gradient reaches the online network only. The target network is a moving average of it. The
+student reads an aggressive view. The teacher reads a weak one and has the lower temperature, so its
+distribution is the sharper one.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +22,25 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.views import Batch
-from rsa_fast.methods.method import QUEUE_START, Loss, Now, QueueMethod, QueueRecipe, unit
+from rsa_fast.methods.method import PAIRS, QUEUE_FIELDS, Loss, Now, QueueMethod, QueueRecipe, unit
 from rsa_fast.networks import Encoder
 from rsa_fast.sourced import Rows, cite
 
 
 class ReSslRecipe(QueueRecipe):
-    hidden_dim: int = Field(ge=1)  # of the head
-    teacher_temperature: float = Field(gt=0)
+    """`temperature` is the student's."""
+
+    hidden_dim: int = Field(ge=1)  # units of the head's hidden layer
+    teacher_temperature: float = Field(gt=0)  # divides the teacher's similarities
 
 
 class ReSsl(QueueMethod):
-    """`temperature` is the student's, `teacher_temperature` the teacher's; no predictor, one direction."""
+    """ReSSL: one direction, no predictor."""
 
     recipe_type = ReSslRecipe
-    # The official settings for small datasets are not public. These are what ports agree on.
+    # The official settings for small datasets are not public. Third-party ports agree on these.
     rows: ClassVar[Rows] = {
-        "all": QUEUE_START
+        "all": QUEUE_FIELDS
         | cite("ReSSL 3", temperature=0.1, teacher_temperature=0.04)
         | cite(
             "chosen: third-party ports (sslic)",
@@ -37,34 +51,49 @@ class ReSsl(QueueMethod):
         )
         | cite("ReSSL's CIFAR scripts in solo-learn", base_lr=0.05),
         "64px": cite("chosen: third-party ports (sslic)", tau_base=0.996, queue_size=16_384),
-        "224px": cite("ReSSL ressl.py", tau_base=0.999, out_dim=512, hidden_dim=4096, bn="local")
-        | cite(
-            "ReSSL ressl.py", optimizer="sgd", weight_decay=1e-4, warmup_epochs=5, batch_size=256
+        "224px": cite(
+            "ReSSL ressl.py",
+            tau_base=0.999,
+            out_dim=512,
+            hidden_dim=4096,
+            bn="local",
+            optimizer="sgd",
+            weight_decay=1e-4,
+            warmup_epochs=5,
+            batch_size=256,
         ),
         "imagenet100": cite("chosen: half of ImageNet-1K's", queue_size=65_536),
         "imagenet1k": cite("ReSSL ressl.py", queue_size=131_072),
     }
-    reads = frozenset({"aggressive_1", "weak_2"})
+    reads = frozenset(PAIRS["AW"])
 
     def __init__(self, recipe: ReSslRecipe, encoder: Encoder) -> None:
         super().__init__(recipe, encoder, recipe.hidden_dim)
         self.teacher_temperature = recipe.teacher_temperature
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """Cross-entropy of both distributions over the queue as it was; then the teacher's embeddings enter it."""
-        teacher, every = self.keys(batch.weak_2)
-        student = unit(self.online(batch.aggressive_1))
+        """The loss against the queue as it is. Then the teacher's embeddings enter the queue."""
+        teacher, all_teachers = self.keys(batch.weak_2)  # (B, D), (N, D)
+        student = unit(self.online(batch.aggressive_1))  # (B, D)
         loss = relational(
-            student, teacher, self.queue.clone(), self.temperature, self.teacher_temperature
+            student=student,
+            teacher=teacher,
+            queue=self.queue.clone(),  # (D, K); `enqueue` changes it in place
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
         )
-        self.enqueue(every)
+        self.enqueue(all_teachers)
         return Loss(loss, student, {})
 
 
 def relational(
     student: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Mean over the batch of -sum softmax(teacher.queue / T_t) log softmax(student.queue / T_s): rows `(B, D)`, `(D, K)`."""
+    """The cross-entropy of the student's relations against the teacher's, batch mean.
+
+    Takes unit rows `student` and `teacher`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
+    """
     with torch.autocast(student.device.type, enabled=False):
-        target = torch.softmax(teacher @ queue / teacher_temperature, 1)
-        return -(target * torch.log_softmax(student @ queue / temperature, 1)).sum(1).mean()
+        target = torch.softmax(teacher @ queue / teacher_temperature, 1)  # (B, K)
+        log_relations = torch.log_softmax(student @ queue / temperature, 1)  # (B, K)
+        return -(target * log_relations).sum(1).mean()  # (B, K) -> (B,) -> ()

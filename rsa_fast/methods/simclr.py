@@ -1,4 +1,16 @@
-"""SimCLR (Chen et al. 2020; github.com/google-research/simclr objective.py): every other image in the batch is a negative."""
+"""SimCLR (Chen et al., ICML 2020).
+
+Source: github.com/google-research/simclr, objective.py.
+
+Each view must find the other view of its image among all views of the global batch. With the 2N
+unit-length projections z of N images and the temperature T, the loss (NT-Xent) of a view i whose
+partner is j is
+
+    -log(exp(z_i.z_j / T) / sum_{k != i} exp(z_i.z_k / T)),
+
+averaged over all views. There is one network, and the gradient flows through both sides of every
+similarity, from other ranks too. Both aggressive views are read.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +30,12 @@ from rsa_fast.sourced import Rows, cite
 
 
 class SimClrRecipe(Recipe):
-    out_dim: int = Field(ge=1)
-    temperature: float = Field(gt=0)
+    out_dim: int = Field(ge=1)  # D, outputs of the projector
+    temperature: float = Field(gt=0)  # divides the similarities before the softmax
 
 
 class SimClr(Method):
-    """The projector has one hidden layer of the encoder's width (the RSA paper does not say which head it used)."""
+    """SimCLR, whose projector has one hidden layer as wide as the encoder's features."""
 
     recipe_type = SimClrRecipe
     # The RSA paper names neither temperature nor head. The temperatures are those of SimCLR's CIFAR
@@ -45,20 +57,21 @@ class SimClr(Method):
         self.temperature = recipe.temperature
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """NT-Xent over the global batch, the mean over its 2B views."""
-        z_1, z_2 = unit(self.online(batch.aggressive_1)), unit(self.online(batch.aggressive_2))
+        """NT-Xent against the global batch, averaged over this rank's 2B views."""
+        z_1 = unit(self.online(batch.aggressive_1))  # (B, D)
+        z_2 = unit(self.online(batch.aggressive_2))  # (B, D)
         return Loss(nt_xent(z_1, z_2, self.temperature), z_1, {})
 
 
 def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float) -> Tensor:
-    """Mean over this rank's views of the cross-entropy of finding the partner among the 2B - 1 other views of all ranks.
+    """The cross-entropy of finding each view's partner among the 2N - 1 other views of all ranks.
 
-    `z_1`, `z_2` are unit rows `(b, D)`; the gradient flows through the views gathered from other ranks too.
+    Takes this rank's unit rows `z_1` and `z_2`, `(B, D)`. Returns the mean over its 2B views.
     """
-    every = torch.cat([gather(z_1), gather(z_2)])  # (2B, D)
-    half = len(every) // 2
-    mine = rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)
-    self_column, partner = torch.cat([mine, mine + half]), torch.cat([mine + half, mine])
+    every = torch.cat([gather(z_1), gather(z_2)])  # (2N, D)
+    half = len(every) // 2  # N
+    mine = rank() * len(z_1) + torch.arange(len(z_1), device=z_1.device)  # (B,)
+    self_column, partner = torch.cat([mine, mine + half]), torch.cat([mine + half, mine])  # (2B,)
     with torch.autocast(z_1.device.type, enabled=False):
-        logits = torch.cat([z_1, z_2]) @ every.T / temperature  # (2b, 2B)
+        logits = torch.cat([z_1, z_2]) @ every.T / temperature  # (2B, 2N)
     return F.cross_entropy(logits.scatter(1, self_column[:, None], -torch.inf), partner)

@@ -1,6 +1,14 @@
-"""SimSiam (Chen & He 2021; github.com/facebookresearch/simsiam).
+"""SimSiam (Chen & He, CVPR 2021).
 
-One network: its predictor learns to predict the network's own projection of the other view, held fixed.
+Source: github.com/facebookresearch/simsiam.
+
+There is one network. Its predictor learns to predict the network's own projection of the image's
+other view. With unit-length predictions p and projections z, the loss is the batch mean of
+
+    -(p_1.sg z_2 + p_2.sg z_1) / 2.
+
+`sg` stops the gradient, which reaches the network through the predictions only. Both aggressive
+views are read.
 """
 
 from __future__ import annotations
@@ -19,15 +27,15 @@ from rsa_fast.sourced import Rows, cite
 
 
 class SimSiamRecipe(Recipe):
-    projector_layers: int = Field(ge=2)
-    out_dim: int = Field(ge=1)  # of projector and predictor
-    hidden_dim: int = Field(ge=1)  # of the predictor
-    constant_predictor_lr: bool = True  # the predictor keeps the peak learning rate
+    projector_layers: int = Field(ge=2)  # linear layers: 3 in the paper, 2 in its CIFAR recipe
+    out_dim: int = Field(ge=1)  # D, outputs of the projector and of the predictor
+    hidden_dim: int = Field(ge=1)  # units of the predictor's hidden layer
+    # The predictor's learning rate stays at its peak (the official --fix-pred-lr).
+    constant_predictor_lr: bool = True
 
 
 class SimSiam(Method):
-    """`projector_layers` is 3 in the paper and 2 in its CIFAR recipe, `hidden_dim` that of the predictor. With
-    `constant_predictor_lr` the predictor keeps the peak learning rate (the official --fix-pred-lr)."""
+    """SimSiam with the projector of the paper or of its CIFAR recipe."""
 
     recipe_type: ClassVar[type[Recipe]] = SimSiamRecipe
     rows: ClassVar[Rows] = {
@@ -61,26 +69,28 @@ class SimSiam(Method):
         return self.predictor.parameters() if self.constant_predictor_lr else ()
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-length predictions, with gradient, and projections, without: `(B, out_dim)` both."""
-        z = self.online(images)
+        """Unit-length predictions, with gradient, and projections, without; both `(B, D)`."""
+        z = self.online(images)  # (B, D)
         return unit(self.predictor(z)), unit(z.detach())
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """Symmetrised negative cosine, the mean of both directions, in -1..1."""
-        (p_1, z_1), (p_2, z_2) = self.embed(batch.aggressive_1), self.embed(batch.aggressive_2)
+        """The mean of both directions, between -1 and 1."""
+        p_1, z_1 = self.embed(batch.aggressive_1)  # (B, D)
+        p_2, z_2 = self.embed(batch.aggressive_2)  # (B, D)
         return Loss((negative_cosine(p_1, z_2) + negative_cosine(p_2, z_1)) / 2, z_1, {})
 
 
 def projector(in_dim: int, layers: int, out_dim: int) -> nn.Sequential:
-    """`layers` linear layers, each followed by BatchNorm, the last one's without gain and bias; ReLU between them.
+    """`layers` linear layers, each followed by BatchNorm, and ReLU between them.
 
-    Hidden layers are `in_dim` wide, or `out_dim` with two of them (the CIFAR recipe: 512-2048-2048).
+    The last BatchNorm has neither gain nor bias. Hidden layers have `in_dim` units, or `out_dim`
+    if there are two layers (the CIFAR recipe: 512-2048-2048).
     """
     hidden_dim = in_dim if layers > 2 else out_dim
     parts: list[nn.Module] = []
-    for first in (in_dim, *[hidden_dim] * (layers - 2))[: layers - 1]:
+    for width in (in_dim, *[hidden_dim] * (layers - 2)):
         parts += [
-            nn.Linear(first, hidden_dim, bias=False),
+            nn.Linear(width, hidden_dim, bias=False),
             nn.BatchNorm1d(hidden_dim),
             nn.ReLU(inplace=True),
         ]
@@ -89,5 +99,5 @@ def projector(in_dim: int, layers: int, out_dim: int) -> nn.Sequential:
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """Mean over the batch of -cos, for unit rows: `(B, D)`, `(B, D)` to a scalar."""
-    return -(p * z).sum(1).mean()
+    """-cos, averaged over the batch. Takes unit rows `(B, D)` and returns a scalar."""
+    return -(p * z).sum(1).mean()  # (B, D) -> (B,) -> ()

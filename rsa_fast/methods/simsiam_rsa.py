@@ -1,4 +1,13 @@
-"""SimSiam with RSA's weak targets (RSA section 4.7)."""
+"""SimSiam with RSA's weak targets (Bai et al., NeurIPS 2022, section 4.7).
+
+The paper releases no code for it. The weak targets w are the same network's projections of the weak
+views, computed without gradient. With unit-length predictions p of the aggressive views and
+targets t for the aggressive pairs, the loss is the batch mean of
+
+    -(1 - beta) (p_1.w_2 + p_2.w_1) / 2 - beta (p_1.t_2 + p_2.t_1) / 2.
+
+The gradient reaches the network through the predictions p only. All four views are read.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +16,23 @@ from typing import Literal
 import torch
 
 from pipelines.views import VIEWS, Batch
-from rsa_fast.methods.method import BETA, BetaRecipe, Loss, Now, unit
+from rsa_fast.methods.method import BETA_ROWS, BetaRecipe, Loss, Now, unit
 from rsa_fast.methods.simsiam import SimSiam, SimSiamRecipe, negative_cosine
 from rsa_fast.networks import Encoder
-from rsa_fast.sourced import stacked
+from rsa_fast.sourced import merged_rows
 
 
 class SimSiamRsaRecipe(SimSiamRecipe, BetaRecipe):
-    aa_target: Literal["pred", "proj"] = (
-        "pred"  # aggressive pairs: predictions (Eq. 5), projections
-    )
+    # The targets t of aggressive pairs, detached: predictions (pred), as in RSA's Eq. 5, or
+    # projections (proj), as in SimSiam. With proj, beta = 1 is SimSiam.
+    aa_target: Literal["pred", "proj"] = "pred"
 
 
 class SimSiamRsa(SimSiam):
-    """The weak targets are the same network's projections of the weak views, made without gradient.
-
-    The paper releases no code for it. `aa_target` chooses what an aggressive pair is drawn to: `pred`, RSA's predictions, or
-    `proj`, SimSiam's projections, with which beta = 1 is SimSiam.
-    """
+    """SimSiam on all four views, with RSA's decaying weight of aggressive pairs."""
 
     recipe_type = SimSiamRsaRecipe
-    rows = stacked(SimSiam.rows, BETA)
+    rows = merged_rows(SimSiam.rows, BETA_ROWS)
     reads = frozenset(VIEWS)
 
     def __init__(self, recipe: SimSiamRsaRecipe, encoder: Encoder) -> None:
@@ -35,13 +40,14 @@ class SimSiamRsa(SimSiam):
         self.aa_target = recipe.aa_target
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        (p_1, z_1), (p_2, z_2) = self.embed(batch.aggressive_1), self.embed(batch.aggressive_2)
+        """The mean of both directions, between -1 and 1."""
+        p_1, z_1 = self.embed(batch.aggressive_1)  # (B, D)
+        p_2, z_2 = self.embed(batch.aggressive_2)  # (B, D)
         with torch.no_grad():
-            w_1, w_2 = unit(self.online(batch.weak_1)), unit(self.online(batch.weak_2))
+            w_1, w_2 = unit(self.online(batch.weak_1)), unit(self.online(batch.weak_2))  # (B, D)
         t_1, t_2 = (p_1.detach(), p_2.detach()) if self.aa_target == "pred" else (z_1, z_2)
         weak = (negative_cosine(p_1, w_2) + negative_cosine(p_2, w_1)) / 2
         aggressive = (negative_cosine(p_1, t_2) + negative_cosine(p_2, t_1)) / 2
         beta = now["beta"]
-        return Loss(
-            (1 - beta) * weak + beta * aggressive, z_1, {"weak": weak, "aggressive": aggressive}
-        )
+        total = (1 - beta) * weak + beta * aggressive
+        return Loss(total, z_1, {"weak": weak, "aggressive": aggressive})

@@ -1,4 +1,12 @@
-"""Supervised training of the same encoder on the same weak views and their labels (RSA Table 4's first row)."""
+"""Supervised training of the same encoder on weak views (the first row of RSA's Table 4).
+
+With the logits y of a linear classifier on the encoder and the label c, the loss is the batch mean
+of the cross-entropy
+
+    -log(exp(y_c) / sum_j exp(y_j)).
+
+The gradient reaches the encoder and the classifier. One weak view and the labels are read.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +25,19 @@ from rsa_fast.sourced import Rows, cite
 
 
 class SupervisedRecipe(Recipe):
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=2)  # C, outputs of the classifier
 
     def check_labels(self, labelled: bool, classes: int) -> None:
         if not labelled or classes != self.classes:
-            found = f"labels of {classes} classes" if labelled else "images without labels"
+            labels = f"labels of {classes} classes" if labelled else "images without labels"
             raise ValueError(
-                f"supervised training on {self.classes} classes found {found}: --set classes={classes or 'N'}"
+                f"supervised training on {self.classes} classes found {labels}: "
+                f"--set classes={classes or 'N'}"
             )
 
 
 class Supervised(Method):
-    """A linear classifier on the encoder."""
+    """A linear classifier on the encoder, both trained."""
 
     recipe_type = SupervisedRecipe
     # PAPER Table 4's first row gives epochs and batch only. The rest is the usual recipe, with this
@@ -36,10 +45,14 @@ class Supervised(Method):
     rows: ClassVar[Rows] = {
         "all": cite("torchvision's default", zero_init_residual=False),
         "imagenet1k": cite(
-            "the usual recipe", optimizer="sgd", base_lr=0.1, weight_decay=1e-4, warmup_epochs=0
+            "the usual recipe",
+            optimizer="sgd",
+            base_lr=0.1,
+            weight_decay=1e-4,
+            warmup_epochs=0,
+            bn="local",
         )
-        | cite("PAPER Table 4", batch_size=256, epochs=100)
-        | cite("the usual recipe", bn="local"),
+        | cite("PAPER Table 4", batch_size=256, epochs=100),
     }
     reads = frozenset({"weak_1"})
 
@@ -49,9 +62,9 @@ class Supervised(Method):
         self.classifier = nn.Linear(encoder.feature_dim, recipe.classes)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """Cross-entropy, with the batch's top-1 in percent."""
-        features = self.encoder(batch.weak_1)
-        logits = self.classifier(features)
+        """The cross-entropy. `train_top1` is the batch's top-1 accuracy in percent."""
+        features = self.encoder(batch.weak_1)  # (B, feature_dim)
+        logits = self.classifier(features)  # (B, C)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         top1 = 100 * (logits.argmax(1) == batch.label).float().mean()
         return Loss(F.cross_entropy(logits, batch.label), unit(features), {"train_top1": top1})

@@ -1,11 +1,14 @@
-"""Checkpoints: complete, atomic, loadable with `weights_only=True`.
+"""Checkpoints: complete, written atomically, and loadable with `weights_only=True`.
 
-    RUN/checkpoints/step_00000780.pt      step, recipe, method (online, target), optimiser, scaler, data fingerprint
+    RUN/checkpoints/step_00000780.pt      step, recipe, method (online, target), optimiser, scaler,
+                                          data fingerprint
 
     with Writer(RUN / "checkpoints", keep_last=2) as writer:
-        writer.save(state)      # holds the caller for a copy in memory; the disk is written meanwhile
+        writer.save(state)
 
-The data position is the step itself: order and views are pure functions of it, so no generator state is stored.
+Saving stops training only while the state is copied to host memory. A background thread then writes
+the file. The step number is also the position in the data: the sample order and all augmentations
+are functions of it, so no random generator state is saved.
 """
 
 from __future__ import annotations
@@ -24,63 +27,69 @@ from pipelines.files import partial_name, write_whole
 
 PATTERN = "step_{:08d}.pt"
 
-Place = tuple[Any, ...]  # the keys and indices that lead to a tensor in the state
+KeyPath = tuple[Any, ...]  # the keys and indices that lead to a tensor in a nested state
 
 
 class Writer:
-    """Writes checkpoints to `folder` on a thread of its own, one at a time, while training goes on; a context manager.
+    """Writes checkpoints to `folder` in a background thread while training continues.
 
-    Leaving it waits for the write in flight. A write that fails leaves the checkpoints before it untouched and is an OSError
-    at the next `save` or `wait` or on leaving; a warning where another error is already on its way.
+    A context manager: leaving it waits for the last write. Only one checkpoint is written at once.
+    A write that fails leaves the earlier checkpoints untouched. The next `save` or `wait`, or
+    leaving the context, then raises OSError; if another error is already being raised, the failed
+    write is only a warning.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(partial_name("step_*.pt")):  # of a run that was killed
+        # Unfinished files of a run that was killed.
+        for stale in folder.glob(partial_name("step_*.pt")):
             stale.unlink()
         self.folder, self.keep_last = folder, keep_last
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
-        self.buffers: dict[
-            Place, Tensor
-        ] = {}  # by place in the state; used again: fresh pages take longer than the copy
+        # The host copies. They are reused: allocating fresh pages takes longer than the copy.
+        self.buffers: dict[KeyPath, Tensor] = {}
         self.devices: set[torch.device] = set()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Copy `state`, nested dictionaries and lists of tensors and plain values, and write the copy under its step.
+        """Copy `state` to host memory and start writing the copy to the file of its step.
 
-        On return the tensors may change. Waits for the write before this one, not for the device; the first save allocates
-        the buffers, as much host memory as the state has, on a GPU pinned.
+        `state` consists of nested dictionaries and lists of tensors and plain values. The tensors
+        may change as soon as this method returns.
+
+        It waits for the previous write, but not for the device. The first call allocates as much
+        host memory as the state takes; for tensors on a GPU it is pinned.
         """
         self.wait()
         snapshot = self.snapshot(state, ())
+        # The copies from a GPU are still under way. The thread waits for them, by these events.
         streams = [torch.cuda.current_stream(device) for device in self.devices]
-        copied = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]  # torch gives no types
-        self.writing = self.thread.submit(self.write, snapshot, copied)
+        copies_done = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]
+        self.writing = self.thread.submit(self.write, snapshot, copies_done)
 
-    def snapshot(self, value: Any, place: Place) -> Any:
+    def snapshot(self, value: Any, key_path: KeyPath) -> Any:
+        """A copy of `value`, in which the tensors are host buffers that are still being filled."""
         if isinstance(value, dict):
-            return {key: self.snapshot(item, (*place, key)) for key, item in value.items()}
+            return {key: self.snapshot(item, (*key_path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.snapshot(item, (*place, i)) for i, item in enumerate(value))
+            return type(value)(self.snapshot(item, (*key_path, i)) for i, item in enumerate(value))
         if not isinstance(value, Tensor):
             return value
-        value, buffer = value.detach(), self.buffers.get(place)
+        value, buffer = value.detach(), self.buffers.get(key_path)
         if value.is_cuda:
             self.devices.add(value.device)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-            buffer = self.buffers[place] = torch.empty_like(
-                value, device="cpu", pin_memory=value.is_cuda
-            )
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self.buffers[key_path] = buffer
         return buffer.copy_(value, non_blocking=True)
 
-    def write(self, state: dict[str, Any], copied: list[torch.cuda.Event]) -> None:
-        for event in copied:
+    def write(self, state: dict[str, Any], copies_done: list[torch.cuda.Event]) -> None:
+        for event in copies_done:
             event.synchronize()
         write(self.folder, state, self.keep_last)
 
     def wait(self) -> None:
-        """Return when the last `save` is on the disk. Raises OSError when it failed."""
+        """Return when the last checkpoint is on the disk. Raises OSError if writing it failed."""
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
@@ -92,58 +101,62 @@ class Writer:
         self.thread.shutdown()
         try:
             self.wait()
-        except Exception as failed:
+        except Exception as write_error:
             if error is None:
                 raise
-            warnings.warn(str(failed), stacklevel=2)
+            warnings.warn(str(write_error), stacklevel=2)
 
 
 def save(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
-    """Write `state` under its step, then drop all but the newest `keep_last`; returns the path. Raises OSError."""
+    """Write `state` to the file of its step, and delete all but the newest `keep_last` checkpoints.
+
+    Returns the path. Raises OSError if the file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return write(folder, state, keep_last)
 
 
 def write(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
+    """Like `save`, for a folder that has to exist already."""
     path = folder / PATTERN.format(state["step"])
     try:
         write_whole(path, partial(torch.save, state))
     except (OSError, RuntimeError) as error:
-        fault = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch answers a failed write with its own error
-        if not isinstance(fault, OSError):
+        # If a write fails, torch raises a RuntimeError of its own while handling the OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
         raise OSError(
-            f"{path} was not written: {fault.strerror or fault}. Once {folder} is there, writable and has room, "
-            "go on with --resume; the checkpoints before it are untouched"
+            f"{path} was not written: {cause.strerror or cause}. Once {folder} is there, writable "
+            "and has room, go on with --resume; the checkpoints before it are untouched"
         ) from error
-    found = listed(folder)
-    end = found.index(path) + 1  # those after it are damaged: resuming passed over them
-    for old in found[: max(0, end - keep_last)] + found[end:]:
+    # Checkpoints of later steps are damaged, because resuming did not use them. Delete these too.
+    paths = paths_in(folder)
+    end = paths.index(path) + 1
+    for old in paths[: max(0, end - keep_last)] + paths[end:]:
         old.unlink()
     return path
 
 
-def listed(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first, by their number."""
+def paths_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, sorted by their step numbers."""
     numbers = {path: path.stem.removeprefix("step_") for path in folder.glob("step_*.pt")}
-    return sorted(
-        (path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path])
-    )
+    paths = [path for path, number in numbers.items() if number.isdecimal()]
+    return sorted(paths, key=lambda path: int(numbers[path]))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One checkpoint, on the CPU; no code that the file may hold is run.
+    """Load a checkpoint to the CPU. Code in the file is never executed.
 
-    Raises ValueError when the file is damaged or no checkpoint, FileNotFoundError when it is missing.
+    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or no checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
+    # torch and zipfile can raise almost any exception for a damaged file.
     try:
-        check(path)
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile raise whatever their authors did not think of
+    except Exception as error:
         raise ValueError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     fields: dict[str, Any] = state if isinstance(state, dict) else {}
     if missing := {"step", "recipe", "method"} - fields.keys():
@@ -153,37 +166,36 @@ def load(path: Path) -> dict[str, Any]:
     return fields
 
 
-def check(path: Path) -> None:
-    """Raises ValueError for what `torch.load` would let pass or explain badly: it compares no checksums, unpacks compressed
-    parts to any size, and for a file that holds code it advises to run it."""
+def check_archive(path: Path) -> None:
+    """Raise ValueError for faults that `torch.load` accepts or explains badly.
+
+    `torch.load` does not compare checksums, and it unpacks compressed parts to any size. For a file
+    with code in it, its error message recommends executing the code.
+    """
     with ZipFile(path) as archive:
         for part in archive.infolist():
-            if (
-                part.compress_type != ZIP_STORED
-                or ".." in Path(part.filename).parts
-                or part.filename.startswith("/")
-            ):
-                raise ValueError(
-                    f"its part {part.filename!r} is compressed or leads out of the file"
-                )
+            name = part.filename
+            leads_out = name.startswith("/") or ".." in Path(name).parts
+            if leads_out or part.compress_type != ZIP_STORED:
+                raise ValueError(f"its part {name!r} is compressed or leads out of the file")
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        raise ValueError(
-            f"it holds calls of {', '.join(sorted(code))}; wanted tensors and plain values"
-        )
+        names = ", ".join(sorted(code))
+        raise ValueError(f"it holds calls of {names}; wanted tensors and plain values")
 
 
 def load_latest(folder: Path) -> dict[str, Any]:
-    """The newest whole checkpoint; a damaged newer one is named in a warning and passed over.
+    """Load the newest undamaged checkpoint. Each newer one that is damaged causes a warning.
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError if there is none.
     """
-    for path in reversed(listed(folder)):
+    for path in reversed(paths_in(folder)):
         try:
             return load(path)
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     raise FileNotFoundError(
-        f"no whole checkpoint in {folder}: start without --resume, or point --out at the run's folder"
+        f"no whole checkpoint in {folder}: start without --resume, "
+        "or point --out at the run's folder"
     )

@@ -1,16 +1,20 @@
-"""Training: the loop over steps, its records and checkpoints, and resuming it exactly.
+"""Training: the loop over steps, with its records, checkpoints and evaluations.
 
-result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
+    result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
+
+`train` prepares a run and `Loop.run_until` is the loop. One optimiser step is `step.train_step`.
+The step number is the only state of the data: the sample order and all augmentations are functions
+of it. That is why a run that is stopped and resumed equals an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines import Loader, Order, open_source, open_views
+from pipelines import Loader, Order, Source, open_source, open_views
+from pipelines.files import write_text
 from rsa_fast.distributed import (
     STOP_SIGNALS,
     Heartbeat,
     barrier,
-    highest,
+    max_over_ranks,
     process_group,
     rank,
     restarted,
@@ -34,21 +39,22 @@ from rsa_fast.evaluation.feature_stats import feature_stats
 from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml
 from rsa_fast.training import checkpoint
 from rsa_fast.training.meter import Meter, warn_of_collapse
-from rsa_fast.training.metrics import Metrics, environment
+from rsa_fast.training.metrics import Metrics, versions_and_hardware
 from rsa_fast.training.run_folder import (
-    begun,
     check_folder,
-    full_disk_named,
-    job,
+    explain_full_disk,
+    launcher_job_id,
     prepare_folder,
-    report_or_say,
-    write_text,
+    started_by_this_job,
+    try_to_report,
 )
 from rsa_fast.training.step import Run, build_run, train_step
 
+log = logging.getLogger("rsa_fast")
+
 
 class StoppedError(Exception):
-    """A signal ended the run after its checkpoint was written."""
+    """A signal stopped the run. Its checkpoint was written before."""
 
 
 def train(
@@ -62,143 +68,199 @@ def train(
     force: bool = False,
     stop_at_step: int | None = None,
 ) -> dict[str, Any] | None:
-    """Train a recipe on the images under `data` into the folder `out`; returns the result that is also in `result.json`.
+    """Train a recipe on the images in `data`, with the run folder `out`.
 
-    `resume` goes on from the newest whole checkpoint in `out`, bit for bit as if never stopped, and starts the run there
-    where it has none yet; with `force` also where the recipe or the data differ, which is said. `init_from` starts from
-    another run's weights; `overwrite` deletes the run in `out` once this one is ready to start; `stop_at_step` checkpoints
-    and returns early. Under torchrun every rank calls this and rank 0 gets the result; a run that torchrun starts again after
-    a rank died is resumed.
+    Returns the result, which is also written to `result.json`; on all ranks but rank 0, None. Under
+    torchrun every rank calls this function. A run that torchrun restarts because a rank died is
+    resumed.
 
-    Raises FileExistsError when `out` is not empty and neither resumed nor overwritten, ValueError when the recipe or the
-    data of a resumed run changed, FloatingPointError when the loss or a weight is not finite, OSError when a checkpoint cannot
-    be written, ConnectionError when a rank stopped answering, and StoppedError when a signal ended the run.
+    Args:
+        resume: Continue from the newest undamaged checkpoint in `out`, bit for bit as if the run
+            had never stopped. If there is no checkpoint yet, start at step 0.
+        overwrite: Delete the run in `out`, but only when the new run is ready to start.
+        init_from: A checkpoint of another run, of which only the weights are loaded.
+        force: Resume although the recipe or the data changed. The differences are logged.
+        stop_at_step: Write a checkpoint after this many steps and return.
+
+    Raises:
+        FileExistsError: `out` is not empty, and neither `resume` nor `overwrite` is given.
+        ValueError: The recipe or the data of a resumed run changed.
+        FloatingPointError: The loss or a weight is not finite.
+        OSError: A checkpoint cannot be written.
+        ConnectionError: A rank stopped answering.
+        StoppedError: A signal stopped the run.
     """
-    with process_group(recipe.device, recipe.timeout_s) as heartbeat, full_disk_named(out):
-        if restarted() and begun(out):
+    with process_group(recipe.device, recipe.timeout_s) as heartbeat, explain_full_disk(out):
+        # ---- The run folder ----------------------------------------------------------------------
+        # Rank 0 refuses an unsuitable folder before any image is read. When torchrun restarts the
+        # ranks, the folder already contains this very run, which is then resumed.
+        if restarted() and started_by_this_job(out):
             resume, overwrite = True, False
         if rank() == 0:
             check_folder(out, resume, overwrite)
         barrier()
+
+        # ---- The data and the networks -----------------------------------------------------------
+        # The networks start from random parameters, from a checkpoint or from given weights.
         source = open_source(data, "pretrain", cache=out)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
         run = build_run(recipe, len(source.manifest))
-        if resume and checkpoint.listed(out / "checkpoints"):
-            restore(
-                run, checkpoint.load_latest(out / "checkpoints"), source.manifest.fingerprint, force
-            )
-        elif init_from:
-            run.method.load_state_dict(checkpoint.load(init_from)["method"])
-        if (furthest := highest(run.step)) != run.step:  # a network disk shows a new file late
-            raise FileNotFoundError(
-                f"{out}: rank {rank()} found the checkpoint of step {run.step}, another rank {furthest}'s"
-            )
+        fingerprint = source.manifest.fingerprint
+        load_start(run, out, fingerprint, resume=resume, init_from=init_from, force=force)
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
-            if resume and run.step == 0:
-                print(f"{out} has no checkpoint yet: starting at step 0", file=sys.stderr)
             announce(run, len(source.manifest))
-        order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
-        with (
-            open_views(
-                source,
-                recipe.views,
-                run.method.reads,
-                order,
-                device=run.device,
-                dtype=run.dtype,
-                **recipe.loading,
-            ) as loader,
-            stop_signals() as asked,
-        ):
-            barrier()  # nothing keeps any rank from starting: an old run may go
-            if rank() == 0:
-                prepare_folder(out, resume, overwrite)
-                write_text(out / "env.json", json.dumps({**environment(), "job": job()}, indent=1))
-                write_text(out / "recipe.yaml", dump_yaml(recipe))
-            with (
-                Metrics(out, run.plan.total_steps, run.step, recipe.wandb) as metrics,
-                checkpoint.Writer(out / "checkpoints", recipe.keep_last)
-                if rank() == 0
-                else nullcontext() as writer,
-            ):
-                loop = Loop(
-                    run,
-                    loader,
-                    metrics,
-                    evaluation,
-                    writer,
-                    out,
-                    source.manifest.fingerprint,
-                    asked,
-                    heartbeat,
-                )
-                result = loop.run_until(
-                    min(stop_at_step or run.plan.total_steps, run.plan.total_steps)
-                )
-        if asked and run.step < run.plan.total_steps:
-            raise StoppedError(
-                f"{asked[0].name}: stopped after step {run.step}, which is saved; go on with --resume"
-            )
+
+        # ---- The loop ----------------------------------------------------------------------------
+        # It trains to the last step of the recipe, to `stop_at_step`, or until a signal.
+        result = run_loop(
+            run,
+            source,
+            evaluation,
+            out,
+            heartbeat=heartbeat,
+            resume=resume,
+            overwrite=overwrite,
+            end=min(stop_at_step or run.derived.total_steps, run.derived.total_steps),
+        )
         return result if rank() == 0 else None
+
+
+def run_loop(
+    run: Run,
+    source: Source,
+    evaluation: Evaluation | None,
+    out: Path,
+    *,
+    heartbeat: Heartbeat,
+    resume: bool,
+    overwrite: bool,
+    end: int,
+) -> dict[str, Any]:
+    """Open what the loop reads and writes, and train up to step `end`. Returns the result.
+
+    Raises StoppedError if a signal stopped the run before its last step.
+    """
+    recipe, total_steps = run.recipe, run.derived.total_steps
+    order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
+    with (
+        open_views(
+            source,
+            recipe.views,
+            run.method.reads,
+            order,
+            device=run.device,
+            dtype=run.dtype,
+            loading=recipe.loading,
+        ) as loader,
+        stop_signals() as signals_received,
+    ):
+        # After this barrier every rank is able to start. Only now may an old run be deleted.
+        barrier()
+        if rank() == 0:
+            prepare_folder(out, resume, overwrite)
+            environment = versions_and_hardware() | {"job": launcher_job_id()}
+            write_text(out / "env.json", json.dumps(environment, indent=1))
+            write_text(out / "recipe.yaml", dump_yaml(recipe))
+
+        # Leaving this block waits for the checkpoint that is being written.
+        with (
+            Metrics(out, total_steps, run.step, recipe.wandb) as metrics,
+            open_writer(out, recipe) as writer,
+        ):
+            loop = Loop(
+                run=run,
+                loader=loader,
+                metrics=metrics,
+                evaluation=evaluation,
+                writer=writer,
+                out=out,
+                fingerprint=source.manifest.fingerprint,
+                signals_received=signals_received,
+                heartbeat=heartbeat,
+            )
+            result = loop.run_until(end)
+
+    if signals_received and run.step < total_steps:
+        raise StoppedError(
+            f"{signals_received[0].name}: stopped after step {run.step}, which is saved; "
+            "go on with --resume"
+        )
+    return result
 
 
 @dataclass
 class Loop:
-    """Steps, and what happens between them: records, checkpoints, evaluation."""
+    """The loop over steps, and what happens between them: records, checkpoints and evaluations."""
 
     run: Run
     loader: Loader
     metrics: Metrics
-    evaluation: Evaluation | None
-    writer: checkpoint.Writer | None  # on rank 0
+    evaluation: Evaluation | None  # None if the data cannot be evaluated
+    writer: checkpoint.Writer | None  # None on all ranks but rank 0
     out: Path
-    fingerprint: str
-    asked: list[signal.Signals]
+    fingerprint: str  # of the training images
+    signals_received: list[signal.Signals]  # filled by `stop_signals`
     heartbeat: Heartbeat
 
     def run_until(self, end: int) -> dict[str, Any]:
-        """Train up to step `end`, or to where a signal asks to stop; returns the result."""
-        run, recipe, per_epoch = self.run, self.run.recipe, self.run.plan.steps_per_epoch
+        """Train up to step `end`, or until a signal asks to stop. Returns the result."""
+        run, recipe, steps_per_epoch = self.run, self.run.recipe, self.run.derived.steps_per_epoch
         meter = Meter(recipe.batch_size, run.device)
+
+        # Each turn of this loop is one epoch. The first one may start in the middle of an epoch,
+        # and the last one may end there.
         while run.step < end:
-            if run.step % per_epoch == 0:
-                self.score_knn(run.step // per_epoch)
+            # Before an epoch starts, its encoder is scored. A run resumed within an epoch skips it.
+            epoch, first_batch = divmod(run.step, steps_per_epoch)
+            if first_batch == 0:
+                self.score_knn(epoch)
+
+            # The steps of the epoch. A step only queues work on the device: the loop waits for the
+            # device when a record is due, every `log_every_steps` steps. The heartbeat tells the
+            # other ranks what this rank is doing.
             meter.restart()
             self.heartbeat.doing = f"waiting for the views of step {run.step}"
-            for batch in meter.waiting(
-                self.loader.batches(run.step // per_epoch, run.step % per_epoch)
-            ):
+            for batch in meter.waiting(self.loader.batches(epoch, first_batch)):
                 self.heartbeat.doing = f"in step {run.step}"
                 meter.add(run.step, train_step(run, batch), run.skipped)
-                due = run.step % recipe.log_every_steps == 0
-                if self.stop_asked(due):
+                record_due = run.step % recipe.log_every_steps == 0
+                if self.stop_requested(record_due):
                     end = run.step
-                if due or run.step == end:
+                if record_due or run.step == end:
                     self.record(meter)
                 if run.step == end:
                     break
                 self.heartbeat.doing = f"waiting for the views of step {run.step}"
-            done = run.step // per_epoch
-            if (
-                run.step % per_epoch == 0 and rank() == 0
-            ):  # before the checkpoint, from which a resumed run goes on
-                self.metrics.write(
-                    {"step": run.step, "epoch": done, **feature_stats(run.method.encoder, batch)}
-                )
-            if run.step == end or done % recipe.checkpoint_every_epochs == 0:
+
+            # After a complete epoch, statistics of the features of its last batch are recorded.
+            # This comes before the checkpoint: a run resumed from the checkpoint does not return
+            # here, and the record would be missing.
+            epochs_done = run.step // steps_per_epoch
+            if run.step % steps_per_epoch == 0 and rank() == 0:
+                stats = feature_stats(run.method.encoder, batch)
+                self.metrics.write({"step": run.step, "epoch": epochs_done, **stats})
+
+            # A checkpoint is also written wherever training ends.
+            if run.step == end or epochs_done % recipe.checkpoint_every_epochs == 0:
                 self.save(meter)
+
+        return self.finish(meter)
+
+    def finish(self, meter: Meter) -> dict[str, Any]:
+        """Evaluate the encoder if training is complete, and write and return the result."""
+        run, recipe = self.run, self.run.recipe
+        complete = run.step == run.derived.total_steps
         scores = {}
-        if self.evaluation and run.step == run.plan.total_steps:
+        if self.evaluation and complete:
             scores = self.evaluate(self.evaluation, "knn", "linear-fast")
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
+
         result = {
             "out": str(self.out),
             "method": recipe.method,
             "dataset": recipe.dataset,
             "step": run.step,
-        }
-        result |= {
             **meter.summary(),
             "knn_top1": None,
             "knn20_top1": None,
@@ -206,82 +268,110 @@ class Loop:
             **scores,
         }
         if self.writer:
+            # The result is written last: once it is there, so is the checkpoint of its step.
             self.writer.wait()
             write_text(self.out / "result.json", json.dumps(result))
-            if run.step == run.plan.total_steps:  # a run that was told to stop has no time for it
-                report_or_say(self.out)
+            # A run stopped by a signal has no time for the report.
+            if complete:
+                try_to_report(self.out)
         return result
 
     def record(self, meter: Meter) -> None:
-        """Write the means since the last record. Raises FloatingPointError when training has gone wrong."""
-        record = {"step": self.run.step, **meter.read(), **self.run.schedule(self.run.step - 1)}
-        self.check(meter)
+        """Write the means since the last record; waits for the device.
+
+        Raises FloatingPointError if the loss is not finite.
+        """
+        values, schedule = meter.read(), self.run.schedule(self.run.step - 1)
+        record = {"step": self.run.step, **values, **schedule}
+        self.check_losses(meter)
         self.metrics.write(record)
         warn_of_collapse(record)
 
     def save(self, meter: Meter) -> None:
-        """Write a checkpoint. Raises FloatingPointError when training has gone wrong: what is kept is good."""
+        """Write a checkpoint; waits for the device.
+
+        Raises FloatingPointError if the loss, a weight or a statistic is not finite. A checkpoint
+        with such a value is never written.
+        """
         self.heartbeat.doing = "writing a checkpoint"
-        meter.look()
-        self.check(meter)
+        meter.update_faults()
+        self.check_losses(meter)
         state = self.run.method.state_dict()
         finite = torch.stack([x.isfinite().all() for x in state.values()]).all()
-        if highest(int(~finite)):
-            self.stop_at_fault(
-                self.run.step - 1,
-                f"the weights or statistics after step {self.run.step - 1} are not finite",
-            )
+        if max_over_ranks(int(~finite)):
+            step = self.run.step - 1
+            fault = f"the weights or statistics after step {step} are not finite"
+            self.stop_at_fault(step, fault)
         if self.writer:
-            self.writer.save(snapshot(self.run, self.fingerprint))
+            self.writer.save(checkpoint_state(self.run, self.fingerprint))
 
-    def check(self, meter: Meter) -> None:
+    def check_losses(self, meter: Meter) -> None:
+        """Raise FloatingPointError if a loss was not finite.
+
+        In fp16 single overflows are normal and the scaler skips such steps. There training stops
+        only after `max_skips` skipped steps in a row.
+        """
         if self.run.scaler.is_enabled():
-            if meter.worst_skips >= self.run.recipe.max_skips:
-                fault = f"fp16 overflowed in {meter.worst_skips} steps in a row, up to step {meter.worst_step}"
-                self.stop_at_fault(meter.worst_step, fault)
+            skips, step = meter.worst_skips, meter.worst_step
+            if skips >= self.run.recipe.max_skips:
+                fault = f"fp16 overflowed in {skips} steps in a row, up to step {step}"
+                self.stop_at_fault(step, fault)
         elif meter.first_bad is not None:
             self.stop_at_fault(meter.first_bad, f"the loss of step {meter.first_bad} is not finite")
 
     def stop_at_fault(self, step: int, fault: str) -> None:
-        """Leave in nonfinite.json what it takes to make the batch of `step` again. Raises FloatingPointError."""
+        """Write `nonfinite.json`, which lists the sample ids of the batch of `step`.
+
+        Always raises FloatingPointError.
+        """
         if self.writer:
             self.writer.wait()
+        # The sample ids of all ranks together are those that a single rank would read.
         order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
-        epoch, place = divmod(step, len(order))
-        last = checkpoint.listed(self.out / "checkpoints")
-        found = {
-            "step": step,
-            "epoch": epoch,
-            "fault": fault,
-            "checkpoint": str(last[-1]) if last else None,
-        }
+        epoch, step_of_epoch = divmod(step, len(order))
+        checkpoints = checkpoint.paths_in(self.out / "checkpoints")
+        last_good = str(checkpoints[-1]) if checkpoints else None
+        report_path = self.out / "nonfinite.json"
         if rank() == 0:
-            write_text(
-                self.out / "nonfinite.json",
-                json.dumps(found | {"sample_ids": order.ids(epoch, place).tolist()}),
-            )
+            report = {
+                "step": step,
+                "epoch": epoch,
+                "fault": fault,
+                "checkpoint": last_good,
+                "sample_ids": order.ids(epoch, step_of_epoch).tolist(),
+            }
+            write_text(report_path, json.dumps(report))
         raise FloatingPointError(
             f"{fault}: lower the learning rate or add warm-up epochs. "
-            f"Last good checkpoint: {found['checkpoint']}; the batch's sample ids: {self.out / 'nonfinite.json'}"
+            f"Last good checkpoint: {last_good}; the batch's sample ids: {report_path}"
         )
 
-    def stop_asked(self, due: bool) -> bool:
-        """Whether a signal asks to stop. Several ranks agree on a CPU every step, which takes .2 ms, on a GPU when a record is
-        due and waits for the device anyway."""
-        if world_size() > 1 and not (due or self.run.device.type == "cpu"):
+    def stop_requested(self, record_due: bool) -> bool:
+        """Whether a signal asked any rank to stop. All ranks get the same answer at the same step.
+
+        Several ranks have to communicate for this. On CPUs they do so in every step, which takes
+        0.2 ms. On GPUs they do so only when a record is due, which waits for the device anyway.
+        """
+        if world_size() > 1 and not (record_due or self.run.device.type == "cpu"):
             return False
-        if number := highest(self.asked[0] if self.asked else 0):
-            self.asked.append(signal.Signals(number))
+        number = max_over_ranks(self.signals_received[0] if self.signals_received else 0)
+        if number:
+            self.signals_received.append(signal.Signals(number))
         return bool(number)
 
     def score_knn(self, epoch: int) -> None:
+        """Record the kNN accuracy of the encoder, every `knn_every_epochs` epochs."""
         every = self.run.recipe.knn_every_epochs
         if self.evaluation and every and epoch % every == 0:
             scores = self.evaluate(self.evaluation, "knn")
             self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
 
     def evaluate(self, evaluation: Evaluation, *protocols: str) -> dict[str, Any]:
-        """Scores of the encoder that rank 0 keeps: with bn = local each rank has running statistics of its own."""
+        """The scores of the encoder by the given protocols.
+
+        With bn = local every rank has its own running statistics. All ranks evaluate with those of
+        rank 0, because these are the ones in the checkpoint.
+        """
         self.heartbeat.doing = "evaluating"
         if world_size() > 1:
             for buffer in self.run.method.encoder.buffers():
@@ -291,29 +381,71 @@ class Loop:
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects the signals that ask to stop, so that the step can be finished. A second one takes effect at once."""
-    asked: list[signal.Signals] = []
+    """Yields a list to which every signal that asks to stop is appended.
 
-    def note(number: int, _: Any) -> None:
-        asked.append(signal.Signals(number))
-        print(f"{asked[0].name}: finishing the step, then saving", file=sys.stderr)
+    The current step can thus be completed and saved. A second signal of the same kind takes effect
+    at once.
+    """
+    signals_received: list[signal.Signals] = []
+
+    # Python permits signal handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield signals_received
+        return
+
+    def receive(number: int, _: Any) -> None:
+        signals_received.append(signal.Signals(number))
+        log.warning(f"{signals_received[0].name}: finishing the step, then saving")
         signal.signal(number, previous[number])
 
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield asked
-        return
     previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, receive)
     try:
-        yield asked
+        yield signals_received
     finally:
         for number in STOP_SIGNALS:
             signal.signal(number, previous[number])
 
 
-def snapshot(run: Run, fingerprint: str) -> dict[str, Any]:
-    """All that a checkpoint holds."""
+def open_writer(out: Path, recipe: Recipe) -> AbstractContextManager[checkpoint.Writer | None]:
+    """Rank 0's writer of checkpoints; None on the other ranks."""
+    if rank() > 0:
+        return nullcontext()
+    return checkpoint.Writer(out / "checkpoints", recipe.keep_last)
+
+
+def load_start(
+    run: Run,
+    out: Path,
+    fingerprint: str,
+    *,
+    resume: bool,
+    init_from: Path | None,
+    force: bool,
+) -> None:
+    """Load the checkpoint to resume from, or else the weights in `init_from`, if either is there.
+
+    Raises FileNotFoundError if the ranks did not load the same checkpoint.
+    """
+    folder = out / "checkpoints"
+    if resume and checkpoint.paths_in(folder):
+        restore(run, checkpoint.load_latest(folder), fingerprint, force)
+    elif init_from:
+        run.method.load_state_dict(checkpoint.load(init_from)["method"])
+    # On a network disk a new file may become visible to some machines later than to others.
+    latest_step = max_over_ranks(run.step)
+    if latest_step != run.step:
+        raise FileNotFoundError(
+            f"{out}: rank {rank()} found the checkpoint of step {run.step}, "
+            f"another rank {latest_step}'s"
+        )
+    if resume and run.step == 0 and rank() == 0:
+        log.info(f"{out} has no checkpoint yet: starting at step 0")
+
+
+def checkpoint_state(run: Run, fingerprint: str) -> dict[str, Any]:
+    """The content of a checkpoint. `fingerprint` identifies the training images."""
     return {
         "step": run.step,
         "recipe": run.recipe.model_dump(mode="json"),
@@ -326,33 +458,36 @@ def snapshot(run: Run, fingerprint: str) -> dict[str, Any]:
 
 
 def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = False) -> None:
-    """Put a checkpoint into a fresh run. Raises ValueError with the difference when recipe or data are not the same, unless
-    told to `force` it: then the difference is a warning."""
-    now, then = run.recipe.model_dump(mode="json"), state["recipe"]
-    rows = [
-        f"  {key}: {then.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        for key in now | then
-        if key not in FREE_FIELDS and now.get(key) != then.get(key)
+    """Load the content of a checkpoint into a new run.
+
+    Raises ValueError with the differences if the recipe or the training images are not the same.
+    With `force` the differences are only logged. Fields in `FREE_FIELDS` may always differ.
+    """
+    now, saved = run.recipe.model_dump(mode="json"), state["recipe"]
+    differences = [
+        f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
+        for key in now | saved
+        if key not in FREE_FIELDS and now.get(key) != saved.get(key)
     ]
     if state["data"] != fingerprint:
-        rows.append(
-            "  the training images are not the ones this run was started with (names, labels, bytes or sizes)"
+        differences.append(
+            "  the training images are not the ones this run was started with "
+            "(names, labels, bytes or sizes)"
         )
-    if rows and not force:
+    rows = "\n".join(differences)
+    if differences and not force:
         raise ValueError(
-            "this is not the run that was started; --force goes on all the same:\n"
-            + "\n".join(rows)
+            f"this is not the run that was started; --force goes on all the same:\n{rows}"
         )
-    if rows and rank() == 0:
-        print("going on with another run's checkpoint:\n" + "\n".join(rows), file=sys.stderr)
+    if differences and rank() == 0:
+        log.warning(f"going on with another run's checkpoint:\n{rows}")
     if state["world_size"] != world_size() and rank() == 0:
-        ranks = f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on"
-        print(
-            f"{ranks}: the same global batches, {run.plan.batch_per_gpu} images on each",
-            file=sys.stderr,
+        log.info(
+            f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on: "
+            f"the same global batches, {run.derived.batch_per_gpu} images on each"
         )
         if run.recipe.bn == "local":
-            print("bn is local: BatchNorm now normalises parts of another size", file=sys.stderr)
+            log.warning("bn is local: BatchNorm now normalises parts of another size")
     run.method.load_state_dict(state["method"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -360,25 +495,24 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
 
 
 def open_evaluation(data: Path, recipe: Recipe, run: Run, out: Path) -> Evaluation | None:
+    """The evaluation during and after training; None, with a warning, if the data allow none."""
     try:
         return Evaluation(data, recipe, run.device, run.dtype, out)
     except (FileNotFoundError, ValueError) as error:
-        print(f"no kNN or linear evaluation in this run: {error}", file=sys.stderr)
+        log.warning(f"no kNN or linear evaluation in this run: {error}")
         return None
 
 
 def announce(run: Run, count: int) -> None:
-    """The derived numbers, on stderr, before the first step."""
+    """Log the derived numbers before the first step. `count` is the number of training images."""
     numbers = {
         "images": count,
-        **asdict(run.plan),
+        **asdict(run.derived),
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in run.method.parameters() if p.requires_grad),
     }
-    numbers["parameters"] = sum(p.numel() for p in run.method.parameters() if p.requires_grad)
-    print("  ".join(f"{key} {value}" for key, value in numbers.items()), file=sys.stderr)
-    if run.plan.warmup_steps >= run.plan.total_steps:
-        print(
-            f"the learning rate only warms up: warmup_epochs is {run.recipe.warmup_epochs}",
-            file=sys.stderr,
-        )
+    log.info("  ".join(f"{key} {value}" for key, value in numbers.items()))
+    if run.derived.warmup_steps >= run.derived.total_steps:
+        epochs = run.recipe.warmup_epochs
+        log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")

@@ -1,8 +1,9 @@
-"""What a run writes while it goes: `metrics.jsonl`, `env.json`, TensorBoard, Weights & Biases, and progress on stderr."""
+"""What a run records: `metrics.jsonl`, TensorBoard, Weights & Biases, and progress on stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -24,12 +25,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipelines.files import write_whole
+from pipelines.files import write_text
 from rsa_fast.distributed import rank
 
+log = logging.getLogger("rsa_fast")
+
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
-ETA_FROM_S = 3600  # of the latest steps; rich's 30 s can be less than the time between two records
-SHOWN = {
+# The ETA is computed from the steps of the last hour. rich's default, the last 30 s, can be less
+# than the time between two records.
+ETA_WINDOW_S = 3600
+# What the progress bar shows, and how.
+BAR_FORMATS = {
     "images_per_s": "{:,.0f} images/s",
     "wait_pct": "wait {:.1f}%",
     "loss": "loss {:.4g}",
@@ -38,10 +44,10 @@ SHOWN = {
 
 
 class Sink(Protocol):
-    """A place for records, each a dict with its `step`."""
+    """A destination of records. A record is a dict that contains its `step`."""
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
-        """Start, or go on after `step`; what was written of later steps is void."""
+        """Start, or continue after `step`; records of later steps from before are discarded."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -49,12 +55,16 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Gives every record to `metrics.jsonl`, the progress display, TensorBoard where it is installed and, if wanted, Weights &
-    Biases; a context manager. Only rank 0 writes. Raises ValueError when `wandb` is wanted and not installed."""
+    """Writes every record to all sinks. A context manager.
+
+    The sinks are `metrics.jsonl`, the progress display, TensorBoard if it is installed and, with
+    `wandb`, Weights & Biases. Only rank 0 writes. Raises ValueError if `wandb` is true and the
+    package is not installed.
+    """
 
     def __init__(self, folder: Path, total_steps: int, step: int, wandb: bool = False) -> None:
-        self.start = folder, total_steps, step
-        self.written: list[set[str]] = []
+        self.folder, self.total_steps, self.start_step = folder, total_steps, step
+        self.names_at_start: list[set[str]] = []
         self.sinks: list[Sink] = [JsonLines(), Screen()]
         if find_spec("tensorboard"):
             self.sinks.append(TensorBoard())
@@ -64,13 +74,14 @@ class Metrics:
             self.sinks = []
 
     def __enter__(self) -> Metrics:
-        folder, _, step = self.start
-        if (folder / "metrics.jsonl").is_file():
-            self.written = [
-                set(record) for record in read_metrics(folder) if record["step"] == step
+        if (self.folder / "metrics.jsonl").is_file():
+            self.names_at_start = [
+                set(record)
+                for record in read_metrics(self.folder)
+                if record["step"] == self.start_step
             ]
         for sink in self.sinks:
-            sink.open(*self.start)
+            sink.open(self.folder, self.total_steps, self.start_step)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,13 +89,19 @@ class Metrics:
             sink.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        if record["step"] == self.start[2] and set(record) in self.written:
-            return  # scored after the checkpoint that a resumed run starts from, and now again
+        """Write a record to all sinks.
+
+        An evaluation after the checkpoint that a resumed run starts from is repeated by that run.
+        Its record is then written only once.
+        """
+        if record["step"] == self.start_step and set(record) in self.names_at_start:
+            return
         for sink in self.sinks:
             sink.write(record)
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The numeric values of a record, without its step."""
     return {
         key: value
         for key, value in record.items()
@@ -93,18 +110,13 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 class JsonLines:
-    """One JSON object per line of `metrics.jsonl`."""
+    """Writes one JSON object per line to `metrics.jsonl`."""
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         path = folder / "metrics.jsonl"
         if path.is_file():
-            kept = [record for record in read_metrics(folder) if record["step"] <= step]
-            write_whole(
-                path,
-                lambda file: file.writelines(
-                    json.dumps(record).encode() + b"\n" for record in kept
-                ),
-            )
+            earlier = [record for record in read_metrics(folder) if record["step"] <= step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in earlier))
         self.file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -116,47 +128,46 @@ class JsonLines:
 
 
 class Screen:
-    """On a terminal a bar with ETA and the latest numbers, elsewhere a line per record; on stderr."""
+    """A progress bar with the ETA and the latest numbers, or one log line per record.
+
+    The bar is only shown on a terminal.
+    """
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         console = Console(stderr=True)
-        columns = [
+        self.bar = Progress(
             TextColumn("step"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-        ]
-        columns += [TimeRemainingColumn(), TextColumn("{task.description}")]
-        self.bar = Progress(
-            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
             console=console,
             disable=not console.is_terminal,
-            speed_estimate_period=ETA_FROM_S,
+            speed_estimate_period=ETA_WINDOW_S,
         )
-        self.task, self.total_steps = (
-            self.bar.add_task("", total=total_steps, completed=step),
-            total_steps,
-        )
+        self.total_steps = total_steps
+        self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.latest: dict[str, float] = {}
         self.bar.start()
 
     def write(self, record: dict[str, Any]) -> None:
         if self.bar.disable:
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers(record).items())
-            print(f"step {record['step']}/{self.total_steps}  {shown}", file=sys.stderr)
+            line = "  ".join(f"{key} {value:.4g}" for key, value in numbers(record).items())
+            log.info(f"step {record['step']}/{self.total_steps}  {line}")
         self.latest |= numbers(record)
-        shown = "  ".join(
-            form.format(self.latest[key]) for key, form in SHOWN.items() if key in self.latest
+        description = "  ".join(
+            form.format(self.latest[key]) for key, form in BAR_FORMATS.items() if key in self.latest
         )
-        self.bar.update(self.task, completed=record["step"], description=shown)
+        self.bar.update(self.task, completed=record["step"], description=description)
 
     def close(self) -> None:
         self.bar.stop()
 
 
 class TensorBoard:
-    """The numbers of every record, as event files in the folder `tensorboard`."""
+    """Writes the numbers of every record to event files in the folder `tensorboard`."""
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -172,33 +183,33 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The numbers of every record, as one run of the project `rsa-fast`; the WANDB_ variables say otherwise, and where.
+    """Sends the numbers of every record to Weights & Biases, as one run of the project `rsa-fast`.
 
-    A resumed run goes on under its id, and drops the steps it has already.
+    wandb's own environment variables apply: WANDB_PROJECT replaces the project, for example. A
+    resumed run continues under the same id, where wandb ignores the steps that it already has.
     """
 
     def __init__(self) -> None:
         if find_spec("wandb") is None:
             raise ValueError(
-                "wandb is wanted and not installed: pip install 'rsa-fast[wandb]', or set wandb to false"
+                "wandb is wanted and not installed: "
+                "pip install 'rsa-fast[wandb]', or set wandb to false"
             )
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         import wandb
 
-        name = folder / "wandb" / "run-id"
-        if not name.is_file():
-            name.parent.mkdir(exist_ok=True)
-            name.write_text(uuid.uuid4().hex[:8])
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        project = os.environ.get("WANDB_PROJECT", "rsa-fast")
+        id_file = folder / "wandb" / "run-id"
+        if not id_file.is_file():
+            id_file.parent.mkdir(exist_ok=True)
+            write_text(id_file, uuid.uuid4().hex[:8])
         self.run = wandb.init(
-            project=project,
+            project=os.environ.get("WANDB_PROJECT", "rsa-fast"),
             name=folder.name,
             dir=folder,
-            id=name.read_text(),
+            id=id_file.read_text(),
             resume="allow",
-            config=recipe,
+            config=yaml.safe_load((folder / "recipe.yaml").read_text()),
         )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -209,9 +220,9 @@ class WeightsAndBiases:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order, but for a last line cut short by a kill.
+    """All records of a run, in order. A last line cut short by a kill is ignored.
 
-    Raises FileNotFoundError when `folder` is no run's.
+    Raises FileNotFoundError if `folder` does not belong to a run.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -227,8 +238,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for `env.json`."""
+def versions_and_hardware() -> dict[str, Any]:
+    """The command line, versions and hardware, for `env.json`."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),

@@ -1,7 +1,7 @@
 """Optimisers: torch's fused SGD, and LARS on top of it.
 
-Both do a whole step without the host waiting for the device, with a GradScaler too: the fused kernel itself leaves
-weights and momentum alone when the gradients overflowed.
+With both, the host never waits for the device during a step, not even with a GradScaler: if the
+gradients overflowed, it is the fused kernel that leaves weights and momentum unchanged.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from torch import nn
 from rsa_fast.methods.method import Method
 from rsa_fast.recipes import Recipe
 
-Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]  # or groups, with their own options
+# Parameters, or groups of parameters with options of their own.
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class Sgd(torch.optim.SGD):
-    """SGD with momentum: mu = m mu + g + wd p; p = p - lr mu. Weight decay on every parameter, as in the reference code."""
+    """SGD with momentum: mu = m mu + g + wd p, then p = p - lr mu.
+
+    Weight decay applies to every parameter, as in the reference code.
+    """
 
     def __init__(
         self,
@@ -29,18 +33,19 @@ class Sgd(torch.optim.SGD):
         weight_decay: float,
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-        for group in (
-            self.param_groups
-        ):  # torch leaves them unset until a first step, and uninitialised if that overflows
+        # torch creates the momentum in the first step, and leaves it uninitialised if the gradients
+        # of that step overflowed.
+        for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 class Lars(Sgd):
-    """LARS (You et al. 2017) in the dialect of BYOL, MoCo v3 and RSA (common/lars.py).
+    """LARS (You et al. 2017) in the variant of BYOL, MoCo v3 and RSA (common/lars.py).
 
-    For parameters of two or more dimensions g = r (g + wd p) with r = trust |p| / |g + wd p|, or 1 when a norm is 0;
-    biases and BatchNorm take no decay and r = 1. Then mu = m mu + g; p = p - lr mu: lr stays outside the momentum.
+    For parameters of two or more dimensions g = r (g + wd p), where r = trust |p| / |g + wd p|, or
+    1 if one of the norms is 0. Biases and BatchNorm parameters have no weight decay and r = 1.
+    Then mu = m mu + g and p = p - lr mu: the learning rate is not part of the momentum.
     """
 
     def __init__(
@@ -54,15 +59,19 @@ class Lars(Sgd):
         super().__init__(params, lr, momentum, weight_decay=0)
         self.decay, self.trust_coefficient = weight_decay, trust_coefficient
 
+    # There is no `closure`, which would compute the gradients again.
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # a closure would make gradients anew
+    def step(self) -> None:  # type: ignore[override]
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        scale = getattr(
-            self, "grad_scale", None
-        )  # set by GradScaler, which then leaves the gradients scaled
+
+        # A GradScaler leaves the gradients scaled and sets this attribute for optimisers that
+        # unscale by themselves.
+        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             torch._foreach_mul_([p.grad for p in params], scale.reciprocal())
             self.grad_scale = None
+
+        # Weight decay and the ratio r, for all parameters but biases and BatchNorm.
         matrices = [p for p in params if p.ndim > 1]
         grads = [p.grad for p in matrices]
         torch._foreach_add_(grads, matrices, alpha=self.decay)
@@ -74,25 +83,36 @@ class Lars(Sgd):
             1.0,
         )
         torch._foreach_mul_(grads, list(ratio.unbind()))
+
+        # Momentum and the update, without weight decay: it is in the gradients already.
         super().step()
 
 
 def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Sgd:
-    """The recipe's optimiser over the parameters that learn; `set_learning_rate` sets the rate of every step."""
+    """The recipe's optimiser for the parameters of `method` that require a gradient.
+
+    The learning rate starts at `peak_lr`; `set_learning_rate` sets it before every step.
+    """
     constant = set(method.constant_lr_parameters())
-    learning = [p for p in method.parameters() if p.requires_grad]
+    trainable = [p for p in method.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in learning if (p in constant) == flag], "constant_lr": flag}
+        {"params": [p for p in trainable if (p in constant) == flag], "constant_lr": flag}
         for flag in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "lars":
-        return Lars(groups, peak_lr, recipe.momentum, recipe.weight_decay, recipe.trust_coefficient)
+        return Lars(
+            groups,
+            lr=peak_lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            trust_coefficient=recipe.trust_coefficient,
+        )
     return Sgd(groups, peak_lr, recipe.momentum, recipe.weight_decay)
 
 
 def set_learning_rate(optimizer: Sgd, lr: float) -> None:
-    """For every parameter that does not keep the peak rate."""
+    """Set the learning rate of all parameters except those that keep the peak rate."""
     for group in optimizer.param_groups:
         if not group["constant_lr"]:
             group["lr"] = lr

@@ -1,21 +1,21 @@
-"""What a run writes, and how its folder is made, refused and found again.
+"""The folder of a run: when it is accepted, how it is prepared, and what is written to it.
 
-A run folder holds `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `report.html` and
-`checkpoints/`.
+A run folder contains `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `report.html` and
+`checkpoints/`; `RUN_FILES` lists all names.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.files import write_whole
+log = logging.getLogger("rsa_fast")
 
 RUN_FILES = (
     "recipe.yaml",
@@ -30,43 +30,48 @@ RUN_FILES = (
 )
 
 
-def job() -> str | None:
-    """What torchrun calls all its starts of this job."""
+def launcher_job_id() -> str | None:
+    """The id that torchrun gives to a job, the same after every restart. None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def begun(out: Path) -> bool:
-    """Whether the run in `out` is this job's, from before torchrun started it again."""
+def started_by_this_job(out: Path) -> bool:
+    """Whether the run in `out` was started by this torchrun job, before torchrun restarted it."""
     try:
-        return bool(json.loads((out / "env.json").read_text())["job"] == job())
+        return bool(json.loads((out / "env.json").read_text())["job"] == launcher_job_id())
     except (OSError, ValueError, KeyError):
         return False
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make `out`, or refuse it."""
+    """Create the folder `out`. Raises FileExistsError or FileNotFoundError if it is unsuitable."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: --out wants a folder")
-    found = (
-        [path.name for path in out.iterdir() if path.name != ".rsa-fast"] if out.is_dir() else []
-    )
-    if found and not (resume or overwrite):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # The cache of the data's manifest does not count as content.
+    names.discard(".rsa-fast")
+    if names and not (resume or overwrite):
         raise FileExistsError(
-            f"{out} is not empty: go on with --resume, start again with --overwrite, or choose another --out"
+            f"{out} is not empty: go on with --resume, start again with --overwrite, "
+            "or choose another --out"
         )
     if resume and not out.is_dir():
         raise FileNotFoundError(
             f"no whole checkpoint, for there is no folder {out}: start without --resume"
         )
-    if resume and found and not set(found) & set(RUN_FILES):
+    if resume and names and not names & set(RUN_FILES):
         raise FileExistsError(
-            f"{out} holds no run but {', '.join(sorted(found)[:5])}: point --out at the run's folder"
+            f"{out} holds no run but {', '.join(sorted(names)[:5])}: "
+            "point --out at the run's folder"
         )
     out.mkdir(parents=True, exist_ok=True)
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make `out`, or refuse it. Overwriting removes a run's own files and nothing else."""
+    """Check the folder as `check_folder` does and, to overwrite, delete the old run's files.
+
+    Files that do not belong to a run are never deleted.
+    """
     check_folder(out, resume, overwrite)
     if overwrite:
         for name in RUN_FILES:
@@ -75,8 +80,8 @@ def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def full_disk_named(out: Path) -> Iterator[None]:
-    """A write that finds no room raises an OSError without a path."""
+def explain_full_disk(out: Path) -> Iterator[None]:
+    """Add the folder and the remedy to the OSError of a full disk, which contains no path."""
     try:
         yield
     except OSError as error:
@@ -87,19 +92,12 @@ def full_disk_named(out: Path) -> Iterator[None]:
         ) from error
 
 
-def report_or_say(folder: Path) -> None:
-    """The report of a run that ended; whatever hinders it is said and takes nothing from the run."""
+def try_to_report(folder: Path) -> None:
+    """Write the report of a complete run. An error is only logged: the run itself is fine."""
     try:
-        from rsa_fast.insight.report import (
-            report,
-        )  # matplotlib, a seventh of the time to import all of this
+        # Imported here because of matplotlib, which takes a seventh of the total import time.
+        from rsa_fast.insight.report import report
 
         report([folder])
     except Exception as error:
-        print(
-            f"no report ({error}); once that is mended: rsa-fast report {folder}", file=sys.stderr
-        )
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+        log.warning(f"no report ({error}); once that is mended: rsa-fast report {folder}")

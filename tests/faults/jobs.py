@@ -1,4 +1,7 @@
-"""Runs of `rsa-fast train` in processes of their own, small enough to take seconds, for a test to hit."""
+"""Small runs of `rsa-fast train` in their own processes, for tests to interrupt.
+
+Each run takes only seconds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import torch
 
 from rsa_fast.training import checkpoint
 
-EPOCH_STEPS = 5  # of 40 images in batches of 8
+EPOCH_STEPS = 5  # 40 images in batches of 8
 SETTINGS = [
     "width=4",
     "hidden_dim=16",
@@ -28,9 +31,10 @@ SETTINGS = [
     "base_lr=0.5",
 ]
 SETTINGS += ["knn_every_epochs=0", f"log_every_steps={EPOCH_STEPS}"]
-PATIENCE_S = 240  # for what takes ten seconds on an idle machine
+PATIENCE_S = 240  # An idle machine needs ten seconds.
 
-# Python and torch are imported once and each run forks from there: a start takes a tenth of a second.
+# Python and torch are imported once, and each run forks from there. A start then takes a tenth of a
+# second.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
 
@@ -62,14 +66,17 @@ def main(command: list[str], log: Path) -> None:
 
 
 def finish(data: Path, out: Path, *options: object) -> None:
-    """Run to the end."""
+    """Train to the end."""
     process = fork(data, out, *options)
     process.join(PATIENCE_S)
     assert process.exitcode == 0, log_of(out).read_text()
 
 
 class Job:
-    """`python -m rsa_fast train`, with what it says on stderr; a context manager that leaves no process behind."""
+    """`python -m rsa_fast train` as a context manager that leaves no process behind.
+
+    `said` is what the run has written to stderr.
+    """
 
     def __init__(
         self, data: Path, out: Path, *options: object, prefix: tuple[str, ...] = (), **env: str
@@ -97,19 +104,19 @@ class Job:
         return Path(self.log.name).read_text()
 
     def wait_for(self, text: str, times: int = 1) -> None:
-        """Until `text` stands on stderr so many times."""
+        """Wait until stderr contains `text` this many times."""
         until(lambda: self.said.count(text) >= times or self.process.poll() is not None)
         assert self.said.count(text) >= times, self.said
 
     def end(self) -> int:
-        """The exit code, once it has one."""
+        """Wait for the end of the run and return its exit code."""
         try:
             return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {PATIENCE_S} s:\n{self.said}") from None
 
     def ranks(self) -> list[int]:
-        """The process ids of a launcher's ranks."""
+        """Return the process ids of a launcher's ranks, in the order of the ranks."""
         found = {}
         for pid in children(self.process.pid):
             with suppress(OSError):
@@ -130,8 +137,8 @@ def until(true, patience_s: float = PATIENCE_S) -> None:
 
 
 def newest(out: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    found = checkpoint.listed(out / "checkpoints")
+    """Return the step of the newest checkpoint, or 0 if there is none."""
+    found = checkpoint.paths_in(out / "checkpoints")
     return int(found[-1].stem.removeprefix("step_")) if found else 0
 
 
@@ -145,7 +152,7 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, target, momenta and step bit for bit."""
+    """Check that weights, target, momenta and step are equal bit for bit."""
     first, second = state(one), state(other)
     assert first["step"] == second["step"]
     assert first["method"].keys() == second["method"].keys()

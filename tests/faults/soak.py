@@ -1,7 +1,10 @@
-"""Train on two processes for a long time and print what grows: `python -m tests.faults.soak --minutes 30 --backend native`.
+"""Train on two processes for a long time and print what grows.
 
-One JSON object on stdout: by rank the resident memory at the start and at the end of the time after the warm-up and its growth
-in percent, and memory, open file descriptors (one more while a checkpoint is written) and threads over time.
+    python -m tests.faults.soak --minutes 30 --backend native
+
+This prints one JSON object. For each rank it contains the resident memory at the start and at the
+end of the time after the warm-up, and the growth in percent. It also contains memory, open file
+descriptors (one more while a checkpoint is written) and threads over time.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import click
 from tests.conftest import write_folder
 from tests.faults.jobs import EPOCH_STEPS, Job, losses, newest, until
 
-WARM_UP = 0.25  # of the time
-WINDOW = 0.1  # of the time, at the start and the end of the rest: medians of these are compared
+WARM_UP = 0.25  # share of the time
+# The medians of the first and the last window after the warm-up are compared.
+WINDOW = 0.1  # share of the time
 POINTS = 12
 
 

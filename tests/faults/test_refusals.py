@@ -1,4 +1,8 @@
-"""Runs that must not go on: a loss that is no number, a recipe or dataset that changed, a folder that holds something else."""
+"""Runs that must not continue.
+
+The reasons are a loss that is not a number, a changed recipe or dataset, and a folder that contains
+something else.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import write_folder
+from torch.amp.grad_scaler import GradScaler
 
 from pipelines import Order
 from rsa_fast import schedules
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
+from rsa_fast.training import step as step_module
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
 
@@ -35,23 +41,20 @@ def tiny(**overrides) -> Recipe:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 images, without a test split: 5 steps an epoch and no evaluation."""
+    """40 images without a test split: an epoch has 5 steps, and nothing is evaluated."""
     return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
 
 
 def saved(out) -> list[int]:
-    return [checkpoint.load(path)["step"] for path in checkpoint.listed(out / "checkpoints")]
+    return [checkpoint.load(path)["step"] for path in checkpoint.paths_in(out / "checkpoints")]
 
 
 @pytest.mark.parametrize(
     ("explodes_at", "step", "fault"),
     [
         (6, 7, "the loss of step 7 is not finite"),
-        (
-            9,
-            9,
-            "the weights or statistics after step 9 are not finite",
-        ),  # the last before the checkpoint of step 10
+        # Step 9 is the last one before the checkpoint of step 10.
+        (9, 9, "the weights or statistics after step 9 are not finite"),
     ],
 )
 def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batch(
@@ -76,7 +79,7 @@ def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batc
 
 
 def test_fp16_that_overflows_in_every_step_stops_after_max_skips(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**120))
+    monkeypatch.setattr(step_module, "GradScaler", partial(GradScaler, init_scale=2.0**120))
     with pytest.raises(
         FloatingPointError,
         match=r"fp16 overflowed in 4 steps in a row, up to step 3: .*checkpoint: None",
@@ -88,7 +91,7 @@ def test_fp16_that_overflows_in_every_step_stops_after_max_skips(data, tmp_path,
 
 
 def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrides(
-    data, tmp_path, capsys
+    data, tmp_path, caplog
 ):
     train(tiny(), data, tmp_path / "run", stop_at_step=4)
     others = write_folder(tmp_path / "others", {"train": 21})
@@ -101,19 +104,19 @@ def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrid
         train(changed, others, tmp_path / "run", resume=True)
     assert saved(tmp_path / "run") == [4]
     train(changed, others, tmp_path / "run", resume=True, force=True)
-    assert "going on with another run's checkpoint:\n" + rows in capsys.readouterr().err
+    assert "going on with another run's checkpoint:\n" + rows in caplog.text
     assert saved(tmp_path / "run")[-1] == 15
 
 
-def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_path, capsys):
+def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
     train(tiny(epochs=1, seed=1), data, tmp_path / "first")
-    (weights,) = checkpoint.listed(tmp_path / "first" / "checkpoints")
+    (weights,) = checkpoint.paths_in(tmp_path / "first" / "checkpoints")
     (tmp_path / "run").mkdir()
     train(tiny(), data, tmp_path / "run", resume=True, init_from=weights, stop_at_step=5)
-    assert "has no checkpoint yet: starting at step 0" in capsys.readouterr().err
-    train(
-        tiny(), data, tmp_path / "run", resume=True, init_from=weights
-    )  # the same command: not from there again
+    assert "has no checkpoint yet: starting at step 0" in caplog.text
+    # The same command now continues the run instead of starting from the weights again.
+    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights)
     train(tiny(), data, tmp_path / "plain", init_from=weights)
     one, other = (
         checkpoint.load_latest(tmp_path / name / "checkpoints")["method"]

@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped, starved and cut off, each in processes of its own, against one that nothing happened to."""
+"""Runs that are killed, stopped, starved or cut off, compared with an undisturbed run.
+
+Every run has its own processes.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """40 images of 20 px without a test split: a run ends without an evaluation."""
+    """40 images of 20 px without a test split, so that a run ends without an evaluation."""
     return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """The run of one process, left alone."""
+    """An undisturbed run of one process."""
     out = tmp_path_factory.mktemp("whole") / "run"
     finish(data, out, "--epochs", LONG)
     return out
@@ -42,7 +45,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_2(data, tmp_path_factory) -> Path:
-    """The run of two ranks, left alone."""
+    """An undisturbed run of two ranks."""
     out = tmp_path_factory.mktemp("whole_2") / "run"
     with Job(data, out, "--epochs", SHORT, "--nproc", 2) as job:
         assert job.end() == 0, job.said
@@ -53,19 +56,18 @@ def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, w
     moments, reached = random.Random(0), []
     for _ in range(20):
         run = fork(data, tmp_path, "--epochs", LONG, "--resume")
-        mark = newest(tmp_path) + EPOCH_STEPS * moments.choice(
-            [0, 1, 1]
-        )  # 0: killed while it starts
+        # With 0, the run is killed while it starts.
+        mark = newest(tmp_path) + EPOCH_STEPS * moments.choice([0, 1, 1])
         until(lambda run=run, mark=mark: newest(tmp_path) >= mark or run.exitcode is not None)
         time.sleep(moments.uniform(0, 0.15))
         run.kill()
         run.join()
         assert run.exitcode == -signal.SIGKILL
         reached.append(newest(tmp_path))
-    assert len(set(reached)) > 8  # kills at different places
+    assert len(set(reached)) > 8  # The kills came at different steps.
     finish(data, tmp_path, "--epochs", LONG, "--resume")
     assert_same_run(whole, tmp_path)
-    assert losses(whole) == losses(tmp_path)  # recorded at the checkpoints' steps
+    assert losses(whole) == losses(tmp_path)  # Losses are recorded at the checkpoints' steps.
 
 
 def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, whole, tmp_path):
@@ -76,17 +78,14 @@ def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, wh
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
             assert newest(tmp_path) > step
-            assert (
-                f"{number.name}: stopped after step {newest(tmp_path)}, which is saved; go on with --resume"
-                in job.said
-            )
+            end = f"stopped after step {newest(tmp_path)}, which is saved; go on with --resume"
+            assert f"{number.name}: {end}" in job.said
     finish(data, tmp_path, "--epochs", LONG, "--resume")
     assert_same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "backend", ["native", "torchvision"]
-)  # threads and processes of the loader
+# The loaders work with threads or with processes.
+@pytest.mark.parametrize("backend", ["native", "torchvision"])
 def test_a_signal_to_the_whole_process_group_is_one_to_the_run(data, tmp_path, backend):
     with Job(data, tmp_path, "--epochs", LONG, "--backend", backend, prefix=("setsid",)) as job:
         job.wait_for("step 5/")
@@ -153,11 +152,8 @@ def test_ranks_without_their_launcher_save_and_end(data, tmp_path):
 def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_path):
     out, one = tmp_path / "run", tmp_path / "one"
     settings = ["--epochs", 6]
-    for item in (
-        "bn=sync",
-        "log_every_steps=1",
-        "base_lr=0.005",
-    ):  # slow learning, which does not amplify rounding
+    # Slow learning does not amplify rounding.
+    for item in ("bn=sync", "log_every_steps=1", "base_lr=0.005"):
         settings += ["--set", item]
     finish(data, one, *settings)
     with Job(data, out, *settings, "--nproc", 4) as job:
@@ -187,10 +183,10 @@ def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_pa
 
 
 def test_several_ranks_score_the_encoder_that_is_saved(folder, tmp_path):
-    """With bn = local each has running statistics of its own, and rank 0's are saved."""
+    """With bn = local every rank has its own running statistics, and rank 0's are saved."""
     with Job(folder, tmp_path, "--epochs", 6, "--nproc", 2) as job:
         assert job.end() == 0, job.said
-    encoder, recipe = load_encoder(checkpoint.listed(tmp_path / "checkpoints")[-1])
+    encoder, recipe = load_encoder(checkpoint.paths_in(tmp_path / "checkpoints")[-1])
     scores = Evaluation(folder, recipe, torch.device("cpu"), torch.float32).score(encoder)
     result = json.loads((tmp_path / "result.json").read_text())
     assert {name: result[name] for name in scores} == scores
@@ -198,7 +194,7 @@ def test_several_ranks_score_the_encoder_that_is_saved(folder, tmp_path):
 
 @contextmanager
 def two_hosts():
-    """Two network namespaces joined by a cable; yields their names and the first one's address."""
+    """Join two network namespaces by a cable; yield their names and the first one's address."""
     names = [f"rsa-fast-{os.getpid()}-{host}" for host in "ab"]
 
     def ip(*words: str) -> None:
@@ -283,9 +279,8 @@ def test_a_rank_that_stops_answering_ends_the_job_and_is_named(data, tmp_path):
             os.kill(job.ranks()[rank], signal.SIGSTOP)
         for rank, job in enumerate(started):
             assert job.end() not in (0, STOPPED)
-            assert f"rank {rank} has been silent for 8 s; it was " in job.said, (
-                job.said
-            )  # half of the patience
+            # Eight seconds are half of the patience.
+            assert f"rank {rank} has been silent for 8 s; it was " in job.said, job.said
             assert (
                 f"Error: rank {rank} is silent, it was " in job.said and "Traceback" not in job.said
             ), job.said
@@ -293,7 +288,7 @@ def test_a_rank_that_stops_answering_ends_the_job_and_is_named(data, tmp_path):
 
 @contextmanager
 def disk(place: Path, *options: str):
-    """A disk in memory; yields a function that mounts it again with other options."""
+    """Mount a disk in memory; yield a function that mounts it again with other options."""
 
     def mount(*options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
@@ -313,7 +308,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(
     data, whole, tmp_path
 ):
     place = tmp_path / "disk"
-    size = checkpoint.listed(whole / "checkpoints")[-1].stat().st_size
+    size = checkpoint.paths_in(whole / "checkpoints")[-1].stat().st_size
     with disk(place, f"size={int(2.5 * size)}") as mount_again:
         out = place / "run"
         with Job(data, out, "--epochs", LONG) as job:
@@ -336,7 +331,10 @@ def test_a_disk_too_full_for_a_record_is_named(data, tmp_path):
         often = ("--set", "log_every_steps=1", "--set", "checkpoint_every_epochs=1000")
         with Job(data, out, "--epochs", 1000, *often) as job:
             assert job.end() == 1
-            fault = f"Error: {out} was not written to: No space left on device. Once it has room, go on with --resume"
+            fault = (
+                f"Error: {out} was not written to: No space left on device. "
+                "Once it has room, go on with --resume"
+            )
             assert job.said.splitlines()[-1] == fault, job.said
 
 

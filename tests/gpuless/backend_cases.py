@@ -1,4 +1,4 @@
-"""The backends that backends.py runs on the fake GPU, for it and for its test, which has no GPU."""
+"""The cases of backends.py, which runs on a fake GPU, and of its test, which has no GPU."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""`python backends.py training FOLDER`, on a fake GPU: ImageNet-1K's RSA recipe from every backend.
+"""`python backends.py training FOLDER` trains ImageNet-1K's RSA recipe from every backend.
 
-Each run makes three steps of rank 0 of eight, with an image that is damaged in the second batch,
-and one more after a resume in the middle of the epoch. Prints for each case what the third step
-waited for, which images were left out, and how far the crops in the device's memory are from those
-of the same backend on a CPU, in 8-bit levels.
+It runs on a fake GPU. Each case takes three steps of rank 0 of eight, with a damaged image in the
+second batch, and one more step after a resume in the middle of the epoch. It prints for each case
+what the third step waited for, which images were skipped, and how far the crops in the device's
+memory are from those of the same backend on a CPU, in 8-bit levels.
 
-Kernels compute nothing here, so that only what the host sends to the device can be compared.
+Kernels compute nothing here, so only what the host sends to the device can be compared.
 
-`python backends.py planted FOLDER` loads batches by a DALI backend with one fault each, which the
-checks above have to find.
+`python backends.py planted FOLDER` loads batches with a DALI backend that has one fault at a time.
+The checks above have to find each fault.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from programs import RANKS, Watch, as_rank_0_of_8
 
 from pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
 from pipelines.beton import BetonWriter
-from pipelines.loading import Job, Landing, Loader
+from pipelines.loading import Job, Loader, Loading
 from pipelines.packed import ENTRY
+from pipelines.transfer import Transfer
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter
@@ -40,12 +41,12 @@ from rsa_fast.training.metrics import Screen
 
 dali = importlib.import_module("dali_stand_in") if find_spec("nvidia.dali") else None
 PER_RANK, STEPS, BAD_STEP = 8, 3, 1
-COUNT = PER_RANK * RANKS * 5  # five steps an epoch, so that the resume is in the middle of one
+COUNT = PER_RANK * RANKS * 5  # An epoch has five steps; the resume is in the middle.
 SIDE_PX = 40
 
 
 def write_images(data: Path, beton: bool) -> None:
-    """JPEGs as an image folder, or in a .beton file."""
+    """Write JPEGs as an image folder or in a .beton file."""
     entries = np.zeros(COUNT, ENTRY)
     data.mkdir(parents=True)
     writer = BetonWriter(data / "train.beton", COUNT, 4096, entries[:0]) if beton else None
@@ -66,7 +67,7 @@ def write_images(data: Path, beton: bool) -> None:
 def damage(source: Source, data: Path, sample: int) -> None:
     """Make a JPEG's Huffman table impossible, which its header does not show.
 
-    Every decoder refuses it. The file keeps its size and its time, so that it is not scanned again.
+    Every decoder refuses it. The file keeps its size and its time, so it is not scanned again.
     """
     if source.beton:
         entry = source.encoded.__self__.entries[sample]
@@ -81,17 +82,17 @@ def damage(source: Source, data: Path, sample: int) -> None:
 
 
 def levels_of(tensor: torch.Tensor) -> np.ndarray:
-    """A copy of the memory of `(B, 3, S, S)` uint8 levels that lie in memory as `(B, S, S, 3)`."""
+    """Copy the memory of `(B, 3, S, S)` uint8 levels, which are stored as `(B, S, S, 3)`."""
     count, channels, height, width = tensor.shape
     memory = ctypes.string_at(tensor.data_ptr(), tensor.numel())
     return np.frombuffer(memory, np.uint8).reshape(count, height, width, channels)
 
 
 def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, object]:
-    """Train one case; what `main` prints of it."""
+    """Train one case and return its results."""
     beton = loading["backend"] == "ffcv"
     write_images(data := folder / "data", beton)
-    sent: list[dict[str, np.ndarray]] = []  # by step, the levels that the host sent, by view
+    sent: list[dict[str, np.ndarray]] = []  # for each step, the levels that the host sent, by view
     watch, waits, loaders = Watch(), [], []
     pipelines = dali.pipelines if dali else 0
     order = Order(COUNT, PER_RANK * RANKS, 0, 0, RANKS)
@@ -106,12 +107,12 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
         loaders.append(open_views(*arguments, **options))
         return loaders[-1]
 
-    def finish(landing: Landing, levels: dict, params: np.ndarray, finish=Landing.finish):
-        if landing.job.device.type == "cuda":
+    def finish(transfer: Transfer, levels: dict, params: np.ndarray, finish=Transfer.on_device):
+        if transfer.job.device.type == "cuda":
             if dali:
                 dali.finish_work()
             sent.append({name: levels_of(view) for name, view in levels.items()})
-        return finish(landing, levels, params)
+        return finish(transfer, levels, params)
 
     def add(meter: Meter, step: int, *arguments, add=Meter.add) -> None:
         add(meter, step, *arguments)
@@ -125,14 +126,14 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
     fields = {"batch_size": PER_RANK * RANKS, "device": "cuda", "precision": "fp16", "width": 8}
     fields |= {"on_bad_image": "skip", "arch": "resnet18", "keep_last": 1, **loading}
     recipe = build_recipe("imagenet1k", "rsa", overrides=fields)
-    patched = engine.open_source, engine.open_views, Landing.finish, Meter.add
+    patched = engine.open_source, engine.open_views, Transfer.on_device, Meter.add
     engine.open_source, engine.open_views = open_damaged, open_kept
-    Landing.finish, Meter.add = finish, add
+    Transfer.on_device, Meter.add = finish, add
     try:
         engine.train(recipe, data, folder / "run", stop_at_step=STEPS)
         engine.train(recipe, data, folder / "run", resume=True, stop_at_step=STEPS + 1)
     finally:
-        engine.open_source, engine.open_views, Landing.finish, Meter.add = patched
+        engine.open_source, engine.open_views, Transfer.on_device, Meter.add = patched
     first, resumed = loaders
     pixels = [loader.images for loader in loaders] if name == "resident, device" else []
     return {
@@ -153,12 +154,12 @@ def gaps(
     loading: dict[str, str],
     order: Order,
 ) -> list[float]:
-    """By step, the largest difference of what was sent from what the backend makes on a CPU."""
+    """Return, by step, the largest difference of the sent crops from the backend's on a CPU."""
     source = open_source(data, "pretrain", cache=cache)
-    options = {"backend": loading["backend"], "aggressive_on": "host", "on_bad_image": "skip"}
+    on_cpu = Loading(loading["backend"], aggressive_on="host", on_bad_image="skip")
     scale, bias = device_ops.affine(spec, torch.device("cpu"))
     found = []
-    with open_views(source, spec, frozenset(VIEWS), order, **options) as loader:
+    with open_views(source, spec, frozenset(VIEWS), order, loading=on_cpu) as loader:
         for levels, batch in zip(sent, loader.batches(0), strict=False):
             wanted = {name: ((batch.views[name] - bias) / scale).numpy() for name in levels}
             pairs = ((levels[name].transpose(0, 3, 1, 2), wanted[name]) for name in levels)
@@ -167,7 +168,7 @@ def gaps(
 
 
 def resident_gap(pixels: torch.Tensor, data: Path, bad: int) -> float:
-    """The largest difference of the images in the device's memory from the files."""
+    """Return the largest difference of the images in the device's memory from the files."""
     source = open_source(data, "pretrain")
     memory = ctypes.string_at(pixels.data_ptr(), pixels.numel())
     held = np.frombuffer(memory, np.uint8).reshape(COUNT, 3, SIDE_PX, SIDE_PX)
@@ -177,8 +178,8 @@ def resident_gap(pixels: torch.Tensor, data: Path, bad: int) -> float:
 
 def training(folder: Path) -> dict[str, dict[str, object]]:
     as_rank_0_of_8()
-    engine.Loop.stop_at_fault = lambda *_: None  # it judges values
-    Screen.write = lambda *_: None  # the times of no GPU
+    engine.Loop.stop_at_fault = lambda *_: None  # Values are garbage here.
+    Screen.write = lambda *_: None  # Times mean nothing here.
     if dali:
         dali.install()
     results = {}
@@ -188,14 +189,14 @@ def training(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def planted(folder: Path) -> dict[str, dict[str, object]]:
-    """By fault, the gap of the second batch and how often the host waited for it, or the error."""
+    """Return, by fault, the second batch's gap and number of waits, or the error."""
     from pipelines.dali_views import DaliViews
 
     class ReleasedEarly(DaliViews):
-        def land_gpu(self, crops, ids, params):
+        def batch_on_gpu(self, crops, ids, params):
             self.pipe.release_outputs()
-            self.pipe.release_outputs.side_effect = None  # the next call does nothing
-            return super().land_gpu(crops, ids, params)
+            self.pipe.release_outputs.side_effect = None  # The next call does nothing.
+            return super().batch_on_gpu(crops, ids, params)
 
     class HostWaits(DaliViews):
         def outputs(self):
@@ -214,13 +215,14 @@ def planted(folder: Path) -> dict[str, dict[str, object]]:
     for kind in (DaliViews, ReleasedEarly, HostWaits, UnknownKeyword):
         sent = []
 
-        def finish(landing, levels, params, finish=Landing.finish, sent=sent):
+        def finish(transfer, levels, params, finish=Transfer.on_device, sent=sent):
             dali.finish_work()
             sent.append({name: levels_of(view) for name, view in levels.items()})
-            return finish(landing, levels, params)
+            return finish(transfer, levels, params)
 
-        job = Job(source, spec, reads, order, device, torch.float16, 1, 1, "device", "gpu")
-        real, Landing.finish = Landing.finish, finish
+        loading = Loading("dali", threads=1, prefetch_batches=1, aggressive_on="device")
+        job = Job(source, spec, reads, order, device, torch.float16, loading)
+        real, Transfer.on_device = Transfer.on_device, finish
         loader, waits = kind(job), dali.waits
         try:
             next(loader.batches(0))
@@ -229,11 +231,11 @@ def planted(folder: Path) -> dict[str, dict[str, object]]:
         except TypeError as error:
             results[kind.__name__] = {"error": str(error)}
         finally:
-            Landing.finish = real
+            Transfer.on_device = real
     return results
 
 
 if __name__ == "__main__":
     result = globals()[sys.argv[1]](Path(sys.argv[2]))
     print(json.dumps(result), flush=True)
-    os._exit(0)  # threads of NCCL wait for what never comes
+    os._exit(0)  # NCCL's threads would wait forever.

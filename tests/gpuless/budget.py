@@ -1,17 +1,17 @@
-"""What GPU code costs, as counts that no change may move without it being seen.
+"""The costs of GPU code, as counts that must not change unnoticed.
 
 A smaller count fails as well: the room that it leaves would hide the next growth. After a change
-that is meant to move a count, rewrite the budget and look at the difference in budget.json:
+that is meant to change a count, rewrite the budget and check the difference in budget.json:
 
     RSA_FAST_REWRITE_BUDGET=1 .venv/bin/python -m pytest tests/gpuless
 
 Each part of budget.json names the version of torch that it was counted with. With that version,
-every count is held exactly, and the memory to `MEMORY_TOLERANCE_GIB`.
+every count must be equal, and the memory must be equal within `MEMORY_TOLERANCE_GIB`.
 
 With any other version, the counts in `OF_THE_MODEL`, which follow from the model and not from
-torch, are still held; the memory to `OTHER_TORCH_MEMORY_TOLERANCE`. Counts that are torch's own,
-such as the kernels that it launches for an operation, may differ then: the test passes, with a
-warning that lists them.
+torch, must still be equal, and the memory within `OTHER_TORCH_MEMORY_TOLERANCE`. Counts that depend
+on torch, such as the kernels that it launches for an operation, may differ. The test then passes
+with a warning that lists them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REWRITE = "rewrite the budget (tests/gpuless/budget.py says how)"
 
 
 def rewrite(part: str, found: dict[str, dict]) -> None:
-    """Make `found` the part of the budget with this name, if a rewrite is asked for."""
+    """Make `found` the part of the budget with this name if a rewrite is requested."""
     if os.environ.get("RSA_FAST_REWRITE_BUDGET"):
         budget = json.loads(PLACE.read_text())
         budget[part] = {"torch": torch.__version__} | found
@@ -41,7 +41,7 @@ def rewrite(part: str, found: dict[str, dict]) -> None:
 
 
 def hold(part: str, name: str, found: dict) -> None:
-    """Fail if `found` is not what the part of the budget has under `name`.
+    """Fail if `found` differs from what the part of the budget has under `name`.
 
     Warns about the differences that another torch than the budget's may make.
     """
@@ -61,9 +61,9 @@ def hold(part: str, name: str, found: dict) -> None:
 
 
 def differences(found: dict, budget: dict, memory_tolerance: float = 0) -> dict[str, tuple]:
-    """The counts that differ, as pairs of the budget's and the one found.
+    """Return the counts that differ, as pairs of the budget's and the one found.
 
-    The memory may differ by `MEMORY_TOLERANCE_GIB` or this part of it, whichever is more.
+    The memory may differ by `MEMORY_TOLERANCE_GIB` or by this share of it, whichever is more.
     """
     wanted = dict(budget)
     if peak_gib := wanted.get("peak_gib"):

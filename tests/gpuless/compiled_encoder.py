@@ -1,7 +1,9 @@
-"""`python compiled_encoder.py FOLDER`, on a fake GPU: a training pass of a compiled encoder as Inductor's kernels for a V100.
+"""`python compiled_encoder.py FOLDER` compiles a training pass of an encoder on a fake GPU.
 
-Prints how many there are and the GB that they and the convolutions read and write, with BatchNorm over one rank and over eight,
-and the GB of the same pass operation by operation, where BatchNorm is taken to read once what it reads twice.
+Inductor writes kernels for a V100. The program prints how many there are, and the GB that they and
+the convolutions read and write, with BatchNorm over one rank and over eight. It also prints the GB
+of the same pass operation by operation. There, BatchNorm is assumed to read once what it reads
+twice.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ IMAGES, SIZE_PX = 64, 224
 
 
 def train(compiled: bool) -> None:
-    """Forward and backward of a ResNet-50 with one block a stage, in fp16 and channels_last."""
+    """Run a ResNet-50 with one block per stage forward and backward, in fp16 and channels_last."""
     encoder = (
         convert_batchnorm(networks.Encoder("resnet50", compiled=compiled), 1)
         .cuda()

@@ -1,12 +1,12 @@
-"""DALI for a fake GPU: the real CPU graph, whose outputs are handed out as memory of the fake device.
+"""DALI for a fake GPU: the real CPU graph, with its outputs in memory of the fake device.
 
 DALI is linked to a CUDA runtime of its own, so the fake one does not reach it. What our code calls
 are therefore objects made by `create_autospec` from DALI's own classes: a call that DALI does not
 have, or a wrong keyword, is a TypeError here too. The GPU graph is still built and serialised,
 which checks each of its operators and arguments.
 
-The device is taken to be slow. A copy out of DALI's memory, and DALI's reuse of that memory once it
-was released, are queued in the order in which a GPU would execute them, and run by `finish_work`.
+The device is assumed to be slow. A copy out of DALI's memory, and DALI's reuse of that memory after
+its release, are queued in the order in which a GPU would execute them. `finish_work` runs them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nvidia.dali.tensors import TensorGPU, TensorListGPU
 
 from pipelines import dali_views
 
-REUSED = 0xA5  # the level with which memory is overwritten that was given back to DALI
+REUSED = 0xA5  # Memory that was given back to DALI is overwritten with this level.
 
 work: deque[Callable[[], object]] = deque()  # what the device still has to do
 waits = 0  # how often the host waited for the device
@@ -37,7 +37,7 @@ def finish_work() -> None:
 
 
 def install() -> None:
-    """Let `dali_views` build its GPU pipelines here."""
+    """Make `dali_views` build its GPU pipelines here."""
     real = dali_views.build_graph
 
     def build_graph(job: Any, device: str, device_id: int | None) -> Pipeline:
@@ -51,7 +51,7 @@ def install() -> None:
 
 
 def on_fake_gpu(cpu: Pipeline) -> Pipeline:
-    """A GPU pipeline as our code sees it; `cpu` does its work."""
+    """Return a GPU pipeline as our code sees it; `cpu` does its work."""
     global pipelines
     pipelines += 1
     pipe = create_autospec(Pipeline, instance=True, spec_set=True)
@@ -81,14 +81,14 @@ def on_fake_gpu(cpu: Pipeline) -> Pipeline:
 
 
 def on_device(pixels: np.ndarray) -> torch.Tensor:
-    """Memory of the fake device with these values."""
+    """Return memory of the fake device with these values."""
     memory = torch.empty(pixels.shape, dtype=torch.uint8, device="cuda")
     ctypes.memmove(memory.data_ptr(), np.ascontiguousarray(pixels).ctypes.data, pixels.nbytes)
     return memory
 
 
 def tensor_list(memory: torch.Tensor, bound_to: torch.cuda.Stream | None) -> TensorListGPU:
-    """An output of a pipeline on `memory`."""
+    """Return an output of a pipeline that is in `memory`."""
     from nvidia.dali.types import DALIDataType
 
     tensor = create_autospec(TensorGPU, instance=True, dtype=DALIDataType.UINT8)

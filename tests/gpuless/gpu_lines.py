@@ -1,12 +1,13 @@
-"""Which lines that only a GPU needs are executed under the fake runtime: `python gpu_lines.py FOLDER`.
+"""`python gpu_lines.py FOLDER` lists the lines for GPUs that no test on the fake runtime executes.
 
 FOLDER contains the coverage data of the tests, which they write with
 
     RSA_FAST_GPU_COVERAGE=FOLDER python -m pytest tests -k "gpu or sync or step"
 
 A line counts as the GPU's if it is in a branch whose condition asks for one, after an early return
-for the CPU, or in a function that takes or makes CUDA streams and events. Prints the lines that no
-program executed, and how many there are in all. tests/gpuless/README.md says why each is left.
+for the CPU, or in a function that takes or makes CUDA streams and events. The program prints the
+lines that were not executed, and the number of all such lines. tests/gpuless/README.md says why
+each is left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from coverage import CoverageData
 ROOT = Path(__file__).parents[2]
 ASKS = re.compile(r"""["']cuda|on_gpu|is_cuda|["']nccl|torch\.cuda\.|self\.stream is""")
 ASKS_FOR_CPU = re.compile(r"""stream is None|["']cpu["'] or|not torch\.cuda""")
-CUDA_CALL = re.compile(r"torch\.cuda\.|record_stream|wait_stream|pin_memory|land_gpu")
+CUDA_CALL = re.compile(r"torch\.cuda\.|record_stream|wait_stream|pin_memory|batch_on_gpu")
 
 
 def leaves(body: list[ast.stmt]) -> bool:
@@ -30,7 +31,7 @@ def leaves(body: list[ast.stmt]) -> bool:
 
 
 def gpu_lines(tree: ast.Module) -> Iterator[int]:
-    """The first lines of the statements that only a GPU needs."""
+    """Yield the first lines of the statements that only a GPU needs."""
 
     def visit(body: list[ast.stmt], on_gpu: bool) -> Iterator[int]:
         for node in body:

@@ -1,8 +1,8 @@
-"""Looks at every operation that torch dispatches for what would be slow or wrong on a GPU.
+"""Check every operation that torch dispatches for what would be slow or wrong on a GPU.
 
-Only what torch itself lets pass is looked for here. Operations that make the host wait are refused
-by `torch.cuda.set_sync_debug_mode("error")`, and torch refuses tensors of several devices or types
-in most operations.
+Only what torch itself accepts is checked here. `torch.cuda.set_sync_debug_mode("error")` refuses
+operations that make the host wait, and torch refuses tensors of several devices or types in most
+operations.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GpuLint(TorchDispatchMode):
     """A context that counts operations while it is entered.
 
     `products` counts matrix products and convolutions by their name and types ("mm float16"), and
-    `collectives` those of torch.distributed. `faults` counts what is objected to, by its kind, the
-    operation and the line of this project that called it. The kinds are
+    `collectives` counts those of torch.distributed. `faults` counts faults by kind, operation and
+    the line of this project that called it. The kinds are
 
     - pageable-copy: a copy between host and device whose memory on the host is not pinned,
     - convolution-of-wrong-type: a convolution in another type than `dtype`,

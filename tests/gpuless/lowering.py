@@ -1,7 +1,9 @@
-"""`python lowering.py FOLDER`, on a fake GPU: the tensor operations of a view, compiled by Inductor down to the machine code of
-a V100 and an H100. Prints, by function, how many kernels it becomes and the most registers and spilled bytes of any.
+"""`python lowering.py FOLDER` compiles the tensor operations of a view on a fake GPU.
 
-Its own launcher of kernels is left out: nothing runs. FOLDER is for what is compiled.
+Inductor compiles them to machine code for a V100 and an H100. The program prints, by function, the
+number of kernels, and the most registers and spilled bytes of any kernel.
+
+Inductor's launcher of kernels is replaced, so nothing runs. FOLDER is for compiled files.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ V100, H100 = 70, 90
 
 
 class Driver:
-    """Of the fake GPU, which is a V100; it loads nothing."""
+    """The driver of the fake GPU, which is a V100. It loads nothing."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", V100, 32)
@@ -49,7 +51,7 @@ class Unlaunched:
 
 
 def sources(function: Callable, *inputs: torch.Tensor) -> dict[str, str]:
-    """The Triton kernels that Inductor writes for a function of these inputs, by name."""
+    """Return, by name, the Triton kernels that Inductor writes for a function of these inputs."""
     found: dict[str, str] = {}
     AsyncCompile.triton = lambda _, name, source, **__: found.update({name: source}) or Unlaunched()
     torch.compile(function, fullgraph=True, dynamic=False)(*inputs)
@@ -57,7 +59,10 @@ def sources(function: Callable, *inputs: torch.Tensor) -> dict[str, str]:
 
 
 def usage(name: str, source: str, capability: int) -> tuple[int, int]:
-    """The most registers and bytes of spills of a kernel, over the configurations that Inductor would choose from."""
+    """Return the most registers and spilled bytes of a kernel.
+
+    The maximum is over the configurations that Inductor would choose from.
+    """
     kernel = getattr(PyCodeCache.load(source.replace(f"cc={V100}", f"cc={capability}")), name)
     kernel.precompile(warm_cache_only=True)
     most = [0, 0]
@@ -115,7 +120,7 @@ def main() -> dict[str, dict]:
         source, options=options | {"maxnreg": 24}, **rest
     )
     name, source = next(iter(kernels.items()))
-    spilling = usage(name, source + "# again", V100)  # the same text is loaded only once
+    spilling = usage(name, source + "# again", V100)  # The same text would be loaded only once.
     results["planted"] = {
         "kernels": len(unfused),
         "registers": spilling[0],

@@ -1,5 +1,8 @@
-"""What the tests run on fake GPUs: `python programs.py NAME ARGUMENTS...` calls a function of this file and prints its result
-as JSON. Values are garbage there, so that nothing may be judged by them."""
+"""The programs that the tests run on fake GPUs.
+
+`python programs.py NAME ARGUMENTS...` calls a function of this file and prints its result as JSON.
+Values are garbage there, so nothing may depend on them.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ import torch.nn.functional as F
 from gpulint import GpuLint
 
 from pipelines import VIEWS, Batch, Order, open_source, open_views
-from rsa_fast.distributed import highest, process_group
+from rsa_fast.distributed import max_over_ranks, process_group
 from rsa_fast.methods import METHODS
-from rsa_fast.recipes import LOADING_FIELDS, build_recipe
+from rsa_fast.recipes import build_recipe
 from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
 from rsa_fast.training.step import build_run, train_step
 
-RUNTIME = ctypes.CDLL(None)  # the fake one
+RUNTIME = ctypes.CDLL(None)  # the fake runtime
 RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long
 RANKS = 8
 
@@ -34,9 +37,9 @@ RANKS = 8
 class Watch(GpuLint):
     """A context in which a wait for the device is an error.
 
-    When it ends, `found` holds the number of kernels, copies and collectives that it was entered
-    for, the bytes that NCCL reduced, the matrix products, the peak of the device's memory in GiB,
-    and the lint's faults.
+    When it ends, `found` contains the numbers of kernels, copies and collectives since it was
+    entered, the bytes that NCCL reduced, the matrix products, the peak of the device's memory in
+    GiB, and the lint's faults.
     """
 
     def counts(self) -> list[int]:
@@ -65,19 +68,19 @@ class Watch(GpuLint):
 
 
 def as_rank_0_of_8() -> None:
-    """NCCL without peers: its collectives leave tensors as they are."""
+    """Initialise NCCL without peers: its collectives leave tensors as they are."""
     torch.nn.parallel.distributed._verify_param_shape_across_processes = lambda *_: None
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=RANKS)
-    for rank in range(RANKS):  # the heartbeat waits for a first beat of each
+    for rank in range(RANKS):  # The heartbeat waits for a first beat of each rank.
         dist.distributed_c10d._get_default_store().set(f"beat/{rank}", "0 training")
 
 
 def imagenet_steps(folder: str) -> dict[str, dict]:
-    """By method, and for RSA as 16 GB cards run it, what the third step costs: from the end of the second to the end of the
-    meter's count of the third.
+    """Return what the third step costs, by method, and for RSA also as 16 GB cards run it.
 
-    The first step allocates, in the second DDP lays out its buckets anew, which waits. After it comes a checkpoint, and
-    another run resumes from it.
+    The cost is counted from the end of the second step to the end of the meter's count of the
+    third. The first step allocates. In the second, DDP lays out its buckets again, which waits.
+    After the third comes a checkpoint, and another run resumes from it.
     """
     as_rank_0_of_8()
     data, results, watches = images(Path(folder), 3 * 256 * RANKS), {}, []
@@ -104,9 +107,9 @@ def imagenet_steps(folder: str) -> dict[str, dict]:
             torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
 
     Meter.add, engine.restore = add, restore
-    engine.Loop.stop_at_fault = lambda *_: None  # it judges values
-    Screen.write = lambda *_: None  # the times of no GPU
-    os.fsync = lambda _: None  # of .4 GB a checkpoint: no disk is tested here
+    engine.Loop.stop_at_fault = lambda *_: None  # Values are garbage here.
+    Screen.write = lambda *_: None  # Times mean nothing here.
+    os.fsync = lambda _: None  # A checkpoint has .4 GB, and no disk is tested here.
     own = {"supervised": {"classes": 2}, "rsa recomputed": {"recompute_stages": 1}}
     for case in (*METHODS, "rsa recomputed"):
         fields = {
@@ -130,8 +133,11 @@ def imagenet_steps(folder: str) -> dict[str, dict]:
 
 
 def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
-    """By case, what the steps after the second of a network at 32 px cost: precisions, optimisers, backends, and the BatchNorm
-    that a method's ImageNet-1K recipe does not have."""
+    """Return, by case, what the steps after the second of a network at 32 px cost.
+
+    The cases are precisions, optimisers and backends, and the BatchNorm that a method's ImageNet-1K
+    recipe does not have.
+    """
     as_rank_0_of_8()
     cases = {
         "sgd fp32": ("rsa", {"precision": "fp32", "backend": "resident"}),
@@ -155,10 +161,7 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
         }
         run = build_run(build_recipe("cifar10", method, overrides=fields), 64)
         source = open_source(beton if run.recipe.backend == "ffcv" else folder, "pretrain")
-        options = {name: getattr(run.recipe, name) for name in LOADING_FIELDS} | {
-            "device": run.device,
-            "dtype": run.dtype,
-        }
+        options = {"device": run.device, "dtype": run.dtype, "loading": run.recipe.loading}
         meter = Meter(64, run.device)
         with open_views(
             source, run.recipe.views, run.method.reads, Order(40, 8, 0), **options
@@ -182,7 +185,10 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
 
 
 def planted_faults() -> dict[str, dict]:
-    """What the third step of a small run costs, as it is ("none") and with one more fault each in its forward."""
+    """Return what the third step of a small run costs, unchanged ("none") and with each fault.
+
+    The faults are in the forward pass.
+    """
     kept = []
 
     def fp32(operation: Callable, *tensors: torch.Tensor) -> None:
@@ -240,18 +246,18 @@ def planted_faults() -> dict[str, dict]:
 
 
 def process_group_of_torchrun() -> dict[str, object]:
-    """What the environment that torchrun gives to a process makes of it on a GPU."""
+    """Return what torchrun's environment makes of a process on a GPU."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}
     os.environ |= ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with process_group("cuda", 60.0):
         found = {"backend": dist.get_backend(), "device": torch.cuda.current_device()}
-        return found | {"highest": highest(3)}
+        return found | {"highest": max_over_ranks(3)}
 
 
 def images(folder: Path, count: int) -> Path:
-    """An image folder of links to the images of another, again and again."""
+    """Make an image folder of repeated links to the images of another folder."""
     for label in range(2):
         (place := folder / "linked" / "train" / f"class_{label}").mkdir(parents=True)
         files = sorted((folder / "train" / f"class_{label}").iterdir())
@@ -263,4 +269,4 @@ def images(folder: Path, count: int) -> Path:
 if __name__ == "__main__":
     result = globals()[sys.argv[1]](*sys.argv[2:])
     print(json.dumps(result), flush=True)
-    os._exit(0)  # threads of NCCL wait for what never comes
+    os._exit(0)  # NCCL's threads would wait forever.

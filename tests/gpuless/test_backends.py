@@ -1,4 +1,4 @@
-"""Every backend on a GPU, as far as the host's side of it goes: nothing waits and the right bytes arrive."""
+"""The host's side of every backend on a GPU: nothing waits, and the right bytes arrive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backend_cases import CASES
 from fake_gpu import on_fake_gpu
 
 PROGRAM = Path(__file__).with_name("backends.py")
-LEVELS = 1e-3  # float32's rounding of what is compared; the pixels are equal
+LEVELS = 1e-3  # This allows for float32's rounding; the pixels are equal.
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(res
     assert found["skipped"] == [True, True]
     assert len(found["gaps"]) == (2 if case == "resident, device" else 4)
     assert max(found["gaps"]) < LEVELS
-    # DALI starts once for each run, and again after the bad image
+    # DALI starts once for each run, and again after the bad image.
     assert found["dali_pipelines"] == (3 if case.startswith("dali") else 0)
 
 

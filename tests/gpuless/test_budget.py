@@ -1,4 +1,4 @@
-"""The budget holds every count with its own torch, and those of the model with any torch."""
+"""The budget compares all counts with its own torch, and those of the model with any torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COSTS = {
 
 @pytest.fixture
 def hold(tmp_path, monkeypatch):
-    """Hold COSTS with changes to a budget of COSTS that was counted with a version of torch."""
+    """Compare COSTS with changes to a budget of COSTS that a version of torch counted."""
     monkeypatch.setattr(budget, "PLACE", tmp_path / "budget.json")
 
     def hold(changes: dict, version: str) -> None:

@@ -1,4 +1,7 @@
-"""What Inductor makes of the encoder for a V100: BatchNorm, ReLU and residual sums in as few passes as they can take."""
+"""Inductor's kernels of the encoder take as few passes as possible on a V100.
+
+This concerns BatchNorm, ReLU and residual sums.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,7 @@ def test_a_compiled_encoder_moves_fewer_bytes_also_where_ranks_share_their_stati
     assert (
         local < 0.91 * eager and found["local"]["forward_gb"] < 0.75 * found["eager"]["forward_gb"]
     )
-    assert sync == pytest.approx(
-        local, rel=2e-3
-    )  # the statistics themselves; no pass over the images more
+    # SyncBN adds the statistics themselves, but no pass over the images.
+    assert sync == pytest.approx(local, rel=2e-3)
     for bn in ("local", "sync"):
         hold("compiled_encoder", bn, found[bn])

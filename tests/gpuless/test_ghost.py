@@ -1,4 +1,4 @@
-"""The fake CUDA runtime does what the tests on it take for granted, and is built once."""
+"""The fake CUDA runtime does what the tests on it rely on, and is built once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_devices_memory_copies_and_counters_are_as_described(monkeypatch):
         "round trip": [0, 1, 2, 3, 4],
         "pinned": [True, False],
         "counts": [1, 2, 1, 1],  # kernels, copies, waits, events
-        "allocated_gib": 1.5,  # the second block of 1.5 GiB does not fit
+        "allocated_gib": 1.5,  # The second block of 1.5 GiB does not fit.
     }
 
 
@@ -64,7 +64,7 @@ def test_processes_that_build_at_once_build_once(tmp_path, monkeypatch):
         build, "compile_in", lambda place: (builds.append(place), compile_in(place))
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with ThreadPoolExecutor(4) as threads:  # each opens the lock for itself, as a process does
+    with ThreadPoolExecutor(4) as threads:  # Each opens the lock itself, as a process does.
         (library,) = set(threads.map(lambda _: build.build(), range(4)))
     assert len(builds) == 1 and library.is_file()
     assert {path.name for path in (tmp_path / "rsa-fast").iterdir()} == {
@@ -90,7 +90,7 @@ def test_without_a_cache_folder_a_temporary_one_of_this_user_is_taken(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert build.cache_folder().parent == tmp_path
-    monkeypatch.setattr(build.os, "getuid", lambda: -1)  # someone else's by now
+    monkeypatch.setattr(build.os, "getuid", lambda: -1)  # The folder is someone else's now.
     with pytest.raises(PermissionError, match="set XDG_CACHE_HOME to a folder of yours"):
         build.cache_folder()
 

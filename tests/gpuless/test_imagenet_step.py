@@ -1,4 +1,7 @@
-"""The real training loop of every ImageNet-1K recipe, on one of eight fake GPUs with 256 images each, held to a budget."""
+"""The costs of the real training loop of every ImageNet-1K recipe are those of the budget.
+
+The loop runs on one of eight fake GPUs with 256 images each.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from rsa_fast.methods import METHODS
 
 @pytest.fixture(scope="module")
 def costs(folder, tmp_path_factory):
-    """By case, `Watch.found` of the third step."""
+    """Return `Watch.found` of the third step, by case."""
     place = tmp_path_factory.mktemp("imagenet_steps")
     (place / "train").symlink_to(folder / "train")
     costs = json.loads(

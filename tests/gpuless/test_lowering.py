@@ -1,4 +1,7 @@
-"""The tensor operations of a view as machine code for a V100 and an H100: how many kernels, how many registers, no spills."""
+"""The tensor operations of a view as machine code for a V100 and an H100.
+
+Kernels and registers are counted, and nothing spills.
+"""
 
 from __future__ import annotations
 

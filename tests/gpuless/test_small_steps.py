@@ -1,4 +1,7 @@
-"""Training steps of small networks on a fake GPU: no way through the code waits, and every check finds what is planted."""
+"""Training steps of small networks on a fake GPU.
+
+No path through the code waits, and every check finds the fault that is planted for it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""BatchNorm over the ranks of a whole node, which are threads here: test_distributed has two of them, as processes."""
+"""BatchNorm over the ranks of a whole node, which are threads here.
+
+test_distributed.py has two ranks, as processes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ RANKS = 8
 
 
 def on_ranks(work: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
-    """What `work(rank)` returns on every rank."""
+    """Return the results of `work(rank)` on all ranks."""
     store = dist.HashStore()
 
     def rank(number: int) -> list[Tensor]:
@@ -26,7 +29,7 @@ def on_ranks(work: Callable[[int], list[Tensor]]) -> list[list[Tensor]]:
             dist.init_process_group("threaded", rank=number, world_size=RANKS, store=store)
             return work(number)
         except BaseException as error:
-            threaded.ProcessLocalGroup.exception_handle(error)  # or the others wait for ever
+            threaded.ProcessLocalGroup.exception_handle(error)  # Otherwise the others wait.
             raise
 
     torch._C._distributed_c10d._set_thread_isolation_mode(True)

@@ -1,4 +1,7 @@
-"""The installed wheels hold machine code for a V100 (sm_70), which later ones have dropped, and for an H100 (sm_90)."""
+"""The installed wheels contain machine code for a V100 (sm_70) and an H100 (sm_90).
+
+Later wheels have dropped sm_70.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,8 @@ def test_so_are_the_libraries_beside_it(package, pattern):
     )
     if tool is None or not tool.is_file():
         pytest.skip("no cuobjdump: it comes with triton")
-    if not find_spec(package.partition(".")[0]) or not (
-        found := find_spec(package)
-    ):  # the second raises without the first
+    # The second look-up raises if the first package is missing.
+    if not find_spec(package.partition(".")[0]) or not (found := find_spec(package)):
         pytest.skip(f"{package} is not installed")
     (library,) = (
         path for place in found.submodule_search_locations for path in Path(place).glob(pattern)

@@ -14,20 +14,14 @@ from PIL import Image
 
 from pipelines import beton
 from pipelines.beton import BetonWriter, beton_source, page_bytes
+from pipelines.layouts import open_source
 from pipelines.packed import ENTRY
-from pipelines.sources import open_source, to_rgb
+from pipelines.sources import to_rgb
 
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
-PAGE = 2**21  # ffcv's smallest
-SIZES = [
-    (480, 500),
-    (300, 400),
-    (500, 480),
-    (20, 31),
-    (490, 490),
-    (480, 500),
-    (33, 17),
-]  # three pages as pixels
+PAGE = 2**21  # the smallest that FFCV allows
+# As pixels, these images fill three pages.
+SIZES = [(480, 500), (300, 400), (500, 480), (20, 31), (490, 490), (480, 500), (33, 17)]
 
 
 def images() -> list[np.ndarray]:
@@ -35,7 +29,10 @@ def images() -> list[np.ndarray]:
 
 
 def write(path: Path, pixels: list[np.ndarray], done: int = 0) -> np.ndarray:
-    """Images as pixels with labels 0, 1, 2, 0, ...; behind the `done` that are in the file already."""
+    """Write images as pixels with labels 0, 1, 2, 0, ...
+
+    The first `done` images are in the file already.
+    """
     entries = np.zeros(len(pixels), ENTRY)
     where = np.load(path.with_suffix(".npy")) if done else entries
     entries[:done] = where[:done]
@@ -104,7 +101,7 @@ def test_pixels_labels_and_sizes_come_back(written):
             images() * 5, pool.map(source.read, [*range(len(SIZES))] * 5), strict=True
         ):
             assert found.flags.writeable and (found == wanted).all()
-    assert source.encoded is None  # pixels are no file
+    assert source.encoded is None  # Stored pixels have no encoded file.
 
 
 def test_the_file_is_the_one_ffcv_writes_with_one_worker(written, tmp_path):
@@ -128,7 +125,7 @@ def test_ffcv_reads_the_file(written):
         assert (stored[start : start + sizes[start]] == wanted.reshape(-1)).all() and image[
             "height"
         ] == wanted.shape[0]
-        assert start // PAGE == (start + wanted.size - 1) // PAGE  # none across a page
+        assert start // PAGE == (start + wanted.size - 1) // PAGE  # No image crosses a page.
     assert reader.metadata["f1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -264,7 +261,7 @@ def test_a_million_images_open_fast_and_lean(tmp_path):
     writer = BetonWriter(path, count, 2**23, np.zeros(0, ENTRY))
     entries["offset"] = writer.end + 110_000 * np.arange(count)
     writer.end += -(-110_000 * count // 2**23) * 2**23
-    writer.file.seek(writer.end)  # a hole: no byte of the images is on the disk
+    writer.file.seek(writer.end)  # This leaves a hole: no byte of an image is on the disk.
     writer.finish(entries)
     writer.close()
     began = time.perf_counter()

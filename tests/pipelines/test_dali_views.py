@@ -1,4 +1,7 @@
-"""DALI's graph for the GPU, checked on a host without one, and its CPU twin, whose pixels are checked in test_loaders."""
+"""DALI's graph for the GPU, checked without a GPU, and its CPU twin.
+
+test_loaders.py checks the pixels of the CPU twin.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from pipelines import VIEWS, Order, open_source
+from pipelines import VIEWS, Loading, Order, open_source
 from pipelines.loading import Job
 from pipelines.views import ViewSpec
 
@@ -22,22 +25,15 @@ def job(folder, reads=VIEWS, decode_on="gpu"):
     source = open_source(folder, "pretrain")
     spec = ViewSpec(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     order = Order(len(source.manifest), 8, 0)
-    return Job(
-        source,
-        spec,
-        frozenset(reads),
-        order,
-        torch.device("cpu"),
-        torch.float32,
-        2,
-        2,
-        "device",
-        decode_on,
-    )
+    loading = Loading("dali", aggressive_on="device", decode_on=decode_on)
+    return Job(source, spec, frozenset(reads), order, torch.device("cpu"), torch.float32, loading)
 
 
 def operators(pipe) -> list[tuple[str, str, dict[str, str]]]:
-    """(name, device, other arguments) of each operator of the serialised graph; serialising checks every argument."""
+    """Return (name, device, other arguments) of each operator of the serialised graph.
+
+    Serialising checks every argument.
+    """
     pipe.serialize()
     found = []
     for operator in pipe._ops:
@@ -92,7 +88,8 @@ def test_one_decode_and_only_the_crops_that_are_read(folder):
 def test_views_made_on_the_host_are_refused_on_a_gpu_before_dali_starts(folder):
     from pipelines.dali_views import DaliViews
 
-    on_gpu = replace(job(folder), device=torch.device("cuda"), aggressive_on="host")
+    made_on_host = Loading("dali", aggressive_on="host")
+    on_gpu = replace(job(folder), device=torch.device("cuda"), loading=made_on_host)
     with pytest.raises(
         ValueError, match="aggressive_on: host would bring the crops back from the GPU; use device"
     ):

@@ -24,7 +24,7 @@ def drawn(
 
 
 def test_operations_fire_at_the_stated_rates():
-    params = drawn(20_000).ravel()  # 40,000 views: four standard errors are at most .01
+    params = drawn(20_000).ravel()  # Four standard errors of 40,000 views are at most .01.
     assert abs(params["flip"].mean() - 0.5) < 0.01
     assert abs(params["jitter"].mean() - 0.8) < 0.008
     assert abs(params["grayscale"].mean() - 0.2) < 0.008
@@ -46,12 +46,8 @@ def test_each_choice_is_independent_of_the_others_and_of_the_other_crop():
         float
     )
     correlation = np.corrcoef(table)
-    top_height = [
-        (4, 5),
-        (5, 4),
-        (14, 15),
-        (15, 14),
-    ]  # a taller window leaves less room: dependent by design
+    # A taller window leaves less room, so these depend on each other by design.
+    top_height = [(4, 5), (5, 4), (14, 15), (15, 14)]
     for i, j in top_height:
         correlation[i, j] = 0
     np.fill_diagonal(correlation, 0)
@@ -114,7 +110,7 @@ def test_seed_epoch_sample_and_crop_each_change_the_dice():
 
 
 def test_the_hash_is_splitmix64_in_whole_numbers():
-    """The numpy arithmetic against Python's unbounded integers."""
+    """The numpy arithmetic equals that of Python's unbounded integers."""
     mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
 
     def mix(x: int) -> int:
@@ -131,7 +127,7 @@ def test_the_hash_is_splitmix64_in_whole_numbers():
 
 
 def test_the_dice_never_change():
-    """A resumed run must see the views it would have seen: a change here breaks the resumption of older runs."""
+    """A resumed run must see the same views: a change here would break resuming older runs."""
     row = draw(7, 3, np.array([12345]), SPEC, np.array([[375, 500]]))[0, 1]
     assert [row[name] for name in ("top", "left", "height", "width", "flip", "jitter")] == [
         117,

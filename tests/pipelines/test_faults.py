@@ -1,4 +1,7 @@
-"""What happens to a batch when an image goes bad during a run: the loading stops and names it, or the next one stands in."""
+"""What happens to a batch when an image goes bad during a run.
+
+Either the loading stops and names the image, or the next image replaces it.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ import torch
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
+from pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
 from pipelines.beton import BetonWriter, open_beton
 from pipelines.packed import ENTRY, Packed
 from pipelines.shards import ShardWriter, open_shards, shard_path
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-COUNT, BATCH = 24, 8  # so that an epoch reads every image
+COUNT, BATCH = 24, 8  # An epoch reads every image.
 DALI = pytest.mark.skipif(
     find_spec("nvidia.dali") is None,
     reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
@@ -44,18 +47,18 @@ def jpeg(seed: int, height: int, width: int) -> bytes:
 
 
 def bomb(data: bytes) -> bytes:
-    """A JPEG whose frame header claims 65,535 x 65,535 pixels."""
+    """Return a JPEG whose frame header claims 65,535 x 65,535 pixels."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + b"\xff" * 4 + data[at + 4 :]
 
 
 def with_junk(data: bytes) -> bytes:
-    """Bytes that belong to no segment, which PIL and torchvision pass over, and DALI does not."""
+    """Insert bytes that belong to no segment: PIL and torchvision skip them, DALI does not."""
     at = data.index(b"\xff\xda")
     return data[:at] + b"\0\1" + data[at:]
 
 
-# What can become of a file's bytes, and how PIL, or who reads the file, says so.
+# What can happen to the bytes of a file, and the error that PIL or the reader of the file reports.
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "cut": (lambda data: data[: len(data) * 2 // 3], "truncated"),
     "header cut": (lambda data: data[:200], "Truncated File Read"),
@@ -73,9 +76,8 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     ),
     "bomb": (bomb, r"exceeds limit of 178956970 pixels"),
 }
-BAD = dict(
-    zip((0, 3, 4, 5, 9, 14, 17, 22, 23), DAMAGE, strict=True)
-)  # in a row, and the last before the first
+# Images 3 to 5 are bad in a row, and so are 22, 23 and 0: after the last comes the first.
+BAD = dict(zip((0, 3, 4, 5, 9, 14, 17, 22, 23), DAMAGE, strict=True))
 
 
 def stand_in(sample: int, bad: set[int] | dict = BAD, count: int = COUNT) -> int:
@@ -91,11 +93,11 @@ def damage(path: Path, kind: str) -> None:
 
 def open_loader(source, backend, rank=0, world_size=1, **options):
     order = Order(len(source.manifest), BATCH, 5, rank, world_size)
-    return open_views(source, SPEC, frozenset(VIEWS), order, backend=backend, **options)
+    return open_views(source, SPEC, frozenset(VIEWS), order, loading=Loading(backend, **options))
 
 
 def views_of(batches, ids) -> dict[int, list[torch.Tensor]]:
-    """By sample id, the views and the label of batches that were read whole."""
+    """Map each sample id to the label and the views in these complete batches."""
     return {
         int(sample): [batch.label[i], *(batch.views[name][i] for name in VIEWS)]
         for batch, chosen in zip(batches, ids, strict=True)
@@ -122,7 +124,7 @@ def data(tmp_path) -> Path:
 
 
 @every_backend
-def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, backend, capfd):
+def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, backend, caplog):
     source = open_source(data, "pretrain")
     files = [data / path for path in source.manifest.paths]
     order = Order(COUNT, BATCH, 5)
@@ -137,7 +139,7 @@ def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, bac
         for sample, kind in BAD.items():
             damage(files[sample], kind)
 
-    if backend == "resident":  # which reads all of it at the start
+    if backend == "resident":  # This backend reads every image at the start.
         damage_all()
     with open_loader(source, backend, on_bad_image="skip") as loader:
         if backend != "resident":
@@ -146,11 +148,8 @@ def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, bac
         for epoch in (1, 2):
             assert_stood_in(loader.batches(epoch), epoch_ids(order, epoch), whole[epoch])
         assert loader.skipped.keys() == BAD.keys()
-        lines = [
-            line.split(": ")[0]
-            for line in capfd.readouterr().err.splitlines()
-            if line.startswith("skipped ")
-        ]
+        skips = (text for text in caplog.messages if text.startswith("skipped "))
+        lines = [line.split(": ")[0] for line in skips]
         assert sorted(lines) == sorted(
             f"skipped sample {sample}, {source.manifest.paths[sample]}" for sample in BAD
         )
@@ -158,9 +157,8 @@ def test_the_next_readable_image_stands_in_with_its_own_dice_and_label(data, bac
             assert_stood_in(resumed.batches(2, 1), epoch_ids(order, 2, 1), whole[2])
         for file, content in zip(files, contents, strict=True):
             file.write_bytes(content)
-        assert_stood_in(
-            loader.batches(1), epoch_ids(order, 1), whole[1]
-        )  # what was bad is not tried again
+        # Images that were bad are not tried again.
+        assert_stood_in(loader.batches(1), epoch_ids(order, 1), whole[1])
 
 
 @while_reading
@@ -195,7 +193,8 @@ def test_stopping_names_the_sample_and_the_file_and_the_loader_lives_on(data, ba
         whole = next(iter(loader.batches(0))).weak_1
         for kind, (_, said) in DAMAGE.items():
             damage(path, kind)
-            message = f"(?s)sample {sample}, {source.manifest.paths[sample]}: .*{said}.* --on-bad-image skip"
+            place = source.manifest.paths[sample]
+            message = f"(?s)sample {sample}, {place}: .*{said}.* --on-bad-image skip"
             with pytest.raises(ValueError, match=message) as caught:
                 if backend == "resident":
                     open_loader(source, backend)
@@ -238,7 +237,7 @@ def test_an_iterator_of_dali_left_before_a_bad_image_comes_up_leaves_nothing_beh
     with open_loader(source, "dali", prefetch_batches=3) as loader:
         whole = list(loader.batches(0))
         path.write_bytes(content[:-200])
-        next(iter(loader.batches(0)))  # the bad batch and the one behind it are in DALI already
+        next(iter(loader.batches(0)))  # DALI has the bad batch and the next one already.
         path.write_bytes(content)
         for one, other in zip(loader.batches(0), whole, strict=True):
             assert torch.equal(one.weak_2, other.weak_2)
@@ -253,7 +252,7 @@ def test_unknown_policies_are_errors(data):
 
 
 def write_packed(data: Path, form: str) -> Callable[[], Packed]:
-    """24 JPEGs of 20x20 px as a .beton file or as shards; returns what opens them."""
+    """Write 24 JPEGs of 20x20 px as a .beton file or as shards; return what opens them."""
     data.mkdir()
     entries = np.zeros(COUNT, ENTRY)
     if form == "beton":
@@ -279,7 +278,7 @@ PACKED = [
     ("torchvision", "shards"),
 ]
 packed_forms = pytest.mark.parametrize(("backend", "form"), PACKED)
-# FFCV decodes with a faster DCT; what it refuses, and what stands in for that, PIL decodes
+# FFCV decodes with a faster DCT. PIL decodes the images that FFCV refuses, and their replacements.
 LEVELS = {"ffcv": 3.0}
 
 
@@ -328,9 +327,8 @@ def test_a_file_cut_during_the_run_loses_only_what_lay_behind_the_cut(tmp_path, 
         bad = {i for i in range(14, COUNT) if packed.entries["file"][i] == entry["file"]}
         for batch, ids in zip(loader.batches(1), epoch_ids(order, 1), strict=True):
             wanted = torch.stack([whole[stand_in(int(sample), bad)][1] for sample in ids])
-            assert torch.allclose(
-                batch.weak_1, wanted, atol=1e-6
-            )  # FFCV's file is left to PIL then
+            # PIL then reads FFCV's file.
+            assert torch.allclose(batch.weak_1, wanted, atol=1e-6)
         assert (
             loader.skipped.keys() == bad
             and "the file was cut since it was opened" in loader.skipped[14]
@@ -370,7 +368,8 @@ def test_a_beton_replaced_before_ffcv_opens_it_is_refused(tmp_path):
 
 @FFCV
 def test_a_process_that_used_ffcv_and_forked_ends_on_one_core():
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from pipelines import ffcv_views\n"
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from pipelines import ffcv_views\n"
     subprocess.run(
         [sys.executable, "-c", code + "os.fork() or os._exit(0); os.wait()"], timeout=60, check=True
     )

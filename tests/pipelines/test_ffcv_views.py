@@ -1,4 +1,7 @@
-"""FFCV's loader with our kernels: exact views, nothing overwritten, nothing of the process changed, threads joined."""
+"""FFCV's loader with our kernels.
+
+The views are exact and never overwritten, the process keeps its settings, and threads are joined.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import VIEWS, Order, ViewSpec, open_source, open_views
+from pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
 
 pytestmark = pytest.mark.skipif(
     find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
@@ -18,10 +21,13 @@ pytestmark = pytest.mark.skipif(
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
-def open_loader(data, backend="ffcv", reads=VIEWS, rank=0, world_size=1, **options):
+def open_loader(
+    data, backend="ffcv", reads=VIEWS, rank=0, world_size=1, dtype=torch.float32, **options
+):
     source = open_source(data, "pretrain")
     order = Order(len(source.manifest), 8, 5, rank, world_size)
-    return open_views(source, SPEC, frozenset(reads), order, backend=backend, **options)
+    loading = Loading(backend, **options)
+    return open_views(source, SPEC, frozenset(reads), order, dtype=dtype, loading=loading)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def equal(ours, theirs, reads=VIEWS):
 
 
 def test_views_equal_the_reference_and_are_never_overwritten(loader, reference):
-    kept = list(loader.batches(0))  # five batches kept, of a loader that makes two ahead
+    kept = list(loader.batches(0))  # Five batches are kept; the loader makes two ahead.
     assert len(kept) == 5 and all(
         equal(ours, theirs) for ours, theirs in zip(kept, reference, strict=True)
     )
@@ -62,7 +68,7 @@ def test_starting_at_a_step_is_a_jump_and_leaving_early_leaves_nothing(loader, r
 
 
 def test_torch_keeps_its_threads(loader):
-    torch.set_num_threads(2)  # importing ffcv elsewhere sets one
+    torch.set_num_threads(2)  # Importing ffcv elsewhere sets one thread.
     next(iter(loader.batches(0)))
     assert torch.get_num_threads() == 2
 
@@ -115,7 +121,7 @@ def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
 def test_an_error_on_ffcv_s_thread_reaches_the_one_who_reads(beton, monkeypatch):
     with open_loader(beton) as opened, pytest.raises(MemoryError, match="no room"):
         monkeypatch.setattr(
-            opened.landing, "slot", lambda count: (_ for _ in ()).throw(MemoryError("no room"))
+            opened.transfer, "take", lambda count: (_ for _ in ()).throw(MemoryError("no room"))
         )
         list(opened.batches(0))
 
@@ -143,7 +149,10 @@ def test_the_dice_are_those_of_the_sample_whatever_came_before(loader, reference
 
 @pytest.mark.parametrize("settings", [("passthrough",), ("jpg", "--max-resolution", "500")])
 def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_path, settings):
-    """FFCV decodes with a faster DCT than PIL, 1.2 levels away; from its pixels on, the views are PIL's."""
+    """From FFCV's pixels on, the views equal PIL's.
+
+    FFCV decodes with a faster DCT than PIL, with a difference of 1.2 levels.
+    """
     from click.testing import CliRunner
     from ffcv.libffcv import imdecode
 
@@ -168,7 +177,7 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
     views = []
     for source, backend in ((stored, "ffcv"), (replace(stored, read=read), "torchvision")):
         with open_views(
-            source, spec, frozenset(VIEWS), Order(320, 16, 0), backend=backend
+            source, spec, frozenset(VIEWS), Order(320, 16, 0), loading=Loading(backend)
         ) as opened:
             views.append(next(iter(opened.batches(0))))
     assert equal(*views)

@@ -1,4 +1,7 @@
-"""Files that somebody made up: refused by a clear error before a pixel is used, with no code run and no memory given away."""
+"""Malicious files are refused with a clear error before a pixel is used.
+
+They run no code and do not exhaust the memory.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ from PIL import Image
 
 from pipelines import beton
 from pipelines.beton import BetonWriter, beton_source
-from pipelines.manifest import MAX_PIXELS, Manifest, Paths, read_cache
+from pipelines.layouts import open_source
+from pipelines.manifest import MAX_PIXELS, Manifest, Paths
 from pipelines.npz import read_npz
 from pipelines.packed import ENTRY, read_classes
+from pipelines.scan import read_cache
 from pipelines.shards import INDEX, ShardWriter, shard_source
-from pipelines.sources import open_source
 
 COUNT = 6
 quick = settings(
@@ -48,7 +52,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def mutations(length: int):
-    """Bytes to overwrite, by position, and how much of the file is left."""
+    """Draw the bytes to overwrite, by position, and the length that is left of the file."""
     changes = st.dictionaries(st.integers(0, length - 1), st.integers(0, 255), max_size=8)
     return st.tuples(changes, st.one_of(st.just(length), st.integers(0, length)))
 
@@ -305,7 +309,7 @@ METADATA = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
 
 
 def tables(content: bytearray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Header, fields, metadata and allocations of `write_beton`'s file, to write to."""
+    """Return header, fields, metadata and allocations of `write_beton`'s file, writable."""
     header = np.frombuffer(content, beton.HEADER, 1)
     fields = np.frombuffer(content, beton.FIELD, 2, beton.HEADER.itemsize)
     metadata = np.frombuffer(content, RECORD, COUNT, METADATA)
@@ -342,7 +346,7 @@ BETON_FAULTS = {
     ),
     "one on another": (
         lambda h, f, m, a: move(m, a, int(a["ptr"][4]) + 1),
-        "images 2 and 4 lie on one another",
+        "images 2 and 4 overlap",
     ),
     "empty": (
         lambda h, f, m, a: m["image"]["height"].__setitem__(2, 0),
@@ -374,7 +378,7 @@ def test_a_beton_whose_tables_lead_elsewhere_is_refused(tmp_path, fault):
 
 
 def read_all(source) -> None:
-    """Every image is read or refused by name; what is read is of the manifest's size."""
+    """Check that every image has the size in the manifest, or is refused by name."""
     for sample, size in enumerate(source.manifest.sizes.tolist()):
         try:
             assert list(source.read(sample).shape) == [*size, 3]
@@ -439,7 +443,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def index(shards) -> dict[str, np.ndarray]:
-    """The columns of the index, to change; the file is put back after the test."""
+    """Yield the columns of the index, to be changed. The file is restored after the test."""
     path = shards / "train" / "index.npz"
     content = path.read_bytes()
     with np.load(path) as stored:
@@ -453,7 +457,7 @@ INDEX_FAULTS = [
     ("offset", 2**63 - 1, r"shard-000000\.tar is truncated"),
     ("size", -1, "image 2 lies outside its file"),
     ("size", 2**62, r"shard-000000\.tar is truncated"),
-    ("size", 10**4, "images 2 and 3 lie on one another"),
+    ("size", 10**4, "images 2 and 3 overlap"),
     ("shard", -1, "image 2 lies outside its file"),
     ("height", 0, r"image 2 is \[0, 20\] px"),
     ("width", 2**31 - 1, r"image 2 is \[20, 2147483647\] px"),
@@ -465,11 +469,11 @@ INDEX_FAULTS = [
 
 @pytest.mark.parametrize(("column", "value", "message"), INDEX_FAULTS)
 def test_an_index_that_leads_out_of_its_shards_is_refused(shards, index, column, value, message):
-    assert index["shard"].tolist().count(0) > 3  # so that image 3 follows image 2
+    assert index["shard"].tolist().count(0) > 3  # Image 3 follows image 2.
     index[column][2] = value
     np.savez(shards / "train" / "index.npz", **index)
     with little_memory(), pytest.raises(ValueError, match=message):
-        shard_source(shards, "train")
+        shard_source(shards / "train", "train")
 
 
 def test_an_index_of_uneven_or_other_columns_is_refused(shards, index):
@@ -480,7 +484,7 @@ def test_an_index_of_uneven_or_other_columns_is_refused(shards, index):
     ):
         np.savez(shards / "train" / "index.npz", **{**index, **changes})
         with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
-            shard_source(shards, "train")
+            shard_source(shards / "train", "train")
 
 
 COLUMN, SAMPLE = st.sampled_from(sorted(INDEX)), st.integers(0, COUNT - 1)
@@ -510,7 +514,7 @@ def test_any_index_is_valid_or_refused(shards, index, data, changes):
         place.write_bytes(mutated(place.read_bytes(), mutation))
     try:
         with little_memory():
-            source = shard_source(shards, "train")
+            source = shard_source(shards / "train", "train")
     except (ValueError, FileNotFoundError) as error:
         assert str(shards) in str(error)
     else:

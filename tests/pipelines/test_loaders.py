@@ -1,4 +1,8 @@
-"""What every backend promises: the same views, only those read, from any step on, in the compute dtype and layout."""
+"""What every backend must do.
+
+It makes the same views as the others, only those that are read, from any step on, and in the
+compute dtype and layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,16 @@ import torch
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Order, Source, ViewSpec, choose_backend, open_source, open_views
+from pipelines import (
+    VIEWS,
+    Loading,
+    Order,
+    Source,
+    ViewSpec,
+    choose_backend,
+    open_source,
+    open_views,
+)
 from pipelines.manifest import Manifest
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -26,7 +39,8 @@ EVERY = [
     ("torchvision", "host"),
 ]
 every_backend = pytest.mark.parametrize(("backend", "aggressive_on"), EVERY)
-# DALI's resize rounds otherwise than PIL's and looks one pixel beyond the window, which shows on images as small as these
+# DALI's resize rounds differently from PIL's and reads one pixel beyond the window. This shows on
+# images as small as these.
 RESIZE_LEVELS = {"dali": 0.6}
 
 
@@ -39,6 +53,7 @@ def batches(
     step=0,
     rank=0,
     world_size=1,
+    dtype=torch.float32,
     **options,
 ):
     source = open_source(folder, "pretrain")
@@ -48,9 +63,8 @@ def batches(
         SPEC,
         frozenset(reads),
         order,
-        backend=backend,
-        aggressive_on=aggressive_on,
-        **options,
+        dtype=dtype,
+        loading=Loading(backend, aggressive_on=aggressive_on, **options),
     ) as loader:
         return list(loader.batches(epoch, step))
 
@@ -179,7 +193,9 @@ def test_a_resident_loader_joins_its_threads(folder):
 @pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
 def test_an_iterator_left_early_leaves_nothing_behind(folder, backend):
     source = open_source(folder, "pretrain")
-    with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5), backend=backend) as loader:
+    with open_views(
+        source, SPEC, frozenset(VIEWS), Order(40, 8, 5), loading=Loading(backend)
+    ) as loader:
         first = next(iter(loader.batches(0)))
         for _ in zip(range(2), loader.batches(1), strict=False):
             pass
@@ -190,7 +206,9 @@ def test_an_iterator_left_early_leaves_nothing_behind(folder, backend):
 @pytest.mark.parametrize("backend", ["resident", "native", pytest.param("dali", marks=DALI)])
 def test_a_view_in_use_is_not_written_again_and_memory_of_others_is(folder, backend):
     source = open_source(folder, "pretrain")
-    with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5), backend=backend) as loader:
+    with open_views(
+        source, SPEC, frozenset(VIEWS), Order(40, 8, 5), loading=Loading(backend)
+    ) as loader:
         kept = next(loader.batches(0)).weak_1[3]
         before, others = kept.clone(), set()
         for epoch in range(1, 9):
@@ -198,19 +216,19 @@ def test_a_view_in_use_is_not_written_again_and_memory_of_others_is(folder, back
                 others |= {batch.views[name].data_ptr() for name in VIEWS}
         assert torch.equal(kept, before)
         assert kept.untyped_storage().data_ptr() not in others
-        assert len(others) <= len(VIEWS) * (loader.job.prefetch_batches + 3)  # of 40 batches
+        # There were 40 batches.
+        assert len(others) <= len(VIEWS) * (loader.job.loading.prefetch_batches + 3)
 
 
 @pytest.mark.parametrize("backend", ["native", pytest.param("dali", marks=DALI)])
 def test_a_file_damaged_after_the_scan_is_named(tmp_path, backend):
     write_folder(tmp_path, {"train": 4})
     source, order = open_source(tmp_path, "pretrain"), Order(8, 4, 0)
-    damaged = (
-        tmp_path / source.manifest.paths[order.ids(0, 0)[1]]
-    )  # in the first of two batches that are under way
+    # This image is in the first of two batches that are being loaded.
+    damaged = tmp_path / source.manifest.paths[order.ids(0, 0)[1]]
     damaged.write_bytes(damaged.read_bytes()[:200])
     with (
-        open_views(source, SPEC, frozenset(VIEWS), order, backend=backend) as loader,
+        open_views(source, SPEC, frozenset(VIEWS), order, loading=Loading(backend)) as loader,
         pytest.raises(ValueError, match=f"cannot read image {re.escape(str(damaged))}"),
     ):
         list(loader.batches(0))
@@ -233,11 +251,12 @@ def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend)
         assert (one - other).abs().mean() * 0.2 * 255 < RESIZE_LEVELS.get(backend, 1e-4)
 
 
-def test_auto_says_what_it_chose_and_why(folder, capsys, monkeypatch):
+def test_auto_says_what_it_chose_and_why(folder, caplog, monkeypatch):
+    caplog.set_level("INFO", "rsa_fast")
     source = open_source(folder, "pretrain")
     monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
     with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5)):
-        assert "backend resident: the images take 0.00 GiB decoded" in capsys.readouterr().err
+        assert "backend resident: the images take 0.00 GiB decoded" in caplog.text
 
 
 IN_MEMORY = ("resident", "the images take 0.00 GiB decoded and stay in memory")
@@ -245,10 +264,10 @@ FFCV = ("ffcv", "train.beton is FFCV's")
 PIXELS, FILES = "stored pixels need no decoder", "the fastest decoder of files on a CPU"
 ON_GPU, NO_DALI, NO_FFCV = (
     "it can decode on the GPU",
-    "DALI is not installed",
+    "DALI is not installed; decodes on the CPU",
     "FFCV is not installed; ",
 )
-# source, device: the choice with both libraries, without FFCV, without DALI, with neither
+# By (source, device): the choice with both libraries, without FFCV, without DALI, with neither.
 CHOICES = {
     ("files", "cpu"): [("native", FILES)] * 4,
     ("files", "cuda"): [
@@ -283,7 +302,7 @@ CHOICES = {
 def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
     monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
     if "small" not in kind:
-        monkeypatch.setattr("pipelines.RESIDENT_BYTES", 0)
+        monkeypatch.setattr("pipelines.backends.RESIDENT_BYTES", 0)
     sizes = np.array([[20, 20], [20, 20 if "one size" in kind else 30]], np.int32)
     source = Source(
         Manifest("train", (), np.zeros(2, np.int64), sizes, ""),
@@ -296,7 +315,8 @@ def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
         (dali | {"ffcv"}, dali, {"ffcv"}, set()), CHOICES[kind, device], strict=True
     ):
         monkeypatch.setattr(
-            "pipelines.find_spec", lambda name, installed=installed: name in installed or None
+            "pipelines.backends.find_spec",
+            lambda name, installed=installed: name in installed or None,
         )
         assert choose_backend(source, torch.device(device)) == choice
 
@@ -311,7 +331,11 @@ def test_views_of_photographs_at_224_px_against_pil(imagenet, backend, weak_leve
     loaded = []
     for name, place in ((backend, aggressive_on), ("torchvision", "host")):
         with open_views(
-            source, spec, frozenset(VIEWS), Order(320, 32, 0), backend=name, aggressive_on=place
+            source,
+            spec,
+            frozenset(VIEWS),
+            Order(320, 32, 0),
+            loading=Loading(name, aggressive_on=place),
         ) as loader:
             loaded.append(next(iter(loader.batches(0))))
     ours, theirs = loaded

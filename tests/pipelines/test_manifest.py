@@ -1,22 +1,22 @@
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from conftest import write_folder
 
-from pipelines import manifest, sources
-from pipelines.manifest import Paths
-from pipelines.sources import IMAGE_SUFFIXES, images_below, open_source
+from pipelines import layouts, manifest, scan
+from pipelines.layouts import IMAGE_SUFFIXES, images_below, open_source
+from pipelines.manifest import Manifest, Paths
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,7 +38,7 @@ def test_paths_are_a_sequence_of_strings(monkeypatch):
         with pytest.raises(IndexError):
             paths[count]
     assert paths[-1] == names[-1] and names[4] in paths
-    undecodable = os.fsdecode(b"caf\xe9.jpg")  # a file name need not be UTF-8
+    undecodable = os.fsdecode(b"caf\xe9.jpg")  # A file name need not be UTF-8.
     assert Paths([undecodable])[0] == undecodable
     assert list(Paths(Paths(names).text)) == names and len(Paths(b"")) == 0
 
@@ -84,152 +84,98 @@ def test_the_fingerprint_is_of_one_line_per_file_and_the_sizes(tmp_path, monkeyp
             "\n".join(["class_0", "class_1", *lines]).encode() + sizes.tobytes()
         ).hexdigest()
     )
-    assert (
-        open_source(tmp_path, "pretrain").manifest.fingerprint == found.fingerprint
-    )  # now from the cache
+    # This time the manifest comes from the cache.
+    assert open_source(tmp_path, "pretrain").manifest.fingerprint == found.fingerprint
 
 
-def open_as_rank(data: Path, cache: Path | None, log: Path, waiting: int, start, results) -> None:
-    """In a process of its own, a rank: open, but read no header before `waiting` others wait for this one.
+def open_as_rank(
+    rank: int, data: Path, cache: Path | None, store: Path, log: Path, results
+) -> None:
+    """Open the data as one of two ranks, in its own process; put the contents in `results`.
 
-    `log` gets a letter for every turn asked for (w), listing (l), and for every stat (s) and header read (h) of an image.
+    `log` gets a letter for every listing (l), and for every stat (s) and header read (h).
     """
-    flock, list_images, stat, header_size = (
-        fcntl.flock,
-        sources.list_images,
-        manifest.file_stat,
-        manifest.header_size,
-    )
 
-    def note(letter: str) -> None:
-        with log.open("a") as file:  # appended at once: several processes write
-            file.write(letter)
+    def logged(letter: str, function):
+        def call(*args):
+            with log.open("a") as file:  # Both processes append.
+                file.write(letter)
+            return function(*args)
 
-    def slow(path: Path) -> tuple[int, int] | str:
-        note("h")
-        while log.read_text().count("w") <= waiting:
-            time.sleep(0.01)
-        return header_size(path)
+        return call
 
-    fcntl.flock = lambda *args: (note("w"), flock(*args))
-    sources.list_images = lambda *args: (note("l"), list_images(*args))[1]
-    manifest.file_stat = lambda path: (note("s"), stat(path))[1]
-    manifest.header_size = slow
-    os.environ["RANK"] = "0"
-    start.wait()
-    time.sleep(
-        0.05
-    )  # a check that begins within the tick of the kernel's clock in which a process started does not count
+    layouts.list_images = logged("l", layouts.list_images)
+    scan.file_stat = logged("s", scan.file_stat)
+    scan.header_size = logged("h", scan.header_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        found = open_source(data, "pretrain", cache).manifest
-        results.put(
-            (
-                found.fingerprint,
-                list(found.paths),
-                found.labels.tolist(),
-                found.sizes.tolist(),
-                found.classes,
-            )
-        )
+        results.put(contents(open_source(data, "pretrain", cache).manifest))
     except ValueError as error:
         results.put(str(error))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def open_at_once(data: Path, log: Path, count: int, cache: Path | None = None) -> list:
-    start, results = FORK.Barrier(count), FORK.Queue()
+def contents(manifest: Manifest) -> tuple:
+    lists = list(manifest.paths), manifest.labels.tolist(), manifest.sizes.tolist()
+    return manifest.fingerprint, manifest.classes, *lists
+
+
+def open_as_two_ranks(tmp_path: Path, folders: list[Path], cache: Path | None = None) -> list:
+    """Return what both ranks read, each from its folder, and count the letters of their log."""
+    log, results = tmp_path / "log", FORK.Queue()
+    log.unlink(missing_ok=True)
     processes = [
-        FORK.Process(target=open_as_rank, args=(data, cache, log, count - 1, start, results))
-        for _ in range(count)
+        FORK.Process(
+            target=open_as_rank,
+            args=(rank, data, cache, tmp_path / "store", log, results),
+        )
+        for rank, data in enumerate(folders)
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=30) for _ in processes]
+    read = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    return found
+    (tmp_path / "store").unlink(missing_ok=True)
+    return [*read, Counter(log.read_text())]
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_ranks_that_open_at_once_list_and_scan_once(tmp_path, writable):
+@pytest.mark.parametrize("place", ["data", "cache", "nowhere"])
+def test_one_of_two_ranks_lists_and_scans_where_a_cache_can_be_written(tmp_path, place):
     data = write_folder(tmp_path / "data", {"train": 10})
-    if not writable:
+    if place != "data":
         (data / ".rsa-fast").write_text("in the way of a folder")
-    found = open_at_once(data, tmp_path / "log", 3, tmp_path / "cache")
-    one = open_source(data, "pretrain", tmp_path / "cache").manifest
-    assert (
-        found
-        == [
-            (one.fingerprint, list(one.paths), one.labels.tolist(), one.sizes.tolist(), one.classes)
-        ]
-        * 3
-    )
-    log = (tmp_path / "log").read_text()
-    assert {letter: log.count(letter) for letter in "wlsh"} == {"w": 3, "l": 1, "s": 20, "h": 20}
-    assert (tmp_path / "cache").exists() != writable
+    cache = tmp_path / "cache" if place == "cache" else None
+    *read, letters = open_as_two_ranks(tmp_path, [data, data], cache)
+    assert read == [contents(open_source(data, "pretrain").manifest)] * 2
+    ranks_at_work = 2 if place == "nowhere" else 1
+    assert letters == {
+        letter: ranks_at_work * n for letter, n in {"l": 1, "s": 20, "h": 20}.items()
+    }
+    assert (tmp_path / "cache").exists() == (place == "cache")
+    if place == "data":
+        *again, letters = open_as_two_ranks(tmp_path, [data, data])
+        assert again == read and letters == {"l": 1, "s": 20}
 
 
-def test_a_rank_that_opens_after_the_scan_reads_it_and_a_rank_started_later_checks(tmp_path):
-    data, log, results = (
-        write_folder(tmp_path / "data", {"train": 10}),
-        tmp_path / "log",
-        FORK.Queue(),
-    )
-
-    def start_rank(event):
-        rank = FORK.Process(target=open_as_rank, args=(data, None, log, 0, event, results))
-        rank.start()
-        return rank
-
-    now, later = FORK.Event(), FORK.Event()
-    now.set()
-    late = start_rank(later)
-    start_rank(now).join()
-    later.set()
-    late.join()
-    first = results.get(timeout=30)
-    assert results.get(timeout=30) == first and log.read_text() == "wl" + "s" * 20 + "h" * 20 + "w"
-    (data / "train" / "class_0" / "003.jpg").write_bytes(
-        (data / "train" / "class_1" / "003.jpg").read_bytes()
-    )
-    start_rank(now).join()
-    assert results.get(timeout=30)[0] != first[0] and log.read_text().endswith(
-        "wwl" + "s" * 20 + "h" * 20
-    )
+def test_a_rank_with_a_copy_of_the_data_on_another_disk_scans_it(tmp_path):
+    one = write_folder(tmp_path / "one", {"train": 10})
+    two = shutil.copytree(one, tmp_path / "two", copy_function=shutil.copy)  # new times
+    *read, letters = open_as_two_ranks(tmp_path, [one, two])
+    assert read[0] == read[1] and letters == {"l": 2, "s": 40, "h": 40}
 
 
-def test_those_who_waited_for_a_scan_that_failed_fail_too(tmp_path):
+def test_all_ranks_fail_where_the_scan_fails(tmp_path):
     data = write_folder(tmp_path / "data", {"train": 10})
-    open_source(data, "pretrain")  # a cache and a lock file of the time when all was well
+    open_source(data, "pretrain")  # a cache from before the damage
     (data / "train" / "class_0" / "003.jpg").write_bytes(b"no image")
-    found = open_at_once(data, tmp_path / "log", 2)
-    assert all("1 of 20 files" in message and "class_0/003.jpg" in message for message in found)
-
-
-def test_another_takes_over_from_a_killed_scan(tmp_path):
-    data, log, results = (
-        write_folder(tmp_path / "data", {"train": 5}),
-        tmp_path / "log",
-        FORK.Queue(),
-    )
-    log.touch()
-    first, second = (
-        FORK.Process(target=open_as_rank, args=(data, None, log, waiting, FORK.Barrier(1), results))
-        for waiting in (99, 0)
-    )
-    for process, letter in ((first, "h"), (second, "w")):
-        process.start()
-        while letter not in log.read_text():
-            time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    assert len(results.get(timeout=30)[1]) == 10 and log.read_text().count("h") == 1 + 10
-    first.join()
-    second.join()
+    *messages, _ = open_as_two_ranks(tmp_path, [data, data])
+    assert all("1 of 20 files" in message and "class_0/003.jpg" in message for message in messages)
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "in place"])
-def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(
-    tmp_path, monkeypatch, change
-):
+def test_a_changed_file_is_noticed(tmp_path, change):
     file = write_folder(tmp_path, {"train": 3}) / "train" / "class_1" / "002.jpg"
     before = open_source(tmp_path, "pretrain").manifest
     match change:
@@ -239,58 +185,25 @@ def test_only_a_rank_relies_on_a_check_and_only_on_one_since_it_started(
             file.unlink()
         case "in place":
             file.write_bytes((file.parent / "001.jpg").read_bytes())
-
-    def noticed() -> bool:
-        return open_source(tmp_path, "pretrain").manifest.fingerprint != before.fingerprint
-
-    monkeypatch.setenv("RANK", "0")
-    assert not noticed()
-    monkeypatch.setattr(manifest, "started_s", time.time)
-    assert noticed()
-    monkeypatch.undo()
-    assert noticed()
+    assert open_source(tmp_path, "pretrain").manifest.fingerprint != before.fingerprint
 
 
-def test_a_check_of_other_data_with_the_same_cache_does_not_count(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    folders = [
-        write_folder(tmp_path / name, {"train": count}) for name, count in (("a", 2), ("b", 3))
-    ]
+def test_two_folders_with_the_same_cache_are_not_mixed_up(tmp_path):
+    folders = [write_folder(tmp_path / name, {"train": n}) for name, n in (("a", 2), ("b", 3))]
     for folder in folders:
         (folder / ".rsa-fast").write_text("in the way of a folder")
-    assert [len(open_source(folder, "pretrain", tmp_path).manifest) for folder in folders * 2] == [
-        4,
-        6,
-        4,
-        6,
-    ]
+    counts = [len(open_source(folder, "pretrain", tmp_path).manifest) for folder in folders * 2]
+    assert counts == [4, 6, 4, 6]
 
 
-def test_a_process_knows_when_it_started():
-    def report() -> None:
-        first_line_s = time.time()
-        time.sleep(0.1)
-        results.put((manifest.started_s(), first_line_s))
-
-    results, asked_s = FORK.Queue(), time.time()
-    process = FORK.Process(target=report)
-    process.start()
-    started_s, first_line_s = results.get(timeout=30)
-    process.join()
-    assert asked_s < started_s < first_line_s + 0.02
-
-
-def test_a_disk_without_locks_or_with_a_broken_cache_is_scanned(tmp_path, monkeypatch):
+def test_files_with_a_broken_cache_are_scanned(tmp_path):
     write_folder(tmp_path, {"train": 3})
     whole = open_source(tmp_path, "pretrain").manifest
     cache = tmp_path / ".rsa-fast" / "train.npz"
     for damaged in (b"", cache.read_bytes()[:-30]):
         cache.write_bytes(damaged)
         assert open_source(tmp_path, "pretrain").manifest.fingerprint == whole.fingerprint
-    monkeypatch.setattr(
-        fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported"))
-    )
-    assert open_source(tmp_path, "pretrain").manifest.fingerprint == whole.fingerprint
+        assert cache.read_bytes() != damaged
 
 
 SIMULATION = """
@@ -300,8 +213,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipelines import manifest, sources
-from pipelines.sources import open_source
+from pipelines import layouts, manifest, scan
+from pipelines.layouts import open_source
 
 DATA, CLASSES, PER_CLASS = Path(sys.argv[1]), 1000, 1281
 stats = listings = 0
@@ -323,26 +236,36 @@ class Listing:
     def __exit__(self, *_):
         pass
 
-def stat(path, real=os.stat, fake=SimpleNamespace(st_size=110_000, st_mtime_ns=1_700_000_000_000_000_000), **options):
+FAKE = SimpleNamespace(st_size=110_000, st_mtime_ns=1_700_000_000_000_000_000)
+
+def stat(path, real=os.stat, **options):
     global stats
     if not str(path).endswith(".JPEG"):
         return real(path, **options)
     stats += 1
-    return fake
+    return FAKE
 
 def memory_mb(key):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 os.scandir, os.stat = Listing, stat
-manifest.header_size = lambda path: (375, 500)
+scan.header_size = lambda path: (375, 500)
+dist = scan.dist
 for role in ("scans", "checks", "reads"):
+    if role == "scans":  # what rank 0 sends to the others
+        hand_over = {}
+        dist.is_initialized, dist.get_world_size, dist.get_rank = lambda: True, lambda: 2, lambda: 0
+        dist.broadcast_object_list = lambda box: hand_over.update(state=box[0])
     if role == "reads":
-        os.environ["RANK"] = "1"
+        dist.get_rank = lambda: 1
+        dist.broadcast_object_list = lambda box: box.__setitem__(0, hand_over["state"])
     stats = listings = 0
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # This resets the peak.
     before, began = memory_mb("VmRSS"), time.process_time()
     found = open_source(DATA, "pretrain").manifest
-    assert len(found) == CLASSES * PER_CLASS and found.paths[1281] == "train/n10000001/n10000001_0.JPEG"
+    assert len(found) == CLASSES * PER_CLASS
+    assert found.paths[1281] == "train/n10000001/n10000001_0.JPEG"
     assert found.sizes[-1].tolist() == [375, 500] and found.labels[-1] == CLASSES - 1
     peak = memory_mb("VmHWM") - before
     print(role, stats / len(found), listings, round(peak), round(time.process_time() - began, 2))

@@ -1,4 +1,7 @@
-"""Every operation of the host and device stages against PIL with the same parameters, in 8-bit levels."""
+"""Every operation of the host and device stages is compared with PIL for the same parameters.
+
+Differences are in 8-bit levels.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from PIL import Image
 from pipelines import device_ops
 from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, VIEW_PARAMS, draw
 from pipelines.host_ops import sample_views, shift_hue
-from pipelines.sources import open_source
+from pipelines.layouts import open_source
 from pipelines.torchvision_views import aggressive_view, weak_view
 from pipelines.views import ViewSpec
 
-LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # a table that normalises nothing
+LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # This table does not normalise.
 UNREAD = np.empty((0, 0, 3), np.uint8)
 
 
 def host(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weak and aggressive views `(N, S, S, 3)` of `params` `(N,)`."""
+    """Return weak and aggressive views `(N, S, S, 3)` for `params` `(N,)`."""
     weak, aggressive = (np.empty((len(images), size, size, 3), np.uint8) for _ in range(2))
     for i, image in enumerate(images):
         sample_views(image, params[[i, i]], LEVELS, weak[i], UNREAD, aggressive[i], UNREAD)
@@ -31,7 +34,7 @@ def device(
     images: list[np.ndarray], params: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     weak, aggressive = [], []
-    for i, image in enumerate(images):  # one at a time: real images differ in size
+    for i, image in enumerate(images):  # Real images differ in size.
         levels = device_ops.weak_stage(
             torch.from_numpy(image).permute(2, 0, 1)[None], params[[i]], size
         )
@@ -56,7 +59,7 @@ def whole_window(count: int, size: int) -> np.ndarray:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """Mean and largest absolute difference in levels."""
+    """Return the mean and the largest absolute difference in levels."""
     gap = np.abs(ours.astype(np.float64) - theirs)
     return gap.mean(), gap.max()
 
@@ -81,12 +84,15 @@ def test_jitter_operation_against_pil(stage, mean_levels, name):
     ours, theirs = stage(IMAGES_32, params, 32)[1], pil(IMAGES_32, params, 32)[1]
     mean, largest = difference(ours, theirs)
     assert mean <= mean_levels and largest <= (6 if mean_levels else 0), (mean, largest)
-    assert difference(ours, np.stack(IMAGES_32))[0] > 1  # the operation did something
+    assert difference(ours, np.stack(IMAGES_32))[0] > 1  # The operation changed something.
 
 
 @pytest.mark.parametrize("shift", [-128, -26, 1, 25])
 def test_hue_of_every_colour_against_pil(shift):
-    """Host kernels do in float32 what PIL does in part in float64: all 2^24 colours show that no level differs."""
+    """No level of any of the 2^24 colours differs from PIL's.
+
+    The host kernels compute in float32, PIL partly in float64.
+    """
     every = np.indices((256, 256, 256), np.uint8).reshape(3, 4096, 4096)
     ours = every.copy()
     shift_hue(ours, np.float32((shift + 0.5) / 255 if shift > 0 else (shift - 0.5) / 255))
@@ -105,9 +111,8 @@ def test_grayscale_against_pil(stage, mean_levels):
     assert (ours[..., 0] == ours[..., 1]).all() and (ours[..., 0] == ours[..., 2]).all()
 
 
-@pytest.mark.parametrize(
-    "largest_sigma_px", [2.0, 9.0]
-)  # beyond the paper's range the box has more taps
+# Beyond the paper's range the box has more taps.
+@pytest.mark.parametrize("largest_sigma_px", [2.0, 9.0])
 @pytest.mark.parametrize(("stage", "mean_levels"), [(host, 0), (device, 0.5)])
 def test_blur_against_pil(stage, mean_levels, largest_sigma_px):
     params = whole_window(60, 32)
@@ -135,7 +140,8 @@ def test_crop_resize_and_flip_against_pil(stage, size):
         :, 0
     ]
     mean, largest = difference(stage(images, params, 32)[0], pil(images, params, 32)[0])
-    # the device always resizes across first, PIL a tall window down first, which moves some pixels by one level
+    # The device always resizes across first. PIL resizes a tall window down first, which changes
+    # some pixels by one level.
     assert mean <= (0 if stage is host else 0.1) and largest <= 1, (mean, largest)
 
 
@@ -151,7 +157,7 @@ def test_aggressive_equals_weak_when_colour_grey_and_blur_are_off(stage):
 @pytest.mark.parametrize("stage", [host, device])
 @pytest.mark.parametrize(("data", "size"), [("cifar", 32), ("imagenet", 224)])
 def test_views_of_real_images_against_pil(stage, data, size, request):
-    """Whole views: the host's equal PIL's, the device's are close."""
+    """The host's whole views equal PIL's, and the device's are close."""
     source = open_source(request.getfixturevalue(data), "train")
     ids = np.arange(0, len(source.manifest), len(source.manifest) // 40)[:40]
     images = [source.read(i) for i in ids]

@@ -12,7 +12,8 @@ from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import datasets
 
-from pipelines.sources import open_source, packed_place, read_rgb
+from pipelines.layouts import open_source, packed_place
+from pipelines.sources import read_rgb
 
 
 def test_an_image_folder_lists_classes_labels_and_sizes(folder):
@@ -87,7 +88,7 @@ def test_damage_that_only_decoding_finds_names_the_file(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(natural_image(0, 40, 40)).save(path)
     path.write_bytes(path.read_bytes()[:-300])
-    source = open_source(tmp_path, "pretrain")  # a PNG's header says nothing of its end
+    source = open_source(tmp_path, "pretrain")  # A PNG's header does not tell its end.
     with pytest.raises(ValueError, match=r"cannot read image .*a\.png"):
         source.read(0)
 
@@ -146,7 +147,7 @@ def test_the_fingerprint_is_of_the_data_not_of_its_place(tmp_path):
 
 @pytest.fixture
 def cifar10_files(tmp_path, monkeypatch):
-    """CIFAR-10's folder with 10 images per file, under checksums of its own."""
+    """Write CIFAR-10's folder with 10 images per file, and set the checksums of these files."""
     root = tmp_path / "cifar-10-batches-py"
     root.mkdir()
     rng = np.random.default_rng(0)
@@ -201,9 +202,8 @@ def test_stl10_pretrains_on_all_images_and_trains_on_the_labelled(tmp_path, monk
         if name != "unlabeled":
             np.arange(1, count + 1, dtype=np.uint8).tofile(root / f"{name}_y.bin")
     (root / "class_names.txt").write_text("\n".join(f"name_{i}" for i in range(10)))
-    monkeypatch.setattr(
-        datasets.STL10, "_check_integrity", lambda self: True
-    )  # the real files' checksums
+    # The checksums are those of the real files.
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
     pretrain, train = (open_source(tmp_path, split) for split in ("pretrain", "train"))
     assert len(pretrain.manifest) == 10 and not pretrain.manifest.labelled
     assert train.manifest.labels.tolist() == [0, 1, 2, 3]

@@ -1,5 +1,8 @@
-"""One rank of a test job: `python ranks.py WORK RANK WORLD_SIZE FOLDER` calls `WORK` of this file, which leaves its result
-in FOLDER. `run_ranks` starts all of them."""
+"""One rank of a test job.
+
+`python ranks.py WORK RANK WORLD_SIZE FOLDER` calls the function `WORK` of this file, which leaves
+its result in FOLDER. `run_ranks` starts all ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,16 @@ from rsa_fast.distributed import rank, world_size
 
 
 def run_ranks(work: str, ranks: int, folder: Path) -> list:
-    """What `work` returned on every rank."""
+    """Return the results of `work` on all ranks."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, work]
-    started = [
-        subprocess.Popen(
-            [*command, str(me), str(ranks), str(folder)], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for me in range(ranks)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in started]
-    assert not any(process.returncode for process in started), "\n".join(errors)
+    processes = []
+    for me in range(ranks):
+        arguments = [*command, str(me), str(ranks), str(folder)]
+        process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
     return [torch.load(folder / f"{work}_{me}.pt", weights_only=False) for me in range(ranks)]
 
 
@@ -34,8 +36,10 @@ def mine(x: torch.Tensor) -> torch.Tensor:
 
 
 def steps_of_every_method() -> dict[tuple, tuple]:
-    """By method and `bn`: the losses of two of the engine's steps on this rank's part, in double precision, and all
-    weights, statistics and queues after them."""
+    """Take two of the engine's steps on this rank's part of the batch, in double precision.
+
+    Return, by method and `bn`, the losses, and all weights, statistics and queues after the steps.
+    """
     from test_other_methods import BATCH, TINY, some_batch
 
     from pipelines.views import Batch
@@ -48,7 +52,7 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     torch.set_default_dtype(torch.float64)
     try:
         for name, bn in cases:
-            # a zero gain, the initial one, would stop the gradient of its block's convolutions
+            # The initial gain of zero would stop the gradient of its block's convolutions.
             options = TINY | {
                 "bn": bn,
                 "zero_init_residual": False,
@@ -62,7 +66,7 @@ def steps_of_every_method() -> dict[tuple, tuple]:
                 if key in method_class(name).recipe_type.model_fields
             }
             run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
-            for step in range(2):  # each amplifies rounding tenfold
+            for step in range(2):  # Each step amplifies rounding tenfold.
                 whole = some_batch(step)
                 views = {key: mine(view) for key, view in whole.views.items()}
                 batch = Batch(mine(whole.label), views)
@@ -86,7 +90,10 @@ def steps_in_every_way() -> dict[tuple, tuple]:
 
 
 def sync_batchnorm() -> list[tuple]:
-    """Outputs, input gradients and running statistics of this rank's part, for 2-D and 4-D inputs, affine or not."""
+    """Return outputs, input gradients and running statistics of this rank's part.
+
+    The inputs are 2-D and 4-D, and the layers are affine or not.
+    """
     from rsa_fast.syncbn import convert_batchnorm
 
     results = []
@@ -103,17 +110,16 @@ def sync_batchnorm() -> list[tuple]:
 
 
 def batchnorm_cases():
+    """Yield layers, inputs and weights of the outputs: 2-D and 4-D, affine or not."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((8, 5), (4, 5, 3, 2)):
         for affine in (True, False):
-            layer = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(
-                5, affine=affine
-            ).double()
+            kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+            layer = kind(5, affine=affine).double()
             if affine:
                 torch.nn.init.uniform_(layer.weight, generator=generator)
-            x = 100 + torch.randn(
-                shape, generator=generator, dtype=torch.float64
-            )  # far from zero: cancellation would show
+            # The values are far from zero, so that cancellation would show.
+            x = 100 + torch.randn(shape, generator=generator, dtype=torch.float64)
             yield layer, x, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def file_limit(limit_bytes: int):
-    """No file may grow beyond this, as on a disk that is full: the write that would is cut, the next is an OSError."""
+    """Limit the size of files, as on a full disk: one write is cut, the next is an OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
@@ -43,7 +43,7 @@ def file_limit(limit_bytes: int):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds every write back, once begun, until it is set; `gate.writes` counts those that began."""
+    """Hold back every write that began until the gate is set; `gate.writes` counts these."""
     gate, write_whole = threading.Event(), checkpoint.write_whole
     gate.writes = 0
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_comes_back_and_only_the_newest_stay(tmp_path):
 def test_newest_is_by_number_whatever_the_digits(tmp_path):
     for name in ("step_9999.pt", "step_10000.pt", "step_00000300.pt", "step_best.pt"):
         torch.save(state(1), tmp_path / name)
-    assert [path.name for path in checkpoint.listed(tmp_path)] == [
+    assert [path.name for path in checkpoint.paths_in(tmp_path)] == [
         "step_00000300.pt",
         "step_9999.pt",
         "step_10000.pt",
@@ -90,9 +90,8 @@ def test_one_flipped_bit_of_a_weight_is_found(tmp_path):
     content = bytearray(newest.read_bytes())
     content[content.index(torch.full((500,), 10.0).numpy().tobytes()) + 1000] ^= 1
     newest.write_bytes(content)
-    assert (
-        torch.load(newest, weights_only=True)["method"]["w"].unique().numel() == 2
-    )  # torch does not notice
+    # torch does not notice the damage.
+    assert torch.load(newest, weights_only=True)["method"]["w"].unique().numel() == 2
     with pytest.warns(
         UserWarning, match="the checksum of its part .* is wrong; trying the one before"
     ):
@@ -116,7 +115,7 @@ def test_no_checkpoint_and_foreign_files_are_errors(tmp_path):
 
 
 class Touch:
-    """Makes a file when unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -137,11 +136,12 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, mon
     with pytest.warns(UserWarning, match=r"posix\.system"):
         assert checkpoint.load_latest(path.parent)["step"] == 5
     monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
-    with pytest.raises(ValueError, match=r"posix\.system"):  # were it to overlook them
+    # The file is refused even if torch overlooks its globals.
+    with pytest.raises(ValueError, match=r"posix\.system"):
         checkpoint.load(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)
-    assert marker.exists()  # it would have
+    assert marker.exists()  # Without the check it runs.
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, mon
         ("{}", "../escaped", ZIP_STORED),
         ("{}", "step_5/data/../../../escaped", ZIP_STORED),
         ("/{}", None, ZIP_STORED),
-        ("{}", None, ZIP_DEFLATED),  # a small file could fill the memory
+        ("{}", None, ZIP_DEFLATED),  # A small file could fill the memory.
     ],
 )
 def test_a_zip_with_tricks_is_refused_and_writes_nothing(tmp_path, renamed, added, compression):
@@ -202,7 +202,7 @@ def test_what_changes_after_save_does_not_reach_the_file(tmp_path, gate, device)
 
 
 def assert_same(found, expected) -> None:
-    """Nested dictionaries and sequences of tensors, bit for bit, and plain values."""
+    """Compare nested dictionaries and sequences of tensors, bit for bit, and plain values."""
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected.cpu()) and found.dtype == expected.dtype
     elif isinstance(expected, dict | list | tuple):
@@ -265,7 +265,7 @@ def test_a_full_disk_is_an_error_at_the_next_save_and_leaves_the_checkpoints_bef
             "step_00000001.pt"
         ]
         assert checkpoint.load_latest(tmp_path)["step"] == 1
-        writer.save(state(4))  # there is room again
+        writer.save(state(4))  # There is room again.
     assert names(tmp_path) == ["step_00000004.pt"]
 
 
@@ -289,7 +289,7 @@ def test_a_failed_write_does_not_hide_the_error_that_ended_training(tmp_path):
         file_limit(0),
     ):
         writer.save(state(1))
-        assert writer.writing.exception()  # waits for it: the limit ends first
+        assert writer.writing.exception()  # Wait: the limit ends before the writer does.
         raise FloatingPointError("the loss")
 
 
@@ -319,9 +319,8 @@ def test_kill_during_a_write_leaves_a_whole_checkpoint(tmp_path, attempt):
     writer = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     try:
         deadline = time.monotonic() + 60
-        while not (
-            checkpoint.listed(tmp_path) and list(tmp_path.glob(".*"))
-        ):  # inside the write of a later one
+        # The kill comes while a later checkpoint is written.
+        while not (checkpoint.paths_in(tmp_path) and list(tmp_path.glob(".*"))):
             assert writer.poll() is None and time.monotonic() < deadline
             time.sleep(0.001 * attempt)
     finally:
@@ -349,7 +348,8 @@ from pathlib import Path
 import torch
 from rsa_fast.training import checkpoint
 w = torch.zeros(8, 4, 3, 3, device="cuda").to(memory_format=torch.channels_last)
-live = {"step": 1, "recipe": {}, "method": {"w": w, "count": torch.zeros((), dtype=torch.int64, device="cuda")}}
+count = torch.zeros((), dtype=torch.int64, device="cuda")
+live = {"step": 1, "recipe": {}, "method": {"w": w, "count": count}}
 with checkpoint.Writer(Path(sys.argv[1]), keep_last=2) as writer:
     torch.cuda.set_sync_debug_mode("error")
     for live["step"] in (1, 2):

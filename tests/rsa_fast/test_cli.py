@@ -31,7 +31,7 @@ def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp
     last = json.loads(result.stdout.splitlines()[-1])
     assert {"images_per_s", "step_ms", "wait_pct", "knn_top1", "linear_top1"} <= last.keys()
     assert result.stdout.count("\n") == 1 and "peak_lr" in result.stderr
-    newest = checkpoint.listed(tmp_path / "run" / "checkpoints")[-1]
+    newest = checkpoint.paths_in(tmp_path / "run" / "checkpoints")[-1]
     for protocol, key in (("knn", "knn_top1"), ("linear", "linear_top1")):
         scored = run("eval", protocol, "--checkpoint", newest, "--data", folder)
         assert scored.exit_code == 0, scored.output
@@ -95,7 +95,9 @@ def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message
         (("--backend", "dahli"), "no backend 'dahli'"),
         (("--batch-size", 1000), "do not fill one batch of 1000"),
         (("--resume",), "no whole checkpoint"),
-        (("--resume", "--overwrite"), "exclude each other"),
+        (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
+        (("--gpus", 2, "--nproc", 2), "--gpus and --nproc exclude each other"),
+        (("--force",), "--force is only valid with --resume"),
         (("--method", "boyl"), "did you mean 'byol'?"),
         (("--data", "/nowhere"), "no folder /nowhere"),
         (("--download", "--dataset", "tinyimagenet"), "--download knows cifar10, cifar100, stl10"),
@@ -128,7 +130,7 @@ def test_an_ablation_is_a_method_with_its_fields(folder, tmp_path):
         and "beta_schedule: fixed" in result.output
     )
     assert (
-        "is of byol, not of rsa"
+        "is for byol, not rsa"
         in train(folder, tmp_path / "run", "--method", "rsa", "--ablation", "aa").output
     )
     assert (

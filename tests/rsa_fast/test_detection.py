@@ -35,7 +35,7 @@ from rsa_fast.training.metrics import read_metrics
 encode = pytest.importorskip("pycocotools.mask", reason="transfer needs pycocotools").encode
 
 CPU = torch.device("cpu")
-# Images, proposals and regions for a CPU.
+# Sizes of images and numbers of proposals and regions that a CPU can handle.
 TINY = {
     "min_size": (32,),
     "rpn_post_nms_top_n_train": 20,
@@ -50,11 +50,11 @@ OPTIONS = {
     "device": "cpu",
     "precision": "fp32",
 }
-CATEGORIES = [{"id": 3, "name": "box"}, {"id": 7, "name": "disc"}]  # ids with gaps, as COCO's
+CATEGORIES = [{"id": 3, "name": "box"}, {"id": 7, "name": "disc"}]  # COCO's ids have gaps too.
 
 
 def write_coco(root: Path) -> Path:
-    """Two images a split, landscape and portrait, each with a bright rectangle and a bright disc."""
+    """Write two images per split, landscape and portrait, with a bright rectangle and disc each."""
     for split in ("train2017", "val2017"):
         (root / split).mkdir(parents=True)
         images, annotations = [], []
@@ -112,7 +112,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    """With BatchNorm statistics of its own: fresh ones would hide that they are not loaded."""
+    """Its BatchNorm statistics are random: fresh ones would hide that they are not loaded."""
     torch.manual_seed(0)
     network = Encoder("resnet50")
     for name, buffer in network.named_buffers():
@@ -131,7 +131,7 @@ def weights(encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def tiny():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a layer is too small for two: they wait for each other
+    torch.set_num_threads(1)  # Layers are too small for two threads.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detection, "MODEL_OPTIONS", TINY)
         patch.setattr(detection, "LOG_STEPS", 1)
@@ -144,7 +144,7 @@ def tiny():
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("runs")
     yield folder
-    shutil.rmtree(folder)  # pytest would keep it: a gigabyte of checkpoints
+    shutil.rmtree(folder)  # pytest would keep a gigabyte of checkpoints.
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def model(encoder) -> nn.Module:
 
 
 def truth(images: CocoImages, shift_px: int = 0) -> list[dict]:
-    """The annotations as if a model had found them, boxes and masks moved to the right."""
+    """Return the annotations as predictions, with boxes and masks moved to the right."""
     rows = []
     for entry in images.coco.anns.values():
         x, y, width, height = entry["bbox"]
@@ -175,22 +175,24 @@ def test_the_ground_truth_as_predictions_scores_100_and_nothing_scores_0(coco, c
     images = CocoImages(coco, "val2017")
     assert list(coco_scores(images.coco, truth(images)).values()) == pytest.approx([100] * 6)
     assert list(coco_scores(images.coco, []).values()) == [0] * 6
-    assert capsys.readouterr().out == ""  # pycocotools' report is not the result
+    assert capsys.readouterr().out == ""  # pycocotools' report is not printed.
 
 
 def test_shifted_objects_score_what_their_overlap_says(coco):
-    # Boxes 24 px wide, moved by 4: IoU 20 / 28 = .714 is a match at .50, .55, .60, .65, .70 and not at the other five.
+    # The boxes are 24 px wide and moved by 4. Their IoU of 20 / 28 = .714 is a match at .50, .55,
+    # .60, .65 and .70, and not at the other five thresholds.
     images = CocoImages(coco, "val2017")
     moved = truth(images, 4)
     scores = coco_scores(images.coco, moved)
     assert [scores["box_ap"], scores["box_ap50"], scores["box_ap75"]] == pytest.approx([50, 100, 0])
-    # The masks of the rectangles overlap as their boxes do. Without the discs, one class of two scores nothing.
+    # The masks of the rectangles overlap as their boxes do. Without the discs, one of the two
+    # classes scores nothing.
     scores = coco_scores(images.coco, [row for row in moved if row["category_id"] == 3])
     assert list(scores.values()) == pytest.approx([25, 50, 0, 25, 50, 0])
 
 
 class Clairvoyant(nn.Module):
-    """Answers as torchvision's models do, with the objects that are there."""
+    """Answers as torchvision's models do, with the annotated objects."""
 
     def __init__(self, images: CocoImages) -> None:
         super().__init__()
@@ -263,13 +265,11 @@ def test_weight_decay_spares_batchnorm_alone(model):
 
 
 def test_boxes_are_decoded_in_float32_under_autocast(model):
-    anchor = torch.tensor(
-        [[1001.0, 1003.0, 1034.0, 1037.0]]
-    )  # no multiple of 4: bf16 cannot hold one
+    # The coordinates are no multiples of 4, so bf16 cannot represent them.
+    anchor = torch.tensor([[1001.0, 1003.0, 1034.0, 1037.0]])
     with torch.autocast("cpu", torch.bfloat16):
-        _, (proposals,) = model.rpn.head(
-            [torch.zeros(1, 256, 1, 1)]
-        )  # no features: the anchor as it is
+        # Without features, the proposal is the anchor itself.
+        _, (proposals,) = model.rpn.head([torch.zeros(1, 256, 1, 1)])
         _, boxes = model.roi_heads.box_predictor(torch.zeros(1, 1024))
     assert torch.equal(
         model.rpn.box_coder.decode(proposals[:, :4].reshape(1, 4), [anchor])[0, 0], anchor[0]
@@ -281,7 +281,7 @@ def test_precise_bn_is_the_mean_over_batches():
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).train()
     batches = [torch.randn(4, 3, 5, 5) * (i + 1) + i for i in range(3)]
-    network(batches[0] * 100)  # what is to be forgotten
+    network(batches[0] * 100)  # Precise BN must forget this batch.
     precise_bn(network, map(network, batches))
     torch.testing.assert_close(
         network[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
@@ -332,9 +332,8 @@ def test_the_learning_rate_warms_up_and_drops_twice(schedule, rates):
 
 def test_a_shortened_run_drops_at_the_same_fractions():
     rates = [learning_rate(step, 90, 1.0) for step in range(90)]
-    assert (
-        rates[0] == pytest.approx(1e-3) and rates[9] == rates[59] == 1
-    )  # a tenth of the steps to warm up
+    # A tenth of the steps is warm-up.
+    assert rates[0] == pytest.approx(1e-3) and rates[9] == rates[59] == 1
     assert rates[60:80] == pytest.approx([0.1] * 20) and rates[80:] == pytest.approx([0.01] * 10)
 
 
@@ -343,7 +342,7 @@ def test_training_lowers_the_loss_at_the_scaled_rate(whole_run):
     records = read_metrics(out)
     losses = [record["loss"] for record in records]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
-    # 0.03 * 2 / 16, the first drop after 2/3 of 4 steps
+    # The rate is 0.03 * 2 / 16, with the first drop after 2/3 of 4 steps.
     assert [record["lr"] for record in records] == pytest.approx(
         [0.00375, 0.00375, 0.00375, 0.000375]
     )
@@ -390,7 +389,7 @@ def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
         main, ["detect", *options, "--device", "cpu", "--precision", "fp32", "--resume"]
     )
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == result  # finished: nothing left but to evaluate
+    assert json.loads(done.stdout) == result  # Only the evaluation was left.
 
 
 # --- data
@@ -401,17 +400,17 @@ def test_boxes_masks_and_pixels_stay_together(coco, flip):
     images = CocoImages(coco, "train2017")
     for index in range(2):
         image, objects = images[index, flip]
-        boxes = masks_to_boxes(objects["masks"]) + torch.tensor(
-            [0, 0, 1, 1]
-        )  # of the last pixel to its far edge
+        # Boxes extend to the far edge of their last pixel.
+        boxes = masks_to_boxes(objects["masks"]) + torch.tensor([0, 0, 1, 1])
         torch.testing.assert_close(objects["boxes"][:1], boxes[:1])
         torch.testing.assert_close(objects["boxes"], boxes, rtol=0, atol=1.0)
-        assert objects["labels"].tolist() == [1, 2]  # of the categories 3 and 7
+        assert objects["labels"].tolist() == [1, 2]  # These are the categories 3 and 7.
         inside = (
             image[:, objects["masks"][0] == 1].float().mean(1),
             image[:, objects["masks"][1] == 1].float().mean(1),
         )
-        assert inside[0].argmax() == 0 and inside[1].argmax() == 1  # a red rectangle, a green disc
+        # The rectangle is red, and the disc is green.
+        assert inside[0].argmax() == 0 and inside[1].argmax() == 1
 
 
 def test_crowds_and_flat_boxes_are_not_learned(coco):
@@ -433,10 +432,9 @@ def test_every_image_is_read_once_an_epoch_beside_images_of_its_orientation():
         assert sorted(index for batch in epoch for index, _ in batch) == list(range(60))
         mixed = [batch for batch in epoch if len({bool(portrait[index]) for index, _ in batch}) > 1]
         assert len(mixed) <= 1
-    assert (
-        plan[:15] != plan[15:30] and 60 < sum(flip for batch in plan for _, flip in batch) < 120
-    )  # of 180
-    assert list(reading_plan(order, portrait, 22, 45)) == plan[22:]  # resuming is a jump
+    # About half of the 180 images are flipped.
+    assert plan[:15] != plan[15:30] and 60 < sum(flip for batch in plan for _, flip in batch) < 120
+    assert list(reading_plan(order, portrait, 22, 45)) == plan[22:]  # Resuming is a jump.
 
 
 def damage(root: Path, fault: str) -> None:

@@ -1,4 +1,4 @@
-"""Two gloo processes against one, at the same global batch, in double precision."""
+"""Two gloo processes equal one at the same global batch, in double precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ranks import batchnorm_cases, run_ranks, steps_of_every_method
 from torch import nn
 
-from rsa_fast.distributed import environment, first_host
+from rsa_fast.distributed import first_host, launcher_variables
 from rsa_fast.syncbn import SplitBatchNorm, SyncBatchNorm, bn_groups, convert_batchnorm
 
 
@@ -25,20 +25,19 @@ def test_steps_of_every_method_are_the_same_on_two_ranks_as_on_one(tmp_path):
             close(found_losses, losses)
             assert found_state.keys() == state.keys()
             for key in state:
-                if (
-                    bn == "sync" or "running" not in key
-                ):  # parts of a batch have statistics of their own
+                # Otherwise each part of a batch has its own statistics.
+                if bn == "sync" or "running" not in key:
                     close(found_state[key], state[key])
 
 
-def test_the_environment_is_torchrun_s_and_without_it_a_slurm_step_s():
+def test_the_variables_are_torchrun_s_or_else_those_of_a_slurm_step():
     slurm = {
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_STEP_NODELIST": "gpu[03-05,9]n1,cpu1",
     }
     slurm |= {"SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
-    found = {
+    from_slurm = {
         "RANK": "11",
         "LOCAL_RANK": "3",
         "WORLD_SIZE": "16",
@@ -52,25 +51,19 @@ def test_the_environment_is_torchrun_s_and_without_it_a_slurm_step_s():
         "MASTER_ADDR": "a",
         "MASTER_PORT": "1",
     }
-    assert environment(slurm) == found
-    assert environment(slurm | torchrun) == torchrun
-    assert environment(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) == environment({}) == {}
-    assert (
-        first_host("node-7")
-        == first_host("node-7,node-9")
-        == first_host("node-[7-8,11]")
-        == "node-7"
-    )
-    with pytest.raises(
-        ValueError, match="RANK or WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
-    ):
-        environment(slurm | {"RANK": "0", "WORLD_SIZE": "2"})
+    assert launcher_variables(slurm) == from_slurm
+    assert launcher_variables(slurm | torchrun) == torchrun
+    assert launcher_variables(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) == launcher_variables({}) == {}
+    for nodes in ("node-7", "node-7,node-9", "node-[7-8,11]"):
+        assert first_host(nodes) == "node-7"
+    message = "RANK or WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(ValueError, match=message):
+        launcher_variables(slurm | {"RANK": "0", "WORLD_SIZE": "2"})
     shared = torchrun | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
-    assert environment(shared) == torchrun
-    with pytest.raises(
-        ValueError, match="--max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-    ):
-        environment(shared | {"TORCHELASTIC_MAX_RESTARTS": "2"})
+    assert launcher_variables(shared) == torchrun
+    message = "--max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    with pytest.raises(ValueError, match=message):
+        launcher_variables(shared | {"TORCHELASTIC_MAX_RESTARTS": "2"})
 
 
 def test_synchronised_batchnorm_equals_batchnorm_of_the_whole_batch(tmp_path):
@@ -93,16 +86,13 @@ def test_split_batchnorm_normalises_each_part_as_a_batch_of_its_own():
     x = torch.randn(8, 5, 3, 2)
     split = convert_batchnorm(copy.deepcopy(layer), 4)
     assert isinstance(split, SplitBatchNorm)
-    out, alone = split(x), [copy.deepcopy(layer) for _ in range(4)]
-    assert torch.equal(
-        out, torch.cat([one(part) for one, part in zip(alone, x.chunk(4), strict=True)])
-    )
-    torch.testing.assert_close(
-        split.running_mean, torch.stack([one.running_mean for one in alone]).mean(0)
-    )
-    torch.testing.assert_close(
-        split.running_var, torch.stack([one.running_var for one in alone]).mean(0)
-    )
+    out, layers = split(x), [copy.deepcopy(layer) for _ in range(4)]
+    parts = [one(part) for one, part in zip(layers, x.chunk(4), strict=True)]
+    assert torch.equal(out, torch.cat(parts))
+    means = torch.stack([one.running_mean for one in layers])
+    variances = torch.stack([one.running_var for one in layers])
+    torch.testing.assert_close(split.running_mean, means.mean(0))
+    torch.testing.assert_close(split.running_var, variances.mean(0))
     assert split.num_batches_tracked == 1
     split.eval()
     layer.load_state_dict(split.state_dict())
@@ -112,9 +102,8 @@ def test_split_batchnorm_normalises_each_part_as_a_batch_of_its_own():
 def test_conversion_keeps_keys_and_leaves_one_process_alone():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4)))
     before = network.state_dict().keys()
-    assert (
-        type(convert_batchnorm(network, 1)[1]) is nn.BatchNorm2d
-    )  # one rank: sync, local and plain are the same
+    # On one rank, sync, local and plain are the same.
+    assert type(convert_batchnorm(network, 1)[1]) is nn.BatchNorm2d
     assert convert_batchnorm(network, 2).state_dict().keys() == before
     assert all(isinstance(layer, SplitBatchNorm) for layer in (network[1], network[2][0]))
 

@@ -1,4 +1,7 @@
-"""The doctor's checks by injected facts, its readers by made-up machines, and the command on this one."""
+"""The doctor: its checks with injected facts, its readers on made-up machines, and its command.
+
+The command examines the machine of the test.
+"""
 
 import json
 import math
@@ -12,7 +15,7 @@ from click.testing import CliRunner
 
 import rsa_fast.insight.doctor as doctor
 from rsa_fast.cli import main
-from rsa_fast.insight.doctor import Check, reach, report
+from rsa_fast.insight.doctor import Check, arch_status, summary
 
 V100, A10, H100 = ("Tesla V100-SXM2-32GB", (7, 0)), ("NVIDIA A10", (8, 6)), ("NVIDIA H100", (9, 0))
 TORCH_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -39,11 +42,11 @@ APT = ["g++", "libturbojpeg0-dev"]
 def test_code_reaches_the_gpus_that_the_cuda_guide_says(arch, runs_on, compiled_on, never_on):
     for status, capabilities in (("ok", runs_on), ("warning", compiled_on), ("fail", never_on)):
         for capability in capabilities.split():
-            assert reach([arch], tuple(map(int, capability.split(".")))) == status, capability
+            assert arch_status([arch], tuple(map(int, capability.split(".")))) == status, capability
 
 
 def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
-    assert reach(["compute_70", "sm_80", "sm_90"], (8, 6)) == "ok"
+    assert arch_status(["compute_70", "sm_80", "sm_90"], (8, 6)) == "ok"
     check = doctor.check_architectures(["sm_80", "sm_90"], [H100, H100, V100])
     assert check.status == "fail" and "2 x NVIDIA H100 (sm_90), 1 x Tesla V100" in check.found
     assert "nothing for sm_70" in check.found
@@ -202,7 +205,10 @@ int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *out) { *out = VERSION; return 0; }
 int cuDeviceGetCount(int *out) { *out = 2; return 0; }
 int cuDeviceGet(int *out, int ordinal) { *out = 10 + ordinal; return 0; }
-int cuDeviceGetName(char *name, int length, int device) { name[0] = 'G'; name[1] = device == 10 ? 'a' : 'b'; return 0; }
+int cuDeviceGetName(char *name, int length, int device) {
+    name[0] = 'G'; name[1] = device == 10 ? 'a' : 'b';
+    return 0;
+}
 int cuDeviceGetAttribute(int *out, int attribute, int device) {
     *out = attribute == 75 ? (device == 10 ? 7 : 12) : attribute == 76 ? device - 10 : -1;
     return 0;
@@ -305,7 +311,7 @@ def test_only_a_failed_check_fails_the_command(monkeypatch, statuses, code):
     result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == code
     *_, last = result.stdout.splitlines()
-    assert json.loads(last) == report(checks) and json.loads(last)["ok"] == (code == 0)
+    assert json.loads(last) == summary(checks) and json.loads(last)["ok"] == (code == 0)
     assert table_rows(result.stdout) == [
         [f"n{i}", s, "found [red]this[/red]", f"do {i}"] for i, s in enumerate(statuses)
     ]
@@ -342,7 +348,7 @@ def test_the_files_below_the_data_folder_are_weighed_against_the_memory(tmp_path
     elsewhere.mkdir()
     (data / "train").symlink_to(elsewhere)
     with (elsewhere / "images.beton").open("wb") as file:
-        file.truncate(2**43)  # sparse: no disk holds as much
+        file.truncate(2**43)  # The file is sparse: no disk is as large.
     checks = {check.name: check for check in doctor.diagnose(data, tmp_path)}
     assert checks["page cache"].status == "warning" and "8192.0 GiB" in checks["page cache"].found
     assert checks["disk of --data"].status == "ok"

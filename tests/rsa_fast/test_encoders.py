@@ -19,7 +19,7 @@ from rsa_fast.training import checkpoint
 
 
 def lived_in(network: nn.Module) -> nn.Module:
-    """With weights and BatchNorm statistics of its own, in eval mode."""
+    """Change weights and BatchNorm statistics at random, and switch to eval mode."""
     with torch.no_grad():
         for value in [*network.parameters(), *network.buffers()]:
             if value.is_floating_point():
@@ -28,7 +28,7 @@ def lived_in(network: nn.Module) -> nn.Module:
 
 
 def small(arch: str = "resnet18", stem: str = "cifar") -> nn.Module:
-    """Torchvision's ResNet with an eighth of the channels."""
+    """Return torchvision's ResNet with an eighth of the channels."""
     return Encoder(arch, stem, width=8)
 
 
@@ -42,7 +42,7 @@ def holder(**parts: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def wrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As DistributedDataParallel saves it."""
+    """Name the keys as DistributedDataParallel saves them."""
     return {f"module.{key}": value for key, value in state.items()}
 
 

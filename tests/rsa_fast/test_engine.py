@@ -46,7 +46,8 @@ FFCV = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("stop", [7, 10])  # 5 steps per epoch: in the middle of one, and at an edge
+# An epoch has 5 steps: the run stops in the middle of one, or between two.
+@pytest.mark.parametrize("stop", [7, 10])
 @pytest.mark.parametrize(
     ("backend", "aggressive_on"),
     [
@@ -59,19 +60,17 @@ FFCV = pytest.mark.skipif(
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     folder, beton, tmp_path, backend, aggressive_on, stop
 ):
-    recipe, data = (
-        tiny(backend=backend, aggressive_on=aggressive_on),
-        beton if backend == "ffcv" else folder,
-    )
+    recipe = tiny(backend=backend, aggressive_on=aggressive_on)
+    data = beton if backend == "ffcv" else folder
     train(recipe, data, tmp_path / "whole")
     train(recipe, data, tmp_path / "parts", stop_at_step=stop)
     assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == stop
     train(recipe, data, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    one, other = (
-        checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts")
-    )
-    momenta = [state["optimizer"]["state"] for state in (one, other)]
+    momenta = [
+        checkpoint.load_latest(tmp_path / out / "checkpoints")["optimizer"]["state"]
+        for out in ("whole", "parts")
+    ]
     assert all(
         torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"])
         for i in momenta[0]
@@ -80,9 +79,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "lars")])
 def test_resuming_is_exact_in_every_precision(folder, tmp_path, precision, optimizer):
-    check_resumption(
-        tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1), folder, tmp_path
-    )
+    recipe = tiny(precision=precision, optimizer=optimizer, epochs=2, warmup_epochs=1)
+    check_resumption(recipe, folder, tmp_path)
 
 
 def test_resuming_is_exact_with_a_queue(folder, tmp_path):
@@ -100,7 +98,8 @@ def check_resumption(recipe, folder, tmp_path):
 
 
 def test_a_run_folder_is_complete(folder, tmp_path):
-    result = train(tiny(knn_every_epochs=1), folder, tmp_path / "run")
+    recipe = tiny(knn_every_epochs=1)
+    result = train(recipe, folder, tmp_path / "run")
     records = read_metrics(tmp_path / "run")
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 6, 8, 10, 12, 14, 15]
@@ -118,9 +117,8 @@ def test_a_run_folder_is_complete(folder, tmp_path):
         }
         assert names <= record.keys()
         mixed = (1 - record["beta"]) * record["weak"] + record["beta"] * record["aggressive"]
-        assert record["loss"] == pytest.approx(
-            mixed, abs=0.05
-        )  # means over two steps of a slowly changing beta
+        # The values are means over two steps of a slowly changing beta.
+        assert record["loss"] == pytest.approx(mixed, abs=0.05)
     assert (
         steps[0]["lr"] == pytest.approx(tiny().base_lr * 8 / 256, rel=0.02)
         and steps[-1]["tau"] == 1
@@ -128,11 +126,9 @@ def test_a_run_folder_is_complete(folder, tmp_path):
     assert [record["epoch"] for record in records if "knn_top1" in record] == [0, 1, 2, 3]
     assert result["knn_top1"] is not None and 0 <= result["linear_top1"] <= 100
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == tiny(
-        knn_every_epochs=1
-    )
+    assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == recipe
     assert "torch" in json.loads((tmp_path / "run" / "env.json").read_text())["packages"]
-    assert len(checkpoint.listed(tmp_path / "run" / "checkpoints")) == 2  # keep_last
+    assert len(checkpoint.paths_in(tmp_path / "run" / "checkpoints")) == 2  # This is keep_last.
 
 
 def test_training_lowers_the_loss_and_evaluation_changes_nothing(folder, tmp_path):
@@ -149,7 +145,8 @@ def test_a_folder_in_use_is_refused_until_told_what_to_do(folder, tmp_path):
     with pytest.raises(
         FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"
     ):
-        train(tiny(epochs=1), tmp_path / "nowhere", out)  # before the images are looked for
+        # The run is refused before it looks for images.
+        train(tiny(epochs=1), tmp_path / "nowhere", out)
     (out / "notes.txt").write_text("mine")
     train(tiny(epochs=1, seed=5), folder, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
@@ -160,10 +157,8 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
     out = tmp_path / "run"
     train(tiny(epochs=1), folder, out)
     old = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    few, unfit = (
-        tiny(batch_size=64),
-        tiny(backend="ffcv"),
-    )  # more than there are images; for .beton files
+    # The first has larger batches than there are images, the second needs .beton files.
+    few, unfit = tiny(batch_size=64), tiny(backend="ffcv")
     for recipe, data in ((tiny(), tmp_path / "nowhere"), (few, folder), (unfit, folder)):
         with pytest.raises((ValueError, FileNotFoundError)):
             train(recipe, data, out, overwrite=True)
@@ -172,10 +167,9 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
 
 def test_ranks_that_find_different_checkpoints_do_not_train(folder, tmp_path, monkeypatch):
     train(tiny(), folder, tmp_path, stop_at_step=5)
-    monkeypatch.setattr("rsa_fast.training.engine.highest", lambda step: step + 5)
-    with pytest.raises(
-        FileNotFoundError, match="rank 0 found the checkpoint of step 5, another rank 10's"
-    ):
+    monkeypatch.setattr("rsa_fast.training.engine.max_over_ranks", lambda step: step + 5)
+    message = "rank 0 found the checkpoint of step 5, another rank 10's"
+    with pytest.raises(FileNotFoundError, match=message):
         train(tiny(), folder, tmp_path, resume=True)
 
 
@@ -187,7 +181,7 @@ def test_a_run_that_a_bad_image_stopped_goes_on_with_skip_as_if_it_had_skipped_f
         train(tiny(backend="native", on_bad_image=policy), data, tmp_path / out, stop_at_step=5)
     image = data / "train" / "class_0" / "003.jpg"
     content = image.read_bytes()
-    tables = content.index(b"\xff\xc4") + 5  # the header stays as it is
+    tables = content.index(b"\xff\xc4") + 5  # The header stays intact.
     image.write_bytes(content[:tables] + b"\xff" * 16 + content[tables + 16 :])
     with pytest.raises(ValueError, match=r"class_0/003\.jpg: .*--on-bad-image skip"):
         train(tiny(backend="native"), data, tmp_path / "stopped", resume=True)
@@ -207,17 +201,15 @@ def test_a_changed_recipe_or_dataset_is_refused_with_the_difference(folder, tmp_
             tmp_path / "run",
             resume=True,
         )
-    train(
-        tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True
-    )  # neither changes the result
+    # Neither setting changes the result.
+    train(tiny(log_every_steps=1, threads=1), folder, tmp_path / "run", resume=True)
 
 
 def test_metrics_after_the_resumed_step_are_forgotten(folder, tmp_path):
     train(tiny(), folder, tmp_path / "run", stop_at_step=6)
     path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(
-        path.read_text() + '{"step": 8, "loss": 9}\n{"step": 9, "lo'
-    )  # killed after its last checkpoint
+    # The run was killed after its last checkpoint.
+    path.write_text(path.read_text() + '{"step": 8, "loss": 9}\n{"step": 9, "lo')
     train(tiny(), folder, tmp_path / "run", resume=True)
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 15]
@@ -225,14 +217,9 @@ def test_metrics_after_the_resumed_step_are_forgotten(folder, tmp_path):
 
 def test_init_from_takes_the_weights_and_nothing_else(folder, tmp_path):
     train(tiny(epochs=1), folder, tmp_path / "first")
-    (path,) = checkpoint.listed(tmp_path / "first" / "checkpoints")
-    train(
-        tiny(base_lr=1e-9, tau_base=1, weight_decay=0),
-        folder,
-        tmp_path / "second",
-        init_from=path,
-        stop_at_step=1,
-    )
+    (path,) = checkpoint.paths_in(tmp_path / "first" / "checkpoints")
+    frozen = tiny(base_lr=1e-9, tau_base=1, weight_decay=0)
+    train(frozen, folder, tmp_path / "second", init_from=path, stop_at_step=1)
     second = checkpoint.load_latest(tmp_path / "second" / "checkpoints")
     first = weights(tmp_path / "first")
     assert second["step"] == 1
@@ -241,14 +228,14 @@ def test_init_from_takes_the_weights_and_nothing_else(folder, tmp_path):
             torch.testing.assert_close(value, first[key], atol=1e-6, rtol=1e-4)
 
 
-def test_unlabelled_data_trains_without_evaluation(folder, tmp_path, capsys):
+def test_unlabelled_data_trains_without_evaluation(folder, tmp_path, caplog):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, path in enumerate((folder / "train").rglob("*.jpg")):
         (flat / f"{i}.jpg").write_bytes(path.read_bytes())
     result = train(tiny(epochs=1), flat, tmp_path / "run")
     assert result["knn_top1"] is None and result["step"] == 5
-    assert "no kNN or linear evaluation in this run" in capsys.readouterr().err
+    assert "no kNN or linear evaluation in this run" in caplog.text
 
 
 def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
@@ -258,18 +245,14 @@ def test_the_step_computes_losses_and_weights_in_float32_under_autocast():
         for v in VIEWS
     }
     loss = train_step(run, Batch(torch.zeros(8, dtype=torch.long), views))
-    assert loss.total.dtype == torch.float32 and all(
-        p.dtype == torch.float32 for p in run.method.parameters()
-    )
+    assert loss.total.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in run.method.parameters())
     convolutions = [p for p in run.method.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
 
 
 def test_precisions_are_chosen_by_name():
     cpu = torch.device("cpu")
-    assert [choose_dtype(name, cpu) for name in ("fp32", "bf16", "fp16")] == [
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {name: choose_dtype(name, cpu) for name in dtypes} == dtypes
     assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)

@@ -3,26 +3,28 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import transforms
 
+import rsa_fast
 from pipelines.draws import draw
+from pipelines.layouts import open_source
 from pipelines.order import epoch_order
 from pipelines.plain import PlainImages, plain_image
-from pipelines.sources import open_source
 from pipelines.torchvision_views import weak_view
 from pipelines.views import ViewSpec
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.evaluation import evaluate, linear
-from rsa_fast.evaluation.evaluate import Evaluation, features, gather_rows, knn
+from rsa_fast.evaluation.evaluate import Evaluation, extract_features, gather_rows, knn
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
@@ -41,7 +43,7 @@ def clusters(
 
 
 def naive_knn(bank, bank_labels, queries, labels, classes, k, temperature) -> float:
-    """One query at a time, in Python."""
+    """Classify one query at a time, in Python."""
     hits = 0
     for query, label in zip(queries.tolist(), labels.tolist(), strict=True):
         scored = []
@@ -56,7 +58,7 @@ def naive_knn(bank, bank_labels, queries, labels, classes, k, temperature) -> fl
 
 
 def test_knn_equals_a_loop_over_queries(monkeypatch):
-    monkeypatch.setattr(evaluate, "KNN_CHUNK", 7)  # 40 queries: the last chunk is short
+    monkeypatch.setattr(evaluate, "KNN_CHUNK", 7)  # The last chunk of 40 queries is short.
     bank, queries = clusters(300, 1.6, 0), clusters(40, 1.6, 1)
     scores = knn(*bank, *queries, 3)
     assert scores["knn_top1"] == pytest.approx(naive_knn(*bank, *queries, 3, 200, 0.1))
@@ -76,7 +78,7 @@ def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     spec = ViewSpec(20, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     source = open_source(folder, "test")
     images = PlainImages(source, spec, None, 7, CPU, torch.float32, 2)
-    rows, labels = features(encoder, images)
+    rows, labels = extract_features(encoder, images)
     assert encoder.training and all(
         torch.equal(value, buffers[name]) for name, value in encoder.named_buffers()
     )
@@ -93,18 +95,12 @@ def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     ("size", "resize_px", "reference"),
     [
         ((32, 32), None, transforms.CenterCrop(32)),
-        ((96, 96), None, transforms.CenterCrop(64)),  # STL-10, as the reference code
-        ((96, 96), 64, transforms.Resize(64)),  # STL-10, as the paper
-        (
-            (375, 500),
-            256,
-            transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)]),
-        ),  # ImageNet
-        (
-            (40, 30),
-            None,
-            transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)]),
-        ),  # too small: filled
+        ((96, 96), None, transforms.CenterCrop(64)),  # STL-10 in the reference code
+        ((96, 96), 64, transforms.Resize(64)),  # STL-10 in the paper
+        # ImageNet
+        ((375, 500), 256, transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])),
+        # This image is narrower than the crop and is enlarged.
+        ((40, 30), None, transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])),
     ],
 )
 def test_plain_images_equal_torchvision_s_transform(size, resize_px, reference):
@@ -170,18 +166,15 @@ def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_no
     folder, monkeypatch
 ):
     torch.manual_seed(0)
-    evaluation, encoder = (
-        Evaluation(folder, tiny(), CPU, torch.float32),
-        Encoder("resnet18", "cifar", width=4),
-    )
-    for buffer in (
-        value for name, value in encoder.named_buffers() if name.endswith("running_mean")
-    ):
-        buffer.fill_(-0.5)
+    evaluation = Evaluation(folder, tiny(), CPU, torch.float32)
+    encoder = Encoder("resnet18", "cifar", width=4)
+    for name, buffer in encoder.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.fill_(-0.5)
     before, twin = copy.deepcopy(encoder.state_dict()), copy.deepcopy(encoder)
     seen = {}
 
-    def protocol(batches, test, *_):
+    def protocol(batches, test, **_):
         list(batches(0))
         seen["rows"], _ = test()
         return {}
@@ -193,10 +186,10 @@ def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_no
     )
     with evaluation.augmented(twin.train()) as batches:
         list(batches(0))
-    torch.testing.assert_close(seen["rows"], features(twin, evaluation.test)[0])
+    torch.testing.assert_close(seen["rows"], extract_features(twin, evaluation.test)[0])
     recalibrated = seen["rows"]
     assert evaluation.score(encoder, ("linear-rsa-small",))["linear_bn"] == "eval"
-    assert torch.equal(seen["rows"], features(encoder, evaluation.test)[0])
+    assert torch.equal(seen["rows"], extract_features(encoder, evaluation.test)[0])
     assert (recalibrated - seen["rows"]).abs().mean() > 0.01
     assert encoder.training and all(
         torch.equal(value, before[key]) for key, value in encoder.state_dict().items()
@@ -204,7 +197,7 @@ def test_recalibrating_replaces_the_statistics_of_a_copy_and_freezing_changes_no
 
 
 class Drifting(torch.nn.Flatten):
-    """Its buffer moves in eval mode too."""
+    """A network whose buffer changes in eval mode too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +219,10 @@ def test_an_unknown_protocol_is_refused(folder):
 
 
 def results(data) -> dict:
-    """What one rank of any number gets. The features are the pixels: no bit of them depends on the size of a batch."""
+    """Return what one of any number of ranks gets.
+
+    The features are the pixels, so no bit of them depends on the size of a batch.
+    """
     evaluate.KNN_CHUNK, linear.BATCH_SIZE, linear.FAST_EPOCHS = 7, 8, 5
     bank, queries = clusters(301, 1.6, 0), clusters(41, 1.6, 1)
     mine = [part[rank() :: world_size()] for part in (*bank, *queries)]
@@ -252,10 +248,9 @@ def one_of_two(number: int, data, place) -> None:
 
 def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
     for module, name in ((evaluate, "KNN_CHUNK"), (linear, "BATCH_SIZE"), (linear, "FAST_EPOCHS")):
-        monkeypatch.setattr(module, name, None)  # `results` sets them; they are put back at the end
-    data = write_folder(
-        tmp_path / "data", {"train": 7, "test": 5}, classes=3
-    )  # 21 and 15 images: odd
+        monkeypatch.setattr(module, name, None)  # `results` sets it; the test restores it.
+    # 21 and 15 images do not divide evenly over two ranks.
+    data = write_folder(tmp_path / "data", {"train": 7, "test": 5}, classes=3)
     torch.multiprocessing.spawn(one_of_two, (data, tmp_path), nprocs=2)
     alone = results(data)
     assert alone["clusters"]["knn_top1"] == pytest.approx(
@@ -266,7 +261,9 @@ def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
 
 
-def test_the_command_scores_by_every_protocol(folder, tmp_path):
+@pytest.fixture
+def untrained(tmp_path) -> Path:
+    """A checkpoint of a network with random weights."""
     torch.manual_seed(0)
     recipe = tiny(precision="fp32")
     state = {
@@ -274,31 +271,38 @@ def test_the_command_scores_by_every_protocol(folder, tmp_path):
         "recipe": recipe.model_dump(mode="json"),
         "method": build_method(recipe).state_dict(),
     }
-    path = checkpoint.save(tmp_path, state, 1)
+    return checkpoint.save(tmp_path, state, 1)
 
-    def run(*arguments: str):
-        return CliRunner().invoke(
-            main, ["eval", *arguments, "--checkpoint", str(path), "--data", str(folder)]
-        )
 
-    for arguments, found in [
-        (("knn",), {"knn_protocol": "knn/1", "test_transform": "centre crop 16 px"}),
+def run_eval(command: str, path: Path, data: Path) -> Result:
+    """The outcome of `rsa-fast eval` with the words of `command`."""
+    words = [*command.split(), "--checkpoint", str(path), "--data", str(data)]
+    return CliRunner().invoke(main, ["eval", *words])
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("knn", {}, {"knn_protocol": "knn/1", "test_transform": "centre crop 16 px"}),
         (
-            ("knn", "--resize-px", "18"),
+            "knn --resize-px 18",
+            {"resize_px": 18},
             {"test_transform": "short side to 18 px, centre crop 16 px"},
         ),
-        (("linear",), {"linear_protocol": "linear-fast/1"}),
         (
-            (
-                "linear",
-                "--protocol",
-                "rsa-small",
-                "--epochs",
-                "2",
-                "--bn",
-                "recalibrate",
-                "--no-nesterov",
-            ),
+            "knn --dataset demo",
+            {"dataset": "demo"},
+            {"test_transform": "short side to 32 px, centre crop 32 px"},
+        ),
+        (
+            "knn --dataset demo --resize-px native",
+            {"dataset": "demo", "resize_px": "native"},
+            {"test_transform": "centre crop 32 px"},
+        ),
+        ("linear", {}, {"linear_protocol": "linear-fast/1"}),
+        (
+            "linear --protocol rsa-small --epochs 2 --bn recalibrate --no-nesterov",
+            {"variant": "rsa-small", "epochs": 2, "bn": "recalibrate", "nesterov": False},
             {
                 "linear_protocol": "linear-rsa-small/1",
                 "linear_bn": "recalibrate",
@@ -306,33 +310,59 @@ def test_the_command_scores_by_every_protocol(folder, tmp_path):
             },
         ),
         (
-            ("linear", "--protocol", "rsa-large", "--epochs", "1"),
+            "linear --protocol rsa-large --epochs 1",
+            {"variant": "rsa-large", "epochs": 1},
             {"linear_protocol": "linear-rsa-large/1", "linear_epochs": 1},
         ),
-    ]:
-        result = run(*arguments)
-        assert result.exit_code == 0, result.output
-        last = json.loads(result.stdout.splitlines()[-1])
-        assert found.items() <= last.items() and 0 <= last[f"{arguments[0]}_top1"] <= 100
-        assert last.get("linear_best_top1", 100) >= last.get("linear_top1", 0)
-    for arguments, message in [
-        (("knn", "--epochs", "3"), "knn has no --epochs"),
-        (("knn", "--protocol", "rsa-small"), "knn has no --protocol"),
-        (("linear", "--protocol", "rsa-large", "--bn", "eval"), "linear-rsa-large has no --bn"),
+    ],
+)
+def test_the_command_and_the_function_give_the_same_scores(
+    folder, untrained, command, options, expected
+):
+    done = run_eval(command, untrained, folder)
+    assert done.exit_code == 0, done.output
+    scores, protocol = json.loads(done.stdout.splitlines()[-1]), command.split()[0]
+    assert expected.items() <= scores.items() and 0 <= scores[f"{protocol}_top1"] <= 100
+    assert scores.get("linear_best_top1", 100) >= scores.get("linear_top1", 0)
+    assert rsa_fast.evaluate(untrained, folder, protocol, **options) == scores
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("knn --epochs 3", {"epochs": 3}, "knn has no --epochs"),
+        ("knn --protocol rsa-small", {"variant": "rsa-small"}, "knn has no --protocol"),
         (
-            ("knn", "--resize-px", "small"),
+            "linear --protocol rsa-large --bn eval",
+            {"variant": "rsa-large", "bn": "eval"},
+            "linear-rsa-large has no --bn",
+        ),
+        (
+            "knn --resize-px small",
+            {"resize_px": "small"},
             "eval_resize_px = 'small': Input should be a valid integer",
         ),
-    ]:
-        refused = run(*arguments)
-        assert (
-            refused.exit_code != 0
-            and message in refused.output
-            and "Traceback" not in refused.output
-        )
-    for more, transform in (
-        ((), "short side to 32 px, centre crop 32 px"),
-        (("--resize-px", "native"), "centre crop 32 px"),
-    ):
-        scored = run("knn", "--dataset", "demo", *more)
-        assert json.loads(scored.stdout.splitlines()[-1])["test_transform"] == transform
+    ],
+)
+def test_the_command_and_the_function_refuse_the_same_options(
+    folder, untrained, command, options, message
+):
+    done = run_eval(command, untrained, folder)
+    assert done.exit_code != 0 and message in done.output and "Traceback" not in done.output
+    with pytest.raises(ValueError, match=message):
+        rsa_fast.evaluate(untrained, folder, command.split()[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "message"),
+    [
+        ("linaer", {}, "no protocol linaer-fast: choose from knn, linear-fast"),
+        ("linear", {"variant": "slow"}, "no protocol linear-slow: choose from"),
+        ("linear", {"variant": "rsa-small", "bn": "sync"}, "no bn 'sync': choose from eval"),
+    ],
+)
+def test_the_function_refuses_names_that_do_not_exist(
+    folder, untrained, protocol, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        rsa_fast.evaluate(untrained, folder, protocol, **options)

@@ -35,7 +35,10 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """By name: a checkpoint, its encoder and its recipe; gains, offsets and statistics of BatchNorm are as if trained."""
+    """Return, by name, a checkpoint, its encoder and its recipe.
+
+    Gains, offsets and statistics of BatchNorm are as if they were trained.
+    """
     return {
         name: train(tmp_path_factory.mktemp(name), dataset, more)
         for name, (dataset, more) in NETWORKS.items()
@@ -60,13 +63,16 @@ def train(run: Path, dataset: str, overrides: dict) -> tuple[Path, Encoder, Reci
 
 
 def assert_same_features(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """To 1e-5 of the largest feature: the sum over a convolution's inputs is rounded at their scale, not at the result's."""
+    """Compare to 1e-5 of the largest feature.
+
+    The sum over a convolution's inputs is rounded at their scale, not at the result's.
+    """
     scale = expected.detach().abs().max()
     torch.testing.assert_close(found.detach() / scale, expected.detach() / scale, rtol=0, atol=1e-5)
 
 
 def code_of(card: Path, file: str) -> str:
-    """The code that the card gives to load a file."""
+    """Return the code that the card gives for loading a file."""
     return re.search(rf"\n## Load `{file}`\n\n```\w+\n(.+?)\n```", card.read_text(), re.DOTALL)[1]
 
 
@@ -100,14 +106,14 @@ def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(
         "parameters": parameters,
     }
     monkeypatch.chdir(tmp_path)
-    count = {"standard": 3, "narrow": 1, "cifar": 5}[network]  # graphs are exported with 2
+    count = {"standard": 3, "narrow": 1, "cifar": 5}[network]  # Graphs are exported with 2.
     scope = {"images": torch.randn(count, 3, recipe.views.size_px, recipe.views.size_px)}
     exec(code_of(tmp_path / "README.md", out.name), scope)
     assert_same_features(torch.as_tensor(scope["features"]), encoder(scope["images"]))
 
 
 class Conv(nn.Conv2d):
-    """As in detectron2: a convolution that holds its norm."""
+    """A convolution that contains its norm, as in detectron2."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1) -> None:
         super().__init__(inputs, outputs, size, stride, size // 2, bias=False)
@@ -131,9 +137,10 @@ class Block(nn.Module):
 
 
 class Detectron2R50(nn.Module):
-    """Normalisation, stem and res2 to res5, pooled; from a config, by the rules of detectron2/modeling/backbone/resnet.py.
+    """Normalisation, stem and res2 to res5, followed by pooling.
 
-    Its keys were once compared with those of detectron2 0.5 itself: the same 265.
+    It is built from a config by the rules of detectron2/modeling/backbone/resnet.py. Its 265 keys
+    were once compared with those of detectron2 0.5 itself and are the same.
     """
 
     def __init__(self, config: dict) -> None:
@@ -167,7 +174,7 @@ class Detectron2R50(nn.Module):
 
 
 class Recorder(pickle.Unpickler):
-    """Reads a pickle as detectron2's DetectionCheckpointer does, and remembers what it imports."""
+    """Reads a pickle as detectron2's DetectionCheckpointer does, and records what it imports."""
 
     def __init__(self, file) -> None:
         super().__init__(file, encoding="latin1")
@@ -185,10 +192,8 @@ def test_detectron2_finds_every_weight_and_computes_the_same_from_rgb_pixels(tra
     with (tmp_path / config["MODEL"]["WEIGHTS"]).open("rb") as file:
         reader = Recorder(file)
         content = reader.load()
-    assert reader.imports == {
-        ("numpy", "ndarray"),
-        ("builtins", "bytearray"),
-    }  # nothing that NumPy 1 lacks
+    # NumPy 1 has all of these.
+    assert reader.imports == {("numpy", "ndarray"), ("builtins", "bytearray")}
     assert (
         content.keys() == {"model", "__author__", "matching_heuristics"}
         and content["matching_heuristics"] is True
@@ -203,16 +208,15 @@ def test_detectron2_finds_every_weight_and_computes_the_same_from_rgb_pixels(tra
         "res5.2.conv3.weight",
     } < weights.keys()
     model = Detectron2R50(config)
-    model.load_state_dict(
-        {key: torch.from_numpy(value) for key, value in weights.items()}
-    )  # strict: neither less nor more
+    # Loading is strict: no key is missing or superfluous.
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
     pixels = torch.randint(0, 256, (3, 3, 64, 64)).float()
     mean, std = (
         torch.tensor(value)[:, None, None] for value in (recipe.views.mean, recipe.views.std)
     )
     expected = encoder((pixels / 255 - mean) / std)
     assert_same_features(model(pixels), expected)
-    assert not torch.allclose(model(pixels.flip(1)), expected, rtol=0.1)  # BGR
+    assert not torch.allclose(model(pixels.flip(1)), expected, rtol=0.1)  # BGR differs.
 
 
 @pytest.mark.parametrize("network", ["narrow", "cifar"])
@@ -227,7 +231,7 @@ def test_a_format_that_cannot_hold_the_network_says_which_can(trained, tmp_path,
 
 def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkeypatch):
     encoder = Encoder("resnet18")
-    encoder.relu = nn.Identity()  # the keys and shapes are the standard network's
+    encoder.relu = nn.Identity()  # Keys and shapes stay the same.
     monkeypatch.setattr(module, "load_encoder", lambda path: (encoder, None))
     for format in ("torchvision", "timm", "detectron2", "safetensors"):
         with pytest.raises(
@@ -267,13 +271,11 @@ def test_the_card_and_the_header_hold_recipe_and_fingerprint(trained, tmp_path):
     assert header["data"] == "f1n9e2" and "training images: f1n9e2\n" in card
     for text in (header["recipe"], re.search("```yaml\n(.+?)```", card, re.DOTALL)[1]):
         assert validate(yaml.safe_load(text)) == recipe
-    assert (
-        f"rsa-fast export --checkpoint {path} --format safetensors --out {tmp_path}/encoder.safetensors"
-        in card
-    )
+    options = f"--checkpoint {path} --format safetensors --out {tmp_path}/encoder.safetensors"
+    assert f"rsa-fast export {options}" in card
     assert (
         "byol on cifar10, step 20" in card
-        and f"less {recipe.views.mean} over {recipe.views.std}" in card
+        and f"mean {recipe.views.mean} and std {recipe.views.std}" in card
     )
 
 
@@ -300,7 +302,7 @@ def test_a_checkpoint_without_a_recipe_says_that_its_images_are_assumed(tmp_path
     card = (tmp_path / "README.md").read_text()
     assert (
         "resnet18 encoder: model.pth" in card
-        and "less (0.485, 0.456, 0.406)" in card
+        and "mean (0.485, 0.456, 0.406)" in card
         and "are assumed" in card
     )
     assert "training images: not in the checkpoint" in card and "Not measured" in card

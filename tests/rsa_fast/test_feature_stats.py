@@ -45,7 +45,7 @@ def test_the_effective_rank_at_closed_forms(rows, rank):
         (VIEWS, "aggressive_1", "weak_1"),
         (("weak_2", "aggressive_2", "aggressive_1"), "aggressive_2", "weak_2"),
         (("aggressive_1", "aggressive_2"), "aggressive_1", None),
-        (("aggressive_1", "weak_2"), "aggressive_1", None),  # of two crops: no pair
+        (("aggressive_1", "weak_2"), "aggressive_1", None),  # The crops differ: no pair.
         (("weak_1",), "weak_1", None),
     ],
 )

@@ -1,8 +1,8 @@
-"""Values that no rearrangement of the code may move: losses of every method, views of every backend.
+"""Values that no refactoring may change: losses of every method, views of every backend.
 
-They were recorded before methods, datasets and backends got rooms of their own. After a change that
-is meant to move them: RSA_FAST_REWRITE_GOLDEN=1 pytest tests/rsa_fast/test_golden.py, and look at
-the difference in golden.json.
+They were recorded before methods, datasets and backends got folders of their own. After a change
+that is meant to change them, run RSA_FAST_REWRITE_GOLDEN=1 pytest tests/rsa_fast/test_golden.py and
+check the difference in golden.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from conftest import natural_image
 from PIL import Image
 
-from pipelines import VIEWS, Batch, Order, ViewSpec, open_source, open_views
+from pipelines import VIEWS, Batch, Loading, Order, ViewSpec, open_source, open_views
 from pipelines.beton import BetonWriter
 from pipelines.packed import ENTRY
 from rsa_fast.methods import METHODS
@@ -43,13 +43,13 @@ CASES = {  # backend and where its views are made
     "ffcv device": ("ffcv", "device"),
 }
 NEEDS = {"dali": "nvidia.dali", "ffcv": "ffcv"}
-# These compute in whole numbers, so that their bits are the same on every machine. The others
-# round floating point numbers, and of them only means are compared.
+# These compute in integers, so their bits are the same on every machine. The others round floating
+# point numbers, so only their means are compared.
 EXACT = ("resident host", "native host", "torchvision", "ffcv host")
 
 
 def golden(part: str, name: str, value: object) -> object:
-    """The recorded value; where a rewrite is asked for, `value`, which is recorded."""
+    """Return the recorded value. If a rewrite is requested, record `value` first."""
     if os.environ.get("RSA_FAST_REWRITE_GOLDEN"):
         recorded = json.loads(PLACE.read_text()) if PLACE.is_file() else {}
         recorded.setdefault(part, {})[name] = value
@@ -58,7 +58,7 @@ def golden(part: str, name: str, value: object) -> object:
 
 
 def losses(method: str) -> list[float]:
-    """Of the first ten steps in float64 from seed 0, on views of white noise."""
+    """Return the losses of ten steps in float64 from seed 0, on views of white noise."""
     known = type(build_recipe("cifar10", method)).model_fields
     overrides = TINY | {name: value for name, value in OWN.items() if name in known}
     torch.set_default_dtype(torch.float64)
@@ -86,7 +86,7 @@ def test_the_losses_of_a_method_stay(method):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[tuple[int, bool], Path]:
-    """By their side in pixels, images as PNG files and, raw, in a .beton file."""
+    """Map (side in pixels, packed) to a folder of PNG files or of a .beton file of raw pixels."""
     places = {}
     for side_px in (32, 300):
         images = [natural_image(i, side_px, side_px) for i in range(COUNT)]
@@ -116,8 +116,9 @@ def test_the_views_of_a_backend_stay(data, case, side_px):
     source = open_source(data[side_px, backend == "ffcv"], "pretrain")
     spec = ViewSpec(32 if side_px == 32 else 224, MEAN, STD)
     levels = {name: [] for name in VIEWS}
-    options = {"backend": backend, "aggressive_on": aggressive_on}
-    with open_views(source, spec, frozenset(VIEWS), Order(COUNT, BATCH, 7), **options) as loader:
+    loading = Loading(backend, aggressive_on=aggressive_on)
+    order = Order(COUNT, BATCH, 7)
+    with open_views(source, spec, frozenset(VIEWS), order, loading=loading) as loader:
         for batch in loader.batches(3):
             for name in VIEWS:
                 view = batch.views[name] * torch.tensor(STD).view(3, 1, 1)

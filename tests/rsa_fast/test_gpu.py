@@ -1,11 +1,14 @@
-"""Numbers on a GPU against those on a CPU: `make test-gpu`. What needs no GPU to be shown of its code is in tests/gpuless."""
+"""Numbers on a GPU are compared with those on a CPU: `make test-gpu`.
+
+tests/gpuless checks what can be checked of the same code without a GPU.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pipelines import VIEWS, Order, open_source, open_views
+from pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.recipes import build_recipe
 from rsa_fast.syncbn import SyncBatchNorm
 from rsa_fast.training.step import build_run, train_step
@@ -19,7 +22,12 @@ def test_views_on_a_gpu_equal_those_of_a_cpu(folder):
     batches = []
     for device in ("cpu", "cuda"):
         with open_views(
-            source, spec, frozenset(VIEWS), Order(40, 8, 0), device=device, aggressive_on="device"
+            source,
+            spec,
+            frozenset(VIEWS),
+            Order(40, 8, 0),
+            device=device,
+            loading=Loading(aggressive_on="device"),
         ) as loader:
             batches.append(next(loader.batches(0)))
     for name in VIEWS:
@@ -33,9 +41,14 @@ def test_a_float32_step_on_a_gpu_equals_one_on_a_cpu(folder):
     for device in ("cpu", "cuda"):
         fields = {"device": device, "precision": "fp32", "batch_size": 8, "width": 8}
         run = build_run(build_recipe("cifar10", "rsa", overrides=fields), 40)
-        views = {"device": run.device, "dtype": run.dtype, "aggressive_on": "device"}
+        views = {"device": run.device, "dtype": run.dtype}
         with open_views(
-            source, run.recipe.views, run.method.reads, Order(40, 8, 0), **views
+            source,
+            run.recipe.views,
+            run.method.reads,
+            Order(40, 8, 0),
+            loading=Loading(aggressive_on="device"),
+            **views,
         ) as loader:
             losses.append([train_step(run, batch).total.item() for batch in loader.batches(0)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -43,7 +56,10 @@ def test_a_float32_step_on_a_gpu_equals_one_on_a_cpu(folder):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_synchronised_batchnorm_on_a_gpu_equals_batchnorm(monkeypatch, affine):
-    """In a world of one, where both normalise the same images: the kernels and the formulas around them."""
+    """In a world of one rank, both normalise the same images.
+
+    The test therefore compares the kernels and the formulas around them.
+    """
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: None)
     results = []
     for kind in (torch.nn.BatchNorm2d, SyncBatchNorm):

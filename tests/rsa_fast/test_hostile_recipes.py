@@ -1,4 +1,4 @@
-"""A recipe file that somebody made up is a recipe or an error that says what is wrong, whatever stands in it."""
+"""Whatever a recipe file contains, it is a recipe or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -48,18 +48,15 @@ def file(tmp_path_factory) -> Path:
 
 def numbers(value) -> list[float]:
     if isinstance(value, dict | list | tuple):
-        return [
-            number
-            for part in (value.values() if isinstance(value, dict) else value)
-            for number in numbers(part)
-        ]
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in numbers(part)]
     return [value] if isinstance(value, int | float) else []
 
 
 def a_recipe_or_refused(file: Path, content: str | bytes) -> None:
-    file.write_bytes(
-        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-    )
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
+    file.write_bytes(content)
     try:
         recipe = build_recipe("cifar10", "rsa", file)
     except ValueError as error:

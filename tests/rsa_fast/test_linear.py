@@ -22,13 +22,13 @@ def clusters(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.
 
 
 def cut(epoch: int):
-    """Other features in every epoch, as augmentation gives."""
+    """Return other features in every epoch, as augmentation does."""
     rows, labels = clusters(24, 1.0, epoch)
     return zip(rows.split(8), labels.split(8), strict=True)
 
 
 def numpy_sgd(weight, bias, ready, *, epochs, lr_of, weight_decay=0.0, nesterov=False):
-    """Softmax regression in float64, one step at a time: yields weight and bias after every epoch."""
+    """Train softmax regression in float64, and yield weight and bias after every epoch."""
     state = [np.asarray(weight, np.float64), np.asarray(bias, np.float64)]
     momenta = [np.zeros_like(value) for value in state]
     for epoch in range(epochs):
@@ -48,7 +48,7 @@ def numpy_sgd(weight, bias, ready, *, epochs, lr_of, weight_decay=0.0, nesterov=
 
 @pytest.fixture
 def logits(monkeypatch) -> list[torch.Tensor]:
-    """The classifier's outputs on the test set after every epoch."""
+    """Record the classifier's outputs on the test set after every epoch."""
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(linear, "top1", lambda rows, _: seen.append(rows.clone()) or 0.0)
     return seen
@@ -56,10 +56,11 @@ def logits(monkeypatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_rsa_small_is_sgd_at_lr_30_with_drops_at_60_and_80_percent(logits, nesterov):
+    # The outputs for these inputs are the columns of W, and b.
     test = (
         torch.cat([torch.eye(DIM), torch.zeros(1, DIM)]),
         torch.zeros(DIM + 1, dtype=torch.long),
-    )  # outputs tell W and b
+    )
     result = rsa_small(cut, lambda: test, CLASSES, 5, epochs=10, nesterov=nesterov)
     start = torch.empty(CLASSES, DIM).normal_(std=0.01, generator=torch.Generator().manual_seed(5))
     steps = {
@@ -106,14 +107,15 @@ def test_rsa_large_standardises_unit_features_and_decays_the_classifier(logits):
         )
 
 
-def test_the_last_epoch_comes_first_and_the_best_second(monkeypatch, capsys):
+def test_the_last_epoch_comes_first_and_the_best_second(monkeypatch, caplog):
+    caplog.set_level("INFO", "rsa_fast")
     scores = iter([20.0, 70.0, 40.0])
     monkeypatch.setattr(linear, "top1", lambda *_: next(scores))
     head = torch.nn.Linear(DIM, CLASSES)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     result = train_head(head, optimizer, (0.6, 0.8), 3, cut, lambda: clusters(6, 1.0, 0))
     assert result == {"linear_top1": 40.0, "linear_best_top1": 70.0, "linear_epochs": 3}
-    assert "linear epoch 2/3  top1 70.00" in capsys.readouterr().err
+    assert "linear epoch 2/3  top1 70.00" in caplog.messages
 
 
 def test_the_fast_probe_learns_what_can_be_learned_and_no_more():

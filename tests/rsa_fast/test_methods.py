@@ -22,9 +22,8 @@ def small(name: str = "rsa", **overrides) -> torch.nn.Module:
     fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, **overrides}
     built = build_method(build_recipe("cifar10", name, overrides=fields)).double()
     for network in (built.online, built.target):
-        for block in (
-            network.modules()
-        ):  # a zero gain, the initial one, stops the gradient of its block's convolutions
+        # The initial gain of zero stops the gradient of its block's convolutions.
+        for block in network.modules():
             if isinstance(block, BasicBlock):
                 torch.nn.init.ones_(block.bn2.weight)
     return built
@@ -45,7 +44,7 @@ def unit_rows(x: torch.Tensor) -> list[list[float]]:
 
 
 def mse(a: list[list[float]], b: list[list[float]]) -> float:
-    """Eq. 2, as a double loop over samples and dimensions."""
+    """Compute Eq. 2 as a double loop over samples and dimensions."""
     total = 0.0
     for i in range(len(a)):
         inner = 0.0
@@ -59,10 +58,8 @@ def mse(a: list[list[float]], b: list[list[float]]) -> float:
 def test_rsa_s_loss_is_equation_5(beta):
     method, batch = small(), some_batch()
     probe = copy.deepcopy(method)
-    q = [
-        unit_rows(probe.predictor(probe.online(view)))
-        for view in (batch.aggressive_1, batch.aggressive_2)
-    ]
+    views = (batch.aggressive_1, batch.aggressive_2)
+    q = [unit_rows(probe.predictor(probe.online(view))) for view in views]
     z = [unit_rows(probe.target(view)) for view in (batch.weak_1, batch.weak_2)]
     weak = mse(q[0], z[1]) + mse(q[1], z[0])
     aggressive = mse(q[0], q[1]) + mse(q[1], q[0])
@@ -70,13 +67,15 @@ def test_rsa_s_loss_is_equation_5(beta):
     assert loss.total.item() == pytest.approx((1 - beta) * weak + beta * aggressive, abs=1e-12)
     assert loss.parts["weak"].item() == pytest.approx(weak, abs=1e-12)
     assert loss.parts["aggressive"].item() == pytest.approx(aggressive, abs=1e-12)
-    assert 0 <= loss.total.item() <= 8 and not any(
-        part.requires_grad for part in loss.parts.values()
-    )
+    assert 0 <= loss.total.item() <= 8
+    assert not any(part.requires_grad for part in loss.parts.values())
 
 
 def test_rsa_s_gradient_holds_every_target_fixed():
-    """Against the same loss with all four targets as constants; without the stop-gradients the two would differ."""
+    """The loss is compared with one in which all four targets are constants.
+
+    Without the stop-gradients the two would differ.
+    """
     beta, batch = 0.4, some_batch()
     method = small()
     method(batch, {"beta": beta}).total.backward()
@@ -87,16 +86,9 @@ def test_rsa_s_gradient_holds_every_target_fixed():
         for view in (batch.weak_1, batch.weak_2)
     )
     fixed_1, fixed_2 = (torch.tensor(q.tolist(), dtype=torch.float64) for q in (q_1, q_2))
-    by_hand = (
-        (1 - beta) * (2 - 2 * (q_1 * z_2).sum(1)) + beta * (2 - 2 * (q_1 * fixed_2).sum(1))
-    ).mean()
-    by_hand = (
-        by_hand
-        + (
-            (1 - beta) * (2 - 2 * (q_2 * z_1).sum(1)) + beta * (2 - 2 * (q_2 * fixed_1).sum(1))
-        ).mean()
-    )
-    by_hand.backward()
+    one = (1 - beta) * (2 - 2 * (q_1 * z_2).sum(1)) + beta * (2 - 2 * (q_1 * fixed_2).sum(1))
+    two = (1 - beta) * (2 - 2 * (q_2 * z_1).sum(1)) + beta * (2 - 2 * (q_2 * fixed_1).sum(1))
+    (one.mean() + two.mean()).backward()
     for (name, p), expected in zip(method.named_parameters(), other.parameters(), strict=True):
         if name.startswith("target"):
             assert p.grad is None
@@ -132,9 +124,8 @@ def test_byol_s_loss_sums_both_directions(pairs):
     assert loss.total.item() == pytest.approx(mse(q[0], z[1]) + mse(q[1], z[0]), abs=1e-12)
     loss.total.backward()
     assert all(p.grad is None for p in method.target.parameters())
-    assert all(
-        p.grad is not None for p in (*method.online.parameters(), *method.predictor.parameters())
-    )
+    learning = (*method.online.parameters(), *method.predictor.parameters())
+    assert all(p.grad is not None for p in learning)
 
 
 def test_methods_need_only_the_views_they_read():
@@ -154,7 +145,7 @@ def test_after_step_is_the_moving_average_of_weights_only():
         for p in method.online.parameters():
             p.add_(torch.randn_like(p))
     before = {name: value.clone() for name, value in method.target.state_dict().items()}
-    method(some_batch(), {"beta": 0.3})  # moves the BatchNorm buffers of both networks
+    method(some_batch(), {"beta": 0.3})  # This changes the BatchNorm buffers of both networks.
     buffers = {name: value.clone() for name, value in method.target.named_buffers()}
     method.after_step({"tau": 0.9})
     online = dict(method.online.named_parameters())
@@ -164,7 +155,10 @@ def test_after_step_is_the_moving_average_of_weights_only():
 
 
 def test_the_target_moves_when_the_reference_code_moves_it():
-    """The reference advances a counter and moves the target first in its forward; ours moves it after the optimiser step."""
+    """The reference advances a counter and moves the target at the start of its forward pass.
+
+    Our code moves it after the optimiser step.
+    """
     total = 5
     ours, theirs = small(), small()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (ours, theirs)]
@@ -181,9 +175,8 @@ def test_the_target_moves_when_the_reference_code_moves_it():
         ours.after_step({"tau": tau(step + 2, total, 0.99)})
         losses.append((ours_loss.item(), theirs_loss.item()))
     assert all(a == b for a, b in losses) and len(set(losses)) == total
-    assert all(
-        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-    )
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_each_view_is_one_batchnorm_batch():
@@ -197,12 +190,8 @@ def test_each_view_is_one_batchnorm_batch():
 def test_the_target_starts_as_a_copy_and_needs_no_gradient():
     method = small()
     for p, q in zip(method.online.parameters(), method.target.parameters(), strict=True):
-        assert (
-            torch.equal(p, q)
-            and p.data_ptr() != q.data_ptr()
-            and p.requires_grad
-            and not q.requires_grad
-        )
+        assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
+        assert p.requires_grad and not q.requires_grad
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -210,15 +199,13 @@ def parameters(module: torch.nn.Module) -> int:
 
 
 def test_head_sizes_are_the_paper_s():
-    assert parameters(mlp(512, 1024, 128)) == 658_432 and parameters(mlp(128, 1024, 128)) == 265_216
-    assert (
-        parameters(mlp(2048, 4096, 256)) == 9_449_472
-        and parameters(mlp(256, 4096, 256)) == 2_109_440
-    )
+    assert parameters(mlp(512, 1024, 128)) == 658_432
+    assert parameters(mlp(128, 1024, 128)) == 265_216
+    assert parameters(mlp(2048, 4096, 256)) == 9_449_472
+    assert parameters(mlp(256, 4096, 256)) == 2_109_440
     method = build_method(build_recipe("cifar10", "rsa"))
-    assert (
-        parameters(method.online.projector) == 658_432 and parameters(method.predictor) == 265_216
-    )
+    assert parameters(method.online.projector) == 658_432
+    assert parameters(method.predictor) == 265_216
 
 
 @pytest.mark.parametrize(("arch", "reference"), [("resnet18", resnet18), ("resnet50", resnet50)])

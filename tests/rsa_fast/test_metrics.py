@@ -34,12 +34,15 @@ def run(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(folder, tmp_path_factory):
-    """The same run stopped after an epoch, gone on, killed two steps and half a record later, gone on, and once more."""
+    """The same run with interruptions.
+
+    It stops after an epoch and continues, is killed two steps and half a record later, continues to
+    its end, and continues once more.
+    """
 
     def go_on(**options):
-        time.sleep(
-            1 - time.time() % 1
-        )  # TensorBoard reads a run's event files by name, which tells them apart by the second
+        # TensorBoard reads a run's event files by name, and names differ only by the second.
+        time.sleep(1 - time.time() % 1)
         train(RECIPE, folder, out, resume=True, **options)
 
     out = tmp_path_factory.mktemp("parts") / "run"
@@ -50,7 +53,7 @@ def resumed(folder, tmp_path_factory):
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     go_on()
-    go_on()  # it is finished: scored again, recorded once
+    go_on()  # It is finished: it is scored again and recorded once.
     return out
 
 
@@ -69,9 +72,8 @@ def test_every_epoch_is_recorded_once_in_a_resumed_run_too(run, resumed):
             [record for record in timeless(out) if kind in record] for out in (run, resumed)
         )
         assert one == other
-    assert all(
-        sum(record["weak_aggressive_counts"]) == 8 for record in of_epochs
-    )  # the images of a batch
+    # The counts add up to the images of a batch.
+    assert all(sum(record["weak_aggressive_counts"]) == 8 for record in of_epochs)
     assert all(1 <= record["effective_rank"] <= 8 for record in of_epochs)
 
 
@@ -79,12 +81,8 @@ def test_the_statistics_of_an_epoch_do_not_change_training(folder, run, tmp_path
     monkeypatch.setattr(engine, "feature_stats", lambda encoder, batch: {})
     train(RECIPE, folder, tmp_path / "without")
     assert same(weights(run), weights(tmp_path / "without"))
-    new = {
-        "effective_rank",
-        "weak_aggressive_cosine",
-        "other_image_cosine",
-        "weak_aggressive_counts",
-    }
+    new = {"effective_rank", "weak_aggressive_cosine"}
+    new |= {"other_image_cosine", "weak_aggressive_counts"}
     stripped = [
         {key: value for key, value in record.items() if key not in new} for record in timeless(run)
     ]
@@ -104,11 +102,8 @@ def test_tensorboard_reads_back_the_records_each_once(name, request):
     for record in read_metrics(out):
         for key, value in numbers(record).items():
             written.setdefault(key, []).append((record["step"], value))
-    assert (
-        set(events.Tags()["scalars"])
-        == written.keys()
-        >= {"loss", "knn_top1", "effective_rank", "linear_top1"}
-    )
+    assert set(events.Tags()["scalars"]) == written.keys()
+    assert written.keys() >= {"loss", "knn_top1", "effective_rank", "linear_top1"}
     for key, points in written.items():
         assert [(event.step, event.value) for event in events.Scalars(key)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in points
@@ -117,7 +112,10 @@ def test_tensorboard_reads_back_the_records_each_once(name, request):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in that keeps what it is given, by run id, and drops steps before the last one, as the real one does."""
+    """A stand-in that keeps what is logged, by run id.
+
+    Like the real wandb, it drops steps before the last one.
+    """
     module, module.runs, module.starts, module.finished = ModuleType("wandb"), {}, [], 0
     module.__spec__ = ModuleSpec("wandb", None)
 
@@ -143,23 +141,16 @@ def wandb(monkeypatch):
 
 def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_goes_on_there(tmp_path, wandb):
     (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
-    for step, first in (
-        (0, 0),
-        (2, 0),
-        (2, 1),
-    ):  # begun; gone on where it was killed; and from its checkpoint again
+    # The run begins, continues where it was killed, and continues from its checkpoint again.
+    for step, first in ((0, 0), (2, 0), (2, 1)):
         with Metrics(tmp_path, 4, step, wandb=True) as records:
             for record in RECORDS[first:]:
                 records.write(record)
-    assert len({start["id"] for start in wandb.starts}) == 1 and {
-        start["resume"] for start in wandb.starts
-    } == {"allow"}
+    assert len({start["id"] for start in wandb.starts}) == 1
+    assert {start["resume"] for start in wandb.starts} == {"allow"}
     start = wandb.starts[0]
-    assert (start["project"], start["name"], start["config"]) == (
-        "rsa-fast",
-        tmp_path.name,
-        {"beta_base": 0.3},
-    )
+    assert (start["project"], start["name"]) == ("rsa-fast", tmp_path.name)
+    assert start["config"] == {"beta_base": 0.3}
     assert wandb.runs[start["id"]] == {
         2: {"loss": 1.5, "wait_pct": 3.25},
         4: {"loss": 0.75, "epoch": 1},
@@ -171,9 +162,8 @@ def test_weights_and_biases_follows_its_own_variable_for_the_project(tmp_path, w
     monkeypatch.setenv("WANDB_PROJECT", "another")
     (tmp_path / "recipe.yaml").write_text("beta_base: 0.3\n")
     with Metrics(tmp_path, 4, 0, wandb=True):
-        assert (
-            wandb.starts[0]["project"] == "another" and "mode" not in wandb.starts[0]
-        )  # WANDB_MODE: wandb's own to read
+        # wandb itself reads WANDB_MODE.
+        assert wandb.starts[0]["project"] == "another" and "mode" not in wandb.starts[0]
 
 
 def test_weights_and_biases_offline_leaves_its_run_in_the_folder(tmp_path, monkeypatch):
@@ -206,11 +196,12 @@ def test_a_run_that_is_replaced_leaves_no_records_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
+def test_without_a_terminal_each_record_is_a_line(tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
     with Metrics(tmp_path, 4, 0) as records:
         for record in RECORDS:
             records.write(record)
-    assert capsys.readouterr().err.splitlines() == [
+    assert caplog.messages == [
         "step 2/4  loss 1.5  wait_pct 3.25",
         "step 4/4  loss 0.75",
         "step 4/4  epoch 1",
@@ -219,7 +210,7 @@ def test_without_a_terminal_each_record_is_a_line(tmp_path, capsys):
 
 
 def test_on_a_terminal_a_bar_shows_the_eta_and_the_latest_numbers(tmp_path, monkeypatch):
-    """40 of 100 steps, the last 20 of which took a minute: three minutes are left."""
+    """After 40 of 100 steps, the last 20 of which took a minute, three minutes are left."""
     clock, shown = [0.0], io.StringIO()
     terminal = partial(
         Console,
@@ -240,17 +231,17 @@ def test_on_a_terminal_a_bar_shows_the_eta_and_the_latest_numbers(tmp_path, monk
     assert "1,234 images/s  wait 0.6%  loss 1.235  kNN 12.3%" in last
 
 
-def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
+def test_only_rank_0_writes(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "rsa_fast")
     monkeypatch.setattr(metrics, "rank", lambda: 1)
     with Metrics(tmp_path, 4, 0) as records:
         records.write(RECORDS[0])
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+    assert not list(tmp_path.iterdir()) and caplog.text == ""
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"
-    ):
+    message = f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"
+    with pytest.raises(FileNotFoundError, match=message):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"step": 3, "lo')
     assert read_metrics(tmp_path) == RECORDS[:1]

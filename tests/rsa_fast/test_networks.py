@@ -1,4 +1,4 @@
-"""Recomputed stages and compiled encoders cost something else than plain ones, and learn the same."""
+"""Recomputed stages and compiled encoders differ from plain ones in costs, not in results."""
 
 from __future__ import annotations
 
@@ -24,28 +24,22 @@ COMPILER = os.environ.get("CXX", "g++")
 
 
 def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tuple[list, list, dict]:
-    """Losses and gradients of two of the engine's steps on this rank's part, and the state after them; one block a stage."""
-    # a zero gain, the initial one, would stop the gradient of its block's convolutions
-    options = (
-        TINY
-        | {"zero_init_residual": False, "precision": "fp32", "device": "cpu", "peak_lr": 0.1}
-        | fields
-    )
-    options = {
-        key: value
-        for key, value in options.items()
-        if key in method_class(method).recipe_type.model_fields
-    }
+    """Take two of the engine's steps on this rank's part, with one block per stage.
+
+    Return the losses and gradients of the steps, and the state after them.
+    """
+    # The initial gain of zero would stop the gradient of its block's convolutions.
+    options = TINY | {"zero_init_residual": False, "peak_lr": 0.1}
+    options |= {"precision": "fp32", "device": "cpu"} | fields
+    known = method_class(method).recipe_type.model_fields
+    options = {key: value for key, value in options.items() if key in known}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(networks.LAYERS, "resnet18", (networks.BasicBlock, [1, 1, 1, 1]))
         torch.set_default_dtype(dtype)
-        run, losses, gradients = (
-            build_run(build_recipe("cifar10", method, overrides=options), 10 * BATCH),
-            [],
-            [],
-        )
+        run = build_run(build_recipe("cifar10", method, overrides=options), 10 * BATCH)
     torch.set_default_dtype(torch.float32)
     trained = [p for p in run.method.parameters() if p.requires_grad]
+    losses, gradients = [], []
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.extend(p.grad.clone() for p in trained)
     )
@@ -57,7 +51,10 @@ def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tupl
 
 
 def steps_in_every_way() -> dict[tuple, tuple]:
-    """With BatchNorm over all ranks: by method, plain and recomputed; and compiled, as far as one graph goes."""
+    """Take the steps with every method, plain and recomputed, and with RSA compiled as one graph.
+
+    BatchNorm is over all ranks.
+    """
     compiled = torch.compile(networks.features, fullgraph=True, dynamic=False, backend="aot_eager")
     networks.compiled_features = lambda: compiled
     ways = [(method, stages, False) for method in METHODS for stages in (0, 4)] + [("rsa", 2, True)]
@@ -79,10 +76,10 @@ def test_recomputed_stages_learn_the_same_bit_for_bit(method, precision):
 
 
 def test_the_same_on_two_ranks_and_compiled_without_a_break(tmp_path):
-    """`fullgraph` raises where torch would break the graph, as at a collective that it cannot trace."""
-    for found in run_ranks("steps_in_every_way", 2, tmp_path):
-        for (method, *_), result in found.items():
-            assert_same(result, found[method, 0, False])
+    """`fullgraph` raises where torch would break the graph, as at an untraceable collective."""
+    for steps in run_ranks("steps_in_every_way", 2, tmp_path):
+        for (method, *_), result in steps.items():
+            assert_same(result, steps[method, 0, False])
 
 
 def test_only_the_first_stages_run_again_and_only_for_a_backward():
@@ -106,9 +103,8 @@ def test_a_compiled_encoder_learns_the_same_up_to_rounding(monkeypatch):
     plain, compiled = (
         two_steps("simclr", torch.float64, compile=compiled) for compiled in (False, True)
     )
-    torch.testing.assert_close(
-        compiled, plain, rtol=1e-9, atol=1e-12
-    )  # which compares the keys of the state too
+    # This compares the keys of the state too.
+    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_only_training_is_compiled(monkeypatch):

@@ -25,7 +25,7 @@ def gradients(step: int) -> list[torch.Tensor]:
 def by_hand(
     weight: list, momentum: list, grads: list, lr: float, decay: float, trust: float | None
 ) -> None:
-    """One step on nested floats in double precision: SGD, or LARS when `trust` is given."""
+    """Take one step on nested floats in double precision: SGD, or LARS if `trust` is given."""
     for p, mu, g in zip(weight, momentum, grads, strict=True):
         g = g.double().clone()
         if trust is None or p.ndim > 1:
@@ -97,9 +97,8 @@ def test_a_scaled_step_equals_the_unscaled_one_and_an_overflow_changes_nothing(n
     plain, scaled = parameters(), parameters()
     one, other = fresh(plain), fresh(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step, overflow in enumerate(
-        [True, False, True, False]
-    ):  # the very first step overflows, as fp16 runs do
+    # The very first step overflows, as in fp16 runs.
+    for step, overflow in enumerate([True, False, True, False]):
         scale = scaler.scale(torch.ones(())).item()
         for p, g in zip(scaled, gradients(step), strict=True):
             p.grad = g * scale

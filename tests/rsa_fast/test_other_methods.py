@@ -1,4 +1,7 @@
-"""SimSiam, SimSiam with RSA, SimCLR, MoCo, ReSSL and supervised training, against loops, other code and differences."""
+"""SimSiam, SimSiam with RSA, SimCLR, MoCo, ReSSL and supervised training.
+
+They are compared with loops, with other code and with finite differences.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,18 @@ TINY = {
 }
 
 
+def tiny_fields(name: str) -> dict:
+    """Return the entries of `TINY` that are fields of the method's recipe."""
+    known = method_class(name).recipe_type.model_fields
+    return {key: value for key, value in TINY.items() if key in known}
+
+
 def small(name: str, **overrides) -> Method:
     torch.manual_seed(0)
-    fields = {
-        key: value
-        for key, value in TINY.items()
-        if key in method_class(name).recipe_type.model_fields
-    }
-    method = build_method(build_recipe("cifar10", name, overrides={**fields, **overrides})).double()
-    for block in (
-        method.modules()
-    ):  # a zero gain, the initial one, stops the gradient of its block's convolutions
+    recipe = build_recipe("cifar10", name, overrides=tiny_fields(name) | overrides)
+    method = build_method(recipe).double()
+    # The initial gain of zero stops the gradient of its block's convolutions.
+    for block in method.modules():
         if isinstance(block, BasicBlock):
             torch.nn.init.ones_(block.bn2.weight)
     return method
@@ -57,9 +61,8 @@ def some_batch(seed: int = 0) -> Batch:
 
 
 def rows(count: int, dim: int, seed: int) -> torch.Tensor:
-    return unit(
-        torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return unit(torch.randn(count, dim, generator=generator, dtype=torch.float64))
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -91,9 +94,8 @@ def test_info_nce_is_the_cross_entropy_of_the_key_among_the_queue():
     q, k, queue, temperature = rows(4, 3, 0), rows(4, 3, 1), rows(7, 3, 2).T, 0.1
     total = 0.0
     for query, key in zip(q.tolist(), k.tolist(), strict=True):
-        total -= log_softmax(
-            [dot(query, other) / temperature for other in [key, *queue.T.tolist()]]
-        )[0]
+        dictionary = [key, *queue.T.tolist()]
+        total -= log_softmax([dot(query, other) / temperature for other in dictionary])[0]
     assert info_nce(q, k, queue, temperature).item() == pytest.approx(total / 4, abs=1e-12)
 
 
@@ -101,25 +103,20 @@ def test_the_relational_loss_is_the_cross_entropy_of_two_distributions_over_the_
     student, teacher, queue = rows(4, 3, 0), rows(4, 3, 1), rows(7, 3, 2).T
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        sharp = [
-            math.exp(v) for v in log_softmax([dot(t, other) / 0.04 for other in queue.T.tolist()])
-        ]
+        sharp = log_softmax([dot(t, other) / 0.04 for other in queue.T.tolist()])
         soft = log_softmax([dot(s, other) / 0.1 for other in queue.T.tolist()])
-        total -= dot(sharp, soft)
-    assert relational(student, teacher, queue, 0.1, 0.04).item() == pytest.approx(
-        total / 4, abs=1e-12
-    )
+        total -= dot([math.exp(v) for v in sharp], soft)
+    loss = relational(student, teacher, queue, temperature=0.1, teacher_temperature=0.04)
+    assert loss.item() == pytest.approx(total / 4, abs=1e-12)
 
 
 def test_losses_equal_lightly_s():
-    losses = pytest.importorskip(
-        "lightly.loss", reason="lightly is not installed: pip install lightly"
-    )
+    reason = "lightly is not installed: pip install lightly"
+    losses = pytest.importorskip("lightly.loss", reason=reason)
     a, b, bank = rows(8, 16, 0).float(), rows(8, 16, 1).float(), rows(32, 16, 2).float()
     assert nt_xent(a, b, 0.5).item() == pytest.approx(losses.NTXentLoss(0.5)(a, b).item(), abs=1e-5)
-    assert negative_cosine(a, b).item() == pytest.approx(
-        losses.NegativeCosineSimilarity()(a, b).item(), abs=1e-5
-    )
+    theirs = losses.NegativeCosineSimilarity()
+    assert negative_cosine(a, b).item() == pytest.approx(theirs(a, b).item(), abs=1e-5)
     theirs = losses.NTXentLoss(0.1, memory_bank_size=(32, 16))
     theirs.memory_bank.bank = bank
     assert info_nce(a, b, bank.T, 0.1).item() == pytest.approx(theirs(a, b).item(), abs=1e-5)
@@ -139,10 +136,8 @@ def test_simsiam_is_the_negative_cosine_of_predictions_and_fixed_projections():
             a, b = p[one][i].tolist(), z[two][i].tolist()
             total -= dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) / 2
     loss = method(batch, {"beta": 0.3})
-    assert (
-        loss.total.item() == pytest.approx(total / BATCH, abs=1e-12)
-        and -1 <= loss.total.item() <= 1
-    )
+    assert loss.total.item() == pytest.approx(total / BATCH, abs=1e-12)
+    assert -1 <= loss.total.item() <= 1
     loss.total.backward()
     fixed = [x.detach() for x in z]
     cosine = torch.nn.functional.cosine_similarity
@@ -189,10 +184,8 @@ def test_moco_adds_both_directions_on_one_snapshot_of_the_queue_and_then_enqueue
     loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(method.queue[:, : 2 * BATCH].T, torch.cat(k), rtol=0, atol=1e-12)
-    assert (
-        torch.equal(method.queue[:, 2 * BATCH :], probe.queue[:, 2 * BATCH :])
-        and method.pointer == 2 * BATCH
-    )
+    assert torch.equal(method.queue[:, 2 * BATCH :], probe.queue[:, 2 * BATCH :])
+    assert method.pointer == 2 * BATCH
 
 
 def test_the_queue_wraps_around_and_is_saved():
@@ -200,7 +193,7 @@ def test_the_queue_wraps_around_and_is_saved():
     before = method.queue.clone()
     keys = rows(12, 5, 0), rows(12, 5, 1)
     method.enqueue(keys[0])
-    method.enqueue(keys[1])  # 16 columns: the last eight come to stand at the front
+    method.enqueue(keys[1])  # The last eight wrap around to the front of 16.
     assert method.pointer == 8
     expected = torch.cat([keys[1][4:], keys[0][8:], keys[1][:4]])
     assert torch.equal(method.queue.T, expected) and not torch.equal(method.queue, before)
@@ -214,7 +207,8 @@ def test_ressl_reads_one_aggressive_and_one_weak_view():
     method, batch = small("ressl"), some_batch()
     probe = copy.deepcopy(method)
     student, teacher = unit(probe.online(batch.aggressive_1)), unit(probe.target(batch.weak_2))
-    expected = relational(student, teacher, probe.queue, 0.1, 0.04)
+    temperatures = {"temperature": 0.1, "teacher_temperature": 0.04}
+    expected = relational(student, teacher, probe.queue, **temperatures)
     assert method(batch, {"beta": 0.0}).total.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(method.queue[:, :BATCH].T, teacher, rtol=0, atol=1e-12)
     assert method.pointer == BATCH and torch.equal(method.queue[:, BATCH:], probe.queue[:, BATCH:])
@@ -228,36 +222,30 @@ def test_the_shuffle_deals_every_part_out_over_all_parts():
 
 
 def test_keys_are_shuffled_for_batchnorm_and_come_back_in_order():
-    """Of two parts: each key is normalised with the images the deal put beside it, and lies in its image's row."""
+    """Each key is normalised with the images that were shuffled into its part, of two.
+
+    It is returned in its image's row.
+    """
     method, images = small("moco", bn="split:2"), some_batch().weak_1
     probe = small("moco")
     probe.load_state_dict(method.state_dict())
-    mine, every = method.keys(images)
+    mine, all_keys = method.keys(images)
     order = shuffle(BATCH, 2, images.device).tolist()
     assert order == [0, 3, 1, 4, 2, 5]
     for part in (order[:3], order[3:]):
-        torch.testing.assert_close(
-            every[part], unit(probe.target(images[part])), rtol=0, atol=1e-12
-        )
-    assert torch.equal(mine, every)
+        expected = unit(probe.target(images[part]))
+        torch.testing.assert_close(all_keys[part], expected, rtol=0, atol=1e-12)
+    assert torch.equal(mine, all_keys)
 
 
 def test_supervised_is_the_cross_entropy_of_the_labels():
     method, batch = small("supervised"), some_batch()
     logits = copy.deepcopy(method).classifier(copy.deepcopy(method).encoder(batch.weak_1))
-    total = (
-        -sum(
-            log_softmax(row)[label]
-            for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)
-        )
-        / BATCH
-    )
+    pairs = list(zip(logits.tolist(), batch.label.tolist(), strict=True))
+    total = -sum(log_softmax(row)[label] for row, label in pairs) / BATCH
     loss = method(batch, {"beta": 0.0})
     assert loss.total.item() == pytest.approx(total, abs=1e-12)
-    right = sum(
-        row.index(max(row)) == label
-        for row, label in zip(logits.tolist(), batch.label.tolist(), strict=True)
-    )
+    right = sum(row.index(max(row)) == label for row, label in pairs)
     assert loss.parts["train_top1"].item() == pytest.approx(100 * right / BATCH)
 
 
@@ -282,17 +270,16 @@ def test_gradients_reach_all_that_learns_and_no_target_queue_or_buffer(name):
         assert (parameter.grad is None) == key.startswith("target"), key
         if parameter.grad is not None:
             assert parameter.grad.abs().sum() > 0, key
-    assert not any(
-        part.requires_grad for part in (*loss.parts.values(), loss.embeddings, *method.buffers())
-    )
+    constants = (*loss.parts.values(), loss.embeddings, *method.buffers())
+    assert not any(constant.requires_grad for constant in constants)
     torch.testing.assert_close(loss.embeddings.norm(dim=1), torch.ones(BATCH, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("simsiam")])
 def test_gradients_equal_finite_differences(name):
-    """Along random directions of the parameters that learn; at beta 0 no output of theirs is held fixed."""
+    """The directions of the trained parameters are random; beta 0 detaches no output of theirs."""
     method, batch = small(name), some_batch()
-    probe = copy.deepcopy(method)  # forward moves buffers: every evaluation has its own copy
+    probe = copy.deepcopy(method)  # Forward changes buffers: each evaluation has a copy.
     probe(batch, {"beta": 0.0}).total.backward()
     learning = [p for p in probe.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(1)
@@ -305,10 +292,9 @@ def test_gradients_equal_finite_differences(name):
         ends = []
         for sign in (1, -1):
             moved = copy.deepcopy(method)
+            parameters = [p for p in moved.parameters() if p.requires_grad]
             with torch.no_grad():
-                for p, d in zip(
-                    (p for p in moved.parameters() if p.requires_grad), direction, strict=True
-                ):
+                for p, d in zip(parameters, direction, strict=True):
                     p.add_(sign * step * d)
             ends.append(moved(batch, {"beta": 0.0}).total.item())
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=2e-4, abs=1e-7)
@@ -316,14 +302,10 @@ def test_gradients_equal_finite_differences(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
-    """A few steps on one batch, with the row's own optimiser and heads at a small width."""
+    """Take a few steps on one batch, with the row's own optimiser and heads at a small width."""
     from rsa_fast.training.step import build_run, train_step
 
-    fields = {
-        key: value
-        for key, value in TINY.items()
-        if key in method_class(name).recipe_type.model_fields
-    }
+    fields = tiny_fields(name)
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
     run = build_run(build_recipe("cifar10", name, overrides=fields), BATCH)
     double = some_batch()
@@ -337,8 +319,9 @@ def test_the_key_encoder_keeps_a_fixed_momentum(name):
     recipe = build_recipe("cifar10", name)
     from rsa_fast.recipes import resolve
 
-    plan = resolve(recipe, 50_000)
-    assert {recipe.schedule(step, plan)["tau"] for step in (0, 100, plan.total_steps)} == {0.99}
+    derived = resolve(recipe, 50_000)
+    steps = (0, 100, derived.total_steps)
+    assert {recipe.schedule(step, derived)["tau"] for step in steps} == {0.99}
 
 
 def test_the_predictor_keeps_the_peak_rate_when_told_to():
@@ -346,17 +329,12 @@ def test_the_predictor_keeps_the_peak_rate_when_told_to():
     from rsa_fast.training.step import build_run
 
     for constant in (True, False):
-        run = build_run(
-            build_recipe(
-                "cifar10", "simsiam", overrides={"width": 4, "constant_predictor_lr": constant}
-            ),
-            256,
-        )
+        overrides = {"width": 4, "constant_predictor_lr": constant}
+        run = build_run(build_recipe("cifar10", "simsiam", overrides=overrides), 256)
         set_learning_rate(run.optimizer, 0.01)
         rate = {p: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
-        assert {rate[p] for p in run.method.predictor.parameters()} == {
-            run.plan.peak_lr if constant else 0.01
-        }
+        expected = run.derived.peak_lr if constant else 0.01
+        assert {rate[p] for p in run.method.predictor.parameters()} == {expected}
         assert {rate[p] for p in run.method.online.parameters()} == {0.01}
 
 
@@ -367,27 +345,18 @@ def test_heads_have_the_published_shapes():
     assert shapes(projector(512, 2, 2048)) == [(2048, 512), (2048, 2048)]
     assert shapes(projector(2048, 3, 2048)) == [(2048, 2048)] * 3
     last = projector(2048, 3, 2048)[-1]
-    assert not last.affine and not any(
-        name.endswith("bias") and p.ndim == 2 for name, p in last.named_parameters()
-    )
+    assert not last.affine and not list(last.parameters())
     moco = build_method(build_recipe("cifar10", "moco"))
-    assert shapes(moco.online.projector) == [(512, 512), (128, 512)] and moco.queue.shape == (
-        128,
-        4096,
-    )
+    assert shapes(moco.online.projector) == [(512, 512), (128, 512)]
+    assert moco.queue.shape == (128, 4096)
     ressl = build_method(build_recipe("cifar10", "ressl"))
     assert shapes(ressl.online.projector) == [(2048, 512), (128, 2048)]
 
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_zero_init_residual_is_the_recipe_s(zero):
-    gains = [
-        block.bn2.weight
-        for block in Encoder("resnet18", "cifar", 4, zero).modules()
-        if isinstance(block, BasicBlock)
-    ]
+    modules = Encoder("resnet18", "cifar", width=4, zero_init_residual=zero).modules()
+    gains = [block.bn2.weight for block in modules if isinstance(block, BasicBlock)]
     assert all((gain == (0 if zero else 1)).all() for gain in gains)
-    assert (
-        build_recipe("cifar10", "moco").zero_init_residual is False
-        and build_recipe("cifar10", "rsa").zero_init_residual
-    )
+    assert build_recipe("cifar10", "moco").zero_init_residual is False
+    assert build_recipe("cifar10", "rsa").zero_init_residual is True

@@ -1,4 +1,4 @@
-"""The planner by closed forms, by a real step, by the caching allocator, and by what others published."""
+"""The planner against closed forms, a real step, the caching allocator and published figures."""
 
 import json
 from dataclasses import replace
@@ -33,8 +33,8 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def decoding(monkeypatch):
-    """500 images per second and core: no measurement in a test."""
-    monkeypatch.setattr(planning, "decode_rate", lambda *_: 500.0)
+    """Set 500 images per second and core, so that no test measures."""
+    monkeypatch.setattr(planning, "decode_images_per_s", lambda *_: 500.0)
 
 
 def tiny(dataset="cifar10", method="rsa", **fields):
@@ -42,7 +42,7 @@ def tiny(dataset="cifar10", method="rsa", **fields):
 
 
 def predicted(dataset, method, images, precision, gpu=V100, share=None):
-    """Images per second of one GPU, with a V100's efficiency unless another is given."""
+    """Return images per second of one GPU, with a V100's efficiency unless another is given."""
     ledger, _ = trace(build_recipe(dataset, method), images, precision)
     return (
         1e3
@@ -72,7 +72,7 @@ def test_a_convolution_s_flop_bytes_and_time_are_those_computed_by_hand():
 def test_peak_memory_is_of_what_lives_at_once_in_whole_blocks():
     with FakeTensorMode(), Ledger() as ledger:
         a = torch.empty(256)  # 1024 bytes
-        b = a[:4] + 1  # a view is not held twice; 16 bytes take a block of 512
+        b = a[:4] + 1  # A view needs no memory; 16 bytes take a block of 512.
         del a
         torch.empty(100)
         c = b.view(2, 2).mul_(2)
@@ -114,18 +114,19 @@ def test_the_plan_of_imagenet_on_eight_v100s():
     assert found["trained_parameters"] == 23_508_032 + sum(mlps)
     assert found["parameters"] == 2 * (23_508_032 + mlps[0]) + mlps[1]
     assert found["allreduce_mib_per_step"] == 4 * found["trained_parameters"] / 2**20
-    # The allocator, with another implementation of the step that had no momentum yet, and no buckets.
+    # This is the allocator's peak with another implementation of the step, which had no momentum
+    # yet and no buckets.
     assert found["peak_gib_per_gpu"] - found["allreduce_mib_per_step"] / 1024 == pytest.approx(
         21.50, rel=0.01
     )
-    assert (
-        found["fits"] and 256 < found["largest_batch_per_gpu"] < 384
-    )  # the allocator ran out at 384
+    # The allocator ran out of memory at 384.
+    assert found["fits"] and 256 < found["largest_batch_per_gpu"] < 384
     assert found["tflop_per_step"] == pytest.approx(16.67, rel=1e-3)
     assert sum(found["gflop_per_image"].values()) * 256 / 1e3 == pytest.approx(
         found["tflop_per_step"]
     )
-    # Two images trained and two inferred, at NVIDIA's rates of supervised ResNet-50: 1,156 and 3,382 images/s.
+    # Two images are trained and two are inferred, at NVIDIA's rates of supervised ResNet-50: 1,156
+    # and 3,382 images/s.
     assert found["images_per_s"] / 8 == pytest.approx(1 / (2 / 1156 + 2 / 3382), rel=0.06)
     assert found["images_per_s"] * found["step_ms"] == pytest.approx(1000 * 2048)
     assert found["epoch_min"] == pytest.approx(1_281_167 // 2048 * found["step_ms"] / 60_000)
@@ -143,7 +144,8 @@ from pipelines import VIEWS, Batch
 from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
-run = build_run(build_recipe("cifar10", "rsa", overrides={"device": "cuda", "precision": "fp16"}), 50_000)
+recipe = build_recipe("cifar10", "rsa", overrides={"device": "cuda", "precision": "fp16"})
+run = build_run(recipe, 50_000)
 for _ in range(2):
     views = {name: torch.empty(256, 3, 32, 32, dtype=run.dtype, device="cuda") for name in VIEWS}
     torch.cuda.reset_peak_memory_stats()
@@ -165,7 +167,8 @@ from pipelines import VIEWS, Batch
 from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
-overrides = {"batch_size": 256, "device": "cuda", "precision": "fp16", "bn": "local", "recompute_stages": int(sys.argv[1])}
+overrides = {"batch_size": 256, "device": "cuda", "precision": "fp16", "bn": "local"}
+overrides["recompute_stages"] = int(sys.argv[1])
 run = build_run(build_recipe("imagenet1k", "rsa", overrides=overrides), 1_281_167)
 views = {name: torch.empty(256, 3, 224, 224, dtype=run.dtype, device="cuda") for name in VIEWS}
 views = {name: view.to(memory_format=torch.channels_last) for name, view in views.items()}
@@ -204,7 +207,7 @@ def test_a_batch_too_large_is_offered_the_setting_with_which_it_fits():
         and eased["needed_gib_per_gpu"] == pytest.approx(15.7, abs=0.05)
     )
     assert eased["step_ms"] / found["step_ms"] == pytest.approx(1.11, abs=0.005)
-    assert plan(RSA, "v100-16g", gpus=2)["remedy"] is None  # 1024 images a GPU
+    assert plan(RSA, "v100-16g", gpus=2)["remedy"] is None  # 1024 images per GPU
 
 
 def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
@@ -221,9 +224,8 @@ def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
             GPUS[gpu].resnet50["fp16"]
         )
         assert f"{GPUS[gpu].resnet50['fp16']:,} images/s on this GPU" in source
-    assert 8 * predicted(*resnet, "fp16") / 8056 - 1 == pytest.approx(
-        0.15, abs=0.01
-    )  # NVIDIA, DGX-1 with 32 GB
+    # NVIDIA measured this on a DGX-1 with 32 GB.
+    assert 8 * predicted(*resnet, "fp16") / 8056 - 1 == pytest.approx(0.15, abs=0.01)
     assert (
         "8 V100s 15% too fast, an A100 9% too fast, an RTX 3090 22% too slow" in planning.ACCURACY
     )
@@ -236,7 +238,7 @@ def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
     [("a10", 638, -0.05), ("h100-80g", 2790, 0.29), ("h200", 3079, 0.59), ("b200", 3076, 1.68)],
 )
 def test_rates_in_lambda_s_table_are_missed_by_what_the_planner_says(gpu, images_per_s, error):
-    """Lambda trains in NCHW, so that only the ratio to its V100, 833 images/s, can be compared."""
+    """Lambda trains in NCHW, so only the ratio to its V100 with 833 images/s can be compared."""
     assert GPUS[gpu].source.endswith(f"Lambda, whose V100 has 833, has {images_per_s:,}")
     resnet = ("imagenet1k", "supervised", 256, "fp16")
     ratio = predicted(*resnet, GPUS[gpu]) / predicted(*resnet)
@@ -255,7 +257,7 @@ def test_a_t4_infers_as_much_slower_than_a_v100_as_nvidia_measured():
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_the_peaks_of_a_card_stand_to_each_other_as_its_tensor_cores_have_it(gpu):
-    """TF32 is half as fast as fp16; without TF32, fp32 runs on the other cores, at an eighth."""
+    """TF32 is half as fast as fp16. Without TF32, fp32 is an eighth as fast, on other cores."""
     card = GPUS[gpu]
     assert card.fp16_tflops / card.fp32_tflops == pytest.approx(2 if card.bf16 else 8, rel=0.03)
 
@@ -355,9 +357,8 @@ def test_the_slowest_of_gpu_host_network_and_decoding_sets_the_pace():
     )
     assert limits["decoding"] == pytest.approx(1e3 * (32 / 2) / (3 * 500))
     assert found["bottleneck"] == "all-reduce" and found["step_ms"] == limits["all-reduce"]
-    assert found["decode_images_per_s"] * 2 * limits["all-reduce"] / 1e3 == pytest.approx(
-        32
-    )  # of both nodes, a step
+    # Both nodes decode 32 images per step.
+    assert found["decode_images_per_s"] * 2 * limits["all-reduce"] / 1e3 == pytest.approx(32)
     found = plan(tiny(backend="native"), "v100-32g", cores=1)
     assert found["bottleneck"] == "decoding" and found["images_per_s"] == pytest.approx(500)
     assert found["decode_cores_needed"] > 1
@@ -393,9 +394,8 @@ def test_the_decode_rate_is_images_by_the_seconds_of_cpu_they_took(folder, monke
     clock = iter(range(100))
     monkeypatch.setattr(planning.time, "process_time", lambda: next(clock) / 4)
     for source in (open_source(folder, "pretrain"), None):
-        assert (
-            planning.decode_rate(tiny(), frozenset({"aggressive_1"}), source) == 8 * 4
-        )  # a batch of 8 in a quarter second
+        # A batch of 8 takes a quarter of a second.
+        assert planning.decode_images_per_s(tiny(), frozenset({"aggressive_1"}), source) == 8 * 4
 
 
 @pytest.mark.parametrize(

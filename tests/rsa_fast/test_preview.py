@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from conftest import write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Order, open_source, open_views
+from pipelines import VIEWS, Loading, Order, open_source, open_views
 from pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.cli import main
 from rsa_fast.insight import preview as module
@@ -26,9 +26,8 @@ from rsa_fast.insight.preview import (
 )
 from rsa_fast.recipes import build_recipe
 
-RESIZE_LEVELS = {
-    "dali": 0.6
-}  # DALI's resize rounds otherwise than PIL's: tests/pipelines/test_loaders.py
+# DALI's resize rounds differently from PIL's: see tests/pipelines/test_loaders.py.
+RESIZE_LEVELS = {"dali": 0.6}
 DALI = pytest.mark.skipif(
     find_spec("nvidia.dali") is None,
     reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
@@ -51,7 +50,7 @@ def source(tmp_path_factory):
 
 
 def holds(sheet: np.ndarray, tile: np.ndarray) -> bool:
-    """Whether `tile` `(h, w, 3)` lies somewhere on `sheet`, pixel for pixel."""
+    """Return whether `sheet` contains `tile` `(h, w, 3)` somewhere, pixel for pixel."""
     height, width = tile.shape[:2]
     corners = np.argwhere(
         (sheet[: len(sheet) - height + 1, : sheet.shape[1] - width + 1] == tile[0, 0]).all(-1)
@@ -60,7 +59,8 @@ def holds(sheet: np.ndarray, tile: np.ndarray) -> bool:
 
 
 def enlarged(levels: np.ndarray) -> np.ndarray:
-    return np.kron(levels.round().astype(np.uint8), np.ones((12, 12, 1), np.uint8))  # 16 px to 192
+    # From 16 to 192 px.
+    return np.kron(levels.round().astype(np.uint8), np.ones((12, 12, 1), np.uint8))
 
 
 @pytest.mark.parametrize("backend", ["resident", "native"])
@@ -82,7 +82,9 @@ def test_a_weak_view_is_pil_s_crop_and_resize_of_the_drawn_window_bit_for_bit(so
 
 def test_the_views_are_those_training_reads_first_whatever_its_batch_size(source):
     chosen, order = recipe(seed=5), Order(20, 8, 5)
-    with open_views(source, chosen.views, frozenset(VIEWS), order, backend="resident") as loader:
+    with open_views(
+        source, chosen.views, frozenset(VIEWS), order, loading=Loading("resident")
+    ) as loader:
         batch = next(loader.batches(4))
     shown = view_levels(chosen, source, Order(20, 3, 5), 4, "resident")
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (chosen.views.mean, chosen.views.std))
@@ -121,7 +123,7 @@ def test_windows_are_drawn_where_they_were_cut():
         "width": (20, 40),
         "height": (10, 30),
     }.items():
-        pair[name] = values  # the first inside the second, so that neither hides the other
+        pair[name] = values  # The first is inside the second: neither hides the other.
     drawn = np.asarray(windows(np.full((48, 64, 3), 128, np.uint8), pair, 192))
     assert drawn.shape == (192, 256, 3)  # four times the source
     for p, ink in zip(pair, CROP_INKS, strict=True):
@@ -149,11 +151,12 @@ def test_labels_say_what_was_drawn():
 
 def test_the_labels_on_the_sheet_are_those_of_its_samples(source, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(
-        module,
-        "block",
-        lambda *band: written.append((band[1], band[-1])) or np.zeros((1, 1, 3), np.uint8),
-    )
+
+    def block(text, labels, **_):
+        written.append((text, labels))
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(module, "block", block)
     monkeypatch.setattr(module, "heading", lambda *_: np.zeros((1, 1, 3), np.uint8))
     preview(recipe(seed=7), source, tmp_path / "views.png", images=6, epoch=1)
     for (text, labels), sample in zip(written, Order(20, 6, 7).ids(1, 0), strict=True):
@@ -242,7 +245,8 @@ def test_the_command_compares_a_backend_with_itself_and_with_another(folder, tmp
 def test_the_command_draws_the_views_of_its_seed_epoch_and_recipe_file(folder, tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text(
-        "dataset: cifar10\nmethod: byol\nviews: {size_px: 16, mean: [0, 0, 0], std: [1, 1, 1], blur_p: 0}\n"
+        "dataset: cifar10\nmethod: byol\n"
+        "views: {size_px: 16, mean: [0, 0, 0], std: [1, 1, 1], blur_p: 0}\n"
     )
     arguments = [
         "--data",

@@ -1,4 +1,7 @@
-"""Delays planted in a made-up clock show where they were planted, to the digit; verdicts by hand-made numbers."""
+"""Delays planted in a made-up clock are reported exactly where they were planted.
+
+Verdicts are tested with made-up numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +21,12 @@ import yaml
 from click.testing import CliRunner
 from fake_gpu import on_fake_gpu
 
-from pipelines import VIEWS, Batch, open_source
+from pipelines import VIEWS, Batch, Loading, open_source
 from pipelines.native_views import NativeViews
 from rsa_fast.cli import main
 from rsa_fast.insight import profiling, timeline, tuning
 from rsa_fast.insight.profiling import evict, open_subject, profile, verdict
-from rsa_fast.insight.timeline import PARTS, Timeline, peak_bytes, reset_peak, watched
+from rsa_fast.insight.timeline import PARTS, Timeline, mark_parts, peak_bytes, reset_peak
 from rsa_fast.insight.tuning import tune
 from rsa_fast.methods import METHODS
 from rsa_fast.methods import rsa as rsa_method
@@ -61,7 +65,10 @@ def noise() -> Batch:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads that wait for each other are slow where others compute; the figures here do not depend on it."""
+    """Use one thread: threads that wait for each other are slow on a busy machine.
+
+    The figures here do not depend on the number of threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +76,7 @@ def one_thread():
 
 
 class Clock:
-    """Stands still but for what is planted."""
+    """A clock that stands still except for planted delays."""
 
     now = 0.0
 
@@ -77,7 +84,7 @@ class Clock:
         return self.now
 
     def late(self, ms: float, function=lambda *_: None):
-        """The function, taking `ms` more."""
+        """Return the function, delayed by `ms`."""
 
         def delayed(*arguments, **named):
             self.now += 1e-3 * ms
@@ -101,14 +108,16 @@ def clock(monkeypatch) -> Clock:
             {"step_ms": 100, "views_ms": 50, "both_ms": 101, "read_ms": 5, "decode_ms": 40},
             "compute-bound",
         ),
+        # The views take hardly longer than the step.
         (
             {"step_ms": 100, "views_ms": 104, "both_ms": 104, "read_ms": 5, "decode_ms": 90},
             "compute-bound",
-        ),  # near enough
+        ),
+        # The step and the views share cores.
         (
             {"step_ms": 100, "views_ms": 50, "both_ms": 150, "read_ms": 5, "decode_ms": 40},
             "compute-bound",
-        ),  # shared cores
+        ),
         (
             {
                 "step_ms": 100,
@@ -207,9 +216,9 @@ def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_th
     ):
         monkeypatch.setattr(module, name, clock.late(ms, getattr(module, name)))
     watch = Timeline(run.device)
-    with watched(run, watch):
+    with mark_parts(run, watch):
         ms, steps = watch.time(train_step(run, batch) for _ in range(2))
-    # Online and target networks run twice in a step, the distance is taken four times
+    # Online and target networks run twice in a step, and the distance is computed four times.
     planted = {
         "forward_online": 3,
         "forward_target": 20,
@@ -226,7 +235,7 @@ def test_delays_show_in_the_parts_they_are_planted_in_and_the_parts_add_up_to_th
 def test_watching_changes_nothing_in_a_step_and_ends(method):
     batch, (plain, seen) = noise(), (build_run(tiny(method), 40) for _ in range(2))
     watch = Timeline(torch.device("cpu"))
-    with watched(seen, watch):
+    with mark_parts(seen, watch):
         parts, _ = watch.time(train_step(seen, batch) for _ in range(2))
     train_step(plain, batch)
     train_step(plain, batch)
@@ -243,7 +252,10 @@ def test_watching_changes_nothing_in_a_step_and_ends(method):
 
 
 def plant(clock: Clock, monkeypatch, step_ms, view_ms: float = 1.0) -> Counter:
-    """Steps that take `step_ms(run, how many before)`, batches that keep their reader waiting for `view_ms`."""
+    """Plant steps that take `step_ms(run, steps before)` and batches that take `view_ms`.
+
+    Return the number of steps by method, which counts up.
+    """
     calls: Counter[str] = Counter()
 
     def step(run, batch):
@@ -263,9 +275,8 @@ def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(
     folder, clock, monkeypatch
 ):
     plant(clock, monkeypatch, lambda run, _: 10 if run.recipe.method == "rsa" else 50, view_ms=30)
-    monkeypatch.setattr(
-        profiling, "evict", lambda files: ""
-    )  # some file systems keep files in the page cache
+    # Some file systems keep files in the page cache.
+    monkeypatch.setattr(profiling, "evict", lambda files: "")
     report = profile({"rsa": tiny("rsa"), "byol": tiny("byol")}, folder, repeats=2, seconds=0.2)
     rsa, byol = report["methods"]["rsa"], report["methods"]["byol"]
     assert [rsa[f"{mode}_ms"] for mode in ("step", "views", "both", "cold_views")] == pytest.approx(
@@ -295,7 +306,7 @@ def test_a_slow_decoder_is_decode_bound_and_its_time_is_the_decode_stage(
 
 
 def test_slow_first_steps_leave_no_trace(folder, clock, monkeypatch):
-    # Two of them come before anything is timed, the others are the first turn's
+    # Two of them come before anything is timed, the others belong to the first turn.
     calls = plant(clock, monkeypatch, lambda _, before: 500 if before < 4 else 10)
     report = profile({"rsa": tiny("rsa")}, folder, repeats=2, seconds=0.04)["methods"]["rsa"]
     assert report["range_ms"]["step"] == pytest.approx([10, 10]) and report["range_ms"][
@@ -360,9 +371,9 @@ def test_evicted_files_leave_the_page_cache_and_one_that_stays_is_found(tmp_path
     assert all(map(in_page_cache, files))
     if "does not tell" in (fault := evict(files)):
         pytest.skip(fault)
-    assert fault == "" and not any(map(in_page_cache, files[1:]))  # the first was looked at
+    assert fault == "" and not any(map(in_page_cache, files[1:]))  # The first was looked at.
     with files[1].open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
-        assert len(bytes(memory)) == 50_000  # pages in use stay
+        assert len(bytes(memory)) == 50_000  # Pages in use stay.
         assert evict(files[1:]) == "1 of 1 files stay in the page cache"
 
 
@@ -440,14 +451,11 @@ def test_the_command_prints_only_json_when_told_to(folder):
 class Planted:
     """A loader whose batches take the time planted for its settings."""
 
-    def __init__(self, clock: Clock, settings: dict) -> None:
-        self.job = type("Job", (), {"prefetch_batches": settings["prefetch_batches"]})
-        fast = (settings["backend"], settings["threads"], settings["aggressive_on"]) == (
-            "native",
-            1,
-            "device",
-        )
-        self.wait = clock.late((1 if settings["prefetch_batches"] == 4 else 2) if fast else 5)
+    def __init__(self, clock: Clock, loading: Loading) -> None:
+        self.job = SimpleNamespace(loading=loading)
+        settings = (loading.backend, loading.threads, loading.aggressive_on)
+        ms = {2: 2, 4: 1}[loading.prefetch_batches] if settings == ("native", 1, "device") else 5
+        self.wait = clock.late(ms)
 
     def __enter__(self):
         return self
@@ -463,10 +471,10 @@ class Planted:
 def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(
     folder, tmp_path, clock, monkeypatch
 ):
-    def open_loader(run, source, settings):
-        if settings["backend"] == "resident":
+    def open_loader(run, source, loading):
+        if loading.backend == "resident":
             raise ValueError("not on this machine")
-        return Planted(clock, settings)
+        return Planted(clock, loading)
 
     monkeypatch.setattr(tuning, "open_loader", open_loader)
     monkeypatch.setattr(tuning, "train_step", lambda run, batch: None)
@@ -478,7 +486,7 @@ def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(
         "aggressive_on": "device",
         "decode_on": "gpu",
     }
-    fastest |= {"on_bad_image": "stop"}  # the recipe's own
+    fastest |= {"on_bad_image": "stop"}  # the recipe's own setting
     assert result["settings"] == fastest and result["over_own"] == pytest.approx(5)
     assert (
         result["images_per_s"] == pytest.approx(8000) and 5 < result["tried"] < result["candidates"]
@@ -497,19 +505,18 @@ def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_deco
     folder, monkeypatch
 ):
     monkeypatch.setattr(tuning, "choose_backend", lambda source, device: ("dali", ""))
-    monkeypatch.setattr(
-        tuning, "find_spec", lambda name: name != "ffcv"
-    )  # DALI is installed, FFCV is not
-    settings = tuning.candidates(open_source(folder, "pretrain"), torch.device("cuda"))
-    backends = [setting["backend"] for setting in settings]
+    # DALI is installed, FFCV is not.
+    monkeypatch.setattr("pipelines.backends.find_spec", lambda name: name != "ffcv")
+    source = open_source(folder, "pretrain")
+    settings = tuning.candidates(Loading(), source, torch.device("cuda"))
+    backends = [loading.backend for loading in settings]
     fewer = min(backends.count("native"), backends.count("dali"))
     for turn in range(fewer):
         assert set(backends[2 * turn : 2 * turn + 2]) == {"native", "dali"}
-    dali = [setting for setting in settings if setting["backend"] == "dali"]
-    assert {setting["decode_on"] for setting in dali} == {"gpu", "cpu"}
-    assert {setting["aggressive_on"] for setting in dali} == {
-        "device"
-    }  # host would bring the crops back
+    dali = [loading for loading in settings if loading.backend == "dali"]
+    assert {loading.decode_on for loading in dali} == {"gpu", "cpu"}
+    # host would bring the crops back from the GPU.
+    assert {loading.aggressive_on for loading in dali} == {"device"}
 
 
 def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp_path):
@@ -552,16 +559,16 @@ Timeline.time = time_without_sync
 fields = {"device": "cuda", "batch_size": 8, "width": 8, "views.size_px": 16, "backend": "native"}
 recipes = {method: build_recipe("cifar10", method, overrides=fields) for method in ("byol", "rsa")}
 for names in (("byol", "rsa"), ("rsa",)):
-    report = profile({name: recipes[name] for name in names}, Path(sys.argv[1]), repeats=1, seconds=0)
+    chosen = {name: recipes[name] for name in names}
+    report = profile(chosen, Path(sys.argv[1]), repeats=1, seconds=0)
     print(json.dumps(report["methods"]["rsa"]))
 """
 
 
 def test_nothing_waits_for_a_gpu_while_it_is_timed(folder):
     together, alone = map(json.loads, on_fake_gpu("-c", WITHOUT_SYNC, folder).splitlines())
-    # Every pair of events is a millisecond apart there: the parts count how often each of them began
+    # Every pair of events is a millisecond apart there, so the parts count how often each began.
     counts = {"forward_online": 4, "forward_target": 2, "backward": 1, "optimiser": 1, "ema": 1}
     assert {part: alone["parts_ms"][part] for part in counts} == pytest.approx(counts)
-    assert together["peak_gib"] == pytest.approx(
-        alone["peak_gib"], rel=0.02
-    )  # without what the other method keeps
+    # The peak does not include what the other method keeps.
+    assert together["peak_gib"] == pytest.approx(alone["peak_gib"], rel=0.02)

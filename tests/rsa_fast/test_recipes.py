@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipelines import Loading
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import ABLATIONS, METHODS
 from rsa_fast.recipes import (
@@ -29,17 +30,13 @@ PAPER = {
 def test_rows_hold_the_paper_s_numbers(dataset):
     images, size_px, batch_size, steps, peak_lr, beta, epochs = PAPER[dataset]
     recipe = build_recipe(dataset, "rsa")
-    plan = resolve(recipe, images)
-    assert (recipe.views.size_px, recipe.batch_size, recipe.beta_base, recipe.epochs) == (
-        size_px,
-        batch_size,
-        beta,
-        epochs,
-    )
-    assert plan.steps_per_epoch == steps and plan.total_steps == steps * epochs
-    assert plan.peak_lr == pytest.approx(peak_lr)
+    derived = resolve(recipe, images)
+    assert (recipe.views.size_px, recipe.batch_size) == (size_px, batch_size)
+    assert (recipe.beta_base, recipe.epochs) == (beta, epochs)
+    assert derived.steps_per_epoch == steps and derived.total_steps == steps * epochs
+    assert derived.peak_lr == pytest.approx(peak_lr)
     large = dataset.startswith("imagenet1k")
-    assert plan.warmup_steps == (6250 if large else 0)
+    assert derived.warmup_steps == (6250 if large else 0)
     assert recipe.optimizer == ("lars" if large else "sgd")
     assert (recipe.hidden_dim, recipe.out_dim) == ((4096, 256) if size_px == 224 else (1024, 128))
 
@@ -61,11 +58,12 @@ def test_loading_is_every_loading_field_of_the_recipe():
         "decode_on": "cpu",
         "on_bad_image": "skip",
     }
-    assert build_recipe("cifar10", "rsa", overrides=given).loading == given
+    assert build_recipe("cifar10", "rsa", overrides=given).loading == Loading(**given)
     assert set(LOADING_FIELDS) == given.keys()
 
 
-# Fields that a method sets, by dataset: the default configuration matrix of the methods' own papers and codes.
+# Fields that a method sets, by dataset. They are the default configuration matrix of the methods'
+# own papers and codes.
 MATRIX = {
     ("byol", "stl10"): {
         "tau_base": 0.99,
@@ -161,10 +159,8 @@ MATRIX = {
 
 @pytest.mark.parametrize(("method", "dataset"), MATRIX)
 def test_methods_have_their_published_numbers(method, dataset):
-    recipe = build_recipe(dataset, method)
-    assert {field: getattr(recipe, field) for field in MATRIX[method, dataset]} == MATRIX[
-        method, dataset
-    ]
+    recipe, expected = build_recipe(dataset, method), MATRIX[method, dataset]
+    assert {field: getattr(recipe, field) for field in expected} == expected
 
 
 def test_every_number_of_a_row_has_a_source():
@@ -178,14 +174,11 @@ def test_the_ablations_are_table_1_s_rows():
         name: build_recipe("cifar10", method, overrides=fields)
         for name, (method, fields) in ABLATIONS.items()
     }
-    assert [(r.method, r.pairs) for r in (built["aa"], built["aw"])] == [
-        ("byol", "AA"),
-        ("byol", "AW"),
-    ]
-    rows = [
-        (r.method, r.beta_base, r.beta_schedule) for r in (built["ma-fixed"], built["ma-decay"])
-    ]
-    assert rows == [("rsa", 0.5, "fixed"), ("rsa", 0.5, "cosine")]
+    for name, pairs in (("aa", "AA"), ("aw", "AW")):
+        assert (built[name].method, built[name].pairs) == ("byol", pairs)
+    for name, schedule in (("ma-fixed", "fixed"), ("ma-decay", "cosine")):
+        assert (built[name].method, built[name].beta_base) == ("rsa", 0.5)
+        assert built[name].beta_schedule == schedule
 
 
 def test_a_method_s_schedule_holds_what_it_has():
@@ -195,8 +188,10 @@ def test_a_method_s_schedule_holds_what_it_has():
         "simclr": {"lr"},
         "byol": {"lr", "tau"},
         "moco": {"lr", "tau"},
+        "ressl": {"lr", "tau"},
+        "simsiam-rsa": {"lr", "beta"},
+        "rsa": {"lr", "tau", "beta"},
     }
-    keys |= {"rsa": {"lr", "tau", "beta"}, "simsiam-rsa": {"lr", "beta"}, "ressl": {"lr", "tau"}}
     assert keys.keys() == set(METHODS)
     for method, expected in keys.items():
         recipe = build_recipe("cifar10", method)
@@ -207,31 +202,27 @@ def test_supervised_training_wants_the_labels_it_was_told_of():
     recipe = build_recipe("cifar10", "supervised")
     recipe.check_labels(True, 10)
     build_recipe("cifar10", "rsa").check_labels(False, 0)
-    with pytest.raises(
-        ValueError, match=r"on 10 classes found labels of 7 classes: --set classes=7"
-    ):
+    message = "on 10 classes found labels of 7 classes: --set classes=7"
+    with pytest.raises(ValueError, match=message):
         recipe.check_labels(True, 7)
     with pytest.raises(ValueError, match="found images without labels"):
         recipe.check_labels(False, 0)
 
 
 def test_the_learning_rate_scales_by_true_division():
-    peak = [
-        resolve(build_recipe("cifar10", "rsa", overrides={"batch_size": b}), 50_000).peak_lr
-        for b in (64, 384)
-    ]
-    assert peak == pytest.approx([0.025, 0.15])
-    assert (
-        resolve(build_recipe("cifar10", "rsa", overrides={"peak_lr": 0.06}), 50_000).peak_lr == 0.06
-    )
+    def peak_lr(**overrides: float) -> float:
+        return resolve(build_recipe("cifar10", "rsa", overrides=overrides), 50_000).peak_lr
+
+    assert peak_lr(batch_size=64) == pytest.approx(0.025)
+    assert peak_lr(batch_size=384) == pytest.approx(0.15)
+    assert peak_lr(peak_lr=0.06) == 0.06
 
 
 def test_overrides_reach_the_views_and_later_ones_win(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("beta_base: 0.2\nviews:\n  blur_p: 0.25\nweight_decay: 1e-4\n")
-    recipe = build_recipe(
-        "cifar10", "rsa", file, parse_set(("views.blur_p=0", "beta_schedule=fixed"))
-    )
+    overrides = parse_set(("views.blur_p=0", "beta_schedule=fixed"))
+    recipe = build_recipe("cifar10", "rsa", file, overrides)
     assert recipe.views.blur_p == 0 and recipe.views.size_px == 32
     assert (recipe.beta_base, recipe.weight_decay, recipe.beta_schedule) == (0.2, 1e-4, "fixed")
 
@@ -277,7 +268,6 @@ def test_unknown_names_suggest_the_nearest():
 
 
 def test_a_queue_shorter_than_a_step_is_an_error():
-    with pytest.raises(
-        ValueError, match="queue_size = 256 is less than the two views of 256 images"
-    ):
+    message = "queue_size = 256 is less than the two views of 256 images"
+    with pytest.raises(ValueError, match=message):
         build_recipe("cifar10", "moco", overrides={"queue_size": 256})

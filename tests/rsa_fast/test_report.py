@@ -16,15 +16,15 @@ from PIL import Image
 
 from rsa_fast.cli import main
 from rsa_fast.insight import report as module
-from rsa_fast.insight.report import KNN, LOSS, draw, read_runs, report
-from rsa_fast.training.run_folder import report_or_say
+from rsa_fast.insight.report import KNN, LOSS, draw_figure, read_runs, report
+from rsa_fast.training.run_folder import try_to_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def write_run(folder, seed=0, epochs=4, parts=("loss", "weak", "aggressive"), **recipe):
-    """A run folder of made-up numbers, with the fields that a real one has."""
+    """Write a run folder of made-up numbers, with the fields of a real one."""
     rng, records = np.random.default_rng(seed), []
     for step in range(0, 10 * epochs + 1, 5):
         if step:
@@ -76,7 +76,7 @@ def lines_of(folder):
 
 
 def points(folder, x, y):
-    """By x, in order, from the file itself."""
+    """Return the points in the order of x, read from the file itself."""
     found = {}
     for record in lines_of(folder):
         if x in record and y in record:
@@ -85,7 +85,7 @@ def points(folder, x, y):
 
 
 class Page(HTMLParser):
-    """The tags with their attributes, and the tables by title as rows of cells."""
+    """A page's tags with their attributes, and its tables by title as rows of cells."""
 
     def __init__(self, path):
         super().__init__()
@@ -120,13 +120,17 @@ def svg_of(path):
 
 
 def test_the_curves_of_the_page_are_the_records_but_for_the_axes_scale(tmp_path):
-    """Every drawn path is an affine image of the points in metrics.jsonl, the same one for all lines of a panel."""
+    """Every drawn path is an affine image of the points in metrics.jsonl.
+
+    The map is the same for all lines of a panel.
+    """
     folder = write_run(tmp_path / "rsa", epochs=12)
     svg = svg_of(report([folder]))
     panels = [
         group for group in svg.iter(f"{SVG}g") if re.fullmatch(r"axes_\d+", group.get("id", ""))
     ]
-    assert len(panels) == 10  # all but beta, which this run does not have, and the histogram
+    # These are all panels except for beta, which this run does not have, and the histogram.
+    assert len(panels) == 10
     for panel, x, keys in (
         (0, "step", LOSS.keys),
         (1, "epoch", KNN.keys),
@@ -135,7 +139,7 @@ def test_the_curves_of_the_page_are_the_records_but_for_the_axes_scale(tmp_path)
         drawn = [
             np.array(re.findall(r"[-\d.]+", path.get("d")), float).reshape(-1, 2)
             for path in panels[panel].iter(f"{SVG}path")
-            if path.get("clip-path") and "#b0b0b0" not in path.get("style")  # gridlines are gray
+            if path.get("clip-path") and "#b0b0b0" not in path.get("style")  # Gridlines are gray.
         ]
         values = [np.array(points(folder, x, key)) for key in keys]
         assert [len(line) for line in drawn] == [len(line) for line in values]
@@ -145,12 +149,12 @@ def test_the_curves_of_the_page_are_the_records_but_for_the_axes_scale(tmp_path)
             )
             scale, offset = np.polyfit(numbers, pixels, 1) if np.ptp(numbers) else (0, pixels[0])
             assert np.abs(scale * numbers + offset - pixels).max() < 1e-4
-            assert scale > 0 if axis == 0 else scale <= 0  # y grows downwards in SVG
+            assert scale > 0 if axis == 0 else scale <= 0  # In SVG, y grows downwards.
 
 
 def test_the_histogram_by_epoch_is_the_share_of_the_recorded_counts(tmp_path):
     folder = write_run(tmp_path / "rsa")
-    axes = draw(read_runs([folder])).axes[-1]
+    axes = draw_figure(read_runs([folder])).axes[-1]
     (mesh,) = axes.collections
     counts = [
         record["weak_aggressive_counts"]
@@ -168,9 +172,9 @@ def test_the_histogram_by_epoch_is_the_share_of_the_recorded_counts(tmp_path):
 
 def test_a_point_recorded_twice_is_drawn_once(tmp_path):
     folder = write_run(tmp_path / "rsa")
-    with (folder / "metrics.jsonl").open("a") as file:  # what resuming a finished run leaves
+    with (folder / "metrics.jsonl").open("a") as file:  # as after resuming a finished run
         file.write(json.dumps({"step": 40, "epoch": 4, "knn_top1": 7.0}) + "\n")
-    (line, _) = draw(read_runs([folder]), (KNN,)).axes[0].lines
+    (line, _) = draw_figure(read_runs([folder]), (KNN,)).axes[0].lines
     assert list(line.get_xdata()) == [0, 1, 2, 3, 4] and line.get_ydata()[-1] == 7
 
 
@@ -222,7 +226,8 @@ def entries(legend):
 
 
 def lines_in(axes):
-    return [line for line in axes.lines if len(line.get_xdata())]  # the legend's own have no points
+    # The legend's lines have no points.
+    return [line for line in axes.lines if len(line.get_xdata())]
 
 
 def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_path):
@@ -230,7 +235,7 @@ def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_
         write_run(tmp_path / "rsa"),
         write_run(tmp_path / "byol", 1, 6, ("loss",), pairs="AA"),
     ]
-    figure = draw(read_runs(folders))
+    figure = draw_figure(read_runs(folders))
     loss, knn, *_, shift = figure.axes
     colours = {
         text.get_text(): to_rgb(line.get_color())
@@ -257,7 +262,7 @@ def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_
     assert len(drawn) == 4 and list(lines_in(knn)[1].get_ydata()) == [
         y for _, y in points(folders[1], "epoch", "knn_top1")
     ]
-    assert shift.get_title() == "cosine of weak and aggressive view, rsa"  # byol has none
+    assert shift.get_title() == "cosine of weak and aggressive view, rsa"  # BYOL has none.
     path = report(folders, tmp_path / "new" / "both.html")
     page = Page(path)
     assert page.table("Recipe") == {
@@ -310,23 +315,21 @@ def test_bad_input_is_one_line_and_no_page(tmp_path, monkeypatch, arguments, mes
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.pdf"))
 
 
-def test_a_report_that_fails_takes_nothing_from_the_run(tmp_path, monkeypatch, capsys):
+def test_a_report_that_fails_takes_nothing_from_the_run(tmp_path, monkeypatch, caplog):
     folder = write_run(tmp_path / "rsa")
-    report_or_say(folder)
-    assert (folder / "report.html").is_file() and capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "draw", lambda runs: 1 / 0)
-    report_or_say(folder)
-    assert (
-        f"no report (division by zero); once that is mended: rsa-fast report {folder}"
-        in capsys.readouterr().err
-    )
+    try_to_report(folder)
+    assert (folder / "report.html").is_file() and caplog.text == ""
+    monkeypatch.setattr(module, "draw_figure", lambda runs: 1 / 0)
+    try_to_report(folder)
+    message = f"no report (division by zero); once that is mended: rsa-fast report {folder}"
+    assert message in caplog.text
 
 
 @pytest.mark.skipif(
     not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is installed"
 )
 def test_a_browser_shows_the_page(tmp_path):
-    """Lines in the colours of both runs, and the histogram, which is a picture in the picture."""
+    """The screenshot has lines in the colours of both runs, and the picture of the histogram."""
     path = report(
         [write_run(tmp_path / name, seed) for seed, name in enumerate(("rsa", "byol"))],
         tmp_path / "both.html",

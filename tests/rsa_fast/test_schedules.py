@@ -6,7 +6,7 @@ from rsa_fast.schedules import beta, cosine_ramp, learning_rate, tau
 
 
 def test_tau_at_literals():
-    """CIFAR at 200 epochs: K = 39,000."""
+    """CIFAR at 200 epochs has K = 39,000."""
     assert tau(1, 39_000, 0.99) == pytest.approx(0.99 + 1.6e-11, abs=1e-12)
     assert tau(19_500, 39_000, 0.99) == pytest.approx(0.995)
     assert tau(39_000, 39_000, 0.99) == 1
@@ -21,7 +21,7 @@ def test_beta_at_literals():
 
 
 def test_learning_rate_at_literals():
-    """ImageNet-1K, 200 epochs: 625 steps per epoch, ten warm-up epochs, peak 4.8."""
+    """ImageNet-1K at 200 epochs has 625 steps per epoch, ten warm-up epochs and a peak of 4.8."""
     total, warmup = 125_000, 6_250
     assert learning_rate(0, total, warmup, 4.8) == 0
     assert learning_rate(3_125, total, warmup, 4.8) == pytest.approx(2.4)
@@ -29,9 +29,9 @@ def test_learning_rate_at_literals():
     assert learning_rate(6_250 + 59_375, total, warmup, 4.8) == pytest.approx(2.4)
     assert learning_rate(125_000, total, warmup, 4.8) == pytest.approx(0)
     assert learning_rate(0, 100, 0, 0.1) == pytest.approx(0.1)
-    assert [learning_rate(step, 20, 200, 4.8) for step in (0, 10, 20)] == pytest.approx(
-        [0, 0.24, 0.48]
-    )  # ends warming up
+    # This run ends while it is warming up.
+    rates = [learning_rate(step, 20, 200, 4.8) for step in (0, 10, 20)]
+    assert rates == pytest.approx([0, 0.24, 0.48])
     assert learning_rate(20, 20, 20, 4.8) == pytest.approx(4.8)
 
 

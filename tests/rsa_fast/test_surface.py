@@ -1,8 +1,9 @@
-"""What is typed: the Python API of a notebook, and the manners of the command line."""
+"""What users type: the Python API in a notebook, and the command line."""
 
 from __future__ import annotations
 
 import doctest
+import logging
 import os
 import re
 import shutil
@@ -17,13 +18,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, write_folder
 
-import pipelines
 import rsa_fast
+from pipelines import BACKENDS, OnBadImage
 from rsa_fast import cli, methods, recipes
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluation import encoders
-from rsa_fast.evaluation.evaluate import PROTOCOLS
+from rsa_fast.evaluation.evaluate import PROTOCOLS, evaluate
 from rsa_fast.evaluation.export import SUFFIXES
 from rsa_fast.insight import planning
 from rsa_fast.methods import ABLATIONS, METHODS, method_class
@@ -53,6 +54,7 @@ def test_the_lines_for_a_notebook_run_as_they_stand(tmp_path, monkeypatch):
 def test_the_package_imports_what_is_asked_for_and_no_more():
     assert python("import sys, rsa_fast; print('torch' in sys.modules)") == "False\n"
     assert (rsa_fast.train, rsa_fast.load_encoder) == (engine.train, encoders.load_encoder)
+    assert rsa_fast.evaluate is evaluate
     with pytest.raises(AttributeError, match="module 'rsa_fast' has no attribute 'trian'"):
         rsa_fast.trian  # noqa: B018
 
@@ -60,7 +62,8 @@ def test_the_package_imports_what_is_asked_for_and_no_more():
 @pytest.mark.parametrize("words", ["--help", "train --help", "--version"])
 def test_help_imports_none_of_what_takes_time(words):
     slow = {"torch", "numpy", "pydantic", "matplotlib", "rich", "numba", "yaml"}
-    code = f"import sys, rsa_fast.cli as c; c.main({words.split()}, standalone_mode=False); print({slow} & sys.modules.keys())"
+    code = f"import sys, rsa_fast.cli as c; c.main({words.split()}, standalone_mode=False); "
+    code += f"print({slow} & sys.modules.keys())"
     assert python(code).splitlines()[-1] == "set()"
 
 
@@ -96,10 +99,10 @@ def test_a_file_of_the_methods_without_one_method_is_named(monkeypatch):
 
 def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
     assert list(cli.GPUS) == list(planning.GPUS)
-    assert list(cli.BACKENDS) == list(pipelines.BACKENDS) and set(cli.FORMATS) == set(SUFFIXES)
+    assert set(cli.FORMATS) == set(SUFFIXES)
     names = {(command, param.name): set(param.type.choices) for command, param in named()}
     assert {f"linear-{name}" for name in names["eval", "variant"]} | {"knn"} == set(PROTOCOLS)
-    assert names["train", "on_bad_image"] == set(pipelines.ON_BAD_IMAGE)
+    assert names["train", "on_bad_image"] == set(get_args(OnBadImage))
     for field in ("device", "precision"):
         assert names["detect", field] == set(
             get_args(recipes.Recipe.model_fields[field].annotation)
@@ -107,7 +110,7 @@ def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
 
 
 def named():
-    """Every option and argument that is one of a few names, with its command's name."""
+    """Return every option and argument that is one of a few names, with its command's name."""
     params = [(name, param) for name, command in main.commands.items() for param in command.params]
     return [(name, param) for name, param in params if isinstance(param.type, click.Choice)]
 
@@ -208,15 +211,15 @@ def test_an_error_that_nobody_foresaw_is_named_and_its_traceback_kept(
         and done.output.startswith(f"Error: {type(error).__name__}: ")
         and "a fault" in done.output
     )
-    (kept,) = tmp_path.iterdir()
-    assert str(kept) in done.output and "Traceback" not in done.output
-    assert kept.read_text().startswith("Traceback") and "in fail\n" in kept.read_text()
+    (file,) = tmp_path.iterdir()
+    assert str(file) in done.output and "Traceback" not in done.output
+    assert file.read_text().startswith("Traceback") and "in fail\n" in file.read_text()
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), KeyError("a fault")])
 def test_debug_shows_the_traceback(monkeypatch, tmp_path, error):
     done = failing(monkeypatch, tmp_path, "train", error, "--debug")
-    assert done.exception is error and not list(tmp_path.iterdir())  # Python prints it
+    assert done.exception is error and not list(tmp_path.iterdir())  # Python prints it.
 
 
 def test_exit_codes_and_interrupts_are_not_errors(monkeypatch, tmp_path):
@@ -225,11 +228,29 @@ def test_exit_codes_and_interrupts_are_not_errors(monkeypatch, tmp_path):
     assert (done.exit_code, done.output.strip()) == (1, "Aborted!") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({}, "a message\n"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "a message\n"),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, "[rank 3] a message\n"),
+    ],
+)
+def test_a_message_is_one_line_on_stderr_with_its_rank(monkeypatch, caplog, environment, line):
+    log = logging.getLogger("rsa_fast")
+    monkeypatch.setattr(main.commands["doctor"], "params", [])
+    monkeypatch.setattr(main.commands["doctor"], "callback", lambda: log.info("a message"))
+    for _ in range(2):
+        done = CliRunner(env=environment).invoke(main, ["doctor"])
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "", line)
+    assert caplog.messages == ["a message"] * 2
+
+
 COMPLETIONS = {
     "tr": {"train"},
     "report --o": {"--out"},
     "train --dataset cifar": {"cifar10", "cifar100"},
-    "profile --dataset imagenet100 --backend ": set(pipelines.BACKENDS),
+    "profile --dataset imagenet100 --backend ": {"auto", *BACKENDS},
     "plan --method sim": {"simsiam", "simsiam-rsa", "simclr"},
     "plan --gpu v": {"v100-16g", "v100-32g"},
     "preview --compare da": {"dali"},
@@ -243,7 +264,7 @@ COMPLETIONS = {
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_commands_options_and_names(tmp_path):
-    """In a bash that has loaded what `_RSA_FAST_COMPLETE=bash_source rsa-fast` prints."""
+    """The bash has loaded what `_RSA_FAST_COMPLETE=bash_source rsa-fast` prints."""
     program = tmp_path / "rsa-fast"
     program.write_text(
         f"#!{sys.executable}\nfrom rsa_fast.cli import main\nmain(prog_name='rsa-fast')\n"
@@ -252,7 +273,8 @@ def test_bash_completes_commands_options_and_names(tmp_path):
     script = 'eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)"\ncomplete -p rsa-fast >&2\n'
     for words in COMPLETIONS:
         count = len(f"rsa-fast {words}".split(" ")) - 1
-        script += f"COMP_WORDS=(rsa-fast {words}{'' if words[-1] != ' ' else chr(34) * 2}); COMP_CWORD={count}; COMPREPLY=()\n"
+        empty_word = '""' if words[-1] == " " else ""
+        script += f"COMP_WORDS=(rsa-fast {words}{empty_word}); COMP_CWORD={count}; COMPREPLY=()\n"
         script += '_rsa_fast_completion rsa-fast; echo "${COMPREPLY[*]}"\n'
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

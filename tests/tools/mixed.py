@@ -14,11 +14,14 @@ from PIL import Image
 
 from pipelines.sources import Source
 
-TO_JPEG = ("gray_alpha.png", "rgb.png", "cmyk.jpg")  # what passthrough cannot keep
+TO_JPEG = ("gray_alpha.png", "rgb.png", "cmyk.jpg")  # Passthrough cannot keep these.
 
 
 def mixed_folder(root: Path, per_class: int = 5) -> Path:
-    """Two classes of `train` with `per_class` RGB JPEGs of several sizes and one each of the other kinds; a small `val`."""
+    """Write two classes of `train`, and a small `val`.
+
+    `train` has `per_class` RGB JPEGs of several sizes, and one image of each other kind.
+    """
     for split, count in (("train", per_class), ("val", 1)):
         for label in range(2):
             folder = root / split / f"class_{label}"
@@ -36,12 +39,12 @@ def mixed_folder(root: Path, per_class: int = 5) -> Path:
 
 
 def kept_as_they_are(source: Source) -> np.ndarray:
-    """`(N,)` bool: the images of which passthrough keeps the bytes."""
+    """Return `(N,)` bool: the images whose bytes passthrough keeps."""
     return np.array([not path.endswith(TO_JPEG) for path in source.manifest.paths])
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Of every file below `root` but the scan's cache."""
+    """Return the digest of every file below `root` except for the scan's cache."""
     files = (path for path in root.rglob("*") if path.is_file() and ".rsa-fast" not in path.parts)
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -50,7 +53,7 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def converted(tool: click.Command, src: Path, dst: Path, *options: object) -> dict:
-    """What `tool` says it wrote of the train split."""
+    """Convert, and return what `tool` reports about the train split."""
     result = CliRunner().invoke(tool, [str(src), str(dst), "--workers", "1", *map(str, options)])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1])["train"]

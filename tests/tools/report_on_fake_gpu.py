@@ -1,7 +1,7 @@
 """`tools.gpu_report` as a program for the fake CUDA runtime, on which values are garbage.
 
-What depends on values is replaced, here and in the processes that the report starts, as
-multiprocessing has them import this file as well. The environment names the file of tests to run.
+Functions that depend on values are replaced. Processes that the report starts replace them too,
+because multiprocessing imports this file there. The environment names the file of tests to run.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from tools.gpu_report.__main__ import main
 
 in_process = loops.in_process
 
-engine.Loop.stop_at_fault = lambda *_: None  # losses and weights that are not finite
-evaluate.gather_rows = lambda rows: rows  # counts rows on the GPU
-linear.fast = lambda *_: {"linear_top1": 0.0}  # parts its features by values
-torch.equal = lambda *_: True  # has an evaluation changed the encoder?
-checks.gpu_row = lambda *_: "v100-32g"  # what the fake card pretends to be
+engine.Loop.stop_at_fault = lambda *_: None  # Losses and weights may not be finite.
+evaluate.gather_rows = lambda rows: rows  # It counts rows on the GPU.
+linear.fast = lambda *_: {"linear_top1": 0.0}  # It divides its features by their values.
+torch.equal = lambda *_: True  # It asks whether an evaluation changed the encoder.
+checks.gpu_row = lambda *_: "v100-32g"  # The fake card pretends to be one.
 checks.TESTS = Path(os.environ["REPORT_TESTS"])
-planning.decode_rate = lambda *_: 500.0  # a measurement
-planning.efficiency = lambda *_: (0.5, "given")  # a trace of a large network
-os.fsync = lambda _: None  # no disk is tested here
+planning.decode_images_per_s = lambda *_: 500.0  # It is a measurement.
+planning.efficiency = lambda *_: (0.5, "given")  # It traces a large network.
+os.fsync = lambda _: None  # No disk is tested here.
 if find_spec("nvidia.dali"):
     from gpuless import dali_stand_in
 
     dali_stand_in.install()
     checks.check_dali = loops.check_dali = lambda: None
-# Processes take their time to start: one of the two modes shows that they do.
-loops.in_process = lambda *run: (in_process if run[0] else loops.legs)(*run)
+# Processes take time to start, so only one of the two modes starts them.
+loops.in_process = lambda *run: (in_process if run[0] else loops.train_runs)(*run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from tools.bench import main, ratio
+from tools.bench import main, median_ratio
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_last_line_is_one_json_object(arguments, keys):
 
 
 def test_ratios_pair_measurements_of_the_same_turn():
-    assert ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2  # a slow turn slows both
+    assert median_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2  # A slow turn slows both.
 
 
 FILES = pytest.mark.skipif(

@@ -1,4 +1,7 @@
-"""What both converters promise: the same bytes whatever interrupts them, and errors that name what is wrong."""
+"""What both converters must do.
+
+They write the same bytes whatever interrupts them, and their errors name what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from mixed import digests, mixed_folder
 from PIL import Image
 
 from pipelines.beton import BetonWriter
+from pipelines.layouts import open_source
 from pipelines.shards import ShardWriter
-from pipelines.sources import open_source
 from tools import convert, to_dali, to_ffcv
 
 TOOLS = {
@@ -55,7 +58,10 @@ def refusal(result: Result) -> str:
 
 
 def die_at(event: int, tool: str, src: Path, dst: Path) -> None:
-    """Convert, saving after every image, and be killed at the given call of fsync or rename; in a process of its own."""
+    """Convert, and kill this process at the given call of fsync or rename.
+
+    Progress is saved after every image.
+    """
     convert.SYNC_EVERY_S = 0
     calls = iter(range(10**6))
 
@@ -69,7 +75,7 @@ def die_at(event: int, tool: str, src: Path, dst: Path) -> None:
 
     os.fsync, Path.rename = counted(os.fsync), counted(Path.rename)
     run(tool, src, dst)
-    os._exit(next(calls) % 200)  # the events there are
+    os._exit(next(calls) % 200)  # the number of events
 
 
 def forked(target, *args: object) -> int:
@@ -86,10 +92,8 @@ def test_a_kill_at_any_moment_changes_no_byte(tool, images, tmp_path):
     events = forked(die_at, -1, tool, src, tmp_path / "whole")
     wanted = digests(tmp_path / "whole")
     assert events > 25 and not [name for name in wanted if "partial" in name]
-    for event in (
-        11,
-        *range(events - 6, events),
-    ):  # while it begins and writes; tables, description, renames
+    # Event 11 is at the beginning. The last six are tables, description and renames.
+    for event in (11, *range(events - 6, events)):
         dst = tmp_path / f"killed_{event}"
         assert forked(die_at, event, tool, src, dst) == -signal.SIGKILL
         assert digests(dst) != wanted or event == events - 1
@@ -106,7 +110,7 @@ def test_what_a_kill_leaves_beyond_the_journal_is_cut(tool, images, tmp_path):
         with path.open("ab") as file:
             file.write(b"half written")
     result = run(tool, images, tmp_path / "killed")
-    assert written(result) and f"going on with {work}" in result.stderr
+    assert written(result) and f"continuing with {work}" in result.stderr
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
@@ -171,7 +175,7 @@ def test_damage_in_jpegs_kept_as_they_are_is_found_by_reading_back(images, tmp_p
     src = shutil.copytree(images, tmp_path / "src")
     path = src / "train/class_0/3.jpg"
     whole = path.read_bytes()
-    middle = whole.index(b"\xff\xda") - 40  # in the last table before the scan
+    middle = whole.index(b"\xff\xda") - 40  # This is in the last table before the scan.
     path.write_bytes(whole[:middle] + bytes(60) + whole[middle + 60 :])
     result = CliRunner().invoke(to_dali.main, [str(src), str(tmp_path / "dst"), "--workers", "1"])
     assert (
@@ -189,7 +193,7 @@ def test_faulty_storage_is_found_by_reading_back(tool, what, images, tmp_path, m
         monkeypatch.setattr(
             writer, "append", lambda self, data, label: append(self, data[:-9] + bytes(9), label)
         )
-    elif tool == "dali":  # a label is where the image is, or in a table of all
+    elif tool == "dali":  # Labels are beside the images, or in one table.
         monkeypatch.setattr(
             writer, "append", lambda self, data, label: append(self, data, 1 - label)
         )
@@ -221,7 +225,7 @@ def test_what_others_wrote_is_left_alone(tool, images, tmp_path):
     assert "is the source itself" in refusal(run(tool, images, images))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.json").write_text("[]")
-    assert "is not of a conversion" in refusal(run(tool, images, tmp_path / "other"))
+    assert "was not written by a conversion" in refusal(run(tool, images, tmp_path / "other"))
 
 
 def test_two_runs_do_not_write_the_same(images, tmp_path):
@@ -273,7 +277,7 @@ def test_workers_of_a_killed_run_do_not_stay():
     process.kill()
     while select.select([read_end], [], [], 5)[0]:
         if not os.read(read_end, 100):
-            return  # all who could write are gone
+            return  # Every process that could write has ended.
     pytest.fail("workers outlived their killed parent by 5 s")
 
 

@@ -28,4 +28,4 @@ def test_the_demo_scores_its_baselines_and_draws_its_curves(tmp_path):
         train(build_recipe("demo", method, overrides=overrides), data, out / method)
     draw_curves(out, scores, out / "curves.png")
     picture = np.asarray(Image.open(out / "curves.png").convert("RGB"))
-    assert picture.shape[0] > 300 and picture.std() > 20  # drawn, not blank
+    assert picture.shape[0] > 300 and picture.std() > 20  # The picture is not blank.

@@ -21,19 +21,25 @@ from rsa_fast.recipes import build_recipe
 from tools.gpu_report import __main__ as gpu_report
 from tools.gpu_report import checks, inputs, loops
 from tools.gpu_report.__main__ import Part, share_of
-from tools.gpu_report.predictions import predicted
-from tools.gpu_report.table import MOST_ROWS, as_markdown, thinned
+from tools.gpu_report.predictions import predict
+from tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
 from tools.gpu_report.worker import Settings, SkippedError
 
 SIZE = {"size": "{size:.1f}"}
 
 
 def planted(name: str, share: float = 1.0) -> Part:
-    return Part(name, share, f"planted_parts:{name}", f"The {name} part", SIZE)
+    return Part(
+        name=name,
+        share=share,
+        place=f"planted_parts:{name}",
+        title=f"The {name} part",
+        columns=SIZE,
+    )
 
 
 def run(monkeypatch, tmp_path: Path, *parts: Part, minutes: float = 1.0) -> tuple[int, dict]:
-    """The exit code and the JSON of a report of planted parts."""
+    """Return the exit code and the JSON of a report of planted parts."""
     monkeypatch.setattr(gpu_report, "PARTS", parts)
     out = tmp_path / "gpu.json"
     code = gpu_report.main(["--out", str(out), "--minutes", str(minutes), "--repeats", "2"])
@@ -58,7 +64,7 @@ def test_a_fault_is_recorded_and_everything_else_is_measured(monkeypatch, tmp_pa
     assert states == {"sound": "ran", **faults, "skipping": "skipped", "too_large": "ran"}
 
     sound = {case: row["size"] for case, row in parts["sound"]["rows"].items()}
-    assert sound == {"one": 2, "two": 1.0, "three": None}  # JSON has no infinity
+    assert sound == {"one": 2, "two": 1.0, "three": None}  # JSON has no infinity.
     half, whole = parts["faulty"]["rows"].values()
     assert half["size"] == 4 and half["fault"]["type"] == "KeyError" and whole["size"] == 5
     assert "planted_parts.py" in half["fault"]["traceback"]
@@ -83,7 +89,7 @@ def test_a_part_stops_when_its_share_is_over_and_a_stuck_one_is_killed(monkeypat
     assert code == 1 and time.monotonic() - began < 45
     slow = found["slow"]
     measured = len(slow["rows"])
-    assert slow["state"] == "ran" and 1 <= measured <= 10  # 3 s, .3 s each
+    assert slow["state"] == "ran" and 1 <= measured <= 10  # It has 3 s, and each nap takes .3 s.
     assert slow["left_out"] == [f"nap {number}" for number in range(measured, 1000)]
     assert found["hanging"]["fault"]["type"] == "TimeoutError"
     assert found["hanging"]["under_way"] == "stuck" and found["sound"]["state"] == "ran"
@@ -102,7 +108,7 @@ gpu_report.main(["--out", sys.argv[1]])
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     env = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", program, str(out)], env=env) as process:
-        table = out.with_suffix(".md")  # written after the JSON
+        table = out.with_suffix(".md")  # It is written after the JSON.
         while not (table.is_file() and table.read_text().endswith("- long: was under way\n")):
             time.sleep(0.1)
             assert process.poll() is None
@@ -114,7 +120,7 @@ gpu_report.main(["--out", sys.argv[1]])
     worker, ends_at = Path(f"/proc/{record['rows']['done']['pid']}"), time.monotonic() + 10
     while worker.exists() and time.monotonic() < ends_at:
         time.sleep(0.1)
-    assert not worker.exists()  # the GPU is free again
+    assert not worker.exists()  # The GPU is free again.
 
 
 MACHINE = {
@@ -190,13 +196,13 @@ def test_the_table_of_a_report_is_this_markdown():
     assert as_markdown(report, dict.fromkeys("1234", columns)) == TABLE
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST_ROWS, MOST_ROWS + 1, 1000])
+@pytest.mark.parametrize("count", [0, 1, MAX_ROWS, MAX_ROWS + 1, 1000])
 def test_a_long_table_keeps_its_ends_and_its_order(count):
     rows = [{"case": str(number)} for number in range(count)]
     kept = [int(row["case"]) for row in thinned(rows)]
-    assert len(kept) == min(count, MOST_ROWS) and kept == sorted(set(kept))
+    assert len(kept) == min(count, MAX_ROWS) and kept == sorted(set(kept))
     assert not count or (kept[0], kept[-1]) == (0, count - 1)
-    assert count > MOST_ROWS or kept == list(range(count))
+    assert count > MAX_ROWS or kept == list(range(count))
 
 
 TINY = {"arch": "resnet18", "width": 4, "hidden_dim": 16, "views.size_px": 16, "batch_size": 8}
@@ -210,7 +216,7 @@ def tiny_row(**fields) -> dict:
 
 
 def test_predictions_are_the_planner_s_and_their_error_is_against_what_was_measured(monkeypatch):
-    monkeypatch.setattr(planning, "decode_rate", lambda *_: 500.0)
+    monkeypatch.setattr(planning, "decode_images_per_s", lambda *_: 500.0)
     monkeypatch.setattr(planning, "efficiency", lambda *_: (0.25, "given"))
     card, row = "v100-32g", tiny_row()
     recipe = build_recipe(
@@ -218,22 +224,22 @@ def test_predictions_are_the_planner_s_and_their_error_is_against_what_was_measu
     )
     ledger, _ = planning.trace(recipe, 8, "fp16")
     gib = ledger.peak_bytes / 2**30
-    found = predicted("memory", row | {"allocated_gib": gib / 1.25}, None)
+    found = predict("memory", row | {"allocated_gib": gib / 1.25}, None)
     assert found == {"predicted_gib": gib, "error_pct": pytest.approx(25)}
-    assert predicted("memory", row, None) == {"predicted_gib": gib}  # the batch did not fit
+    assert predict("memory", row, None) == {"predicted_gib": gib}  # The batch did not fit.
 
     roofline_ms = sum(ledger.roofline_ms(planning.GPUS[card], "fp16"))
     launches_ms = len(ledger.operations) * planning.LAUNCH_US / 1e3
-    found = predicted("step", row | {"step_ms": 2 * roofline_ms}, card)
+    found = predict("step", row | {"step_ms": 2 * roofline_ms}, card)
     assert found["roofline_share"] == pytest.approx(0.5)
     assert found["predicted_ms"] == pytest.approx(max(roofline_ms / 0.25, launches_ms))
 
     loop = {"images_per_s": 400.0, "threads": 3}
-    rate = predicted("loop", tiny_row(backend="native") | loop, card)["predicted_per_s"]
+    rate = predict("loop", tiny_row(backend="native") | loop, card)["predicted_per_s"]
     assert rate == pytest.approx(min(3 * 500.0, 8e3 / launches_ms))
     for unknown in (tiny_row(backend="dali"), tiny_row(compile=True)):
-        assert predicted("loop", unknown | loop, card) == {}
-    assert predicted("step", row | {"step_ms": 1.0}, None) == {}
+        assert predict("loop", unknown | loop, card) == {}
+    assert predict("step", row | {"step_ms": 1.0}, None) == {}
 
 
 def settings(tmp_path: Path, **fields) -> Settings:
@@ -242,7 +248,7 @@ def settings(tmp_path: Path, **fields) -> Settings:
 
 
 def test_views_are_compared_with_pil_s(tmp_path, monkeypatch):
-    """On a CPU, where the views of the native backend's host stages equal PIL's."""
+    """On a CPU the views of the native backend's host stages equal PIL's."""
     for module in (inputs, checks):
         monkeypatch.setattr(module, "gpu", lambda: torch.device("cpu"))
     oracle, small = checks.pil_views, settings(tmp_path, overrides={"views.size_px": 40})
@@ -263,6 +269,7 @@ def test_views_are_compared_with_pil_s(tmp_path, monkeypatch):
 
 
 def test_the_tests_that_need_a_gpu_are_counted(tmp_path, monkeypatch):
+    assert (checks.ROOT / checks.TESTS).is_file()
     tests = tmp_path / "test_planted.py"
     tests.write_text(PLANTED_TESTS)
     monkeypatch.setattr(checks, "TESTS", tests)

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import write_folder
 from fake_gpu import on_fake_gpu
 
-# What a row of each part has, and reasons why one may be skipped on a fake V100.
+# The keys of each part's rows, and reasons why a row may be skipped on a fake V100.
 KEYS = {
     "values": {"images", "weak_mean", "weak_max", "aggressive_mean", "aggressive_max"},
     "sync": {"batch_size", "precision", "steps"},
@@ -25,14 +25,15 @@ METHODS = ("rsa", "byol", "simsiam", "simsiam-rsa", "simclr", "moco", "ressl", "
 
 
 def test_every_part_runs_on_a_fake_gpu(tmp_path, monkeypatch):
-    """Values and times are garbage there: what counts is that no call fails.
+    """Values and times are garbage there. What counts is that no call fails.
 
-    DALI, which has a CUDA runtime of its own, is the stand-in of tests/gpuless.
+    DALI has its own CUDA runtime, so the stand-in of tests/gpuless replaces it.
     """
     tests, out = tmp_path / "test_planted.py", tmp_path / "gpu.json"
     tests.write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert not 'good'\n")
     monkeypatch.setenv("REPORT_TESTS", str(tests))
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes, and a real driver
+    # Compiling takes minutes and needs a real driver.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     data = write_folder(tmp_path / "small", {"train": 20, "test": 10})
     program = Path(__file__).with_name("report_on_fake_gpu.py")
     small = ["--batch-sizes", 2, "--images", 8, "--repeats", 2, "--minutes", 30]

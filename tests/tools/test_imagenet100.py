@@ -8,13 +8,13 @@ import pytest
 from click.testing import CliRunner
 from conftest import write_folder
 
-from pipelines.sources import open_source
+from pipelines.layouts import open_source
 from tools.imagenet100 import main, make_subset, read_classes
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three classes of two training and one validation image."""
+    """Write three classes of two training images and one validation image."""
     return write_folder(tmp_path / "source", {"train": 2, "val": 1}, size=(3, 3), classes=3)
 
 
@@ -72,7 +72,7 @@ def test_all_missing_classes_are_named_before_anything_is_written(source, tmp_pa
     [
         ("\n# nothing\n", "lists no class"),
         ("a\nb\na", "twice: a. Remove"),
-        ("../other\na", r"no name of a class folder: \.\./other"),
+        ("../other\na", r"invalid names of class folders: \.\./other"),
     ],
 )
 def test_a_bad_list_says_what_is_wrong(tmp_path, text, message):
@@ -83,15 +83,15 @@ def test_a_bad_list_says_what_is_wrong(tmp_path, text, message):
 
 def test_a_finished_subset_is_left_alone_and_another_folder_refused(source, tmp_path):
     subset = tmp_path / "subset"
-    subset.mkdir()  # empty: nothing to lose
+    subset.mkdir()  # An empty folder has nothing to lose.
     first = make_subset(source, subset, ["class_0"], copy=True)
     image = subset / "train" / "class_0" / "000.jpg"
     image.unlink()
     assert make_subset(source, subset, ["class_0"], copy=True) == first and not image.exists()
     for classes, copy in ((["class_1"], True), (["class_0"], False)):
-        with pytest.raises(ValueError, match="is not the subset asked for"):
+        with pytest.raises(ValueError, match="is not the requested subset"):
             make_subset(source, subset, classes, copy)
-    with pytest.raises(ValueError, match="is not the subset asked for"):
+    with pytest.raises(ValueError, match="is not the requested subset"):
         make_subset(source, source, ["class_0"])
     assert (source / "train" / "class_2" / "001.jpg").exists()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipelines.sources import open_source
+from pipelines.layouts import open_source
 from tools.make_demo import CLASSES, SHAPES, TEXTURES, main, make_demo
 
 
@@ -51,7 +51,7 @@ def test_a_second_call_draws_nothing_and_a_foreign_folder_is_refused(tmp_path):
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*.jpg")}
     make_demo(tmp_path / "a", per_class=5)
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*.jpg")}
-    with pytest.raises(ValueError, match="is not the demo data asked for"):
+    with pytest.raises(ValueError, match="is not the requested demo data"):
         make_demo(tmp_path / "a", per_class=6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

@@ -9,8 +9,8 @@ import pytest
 from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
+from pipelines.layouts import open_source
 from pipelines.order import epoch_order
-from pipelines.sources import open_source
 from tools.convert import RESIZE_FILTER
 from tools.to_dali import main
 

@@ -16,7 +16,8 @@ from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
 from pipelines.beton import open_beton
-from pipelines.sources import open_source, to_rgb
+from pipelines.layouts import open_source
+from pipelines.sources import to_rgb
 from tools.convert import RESIZE_FILTER, Encoding, psnr_db
 from tools.to_ffcv import main
 
@@ -52,7 +53,7 @@ def test_the_module_runs_and_its_last_line_is_the_result(images, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["val"]["count"] == 2 and "verify" in done.stderr
     convert(images, tmp_path / "b", "--write-mode", "jpg")
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")  # whatever the number of workers
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")  # for any number of workers
 
 
 def test_passthrough_keeps_jpegs_and_encodes_the_rest(images, tmp_path):
@@ -67,7 +68,7 @@ def test_passthrough_keeps_jpegs_and_encodes_the_rest(images, tmp_path):
         88,
     )
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
-    assert (stored.manifest.sizes == source.manifest.sizes).all()  # never resized
+    assert (stored.manifest.sizes == source.manifest.sizes).all()  # No image is resized.
     for i, keep in enumerate(kept_as_they_are(source)):
         assert stored.encoded(i) == (source.encoded(i) if keep else reencoded(source.read(i), 88))
     assert (result["jpg"], result["raw"], result["reencoded"]) == (14, 0, 3)
@@ -142,10 +143,8 @@ def test_sizes_are_those_of_ffcv_s_resizer_to_the_pixel_its_rounding_loses():
         theirs = resizer(np.zeros((*size, 3), np.uint8), 300).shape[:2]
         assert max(height, width) == min(300, size.max())
         assert 0 <= height - theirs[0] <= 1 and 0 <= width - theirs[1] <= 1
-    assert Encoding("jpg", longest_px=300).sizes(np.array([9000, 3])).tolist() == [
-        300,
-        1,
-    ]  # ffcv fails here
+    # FFCV fails here.
+    assert Encoding("jpg", longest_px=300).sizes(np.array([9000, 3])).tolist() == [300, 1]
     pixels = natural_image(0, 320, 480)
     ours = np.asarray(Image.fromarray(pixels).resize((300, 200), RESIZE_FILTER))
     assert np.abs(ours.astype(int) - resizer(pixels, 300)).mean() < 1  # levels
@@ -182,9 +181,8 @@ def test_ffcv_s_loader_reads_the_file(mode, tmp_path):
     pixels = np.stack([source.read(i) for i in range(6)]).astype(int)
     assert len(found) == 1 and found[0][1].ravel().tolist() == [0, 0, 0, 1, 1, 1]
     error = np.abs(found[0][0] - pixels)
-    assert (
-        error.max() == 0 if mode == "raw" else error.mean() < 3
-    )  # its JPEG decoder takes the fast transform
+    # FFCV's JPEG decoder uses the fast transform.
+    assert error.max() == 0 if mode == "raw" else error.mean() < 3
 
 
 def test_grayscale_is_decoded_to_three_equal_channels(images, tmp_path):

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from conftest import natural_image, write_folder
 from PIL import Image
 
+from pipelines.layouts import open_source
 from pipelines.manifest import array_manifest
-from pipelines.sources import Source, open_source, read_rgb
+from pipelines.sources import Source, read_rgb
 from tools.to_dali import main as to_dali
 from tools.to_ffcv import main as to_ffcv
 from tools.verify import main
@@ -30,7 +31,7 @@ def run(data: Path, *options: str) -> tuple[int, dict]:
 
 
 def png_of_16_bits(path: Path) -> None:
-    """An RGB PNG with 16 bits a channel, which PIL reads but does not write."""
+    """Write an RGB PNG with 16 bits a channel, which PIL reads but does not write."""
     pixels = natural_image(3, 20, 20).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     chunks = (
@@ -47,7 +48,7 @@ def png_of_16_bits(path: Path) -> None:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> tuple[Path, dict[str, set[str]]]:
-    """A data set with every kind of damage, and the paths of each kind."""
+    """Write a data set with every kind of damage; return it and the paths of each kind."""
     data = write_folder(tmp_path / "data", {"train": 4, "val": 2}, size=(40, 50))
     folder = data / "train" / "class_1"
     rgb = Image.fromarray(natural_image(1, 48, 60))
@@ -66,9 +67,8 @@ def planted(tmp_path: Path) -> tuple[Path, dict[str, set[str]]]:
     for name in ("half.jpg", "half.png", "half.bmp"):
         rgb.save(folder / name)
         cut(folder / name, 0.5)
-    (folder / "no_end.jpg").write_bytes(
-        whole[:-2]
-    )  # all pixels are there, yet no decoder must accept it
+    # All pixels are there, but no decoder has to accept this file.
+    (folder / "no_end.jpg").write_bytes(whole[:-2])
     (folder / "empty.jpg").touch()
     (data / "val" / "class_0" / "empty.png").touch()
     for name, mode in (
@@ -130,9 +130,8 @@ def test_fix_repairs_or_moves_away_keeps_all_originals_and_a_second_run_is_clean
         for name in ("gray.jpg", "deep_gray.png", "alpha.png")
     }
     code, result = run(data, "--fix")
-    moved = (
-        expected["corrupt"] | expected["empty"] | {"train/class_1/header_only.jpg"}
-    )  # no pixel of it is left
+    # No pixel is left of the file with only a header.
+    moved = expected["corrupt"] | expected["empty"] | {"train/class_1/header_only.jpg"}
     repaired = (expected["truncated"] | expected["not_rgb"] | expected["over_large"]) - moved
     kept = data / ".rsa-fast" / "replaced"
     assert {str(p.relative_to(kept)) for p in kept.rglob("*.*")} == moved | repaired
@@ -153,16 +152,16 @@ def test_fix_repairs_or_moves_away_keeps_all_originals_and_a_second_run_is_clean
     assert code == 0 and again["images"] == result["images"] - len(moved)
     assert again["counts"] == dict.fromkeys(expected, 0) | {"duplicate": 2}
     folder = data / "train" / "class_1"
-    assert (
-        read_rgb(folder / "deep_gray.png") == pixels["deep_gray.png"]
-    ).all()  # a PNG loses nothing
+    # A PNG loses nothing.
+    assert (read_rgb(folder / "deep_gray.png") == pixels["deep_gray.png"]).all()
     assert (read_rgb(folder / "alpha.png") == pixels["alpha.png"]).all()
     assert np.abs(read_rgb(folder / "gray.jpg").astype(int) - pixels["gray.jpg"]).mean() < 1.5
     top = read_rgb(folder / "half.png")[:15].astype(int)
-    assert (top == natural_image(1, 48, 60)[:15]).all()  # what could still be decoded
+    assert (top == natural_image(1, 48, 60)[:15]).all()  # These rows could still be decoded.
     height, width = read_rgb(folder / "wide.jpg").shape[:2]
     assert height * width <= LIMIT and abs(width / height - 200 / 90) < 0.05
-    assert len(open_source(data, "pretrain").manifest) == again["images"] - 6 + 1  # all but val's
+    # These are all images except for val's.
+    assert len(open_source(data, "pretrain").manifest) == again["images"] - 6 + 1
 
 
 def test_a_second_fix_does_not_overwrite_what_the_first_one_kept(tmp_path):
@@ -234,7 +233,7 @@ def test_a_converted_set_is_read_through_its_source(tmp_path, monkeypatch):
                 raise ValueError("cannot decode image 3")
             return pixels[sample, : 7 if sample == 11 else 8]
 
-        return Source(array_manifest(data, split, pixels, np.zeros(len(pixels)), ("a",)), read)
+        return Source(array_manifest(split, pixels, np.zeros(len(pixels)), ("a",)), read)
 
     for name in ("train", "val"):
         (tmp_path / f"{name}.beton").touch()

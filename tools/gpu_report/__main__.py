@@ -1,13 +1,14 @@
-"""Measure what only a GPU can show, and print it as a Markdown table for the README.
+"""Measure what only a GPU can show, and print the results as a Markdown table for the README.
 
     python -m tools.gpu_report --out gpu.json --minutes 9 --data data/cifar10
 
-It needs one GPU and no network. A measurement whose library is missing is skipped, with the reason.
-Each part has its share of the minutes; time that a part does not use goes to the parts after it.
-The JSON file is written after every measurement, so that nothing is lost when the command is
-stopped. `plan`'s predictions are computed on the CPU meanwhile and stand beside what was measured.
+This needs one GPU and no network. A measurement whose library is missing is skipped, with the
+reason. Each part has a share of the minutes. Time that a part does not use goes to later parts. The
+JSON file is written after every measurement, so that nothing is lost when the command is stopped.
+The predictions of `plan` are computed on the CPU at the same time, and shown beside the
+measurements.
 
-The exit code is 1 when a part has a fault. Accuracies and differences are reported, not judged.
+The exit code is 1 when a part has a fault. Accuracies and differences are reported but not judged.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from tools.gpu_report.predictions import Predictions
 from tools.gpu_report.table import Columns, as_markdown
 from tools.gpu_report.worker import Message, Settings, Worker
 
-GRACE_S = 15.0  # what a measurement may take beyond 1.5 shares of its part, or beyond all minutes
-START_S = 60.0  # what a new process may take to import its libraries
-SHARED = {"batch": "{batch_size}", "precision": "{precision}"}
+# The seconds that a measurement may take beyond 1.5 shares of its part, or beyond all minutes.
+GRACE_S = 15.0
+START_S = 60.0  # the time that a new process may take to import its libraries
+BATCH_COLUMNS = {"batch": "{batch_size}", "precision": "{precision}"}
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,25 @@ class Part:
 
     name: str
     share: float  # of the minutes, relative to the shares of the other parts
-    place: str  # module:function of its cases
+    place: str  # "module:function", where the function returns the part's cases
     title: str
-    columns: Columns  # of the table, after the case
+    columns: Columns  # of the table; the case is in a column before these
 
 
 PARTS = (
-    Part("machine", 2, "tools.gpu_report.checks:machine", "Machine", {}),
     Part(
-        "values",
-        12,
-        "tools.gpu_report.checks:values",
-        "Views of a GPU against PIL's, in 8-bit levels",
-        {
+        name="machine",
+        share=2,
+        place="tools.gpu_report.checks:machine",
+        title="Machine",
+        columns={},
+    ),
+    Part(
+        name="values",
+        share=12,
+        place="tools.gpu_report.checks:values",
+        title="Views of a GPU against PIL's, in 8-bit levels",
+        columns={
             "tests passed": "{passed} of {tests}",
             "images": "{images}",
             "weak, mean": "{weak_mean:.3f}",
@@ -60,18 +68,18 @@ PARTS = (
         },
     ),
     Part(
-        "sync",
-        10,
-        "tools.gpu_report.checks:sync",
-        "Steps of the ImageNet-1K recipes in which the host never waits for the GPU",
-        SHARED | {"steps": "{steps}"},
+        name="sync",
+        share=10,
+        place="tools.gpu_report.checks:sync",
+        title="Steps of the ImageNet-1K recipes in which the host never waits for the GPU",
+        columns=BATCH_COLUMNS | {"steps": "{steps}"},
     ),
     Part(
-        "memory",
-        18,
-        "tools.gpu_report.steps:memory",
-        "Peak memory of a step on the ImageNet-1K recipes",
-        {
+        name="memory",
+        share=18,
+        place="tools.gpu_report.steps:memory",
+        title="Peak memory of a step on the ImageNet-1K recipes",
+        columns={
             "allocated, GiB": "{allocated_gib:.2f}",
             "`plan`, GiB": "{predicted_gib:.2f}",
             "`plan`'s error": "{error_pct:+.1f}%",
@@ -79,11 +87,11 @@ PARTS = (
         },
     ),
     Part(
-        "step",
-        22,
-        "tools.gpu_report.steps:step",
-        "Training step on a ready batch, ImageNet-1K recipes",
-        SHARED
+        name="step",
+        share=22,
+        place="tools.gpu_report.steps:step",
+        title="Training step on a ready batch, ImageNet-1K recipes",
+        columns=BATCH_COLUMNS
         | {
             "step, ms": "{step_ms:.1f}",
             "quartiles, ms": "{low_ms:.1f} to {high_ms:.1f}",
@@ -96,11 +104,11 @@ PARTS = (
         },
     ),
     Part(
-        "loop",
-        16,
-        "tools.gpu_report.loops:loop",
-        "Training from photographs, RSA on ImageNet-1K",
-        SHARED
+        name="loop",
+        share=16,
+        place="tools.gpu_report.loops:loop",
+        title="Training from photographs, RSA on ImageNet-1K",
+        columns=BATCH_COLUMNS
         | {
             "threads": "{threads}",
             "images/s": "{images_per_s:,.0f}",
@@ -112,11 +120,11 @@ PARTS = (
         },
     ),
     Part(
-        "resident",
-        4,
-        "tools.gpu_report.loops:resident",
-        "Training on images in the GPU's memory, RSA on CIFAR-10",
-        SHARED
+        name="resident",
+        share=4,
+        place="tools.gpu_report.loops:resident",
+        title="Training on images in the GPU's memory, RSA on CIFAR-10",
+        columns=BATCH_COLUMNS
         | {
             "step, ms": "{step_ms:.2f}",
             "loop, ms": "{loop_ms:.2f}",
@@ -127,11 +135,11 @@ PARTS = (
         },
     ),
     Part(
-        "resume",
-        10,
-        "tools.gpu_report.loops:resume",
-        "A run that was stopped and resumed against one left alone, RSA on ImageNet-1K",
-        SHARED
+        name="resume",
+        share=10,
+        place="tools.gpu_report.loops:resume",
+        title="A run that was stopped and resumed against one left alone, RSA on ImageNet-1K",
+        columns=BATCH_COLUMNS
         | {
             "steps": "{steps}",
             "resumed, largest difference of a weight": "{resumed_gap:.2g}",
@@ -139,11 +147,11 @@ PARTS = (
         },
     ),
     Part(
-        "learn",
-        10,
-        "tools.gpu_report.loops:learn",
-        "RSA's accuracy against the minutes of training",
-        {
+        name="learn",
+        share=10,
+        place="tools.gpu_report.loops:learn",
+        title="RSA's accuracy against the minutes of training",
+        columns={
             "minutes": "{minutes:.2f}",
             "kNN top-1": "{knn_top1:.1f}%",
             "linear top-1": "{linear_top1:.1f}%",
@@ -154,30 +162,32 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    options = parser().parse_args(arguments)
-    known = {part.name: part for part in PARTS}
-    wanted = options.parts.split(",") if options.parts else list(known)
-    if unknown := [name for name in wanted if name not in known]:
-        parser().error(f"no part {', '.join(unknown)}: choose from {', '.join(known)}")
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    names = [part.name for part in PARTS]
+    chosen = options.parts.split(",") if options.parts else names
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(names)}")
     try:
         from pipelines.files import write_whole
         from rsa_fast.recipes import parse_set
 
         overrides = parse_set(tuple(options.set))
     except ImportError as error:
-        parser().error(f"nothing can be measured here: {error}")
+        parser.error(f"nothing can be measured here: {error}")
     except ValueError as error:
-        parser().error(str(error))
+        parser.error(str(error))
 
     columns = {part.name: part.columns for part in PARTS}
 
     def save(report: dict[str, Any]) -> None:
-        text, table = json.dumps(report, indent=1, allow_nan=False), as_markdown(report, columns)
+        text = json.dumps(report, indent=1, allow_nan=False)
+        markdown = as_markdown(report, columns)
         write_whole(options.out, lambda file: file.write(text.encode()))
-        write_whole(options.out.with_suffix(".md"), lambda file: file.write(table.encode()))
+        write_whole(options.out.with_suffix(".md"), lambda file: file.write(markdown.encode()))
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in PARTS if part.name in ("machine", *wanted)]
+    parts = [part for part in PARTS if part.name in ("machine", *chosen)]
     with TemporaryDirectory(prefix="gpu-report-") as scratch:
         settings = Settings(
             scratch=Path(scratch),
@@ -192,27 +202,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(record["state"] == "fault" for record in report["parts"].values()))
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_report",
         description="Measure what only a GPU can show; write it as JSON and as a Markdown table.",
     )
-    add = found.add_argument
+    add = parser.add_argument
     add(
         "--out",
         type=Path,
         default=Path("gpu.json"),
-        help="the JSON file (%(default)s); the table goes beside it",
+        help="the JSON file (%(default)s); the table is written beside it",
     )
-    add("--minutes", type=float, default=9.0, help="that all parts may take together (%(default)s)")
+    add("--minutes", type=float, default=9.0, help="time for all parts together (%(default)s)")
     add(
         "--data",
         type=Path,
-        help="CIFAR-10 or the like, or a folder of photographs; without, images are drawn",
+        help="CIFAR-10 or the like, or a folder of photographs; by default images are drawn",
     )
     add("--parts", help=f"some of {','.join(part.name for part in PARTS[1:])}")
-    add("--batch-sizes", type=whole_numbers, default=(64, 128, 256), help="for memory (64,128,256)")
-    add("--images", type=int, default=512, help="photographs to draw (%(default)s)")
+    add(
+        "--batch-sizes",
+        type=integers,
+        default=(64, 128, 256),
+        help="batch sizes of the part memory (64,128,256)",
+    )
+    add("--images", type=int, default=512, help="number of photographs to draw (%(default)s)")
     add(
         "--repeats",
         type=repetitions,
@@ -223,17 +238,17 @@ def parser() -> argparse.ArgumentParser:
         "--set",
         action="append",
         default=[],
-        help="a field of every recipe, as arch=resnet18; repeatable",
+        help="a field of every recipe, such as arch=resnet18; repeatable",
     )
-    return found
+    return parser
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
 def repetitions(text: str) -> int:
-    """At least 2 have quartiles; more than 150 would end an epoch within a measurement."""
+    """A number of repeats: quartiles need at least 2, and more than 150 may end the epoch."""
     if not 2 <= (number := int(text)) <= 150:
         raise argparse.ArgumentTypeError(f"found {text}, wanted 2 to 150")
     return number
@@ -264,17 +279,18 @@ def measure(
                 if worker is None:
                     worker, killed_at = Worker(settings), killed_at + START_S
                 for message in worker.run(part.place, share_s, ends_at, killed_at):
-                    note(record, message)
+                    enter(record, message)
                     if message[0] == "begins":
                         print(f"{part.name}: {message[1]}", file=sys.stderr)
                     elif message[0] == "row":
-                        predictions.ask(part.name, message[1])
+                        predictions.request(part.name, message[1])
                     predictions.collect()
                     save(report)
                 record |= {"state": state(record), "seconds": time.monotonic() - began}
                 if "fault" not in record:
                     record.pop("under_way", None)
-                if record["state"] == "fault":  # CUDA may be unusable: the next part starts afresh
+                # After a fault CUDA may be unusable, so the next part gets a new process.
+                if record["state"] == "fault":
                     worker.close()
                     worker = None
         finally:
@@ -286,12 +302,12 @@ def measure(
 
 
 def share_of(shares: Sequence[float], left_s: float) -> float:
-    """The seconds of the first of some parts when `left_s` seconds are left for all of them."""
+    """The seconds of the first of several parts when `left_s` seconds are left for all of them."""
     return max(0.0, left_s) * shares[0] / sum(shares)
 
 
-def note(record: dict[str, Any], message: Message) -> None:
-    """Enter what the worker reports into a part's record."""
+def enter(record: dict[str, Any], message: Message) -> None:
+    """Enter a worker's message into a part's record."""
     kind, value = message
     if kind == "row":
         record["rows"].setdefault(value["case"], {}).update(value)
@@ -309,6 +325,6 @@ def state(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    # An exception, unlike what the signal does by itself, has the scratch folder removed.
+    # By default the signal ends the process at once. An exception removes the scratch folder first.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

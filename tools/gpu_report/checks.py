@@ -1,4 +1,4 @@
-"""Parts of `tools.gpu_report`: the machine, the values of views, and waits for the GPU."""
+"""Parts of `tools.gpu_report`: the machine, the values of views, and steps without waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -24,8 +24,8 @@ from PIL import Image
 from pipelines import VIEWS, Order, Source, open_source, open_views
 from pipelines.draws import draw
 from pipelines.torchvision_views import aggressive_view, weak_view
+from rsa_fast.insight.measure import open_loader
 from rsa_fast.insight.planning import GIB, gpu_row
-from rsa_fast.insight.profiling import loading_of, open_loader
 from rsa_fast.methods import METHODS
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.step import build_run, train_step
@@ -42,10 +42,10 @@ from tools.gpu_report.inputs import (
 )
 from tools.gpu_report.worker import Case, Row, Settings, SkippedError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = Path("tests/rsa_fast/test_gpu.py")
 STEADY_STEPS = 3
-COMPARED = 256  # images whose views are compared with PIL's
+COMPARED_IMAGES = 256  # the images whose views are compared with PIL's
 PACKAGES = (
     "torch",
     "torchvision",
@@ -65,18 +65,15 @@ def machine(settings: Settings) -> list[Case]:
 
 def describe(_: float) -> Iterator[Row]:
     device = gpu()
+    # These operations load cuDNN and cuBLAS, whose memory is then part of the context.
     image = torch.zeros(1, 3, 8, 8, device=device)
-    torch.nn.functional.conv2d(image, image).flatten() @ image.flatten()[
-        :1
-    ]  # loads cuDNN and cuBLAS
+    product = torch.nn.functional.conv2d(image, image).flatten()
+    product @ product
     free, total = torch.cuda.mem_get_info(device)
     name, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
     versions = {"Python": platform.python_version(), "CUDA": torch.version.cuda}
-    models = [
-        row
-        for row in Path("/proc/cpuinfo").read_text().splitlines()
-        if row.startswith("model name")
-    ]
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line for line in cpu_lines if line.startswith("model name")]
     yield {
         "name": name,
         "total_gib": total / GIB,
@@ -84,7 +81,7 @@ def describe(_: float) -> Iterator[Row]:
         "capability": f"{properties.major}.{properties.minor}",
         "plan_row": gpu_row(name, total / GIB),
         "smi": nvidia_smi(),
-        "versions": versions | {"cuDNN": cudnn_version()} | installed(),
+        "versions": versions | {"cuDNN": cudnn_version()} | package_versions(),
         "cpu": models[0].partition(":")[2].strip() if models else platform.machine(),
         "cores": cores(),
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
@@ -94,19 +91,17 @@ def describe(_: float) -> Iterator[Row]:
 def cudnn_version() -> str:
     try:
         return str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]  # in torch
-    except RuntimeError as error:  # another cuDNN than torch was built for
+    except RuntimeError as error:  # this is not the cuDNN that torch was built for
         return f"not usable ({str(error).partition('. ')[0]})"
 
 
-def installed() -> dict[str, str]:
-    """The versions of the packages that matter, those that are there."""
-    found = {}
+def package_versions() -> dict[str, str]:
+    """The versions of those of `PACKAGES` that are installed."""
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def values(settings: Settings) -> list[Case]:
@@ -128,7 +123,7 @@ def values(settings: Settings) -> list[Case]:
 
 
 def run_tests(_: float) -> Iterator[Row]:
-    """How many of the tests pass, and the names of those that fail."""
+    """The number of tests that pass, and the names of those that fail."""
     if find_spec("pytest") is None:
         raise SkippedError("pytest is not installed")
     if not (ROOT / TESTS).is_file():
@@ -143,11 +138,8 @@ def run_tests(_: float) -> Iterator[Row]:
                 f"pytest ended with exit code {done.returncode}: {done.stderr[-500:]}"
             )
         cases = list(ElementTree.parse(results).iter("testcase"))
-    bad = [
-        case.get("name", "")
-        for case in cases
-        if {"failure", "error"} & {child.tag for child in case}
-    ]
+    bad_tags = {"failure", "error"}
+    bad = [case.get("name", "") for case in cases if bad_tags & {child.tag for child in case}]
     skipped = sum(case.find("skipped") is not None for case in cases)
     row: Row = {"tests": len(cases), "passed": len(cases) - len(bad) - skipped}
     yield row | ({"note": f"failed: {', '.join(bad)}"} if bad else {})
@@ -159,7 +151,7 @@ def compare(
     fields: dict[str, str],
     _: float,
 ) -> Iterator[Row]:
-    """Mean and largest difference of a backend's views from PIL's, over both crops."""
+    """The mean and the largest difference of a backend's views from PIL's, over both crops."""
     device, recipe = gpu(), imagenet(settings, "rsa", **fields)
     if recipe.backend == "dali":
         check_dali()
@@ -171,10 +163,7 @@ def compare(
         frozenset(VIEWS),
         order,
         device=device,
-        backend=recipe.backend,
-        threads=recipe.threads,
-        aggressive_on=recipe.aggressive_on,
-        decode_on=recipe.decode_on,
+        loading=recipe.loading,
     )
     with loader, closing(loader.batches(0)) as batches:
         views = next(batches).views
@@ -193,13 +182,13 @@ def compare(
 
 
 def first_images(source: Source) -> Order:
-    """An order whose first batch is what `compare` looks at."""
+    """An order whose first batch has the images that `compare` uses."""
     count = len(source.manifest)
-    return Order(count, min(COMPARED, count), seed=0)
+    return Order(count, min(COMPARED_IMAGES, count), seed=0)
 
 
 def pil_views(settings: Settings) -> dict[str, np.ndarray]:
-    """The reference's views `(B, S, S, 3)` uint8 of the images that `compare` loads."""
+    """PIL's views `(B, S, S, 3)` uint8 of the images that `compare` loads."""
     spec = imagenet(settings, "rsa").views
     source = open_source(photographs(settings), "pretrain", settings.scratch)
     order = first_images(source)
@@ -213,32 +202,32 @@ def pil_views(settings: Settings) -> dict[str, np.ndarray]:
         return [np.asarray(view) for view in (*weak, *aggressive)]
 
     with ThreadPoolExecutor(cores()) as pool:
-        of_images = list(pool.map(views, range(len(ids))))
-    return {name: np.stack([image[i] for image in of_images]) for i, name in enumerate(VIEWS)}
+        views_by_image = list(pool.map(views, range(len(ids))))
+    return {name: np.stack([views[i] for views in views_by_image]) for i, name in enumerate(VIEWS)}
 
 
 def sync(settings: Settings) -> list[Case]:
-    """Every method's recipe, and RSA's with the other backends."""
+    """The recipe of every method, and RSA's recipe with the other backends."""
     gpu()
     cases = [(method, "native") for method in METHODS] + [("rsa", "dali"), ("rsa", "ffcv")]
     return [
-        Case(f"{method}, {backend}", partial(steady, settings, method, backend))
+        Case(f"{method}, {backend}", partial(check_no_waits, settings, method, backend))
         for method, backend in cases
     ]
 
 
-def steady(settings: Settings, method: str, backend: str, _: float) -> Iterator[Row]:
+def check_no_waits(settings: Settings, method: str, backend: str, _: float) -> Iterator[Row]:
     """Some steps and their loading. Raises torch's RuntimeError when the host waits in them."""
     if backend == "dali":
         check_dali()
-    labelled = replace(settings, data=None)  # drawn photographs, which supervised training needs
+    labelled = replace(settings, data=None)  # drawn images have the labels for supervised training
     source = open_source(photographs(labelled, backend), "pretrain", settings.scratch)
 
     def work(batch_size: int) -> Row:
         recipe = imagenet(settings, method, backend=backend, batch_size=batch_size)
         run = build_run(recipe, STEPS * batch_size)
         meter = Meter(batch_size, run.device)
-        loader = open_loader(run, source, loading_of(recipe, source, run.device))
+        loader = open_loader(run, source)
         with loader, closing(loader.batches(0)) as batches:
             try:
                 for step in range(WARM_UP_STEPS + STEADY_STEPS):
@@ -249,5 +238,5 @@ def steady(settings: Settings, method: str, backend: str, _: float) -> Iterator[
                 torch.cuda.set_sync_debug_mode("default")
         return {"batch_size": batch_size, "precision": recipe.precision, "steps": STEADY_STEPS}
 
-    wanted = imagenet(settings, method, backend=backend).batch_size
-    yield largest_that_fits(min(wanted, len(source.manifest)), work)
+    batch_size = imagenet(settings, method, backend=backend).batch_size
+    yield largest_that_fits(min(batch_size, len(source.manifest)), work)

@@ -1,4 +1,4 @@
-"""What the parts of `tools.gpu_report` measure on: the GPU, recipes, images, batches, backends."""
+"""Inputs of the measurements of `tools.gpu_report`: the GPU, recipes, images and batches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import Run, choose_device, choose_dtype
 from tools.gpu_report.worker import Settings, SkippedError
 
-NODE_GPUS = 8  # the ImageNet-1K recipes' batch sizes are those of a node with so many GPUs
+NODE_GPUS = 8  # the batch sizes of the ImageNet-1K recipes are for a node of 8 GPUs
 SMALL_PX = 96  # images up to this size train as CIFAR's do; larger ones are photographs
-STEPS = 100_000  # of a run's schedules; any number does, as no such run is trained to its end
-WARM_UP_STEPS = 3  # the first chooses cuDNN's algorithms and allocates the momentum
-MOST_CONVERTED = 5000  # photographs of the caller that are converted for FFCV
+STEPS = 100_000  # length of the schedules; its value does not matter, as these runs stop early
+WARM_UP_STEPS = 3  # the first step chooses cuDNN's algorithms and allocates the momentum
+MAX_CONVERTED = 5000  # more photographs of the caller are not converted for FFCV
+# The name of each property and its name in nvidia-smi.
 SMI = {
     "driver": "driver_version",
     "power limit, W": "power.limit",
@@ -44,7 +45,7 @@ def gpu() -> torch.device:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Facts of the first GPU by their names in `SMI`; none where nvidia-smi is missing or fails."""
+    """Properties of the first GPU, by their names in `SMI`; empty if nvidia-smi does not work."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = f"--query-gpu={','.join(SMI.values())}"
@@ -57,12 +58,12 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def cores() -> int:
-    """The CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def free_memory() -> None:
-    """Give back what earlier measurements have left in torch's and in DALI's memory pools."""
+    """Release the memory that earlier measurements have left in torch's and in DALI's pools."""
     gc.collect()
     torch.cuda.empty_cache()
     if dali := sys.modules.get("nvidia.dali.backend"):
@@ -80,13 +81,13 @@ def build(settings: Settings, dataset: str, method: str, **fields: Any) -> Recip
 
 
 def imagenet(settings: Settings, method: str, **fields: Any) -> Recipe:
-    """A method's ImageNet-1K recipe with the batch that one GPU of a node has."""
+    """A method's ImageNet-1K recipe with the batch size of one GPU of a node."""
     batch_size = build_recipe("imagenet1k", method).batch_size // NODE_GPUS
     return build(settings, "imagenet1k", method, **({"batch_size": batch_size} | fields))
 
 
 def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:
-    """What `work` returns for the first of `batch_size`, half of it, ... that fits on the GPU."""
+    """The result of `work(batch_size)`; the batch size is halved until it fits on the GPU."""
     while True:
         free_memory()
         try:
@@ -98,7 +99,7 @@ def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:
 
 
 def ready_batch(run: Run, reads: Iterable[str]) -> Batch:
-    """Random views on the GPU, those named in `reads`, and labels."""
+    """A batch on the GPU with random views `(B, 3, H, W)`, those named in `reads`."""
     images, size_px = run.recipe.batch_size, run.recipe.views.size_px
     shape = (images, 3, size_px, size_px)
     views = {}
@@ -109,9 +110,9 @@ def ready_batch(run: Run, reads: Iterable[str]) -> Batch:
 
 
 def photographs(settings: Settings, backend: str = "native") -> Path:
-    """A folder of photographs in the form that a backend reads: the caller's, or drawn ones.
+    """A folder of photographs, the caller's or drawn ones, in the format that a backend reads.
 
-    Raises SkippedError when the caller's photographs are too many to be converted.
+    Raises SkippedError when the caller has too many photographs to convert.
     """
     folder = settings.data if settings.data and not small(settings) else drawn(settings)
     if backend != "ffcv" or open_source(folder, "pretrain").beton:
@@ -120,7 +121,7 @@ def photographs(settings: Settings, backend: str = "native") -> Path:
     if not converted.exists():
         from tools.to_ffcv import main as to_ffcv
 
-        if (count := len(open_source(folder, "pretrain").manifest)) > MOST_CONVERTED:
+        if (count := len(open_source(folder, "pretrain").manifest)) > MAX_CONVERTED:
             raise SkippedError(
                 f"{count:,} images take too long to convert: give a folder that tools.to_ffcv made"
             )
@@ -129,13 +130,16 @@ def photographs(settings: Settings, backend: str = "native") -> Path:
 
 
 def small(settings: Settings) -> Source | None:
-    """The caller's images if they are small ones, as CIFAR's are."""
+    """The caller's images if they are small, as CIFAR's are, else None."""
     source = open_source(settings.data, "pretrain", settings.scratch) if settings.data else None
     return source if source and source.manifest.sizes.max() <= SMALL_PX else None
 
 
 def drawn(settings: Settings) -> Path:
-    """Drawn, labelled JPEGs of ImageNet's mean size, 468x401 px and 110 kB; made once."""
+    """A folder of drawn, labelled JPEGs of ImageNet's mean size, 468x401 px and 110 kB.
+
+    The images are drawn in the first call only.
+    """
     folder, partial = settings.scratch / "photographs", settings.scratch / "photographs.partial"
     if folder.exists():
         return folder
@@ -143,9 +147,8 @@ def drawn(settings: Settings) -> Path:
         (partial / "train" / f"class_{label}").mkdir(parents=True)
 
     def save(seed: int) -> None:
-        photograph(seed).save(
-            partial / "train" / f"class_{seed % 2}" / f"{seed:05}.jpg", quality=90
-        )
+        path = partial / "train" / f"class_{seed % 2}" / f"{seed:05}.jpg"
+        photograph(seed).save(path, quality=90)
 
     with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(save, range(settings.images)))
@@ -154,7 +157,7 @@ def drawn(settings: Settings) -> Path:
 
 
 def check_dali() -> None:
-    """Raises ImportError where DALI is missing, and SkippedError where it cannot use the GPU."""
+    """Raise ImportError if DALI is missing, and SkippedError if it cannot use the GPU."""
     from nvidia.dali import Pipeline, types
 
     pipe = Pipeline(batch_size=1, num_threads=1, device_id=0)

@@ -1,4 +1,4 @@
-"""What `rsa_fast.insight.planning` predicts for what `tools.gpu_report` has measured."""
+"""Predictions of `rsa_fast.insight.planning` for the measurements of `tools.gpu_report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_report.worker import Row, outcome
+from tools.gpu_report.worker import Row, classify
 
 
 class Predictions:
@@ -16,7 +16,7 @@ class Predictions:
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
         self.thread = ThreadPoolExecutor(1)
-        self.asked: list[tuple[str, str, Future[Row]]] = []
+        self.pending: list[tuple[str, str, Future[Row]]] = []  # part, case, prediction
 
     def __enter__(self) -> Predictions:
         return self
@@ -24,36 +24,39 @@ class Predictions:
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-    def ask(self, part: str, row: Row) -> None:
-        """Have a row predicted, if it says by which recipe it was measured."""
+    def request(self, part: str, row: Row) -> None:
+        """Start the prediction of a row, if the row has the recipe that was measured."""
         if "recipe" in row:
             machine = self.report["parts"]["machine"]["rows"].get("machine", {})
-            future = self.thread.submit(predicted_or_why, part, dict(row), machine.get("plan_row"))
-            self.asked.append((part, row["case"], future))
+            future = self.thread.submit(predict_or_note, part, dict(row), machine.get("plan_row"))
+            self.pending.append((part, row["case"], future))
 
     def collect(self, until: float = 0.0) -> None:
-        """Enter the predictions that are there, and wait for the others until then."""
-        futures = [future for *_, future in self.asked]
+        """Enter the finished predictions into the report; wait for the others until `until`.
+
+        `until` is a time of `time.monotonic()`.
+        """
+        futures = [future for *_, future in self.pending]
         done, waiting = wait(futures, max(0.0, until - time.monotonic()))
-        for part, case, future in self.asked:
+        for part, case, future in self.pending:
             if future in done:
                 self.report["parts"][part]["rows"][case].update(future.result())
-        self.asked = [asked for asked in self.asked if asked[2] in waiting]
+        self.pending = [entry for entry in self.pending if entry[2] in waiting]
 
 
-def predicted_or_why(part: str, row: Row, card: str | None) -> Row:
-    """The predictions of a row, or a note that says why there are none."""
+def predict_or_note(part: str, row: Row, card: str | None) -> Row:
+    """The predictions for a row, or a note with the reason why there are none."""
     try:
-        return predicted(part, row, card)
+        return predict(part, row, card)
     except Exception as error:
-        kind, value = outcome(error)
+        kind, value = classify(error)
         return {"note": f"not predicted: {value['message'] if kind == 'fault' else value}"}
 
 
-def predicted(part: str, row: Row, card: str | None) -> Row:
-    """The predictions of a row, and by how many percent they are above what was measured.
+def predict(part: str, row: Row, card: str | None) -> Row:
+    """The predictions for a row, and their errors in percent of the measurements.
 
-    `card` is the card's name in `planning.GPUS`; without one only memory is predicted.
+    `card` is the card's name in `planning.GPUS`. Without one only memory is predicted.
     """
     from rsa_fast.insight.planning import GIB, of_one_rank, plan, trace
     from rsa_fast.recipes import validate
@@ -62,17 +65,16 @@ def predicted(part: str, row: Row, card: str | None) -> Row:
     if part == "memory":
         ledger, _ = trace(of_one_rank(recipe, 1), recipe.batch_size, recipe.precision)
         return with_error(row, "allocated_gib", "predicted_gib", ledger.peak_bytes / GIB)
-    if card is None or recipe.compile:  # what compiling saves is not modelled
+    if card is None or recipe.compile:  # the planner does not model compiled networks
         return {}
     if part == "step":
-        found = plan(recipe, card)
-        limits_ms = found["limits_ms"]
-        roofline_ms = found["efficiency"] * max(
-            ms for limit, ms in limits_ms.items() if limit.startswith("GPU")
-        )
+        forecast = plan(recipe, card)
+        limits_ms = forecast["limits_ms"]
+        gpu_ms = max(ms for limit, ms in limits_ms.items() if limit.startswith("GPU"))
+        roofline_share = forecast["efficiency"] * gpu_ms / row["step_ms"]
         step_ms = max(ms for limit, ms in limits_ms.items() if limit != "decoding")
-        row_of_step = with_error(row, "step_ms", "predicted_ms", step_ms)
-        return {"roofline_share": roofline_ms / row["step_ms"], **row_of_step}
+        prediction = with_error(row, "step_ms", "predicted_ms", step_ms)
+        return {"roofline_share": roofline_share, **prediction}
     if part == "loop" and recipe.backend != "native":  # the planner knows no other decoder
         return {}
     data = Path(row["data"]) if "data" in row else None
@@ -81,6 +83,6 @@ def predicted(part: str, row: Row, card: str | None) -> Row:
 
 
 def with_error(row: Row, measured: str, name: str, value: float) -> Row:
-    """The prediction `name` of what a row has under `measured`, or of what it could not measure."""
+    """The prediction `value`, called `name`, and its error if the row has the `measured` value."""
     error = {"error_pct": 100 * (value / row[measured] - 1)} if row.get(measured) else {}
     return {name: value, **error}

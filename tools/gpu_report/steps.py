@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import torch
 
 from pipelines import Batch
+from rsa_fast.insight.measure import median_ratio
 from rsa_fast.insight.planning import GIB
-from rsa_fast.insight.profiling import ratio
 from rsa_fast.insight.timeline import Timeline
 from rsa_fast.training.step import Run, build_run, train_step
 from tools.gpu_report.inputs import (
@@ -32,16 +33,14 @@ def memory(settings: Settings) -> list[Case]:
     """RSA and BYOL in both half precisions, by batch size, with and without recomputed stages."""
     gpu()
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    cases = [
-        Case(
-            f"{method}, {precision}, batch {batch_size}, recompute_stages {stages}",
-            partial(peak, settings, method, precision, batch_size, stages),
-        )
-        for batch_size in sorted(settings.batch_sizes, reverse=True)
-        for precision in (("fp16", "bf16") if has_bf16 else ("fp16",))
-        for method in ("rsa", "byol")
-        for stages in (0, 1, 2)
-    ]
+    batch_sizes = sorted(settings.batch_sizes, reverse=True)
+    precisions = ("fp16", "bf16") if has_bf16 else ("fp16",)
+    cases = []
+    for combination in product(batch_sizes, precisions, ("rsa", "byol"), (0, 1, 2)):
+        batch_size, precision, method, stages = combination
+        name = f"{method}, {precision}, batch {batch_size}, recompute_stages {stages}"
+        fields = {"precision": precision, "batch_size": batch_size, "recompute_stages": stages}
+        cases.append(Case(name, partial(peak, settings, method, fields)))
     return cases if has_bf16 else [*cases, Case("bf16", without_bf16)]
 
 
@@ -49,18 +48,15 @@ def without_bf16(_: float) -> Iterator[Row]:
     raise SkippedError("the card has none")
 
 
-def peak(
-    settings: Settings, method: str, precision: str, batch_size: int, stages: int, _: float
-) -> Iterator[Row]:
-    """What a steady step allocates, and what torch has reserved for it and the steps before."""
+def peak(settings: Settings, method: str, fields: dict[str, Any], _: float) -> Iterator[Row]:
+    """The peak memory that a steady step allocates, and the memory that torch has reserved."""
     device = gpu()
-    fields = {"precision": precision, "batch_size": batch_size, "recompute_stages": stages}
     recipe = imagenet(settings, method, **fields)
     row: Row = {"recipe": recipe.model_dump(mode="json")}
     free_memory()
     before = torch.cuda.memory_allocated(device)
     try:
-        run = build_run(recipe, STEPS * batch_size)
+        run = build_run(recipe, STEPS * recipe.batch_size)
         batch = ready_batch(run, run.method.reads)
         for _ in range(WARM_UP_STEPS):
             train_step(run, batch)
@@ -79,21 +75,27 @@ def peak(
 
 
 def step(settings: Settings) -> list[Case]:
-    """RSA and BYOL in turns, and supervised training: eager, then compiled, which takes minutes."""
+    """RSA and BYOL in turns, and supervised training. First eager, then compiled.
+
+    Compiling takes minutes.
+    """
     gpu()
     return [
-        Case(" and ".join(methods) + of_mode(compiled), partial(turns, settings, methods, compiled))
+        Case(
+            f"{' and '.join(methods)}, {mode_name(compiled)}",
+            partial(turns, settings, methods, compiled),
+        )
         for compiled in (False, True)
         for methods in (("rsa", "byol"), ("supervised",))
     ]
 
 
-def of_mode(compiled: bool) -> str:
-    return ", compiled" if compiled else ", eager"
+def mode_name(compiled: bool) -> str:
+    return "compiled" if compiled else "eager"
 
 
 def turns(settings: Settings, methods: tuple[str, ...], compiled: bool, _: float) -> Iterator[Row]:
-    """Times of the steps of some methods, which take turns on one batch."""
+    """The step times of several methods, which take turns on one batch."""
 
     def work(batch_size: int) -> list[Row]:
         torch.compiler.reset()
@@ -104,33 +106,33 @@ def turns(settings: Settings, methods: tuple[str, ...], compiled: bool, _: float
         batch = ready_batch(runs[methods[0]], reads)
         warm_up_s = {method: warm_up(run, batch) for method, run in runs.items()}
         times = step_times(runs, batch, settings.repeats)
-        clock_mhz = nvidia_smi().get("SM clock, MHz")  # before it falls again
+        clock_mhz = nvidia_smi().get("SM clock, MHz")  # read at once, before it falls again
         rows = []
         for method, times_ms in times.items():
             low_ms, median_ms, high_ms = statistics.quantiles(times_ms, n=4)
             row: Row = {
-                "case": method + of_mode(compiled),
+                "case": f"{method}, {mode_name(compiled)}",
                 "recipe": recipes[method].model_dump(mode="json"),
-            }
-            row |= {"batch_size": batch_size, "precision": recipes[method].precision}
-            row |= {
+                "batch_size": batch_size,
+                "precision": recipes[method].precision,
                 "step_ms": median_ms,
                 "low_ms": low_ms,
                 "high_ms": high_ms,
                 "times_ms": times_ms,
+                "images_per_s": 1e3 * batch_size / median_ms,
+                "warm_up_s": warm_up_s[method],
+                "sm_clock_mhz": clock_mhz,
             }
-            row |= {"images_per_s": 1e3 * batch_size / median_ms, "warm_up_s": warm_up_s[method]}
-            row |= {"sm_clock_mhz": clock_mhz}
-            rows.append(
-                row | ({"over_byol": ratio(times_ms, times["byol"])} if "byol" in times else {})
-            )
+            if "byol" in times:
+                row["over_byol"] = median_ratio(times_ms, times["byol"])
+            rows.append(row)
         return rows
 
     yield from largest_that_fits(max(settings.batch_sizes), work)
 
 
 def warm_up(run: Run, batch: Batch) -> float:
-    """The seconds of the first steps: cuDNN tries its algorithms, and the network is compiled."""
+    """The seconds of the first steps, in which cuDNN tries its algorithms and torch compiles."""
     began = time.perf_counter()
     for _ in range(WARM_UP_STEPS):
         train_step(run, batch)
@@ -139,7 +141,7 @@ def warm_up(run: Run, batch: Batch) -> float:
 
 
 def step_times(runs: dict[str, Run], batch: Batch, repeats: int) -> dict[str, list[float]]:
-    """The milliseconds of `repeats` steps of each run, by events; nothing waits in between."""
+    """The milliseconds of `repeats` steps of each run, measured by events without waits between."""
     timeline = Timeline(batch.label.device)
     for _ in range(repeats):
         for name, run in runs.items():

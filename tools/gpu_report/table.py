@@ -1,4 +1,4 @@
-"""The report of `tools.gpu_report` as Markdown: the machine, then a table of each part."""
+"""The report of `tools.gpu_report` as Markdown: the machine, then a table for each part."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from tools.gpu_report.worker import Row
 
-Columns = Mapping[str, str]  # the heading of a column, and the format string of a row's cell
-MOST_ROWS = 40  # of a table
+Columns = Mapping[str, str]  # the heading of a column, and the format string of its cells
+MAX_ROWS = 40  # of a table
 
 
 def as_markdown(report: dict[str, Any], columns: Mapping[str, Columns]) -> str:
@@ -41,51 +41,51 @@ def heading(date: str, machine: dict[str, Any]) -> list[str]:
 
 
 def section(record: dict[str, Any], columns: Columns) -> list[str]:
-    """A part's title, its table, and what was left out and why."""
-    measured: list[Row] = []
-    others: dict[str, list[str]] = {}  # cases by the reason why they have no values
+    """A part's title, its table, and the cases without values, with the reasons."""
+    rows: list[Row] = []  # those with values
+    others: dict[str, list[str]] = {}  # the cases without values, by reason
     for row in record["rows"].values():
         if set(row) - {"case", "skipped", "fault", "note"}:
-            measured.append(row)
+            rows.append(row)
         else:
             others.setdefault(remark(row), []).append(row["case"])
     remarks = [f"{'; '.join(cases)}: {text}" for text, cases in others.items()]
     if "skipped" in record:
         remarks.append(f"skipped: {record['skipped']}")
-    if "fault" in record:  # of the process, not of the case that was under way
-        remarks.append(of_fault(record["fault"]))
+    if "fault" in record:  # a fault of the process, not of the case that was under way
+        remarks.append(fault_text(record["fault"]))
     if "under_way" in record:
         remarks.append(f"{record['under_way']}: was under way")
     if record.get("left_out"):
         remarks.append(f"{'; '.join(record['left_out'])}: left out, the part's time was over")
     lines = [f"**{record['title']}**"]
-    if measured:
-        lines += ["", *table(thinned(measured), columns)]
-    if remarks or not measured:
+    if rows:
+        lines += ["", *table_lines(thinned(rows), columns)]
+    if remarks or not rows:
         lines += ["", *(f"- {text}" for text in remarks or ["nothing was measured"])]
     return lines
 
 
-def table(rows: list[Row], columns: Columns) -> list[str]:
-    """The rows under the columns that any of them has a value for; a last one is for notes."""
+def table_lines(rows: list[Row], columns: Columns) -> list[str]:
+    """The rows as a table. Columns without any value are left out, and so is an empty note."""
     used = {name: form for name, form in columns.items() if any(cell(form, row) for row in rows)}
     texts = [
         [row["case"], *(cell(form, row) for form in used.values()), remark(row)] for row in rows
     ]
     titles = ["", *used, "note"]
     width = len(titles) if any(text[-1] for text in texts) else len(titles) - 1
-    return [line(cells[:width]) for cells in (titles, ["---"] * len(titles), *texts)]
+    return [f"| {' | '.join(cells[:width])} |" for cells in (titles, ["---"] * len(titles), *texts)]
 
 
 def thinned(rows: list[Row]) -> list[Row]:
-    """At most `MOST_ROWS` rows, evenly spaced; the first and the last stay."""
-    if len(rows) <= MOST_ROWS:
+    """At most `MAX_ROWS` evenly spaced rows, with the first and the last one."""
+    if len(rows) <= MAX_ROWS:
         return rows
-    return [rows[i * (len(rows) - 1) // (MOST_ROWS - 1)] for i in range(MOST_ROWS)]
+    return [rows[i * (len(rows) - 1) // (MAX_ROWS - 1)] for i in range(MAX_ROWS)]
 
 
 def cell(form: str, row: Row) -> str:
-    """A row's cell, empty where the row has no such value."""
+    """A row's cell, empty if the row has no such value."""
     try:
         return form.format_map({key: value for key, value in row.items() if value is not None})
     except KeyError:
@@ -93,21 +93,17 @@ def cell(form: str, row: Row) -> str:
 
 
 def remark(row: Row) -> str:
-    """What a row says besides numbers."""
+    """A row's fault, its reason to be skipped, or its note."""
     if "fault" in row:
-        return of_fault(row["fault"])
+        return fault_text(row["fault"])
     return one_line(f"skipped: {row['skipped']}" if "skipped" in row else row.get("note", ""))
 
 
-def of_fault(fault: Row) -> str:
+def fault_text(fault: Row) -> str:
     return one_line(f"{fault['type']}: {fault['message']}")
 
 
 def one_line(text: str) -> str:
-    """Text that stays in its cell of a table."""
-    first = " ".join(text.split()).replace("|", "\\|")
-    return first if len(first) <= 200 else f"{first[:199]}…"
-
-
-def line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    """The text as one line of at most 200 characters that fits into a cell of a table."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= 200 else f"{line[:199]}…"

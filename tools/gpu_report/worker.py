@@ -1,9 +1,9 @@
-"""The process in which the parts of `tools.gpu_report` run, and the report's end of it.
+"""The process in which the parts of `tools.gpu_report` run, and the class that controls it.
 
-A part is a function `part(settings) -> list[Case]`, named as "module:function"; a case is one
+A part is a function `part(settings) -> list[Case]`, named as "module:function". A case is one
 measurement. Parts run in a process of their own because a fault on a GPU outlives the call that
 caused it, because a library can crash, and because a driver can hang. This module imports only the
-standard library, so that a library that is missing skips a part and does not end the report.
+standard library, so that a missing library skips a part but does not end the report.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-Row = dict[str, Any]  # what a case measured: JSON values by name
-# begins (a case's name), row (a Row with its "case"), left_out (names of cases), skipped (a reason)
-# and fault (a Row) describe the part that runs; over (None) ends it.
+Row = dict[str, Any]  # the results of a case: JSON values by name
+# A message has a kind and a value. "begins" (the name of a case), "row" (a Row with its "case"),
+# "left_out" (names of cases), "skipped" (a reason) and "fault" (a Row) describe the running part.
+# "over" (None) ends it.
 Message = tuple[str, Any]
 
-OURS = ("pipelines", "rsa_fast", "tools")  # an import that fails in these packages is a fault
+# A module of these packages that cannot be imported is a fault and not a missing library.
+OUR_PACKAGES = ("pipelines", "rsa_fast", "tools")
 TRACEBACK_LINES = 12
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the parts measure."""
+    """The inputs and the sizes of all measurements."""
 
-    scratch: Path  # a folder for data and runs, which exists
+    scratch: Path  # an existing folder for data and runs
     data: Path | None  # images of the caller
     batch_sizes: tuple[int, ...]
-    images: int  # photographs drawn where the caller has none
+    images: int  # the number of photographs to draw if the caller has none
     repeats: int  # steps or batches in each measurement
     overrides: dict[str, Any]  # fields of every recipe
 
@@ -62,18 +64,18 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         context = get_context("spawn")  # a fork would inherit the threads' locks
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, settings, os.getpid()))
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(child_end, settings, os.getpid()))
         self.process.start()
-        theirs.close()
+        child_end.close()
 
     def run(
         self, place: str, share_s: float, ends_at: float, killed_at: float
     ) -> Iterator[Message]:
-        """What the part at `place` reports. Times are those of `time.monotonic()`.
+        """Run the part at `place` and yield its messages. Times are those of `time.monotonic()`.
 
-        No case begins when the part has run for `share_s` seconds, imports left out, or after
-        `ends_at`. At `killed_at` the process is killed, whatever it does. After a message "fault"
+        No case begins after `ends_at`, or when the part has run for `share_s` seconds, imports not
+        counted. At `killed_at` the process is killed, whatever it does. After a message "fault"
         the process is gone.
         """
         try:
@@ -83,20 +85,20 @@ class Worker:
                 if kind == "over":
                     return
                 yield kind, value
-            fault = "TimeoutError", "it went on long after its share of the time and was killed"
+            kind, text = "TimeoutError", "it ran long beyond its share of the time and was killed"
         except (EOFError, OSError):
             self.process.join()
-            fault = "ProcessError", f"its process ended with exit code {self.process.exitcode}"
+            kind, text = "ProcessError", f"its process ended with exit code {self.process.exitcode}"
         self.close()
-        yield "fault", {"type": fault[0], "message": fault[1], "traceback": ""}
+        yield "fault", {"type": kind, "message": text, "traceback": ""}
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all processes that it started."""
         if self.connection.closed:
             return
         try:
             os.killpg(self.process.pid or 0, signal.SIGKILL)
-        except ProcessLookupError:  # it has no group of its own yet
+        except ProcessLookupError:  # the process has no group of its own yet
             self.process.kill()
         self.process.join()
         self.connection.close()
@@ -105,9 +107,9 @@ class Worker:
 def serve(
     connection: Connection[Message, tuple[str, float, float]], settings: Settings, parent: int
 ) -> None:
-    """The life of the worker's process: it runs the parts that the connection names."""
+    """The main function of the worker's process: run the parts that the connection names."""
     os.setsid()
-    Thread(target=follow, args=(parent,), daemon=True).start()
+    Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; stdout is for the table
     with suppress(EOFError, OSError):
         while True:
@@ -115,11 +117,11 @@ def serve(
             for message in run_part(place, settings, share_s, ends_at):
                 connection.send(message)
             connection.send(("over", None))
-    os._exit(0)  # a thread of a case that ran out of time must not hold the process
+    os._exit(0)  # the thread of a case that ran out of time must not keep the process alive
 
 
-def follow(parent: int) -> None:
-    """End this process and all that it started once its parent is gone, however that ended."""
+def end_with_parent(parent: int) -> None:
+    """End this process and all processes that it started once its parent is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
@@ -133,8 +135,7 @@ def run_part(place: str, settings: Settings, share_s: float, ends_at: float) -> 
         ends_at = min(ends_at, time.monotonic() + share_s)
         cases: list[Case] = part(settings)
     except Exception as error:
-        kind, value = outcome(error)
-        yield kind, value
+        yield classify(error)
         return
     for number, case in enumerate(cases):
         seconds = (ends_at - time.monotonic()) / (len(cases) - number)
@@ -144,24 +145,25 @@ def run_part(place: str, settings: Settings, share_s: float, ends_at: float) -> 
         yield "begins", case.name
         try:
             for row in case.work(seconds):
-                yield (
-                    "row",
-                    {"case": case.name} | {key: jsonable(value) for key, value in row.items()},
-                )
+                values = {key: jsonable(value) for key, value in row.items()}
+                yield "row", {"case": case.name} | values
         except Exception as error:
-            kind, value = outcome(error)
+            kind, value = classify(error)
             yield "row", {"case": case.name, kind: value}
 
 
-def outcome(error: Exception) -> Message:
-    """What an exception means: a reason to skip, a note that is the result, or a fault."""
+def classify(error: Exception) -> Message:
+    """An exception as a message: "skipped" (a reason), "note" (the result itself) or "fault"."""
     if isinstance(error, SkippedError):
         return "skipped", str(error)
-    # The backends raise ValueError from the ImportError of a library that is missing.
+    # For a missing library the backends raise a ValueError from the ImportError.
     missing = error if isinstance(error, ImportError) else error.__cause__
-    if isinstance(missing, ImportError) and (missing.name or "").partition(".")[0] not in OURS:
-        return "skipped", str(missing)
-    if "out of memory" in str(error):  # torch.OutOfMemoryError, and what cuDNN and DALI raise
+    if isinstance(missing, ImportError):
+        package = (missing.name or "").partition(".")[0]
+        if package not in OUR_PACKAGES:
+            return "skipped", str(missing)
+    # This text is in torch.OutOfMemoryError and in the exceptions of cuDNN and DALI.
+    if "out of memory" in str(error):
         return "note", "does not fit in the GPU's memory"
     lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
     return "fault", {
@@ -172,5 +174,5 @@ def outcome(error: Exception) -> Message:
 
 
 def jsonable(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
+    """A value, or None for infinity and NaN, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

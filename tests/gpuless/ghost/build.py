@@ -1,4 +1,4 @@
-"""Builds the fake CUDA runtime for the installed torch, once: later calls find it in a cache.
+"""Build the fake CUDA runtime for the installed torch, once: later calls find it in a cache.
 
 runtime.cpp holds the functions that do something. For every other function of CUDA that torch's
 libraries import, one is generated that returns 0. A program on the fake runtime therefore never
@@ -19,7 +19,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("runtime.cpp")
 
-# The fake runtime bears the name of the driver's library, which torch needs and which no Python
+# The fake runtime has the name of the driver's library, which torch needs and which no Python
 # package provides.
 LIBRARY = "libcuda.so.1"
 
@@ -42,16 +42,16 @@ def build() -> Path:
     with folder.with_name("ghost.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         if not folder.is_dir():
-            # The folder gets its name when it is complete: an interrupted build leaves none.
+            # The folder is renamed when it is complete, so an interrupted build leaves none.
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 compile_in(Path(scratch))
                 Path(scratch).rename(folder)
-                Path(scratch).mkdir()  # for TemporaryDirectory to remove
+                Path(scratch).mkdir()  # TemporaryDirectory removes this one.
     return folder / LIBRARY
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this project, or a temporary one if that cannot be written.
+    """Return the user's cache folder of this project, or a temporary one if it is not writable.
 
     Other users may write into the folder of temporary files. A library that they put there must
     not be loaded, so the folder has to belong to this user.
@@ -70,7 +70,7 @@ def cache_folder() -> Path:
 
 
 def include_folders() -> list[Path]:
-    """The folders of the C headers that were installed with torch; none if it came without them.
+    """Return the folders of the C headers that were installed with torch, or none.
 
     Triton's folder has a CUDA runtime as well. It is last because it may be of another version,
     and it is needed because NVIDIA's packages for CUDA 12 lack the headers of the compiler.
@@ -82,7 +82,7 @@ def include_folders() -> list[Path]:
 
 
 def compile_in(folder: Path) -> None:
-    """Compile the sources to `folder / LIBRARY`; what else is written stays beside it."""
+    """Compile the sources to `folder / LIBRARY`. Intermediate files stay beside it."""
     runtime, stubs = folder / "runtime.o", folder / "stubs.cpp"
     include = [f"-isystem{path}" for path in include_folders()]
     subprocess.run([*COMPILER, *include, "-c", SOURCE, "-o", runtime], check=True)
@@ -98,5 +98,5 @@ def compile_in(folder: Path) -> None:
 
 
 def symbols(*arguments: str | Path) -> str:
-    """What `nm` lists, one symbol a line: address, type (U: imported, T: function) and name."""
+    """Return what `nm` lists, one symbol a line: address, type (U: import, T: function), name."""
     return subprocess.run(["nm", *arguments], capture_output=True, text=True, check=True).stdout

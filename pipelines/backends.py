@@ -1,0 +1,92 @@
+"""The backends: one row each. The order of the rows is the order in which `auto` tries them.
+
+A new backend is a row here and the module that the row names. This module imports nothing heavy,
+so that `rsa-fast --help` can list the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.loading import Job, Loader
+    from pipelines.sources import Source
+
+RESIDENT_BYTES = 8 * 2**30  # decoded: more than any of the small datasets, less than ImageNet
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`suits` returns why `auto` takes this backend for a source on a device, or an empty string.
+
+    `package` is the optional library that the backend needs, with the name that users know.
+    """
+
+    loader: str  # module:class
+    suits: Callable[[Source, torch.device], str] = lambda source, device: ""
+    package: tuple[str, str] | None = None
+    resident: bool = False  # holds all images in memory, decoded
+
+    def installed(self) -> bool:
+        """Whether the needed library is there. It is looked for, not imported."""
+        parts = self.package[0].split(".") if self.package else []
+        # find_spec of a.b raises an error where a is missing.
+        return all(find_spec(".".join(parts[: i + 1])) for i in range(len(parts)))
+
+    def open(self, job: Job) -> Loader:
+        """The loader of a job. Raises ValueError for a missing library or unsuitable images."""
+        module, name = self.loader.split(":")
+        loader: Loader = getattr(import_module(module), name)(job)
+        return loader
+
+
+def fits_in_memory(source: Source, device: torch.device) -> str:
+    from pipelines.resident_views import free_bytes
+
+    sizes = source.manifest.sizes
+    decoded_bytes = 3 * int(sizes.astype("int64").prod(1).sum())
+    fits = decoded_bytes <= min(RESIDENT_BYTES, free_bytes(device) // 2)
+    if fits and (device.type == "cpu" or (sizes == sizes[0]).all()):
+        return f"the images take {decoded_bytes / 2**30:.2f} GiB decoded and stay in memory"
+    return ""
+
+
+def is_beton(source: Source, device: torch.device) -> str:
+    return f"{source.beton.name} is FFCV's" if source.beton else ""
+
+
+def decodes_on_gpu(source: Source, device: torch.device) -> str:
+    return "it can decode on the GPU" if source.encoded and device.type == "cuda" else ""
+
+
+def is_fallback(source: Source, device: torch.device) -> str:
+    if not source.encoded:
+        return "stored pixels need no decoder"
+    return "the fastest decoder of files on a CPU" if device.type == "cpu" else "decodes on the CPU"
+
+
+BACKENDS = {
+    "resident": Backend("pipelines.resident_views:ResidentViews", fits_in_memory, resident=True),
+    "ffcv": Backend("pipelines.ffcv_views:FfcvViews", is_beton, ("ffcv", "FFCV")),
+    "dali": Backend("pipelines.dali_views:DaliViews", decodes_on_gpu, ("nvidia.dali", "DALI")),
+    "native": Backend("pipelines.native_views:NativeViews", is_fallback),
+    "torchvision": Backend("pipelines.torchvision_views:TorchvisionViews"),
+}
+
+
+def choose_backend(source: Source, device: torch.device) -> tuple[str, str]:
+    """The name of the backend for a source on a device, and the reason."""
+    missing = ""
+    for name, backend in BACKENDS.items():
+        if reason := backend.suits(source, device):
+            if backend.installed():
+                return name, missing + reason
+            assert backend.package
+            missing += f"{backend.package[1]} is not installed; "
+    raise AssertionError("native suits every source")

@@ -1,0 +1,221 @@
+"""The way of a batch from host memory to the device.
+
+There are three ways, by who makes what:
+
+1. Training on a CPU with `aggressive_on="host"`: the kernels of `host_ops` write the normalised
+   values of all views straight into the memory of the batch.
+2. `aggressive_on="host"` on a GPU: the host makes all views as 8-bit levels, a quarter of the bytes
+   of float32, and the device normalises them.
+3. `aggressive_on="device"`: the host makes the weak crops as 8-bit levels. The device makes the
+   aggressive views from them, and normalises all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import device_ops
+from pipelines.loading import Job
+from pipelines.views import VIEWS, Batch, ViewSpec
+
+
+class HostViews:
+    """Host memory for the views of one batch, `(B, S, S, 3)` each."""
+
+    def __init__(self, views: dict[str, Tensor]) -> None:
+        self.views = views
+        # Recorded after the copy to the device. On a CPU nothing is copied.
+        self.copied: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Return when the memory may be written again.
+
+        The threads that write call this. The thread that trains never does, so it never waits.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class ReusedMemory:
+    """Host memory on a CPU, where a batch's tensors are this memory.
+
+    A block comes back when the last tensor on it is gone, so it is never written while in use.
+    Fresh pages for every batch took 6% of the time of `native` at 224 px, and 3% of `ffcv`.
+    """
+
+    def __init__(self, names: list[str], size_px: int, dtype: torch.dtype) -> None:
+        self.names, self.size_px, self.dtype = names, size_px, dtype
+        self.idle: list[np.ndarray] = []
+
+    def take(self, count: int) -> HostViews:
+        """Memory for a batch of `count` samples."""
+        shape = (count, self.size_px, self.size_px, 3)
+        return HostViews({name: self.block(shape) for name in self.names})
+
+    def block(self, shape: tuple[int, ...]) -> Tensor:
+        memory = self.idle.pop() if self.idle else as_integers(torch.empty(shape, dtype=self.dtype))
+        # The tensor keeps this array object alive. When both are gone, the memory is idle again.
+        array = memory[:]
+        weakref.finalize(array, self.idle.append, memory).atexit = False
+        return torch.from_numpy(array).view(self.dtype)
+
+
+class PinnedRing:
+    """A ring of pinned host memory, from which a GPU copies while the host goes on.
+
+    Its depth is the number of batches made ahead, and two: one that is being copied, and one that
+    is being written.
+    """
+
+    def __init__(self, names: list[str], size_px: int, depth: int) -> None:
+        self.names, self.size_px, self.depth = names, size_px, depth
+        self.ring: list[HostViews] = []
+        self.taken = 0
+
+    def take(self, count: int) -> HostViews:
+        """The next place in the ring; `HostViews.wait` says when it may be written."""
+        if len(self.ring) < self.depth:
+            shape = (count, self.size_px, self.size_px, 3)
+            pinned = {n: torch.empty(shape, dtype=torch.uint8).pin_memory() for n in self.names}
+            self.ring.append(HostViews(pinned))
+        self.taken += 1
+        return self.ring[(self.taken - 1) % self.depth]
+
+
+class Transfer:
+    """From views in host memory to a `Batch` on the job's device.
+
+    `table` `(3, 256)` is what the host kernels write for each 8-bit level of each channel.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        on_host = job.loading.aggressive_on == "host"
+        self.normalised_by_host = on_host and job.device.type == "cpu"
+        if self.normalised_by_host:
+            self.table = level_table(job.spec, job.dtype)
+        else:
+            self.table = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
+        on_host_views = job.reads if on_host else {VIEWS[crop] for crop in job.crops}
+        names = [name for name in VIEWS if name in on_host_views]
+        self.affine = device_ops.affine(job.spec, job.device)
+        self.stream: torch.cuda.Stream | None = None
+        self.memory: PinnedRing | ReusedMemory
+        if job.device.type == "cuda":
+            self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
+            self.memory = PinnedRing(names, job.spec.size_px, job.loading.prefetch_batches + 2)
+        else:
+            dtype = job.dtype if self.normalised_by_host else torch.uint8
+            self.memory = ReusedMemory(names, job.spec.size_px, dtype)
+
+    def take(self, count: int) -> HostViews:
+        """Host memory for the views of `count` samples."""
+        return self.memory.take(count)
+
+    def arrays(self, host: HostViews) -> dict[str, np.ndarray]:
+        """The memory as the four view arguments of the kernels of `host_ops`, of the table's type.
+
+        They are in the order of `VIEWS`, and empty for a view that the host does not make.
+        """
+        views = dict.fromkeys(
+            VIEWS, np.empty((self.job.order.batch_per_rank, 0, 0, 3), self.table.dtype)
+        )
+        return views | {name: as_integers(view) for name, view in host.views.items()}
+
+    def batch(self, host: HostViews, ids: np.ndarray, params: np.ndarray) -> Batch:
+        """The batch of views that are complete in host memory.
+
+        On a GPU the host waits for nothing: the copies and the device's stages run on a stream of
+        their own.
+        """
+        if self.stream is None:
+            views = channels_first(host.views)
+            if not self.normalised_by_host:
+                views = self.on_device(views, params)
+            return Batch(self.job.labels(ids), views)
+
+        def receive(stream: torch.cuda.Stream) -> dict[str, Tensor]:
+            device = self.job.device
+            copies = {name: v.to(device, non_blocking=True) for name, v in host.views.items()}
+            host.copied = stream.record_event()  # type: ignore[no-untyped-call]
+            return copies
+
+        return self.on_stream(receive, ids, params)
+
+    def on_stream(
+        self,
+        receive: Callable[[torch.cuda.Stream], dict[str, Tensor]],
+        ids: np.ndarray,
+        params: np.ndarray,
+    ) -> Batch:
+        """The batch of the levels `(B, S, S, 3)` that `receive(stream)` brings to the GPU.
+
+        Everything runs on this object's own stream, beside the training step. The stream of the
+        training step is made to wait for it. `record_stream` tells torch's allocator not to reuse
+        the batch's memory before that stream is done with it.
+        """
+        assert self.stream is not None, "only batches for a GPU are made here"
+        training = torch.cuda.current_stream(self.job.device)
+        with torch.cuda.stream(self.stream):
+            levels = channels_first(receive(self.stream))
+            views, label = self.on_device(levels, params), self.job.labels(ids)
+        training.wait_stream(self.stream)
+        for tensor in (label, *views.values()):
+            tensor.record_stream(training)
+        return Batch(label, views)
+
+    def on_device(self, levels: dict[str, Tensor], params: np.ndarray) -> dict[str, Tensor]:
+        """What is left to do with 8-bit levels `(B, 3, S, S)` on the device."""
+        job = self.job
+        if job.loading.aggressive_on == "host":
+            return {n: device_ops.normalise(v, *self.affine, job.dtype) for n, v in levels.items()}
+        weak = torch.cat([levels[VIEWS[crop]] for crop in job.crops]).float().contiguous()
+        crop_params = np.concatenate([params[:, crop] for crop in job.crops])
+        return views_from_weak(job, weak, crop_params, self.affine)
+
+
+def channels_first(views: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`(B, S, S, 3)` as `(B, 3, S, S)` in channels_last memory format: nothing is copied."""
+    return {name: view.permute(0, 3, 1, 2) for name, view in views.items()}
+
+
+def views_from_weak(
+    job: Job, weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """The views that are read, made on the device from the weak levels `(C * B, 3, S, S)`.
+
+    C is the number of crops that are needed; `params` is `(C * B,)`.
+    """
+    stages = [weak]
+    if job.reads & set(VIEWS[2:]):
+        stages.append(device_ops.aggressive_stage(weak, params))
+    return {
+        name: device_ops.normalise(levels, *affine, job.dtype)
+        for stage, crops in enumerate(stages)
+        for crop, levels in zip(job.crops, crops.chunk(len(job.crops)), strict=True)
+        if (name := VIEWS[2 * stage + crop]) in job.reads
+    }
+
+
+def level_table(spec: ViewSpec, dtype: torch.dtype) -> np.ndarray:
+    """`(3, 256)`: the bits of each channel's normalised value at each 8-bit level.
+
+    torch rounds to `dtype`, so the values are those that normalising on the device gives.
+    """
+    level = torch.arange(256, dtype=torch.float32) / 255
+    mean, std = (torch.tensor(x).view(3, 1) for x in (spec.mean, spec.std))
+    return as_integers(((level - mean) / std).to(dtype))
+
+
+def as_integers(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as an array of integers of the same width.
+
+    The kernels only move values, and numpy does not know bfloat16.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    return tensor.view(integers[tensor.element_size()]).numpy()

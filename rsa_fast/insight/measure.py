@@ -1,0 +1,70 @@
+"""Tools to measure a training loop: the recipe's loader with long epochs, and a ratio of times.
+
+A measurement opens the loader and skips the batches prefetched before anyone waited for one:
+
+    with open_loader(run, source) as loader, skip_prefetched(loader) as batches:
+        train_step(run, next(batches))
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+
+import numpy as np
+
+from pipelines import Batch, Loader, Loading, Order, Source, open_views
+from rsa_fast.training.step import Run
+
+
+class EndlessOrder(Order):
+    """An order whose epochs have 1000 steps, however few the images are.
+
+    The start and the end of an epoch then cost next to nothing in a measurement.
+    """
+
+    def __len__(self) -> int:
+        return 1000
+
+    def ids(self, epoch: int, step: int) -> np.ndarray:
+        epochs, step = divmod(step, super().__len__())
+        return super().ids(len(self) * epoch + epochs, step)
+
+
+def open_loader(run: Run, source: Source, loading: Loading | None = None) -> Loader:
+    """A loader of exactly the views that the run's method reads, in an `EndlessOrder`.
+
+    Without `loading`, with the recipe's settings.
+    """
+    order = EndlessOrder(len(source.manifest), run.recipe.batch_size, run.recipe.seed)
+    return open_views(
+        source,
+        run.recipe.views,
+        run.method.reads,
+        order,
+        device=run.device,
+        dtype=run.dtype,
+        loading=loading or run.recipe.loading,
+    )
+
+
+def prefetched_batches(loader: Loader) -> int:
+    """An upper limit on the batches that any backend makes ahead. DALI's has two queues of them."""
+    return 3 * loader.job.loading.prefetch_batches + 2
+
+
+@contextmanager
+def skip_prefetched(loader: Loader) -> Iterator[Iterator[Batch]]:
+    """The loader's batches, without those that it could make before anyone waited for one.
+
+    The first `next` reads and drops the prefetched batches.
+    """
+    with closing(loader.batches(0)) as batches:
+        yield islice(batches, prefetched_batches(loader), None)
+
+
+def median_ratio(times: list[float], other_times: list[float]) -> float:
+    """The median over the turns of time / other time, each pair taken close in time."""
+    return statistics.median(a / b for a, b in zip(times, other_times, strict=True))
