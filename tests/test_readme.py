@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, write_folder
 
-import pipelines.sources
+import pipelines.layouts
 import rsa_fast
 from rsa_fast import cli
 from rsa_fast.evaluation import detection
@@ -95,7 +95,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         write_coco(place / "data" / "coco")
         fetch = {"train": 20, "test": 10}
         patch.setattr(
-            pipelines.sources,
+            pipelines.layouts,
             "download",
             lambda data, name: write_folder(data, fetch, size=(32, 32)),
         )

@@ -112,10 +112,11 @@ def report(folders: list[Path], out: Path | None = None) -> Path:
             f"the report is a web page: found --out {out}, wanted a name that ends in .html"
         )
     runs = read_runs(folders)
+    curves = svg(draw_figure(runs))  # first, as it refuses a run without records
     scores = [run.result or {"step": run.records[-1]["step"]} for run in runs]
     page = PAGE.format(
         title=escape(", ".join(run.name for run in runs)),
-        curves=svg(draw_figure(runs)),
+        curves=curves,
         scores=html_table("Scores", runs, scores),
         recipe=html_table("Recipe", runs, [run.recipe for run in runs]),
         environment=html_table("Environment", runs, [run.environment for run in runs]),
