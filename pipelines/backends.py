@@ -6,6 +6,7 @@ so that `rsa-fast --help` can list the names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,14 +48,20 @@ class Backend:
 
 
 def fits_in_memory(source: Source, device: torch.device) -> str:
-    from pipelines.resident_views import free_bytes
-
     sizes = source.manifest.sizes
     decoded_bytes = 3 * int(sizes.astype("int64").prod(1).sum())
     fits = decoded_bytes <= min(RESIDENT_BYTES, free_bytes(device) // 2)
     if fits and (device.type == "cpu" or (sizes == sizes[0]).all()):
         return f"the images take {decoded_bytes / 2**30:.2f} GiB decoded and stay in memory"
     return ""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory for the images in bytes: the host's, or the GPU's if that is less."""
+    import torch
+
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 
 def is_beton(source: Source, device: torch.device) -> str:

@@ -43,7 +43,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.draws import VIEW_PARAMS
+from pipelines import device_ops
+from pipelines.draws import VIEW_PARAMS, mirrors
 from pipelines.host_ops import finish_views
 from pipelines.loading import Job, Loader, in_parts
 from pipelines.transfer import Transfer
@@ -122,12 +123,13 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
 def regions(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of one crop's windows, `(B, 2)` each: (y, x) in pixels.
 
-    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip swaps the two ends along x.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip swaps the two ends of an axis. What is
+    left of a turn is a transposition, of the crops that DALI returns.
     """
-    top, left, flip = params["top"], params["left"], params["flip"]
+    top, left, (flip_x, flip_y, _) = params["top"], params["left"], mirrors(params)
     bottom, right = top + params["height"], left + params["width"]
-    start = np.stack([top, np.where(flip, right, left)], 1)
-    end = np.stack([bottom, np.where(flip, left, right)], 1)
+    start = np.stack([np.where(flip_y, bottom, top), np.where(flip_x, right, left)], 1)
+    end = np.stack([np.where(flip_y, top, bottom), np.where(flip_x, left, right)], 1)
     return start.astype(np.float32), end.astype(np.float32)
 
 
@@ -182,7 +184,7 @@ class DaliViews(Loader):
         # a fork does not copy, and never end. DALI has no public call for the shutdown.
         self.pipe._shutdown()
 
-    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
         # Batches move from `reading` to `running` and are delivered from there, always in order.
         reading: deque[Reading] = deque()
         running: deque[Encoded] = deque()
@@ -299,6 +301,7 @@ class DaliViews(Loader):
             for crop, output in crops.items():
                 level = torch.empty(shape, dtype=torch.uint8, device=self.job.device)
                 levels[VIEWS[crop]] = feed_ndarray(output.as_tensor(), level, cuda_stream=stream)
+                device_ops.transpose_(level.permute(0, 3, 1, 2), params[:, crop])
             return levels
 
         return self.transfer.on_stream(receive, ids, params)
@@ -313,7 +316,9 @@ class DaliViews(Loader):
         memory = self.transfer.take(len(ids))
         if self.job.loading.aggressive_on == "device":
             for crop, pixels in levels.items():
-                memory.views[VIEWS[crop]].numpy()[:] = pixels
+                level = memory.views[VIEWS[crop]]  # (B, S, S, 3)
+                level.numpy()[:] = pixels
+                device_ops.transpose_(level.permute(0, 3, 1, 2), params[:, crop])
             return self.transfer.batch(memory, ids, params)
         views = self.transfer.arrays(memory)
         unread = np.empty((len(ids), 0, 0, 3), np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.draws import BRIGHTNESS, CONTRAST, HUE
+from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, mirrors
 from pipelines.views import ViewSpec
 
 BLUR_PASSES = 3  # PIL's GaussianBlur
@@ -27,25 +27,37 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
-    """Crop, resize and flip `images` `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)` float32.
+    """Crop, resize, flip and turn `images` `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)` float32.
 
     The resize is antialiased like PIL's bilinear one. `params` `(B,)` are rows of
     `draws.VIEW_PARAMS`.
     """
-    names = ("top", "left", "height", "width", "flip")
-    fields = np.stack([params[name] for name in names]).astype(np.float32)  # (5, B)
-    top, left, height, width, flip = send(fields, images.device)  # (B,) each
+    window = [params[name] for name in ("top", "left", "height", "width")]
+    fields = np.stack([*window, *mirrors(params)[:2]]).astype(np.float32)  # (6, B)
+    top, left, height, width, flip_x, flip_y = send(fields, images.device)  # (B,) each
     image_h, image_w = images.shape[2:]
-    # The weights across are (B, S, W), those down (B, S, H). A flip mirrors along x only.
+    # The weights across are (B, S, W), those down (B, S, H).
     across = triangle_weights(
-        start=left, length=width, size_in=image_w, size_out=size_px, flip=flip
+        start=left, length=width, size_in=image_w, size_out=size_px, flip=flip_x
     )
     down = triangle_weights(
-        start=top, length=height, size_in=image_h, size_out=size_px, flip=torch.zeros_like(flip)
+        start=top, length=height, size_in=image_h, size_out=size_px, flip=flip_y
     )
     rows = round_level(images.float().flatten(1, 2).bmm(across.mT))  # (B, 3 H, S)
     rows = rows.view(-1, 3, image_h, size_px)  # (B, 3, H, S)
-    return round_level(down[:, None] @ rows)  # (B, 3, S, S)
+    return transpose_(round_level(down[:, None] @ rows), params)  # (B, 3, S, S)
+
+
+def transpose_(levels: Tensor, params: np.ndarray) -> Tensor:
+    """Swap both axes of those of `levels` `(B, 3, S, S)` that are turned by one or three quarters.
+
+    They are changed in place. `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
+    """
+    turned_rows = np.flatnonzero(mirrors(params)[2])  # (n,)
+    if len(turned_rows):
+        index = send(turned_rows, levels.device)
+        levels.index_copy_(0, index, levels.index_select(0, index).mT)
+    return levels
 
 
 def triangle_weights(

@@ -35,10 +35,13 @@ VIEW_PARAMS = np.dtype(
         ("factor", "f4", 4),  # factor[n] belongs to operation n; the one of hue is in turns
         ("grayscale", "?"),
         ("blur_sigma_px", "f4"),  # 0 means no blur
+        ("vertical_flip", "?"),  # after `flip`
+        ("quarter_turns", "i1"),  # after both flips, counter-clockwise: 0, 1, 2 or 3
     ]
 )
 
-# Each draw has a fixed number. A new draw at the end therefore changes none of the others.
+# Each draw has a fixed number. The second crop's numbers start at DRAWS, which therefore stays 42:
+# with any other number, the views of every run would change. New draws get a seed of their own.
 FLIP, JITTER, ORDER, GRAYSCALE, BLUR, SIGMA, TOP, LEFT = range(8)
 FACTOR, AREA, ASPECT = 8, 16, 32  # the first of 4, CROP_TRIES and CROP_TRIES numbers
 DRAWS = ASPECT + CROP_TRIES
@@ -55,13 +58,19 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def sample_keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
-    """One hash key for each sample of an epoch, `(n,)` uint64."""
+def hash_keys(seed: int, *numbers: int | np.ndarray) -> NDArray[np.uint64]:
+    """The hash key of a seed and whole numbers: `(n,)` uint64, where the last of them is `(n,)`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         key = mix(np.asarray([seed], np.uint64) + golden)
-        key = mix(key + (np.uint64(epoch) + np.uint64(1)) * golden)
-        return mix(key + (np.asarray(ids).astype(np.uint64) + np.uint64(1)) * golden)
+        for number in numbers:
+            key = mix(key + (np.asarray(number).astype(np.uint64) + np.uint64(1)) * golden)
+        return key
+
+
+def sample_keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
+    """One hash key for each sample of an epoch, `(n,)` uint64."""
+    return hash_keys(seed, epoch, ids)
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, draws: int) -> np.ndarray:
@@ -78,7 +87,8 @@ def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarr
 
     `ids` `(n,)` are the sample ids in the dataset, and `sizes` `(n, 2)` are their heights and
     widths in pixels. The distributions are those of torchvision's RandomResizedCrop,
-    RandomHorizontalFlip, ColorJitter and RandomGrayscale, and a blur of random sigma.
+    RandomHorizontalFlip, ColorJitter and RandomGrayscale, a blur of random sigma, and, where the
+    spec has them, RandomVerticalFlip and a quarter turn of equal chances.
     """
     u = uniforms(seed, epoch, ids, DRAWS)  # (n, 2, DRAWS)
     params = np.zeros((len(ids), 2), VIEW_PARAMS)
@@ -93,7 +103,29 @@ def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarr
     low, high = spec.blur_sigma_px
     sigma_px = low + (high - low) * u[..., SIGMA]
     params["blur_sigma_px"] = np.where(u[..., BLUR] < spec.blur_p, sigma_px, 0)
+    if spec.vertical_flip_p > 0 or spec.quarter_turns:
+        v = uniforms(seed ^ 0x7475726E73, epoch, ids, 2)  # (n, 2, 2)
+        params["vertical_flip"] = v[..., 0] < spec.vertical_flip_p
+        params["quarter_turns"] = 4 * v[..., 1] if spec.quarter_turns else 0
     return params
+
+
+def mirrors(params: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The flips and turns as three choices: mirrored along x, along y, and then transposed.
+
+    A turn of 90 degrees is a flip along x and a transposition, one of 180 degrees both flips, and
+    one of 270 degrees a flip along y and a transposition. `params` are of `VIEW_PARAMS`, and the
+    three bool arrays have their shape.
+    """
+    turns = params["quarter_turns"]
+    along_x = params["flip"] ^ ((turns == 1) | (turns == 2))
+    along_y = params["vertical_flip"] ^ (turns >= 2)
+    return along_x, along_y, turns % 2 == 1
+
+
+def batch_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """The seed of the generator that a function of the user's gets for one batch of one rank."""
+    return int(hash_keys(seed ^ 0x6578747261, epoch, step, rank)[0])
 
 
 def crop_windows(u: np.ndarray, spec: ViewSpec, sizes: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -148,7 +148,7 @@ class FfcvViews(Loader):
         if job.source.beton is None:
             raise ValueError(
                 "backend ffcv reads .beton files: convert with `python -m tools.to_ffcv`, "
-                "or choose another backend"
+                "or choose another backend, as several folders or val_fraction need"
             )
         self.transfer = Transfer(job)
         self.pool = ThreadPoolExecutor(job.loading.threads)
@@ -187,8 +187,8 @@ class FfcvViews(Loader):
         """The memory with a batch's views, its ids and its parameters, or the error that occurred.
 
         This runs on FFCV's thread. An exception would end that thread without a message, and the
-        training thread would wait for ever. The error is therefore returned, and `batches` raises
-        it. The ids can differ from those given: a bad image may be replaced by another.
+        training thread would wait for ever. The error is therefore returned, and `load_batches`
+        raises it. The ids can differ from those given: a bad image may be replaced by another.
         """
         try:
             params, memory = self.job.params(self.epoch, ids), self.transfer.take(len(ids))
@@ -222,7 +222,7 @@ class FfcvViews(Loader):
         except Exception as error:
             return error
 
-    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
         self.epoch = epoch
         steps = range(step, len(self))
         ids = np.array([self.job.order.ids(epoch, s) for s in steps], np.int64).reshape(-1)

@@ -3,7 +3,8 @@
 Each kernel does the integer and float arithmetic of a PIL operation, in the same order. A view
 therefore equals the one that torchvision makes from a PIL image with the same parameters. The
 operations are crop and resize (Resample.c), the four jitter operations (Blend.c, Convert.c),
-grayscale, and PIL's Gaussian blur, which is three box blurs along each axis (BoxBlur.c).
+grayscale, and PIL's Gaussian blur, which is three box blurs along each axis (BoxBlur.c). Flips and
+quarter turns only move pixels.
 
 Images are `(H, W, 3)` uint8. Between the operations, a view is three planes `(3, S, S)` uint8, in a
 layout that the compiler can vectorise.
@@ -21,7 +22,8 @@ from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 # All kernels must be in this file, because numba recognises an outdated cache by the file of the
 # kernel, not by the files of the functions that it calls. `fastmath` is explicitly False: otherwise
 # a kernel that is first compiled for a caller with fastmath, as FFCV's functions are, would inherit
-# it and be cached with it.
+# it and be cached with it. No kernel that another calls may take a writable 1-d uint8 array: FFCV
+# marks numba's type of these as read-only, and numba then does not find what it has compiled.
 kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
@@ -55,7 +57,7 @@ def sample_views(
         if weak.shape[0] == 0 and aggressive.shape[0] == 0:
             continue
         p = params[crop]
-        crop_resize_flip(image, p["top"], p["left"], p["height"], p["width"], p["flip"], planes)
+        weak_stage(image, p, planes)
         if weak.shape[0] > 0:
             normalise(planes, table, weak)
         if aggressive.shape[0] > 0:
@@ -171,23 +173,33 @@ def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel
-def crop_resize_flip(
-    image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, planes: np.ndarray
-) -> None:
-    """Resize a window of `image` `(H, W, 3)` to `planes` `(3, S, S)`, mirrored if `flip`."""
+def weak_stage(image: np.ndarray, p: np.void, planes: np.ndarray) -> None:
+    """Crop, resize, flip and turn `image` `(H, W, 3)` to `planes` `(3, S, S)` uint8.
+
+    `p` is one row of `draws.VIEW_PARAMS`. A turn is two flips and a transposition (see
+    `draws.mirrors`), and the flips cost nothing.
+    """
+    top, left, height, width = p["top"], p["left"], p["height"], p["width"]
+    turns = p["quarter_turns"]
+    flip_x = p["flip"] != (turns == 1 or turns == 2)
+    flip_y = p["vertical_flip"] != (turns >= 2)
     size = planes.shape[1]
     pixels = image.reshape(image.shape[0], image.shape[1] * 3)
     if height > size and 2 * width < height + size:
         # Pillow 13 resizes such a window along y first. Older versions never do.
         pixels = resize_down(pixels, top, 3 * left, height, 3 * width, size)
         top, left, height = 0, 0, size
-    rows = resize_across(pixels, top, left, height, width, flip, size)
+    rows = resize_across(pixels, top, left, height, width, flip_x, size)
     resized = resize_down(rows, 0, 0, height, 3 * size, size)
     for c in range(3):
         for y in range(size):
-            row, out = resized[y][c * size :][:size], planes[c, y]
-            for x in range(size):
-                out[x] = row[x]
+            row, out = resized[size - 1 - y if flip_y else y][c * size :][:size], planes[c, y]
+            if turns % 2 == 1:
+                for x in range(size):
+                    planes[c, x, y] = row[x]
+            else:
+                for x in range(size):
+                    out[x] = row[x]
 
 
 @kernel
@@ -474,7 +486,7 @@ def finish_views(
     aggressive_1: np.ndarray,
     aggressive_2: np.ndarray,
 ) -> None:
-    """All views of a batch whose weak crops are already made.
+    """All views of a batch whose weak crops are made, except that they are not transposed yet.
 
     `first` and `second` are the crops `(B, S, S, 3)` uint8, or empty when not read. `params` are
     `(B, 2)`, `table` `(3, 256)`, and the outputs as in `batch_views`.
@@ -488,11 +500,16 @@ def finish_views(
             if size == 0:
                 continue
             planes = np.empty((3, size, size), np.uint8)
+            transpose = params[b, crop]["quarter_turns"] % 2 == 1
             for c in range(3):
                 for y in range(size):
                     row, out = levels[b, y], planes[c, y]
-                    for x in range(size):
-                        out[x] = row[x, c]
+                    if transpose:
+                        for x in range(size):
+                            planes[c, x, y] = row[x, c]
+                    else:
+                        for x in range(size):
+                            out[x] = row[x, c]
             if weak.shape[1] > 0:
                 normalise(planes, table, weak[b])
             if aggressive.shape[1] > 0:

@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, TypeVar, get_args
@@ -21,7 +22,8 @@ from torch.utils.data import get_worker_info
 
 from pipelines import device_ops
 from pipelines.backends import BACKENDS, choose_backend
-from pipelines.draws import draw
+from pipelines.draws import batch_seed, draw
+from pipelines.extra import Extra
 from pipelines.order import Order
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
@@ -133,25 +135,38 @@ class Job:
 
 
 class Loader(ABC):
-    """One rank's loader; `len()` is the number of steps per epoch.
+    """One rank's loader; `len()` is the number of batches per epoch.
 
     It is a context manager that closes itself. `skipped` holds the bad images met so far: sample id
-    and what is wrong.
+    and what is wrong. Raises ValueError when the recipe's `views.extra` names no function.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.skipped: dict[int, str] = {}
+        self.extra = Extra(job.spec.extra, job.device) if job.spec.extra else None
 
     def __len__(self) -> int:
         return len(self.job.order)
 
-    @abstractmethod
     def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
-        """The batches of an epoch, from `step` to its end.
+        """The batches of an epoch, from the one numbered `step` to its end.
+
+        With gradient accumulation, a step of the optimiser takes several of them.
 
         Closing the generator early also ends the work on the batches ahead.
         """
+        order = self.job.order
+        with closing(self.load_batches(epoch, step)) as batches:
+            for number, batch in enumerate(batches, step):
+                if self.extra is not None:
+                    seed = batch_seed(order.seed, epoch, number, order.rank)
+                    batch.views = self.extra(batch.views, seed)
+                yield batch
+
+    @abstractmethod
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
+        """A backend's part of `batches`: all of it but the user's own augmentation."""
 
     def __enter__(self) -> Loader:
         return self
@@ -209,9 +224,9 @@ def open_views(
 ) -> Loader:
     """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
 
-    The loader is a context manager. `len()` is the number of steps per epoch, and
-    `batches(epoch, step)` yields the batches from there on. The backend that "auto" chose is logged
-    with the reason.
+    The loader is a context manager. `len()` is the number of batches per epoch, and
+    `batches(epoch, step)` yields those from number `step` on. The backend that "auto" chose is
+    logged with the reason.
 
     Raises ValueError for an unknown view, a missing library, images that the backend cannot take,
     and, while loading, for an image that can no longer be read or whose size differs from the

@@ -44,7 +44,7 @@ class NativeViews(Loader):
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
         ahead: deque[Submitted] = deque()
         try:
             for s in range(step, len(self) + self.job.loading.prefetch_batches):

@@ -115,8 +115,12 @@ class Packed:
         """One image `(H, W, 3)` uint8."""
         return self.decode(sample, self.stored(sample))
 
+    def file(self, sample: int) -> Path:
+        """The file that an image is in."""
+        return self.paths[int(self.entries["file"][sample])]
+
     def name(self, sample: int) -> str:
-        return f"image {sample} of {self.paths[self.entries['file'][sample]]}"
+        return f"image {sample} of {self.file(sample)}"
 
     def source(self, split: str, classes: tuple[str, ...]) -> Source:
         """The split as a `Source`.
@@ -132,7 +136,8 @@ class Packed:
         except ValueError as error:
             reason = f"{self.paths[0]} and what is beside it: {error}. Convert the data again"
             raise ValueError(reason) from error
-        return Source(manifest, self.read, None if self.entries["raw"].any() else self.stored)
+        encoded = None if self.entries["raw"].any() else self.stored
+        return Source(manifest, self.read, encoded, file=self.file)
 
 
 def read_classes(path: Path, form: str, count: int) -> tuple[str, ...]:

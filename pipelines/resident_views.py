@@ -6,7 +6,6 @@ threads, on a GPU by `device_ops` from the images in its memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from pipelines import device_ops
+from pipelines.backends import free_bytes
 from pipelines.loading import Job, Loader, in_parts
 from pipelines.transfer import Transfer, views_from_weak
 from pipelines.views import Batch
@@ -50,7 +50,7 @@ class ResidentViews(Loader):
     def close(self) -> None:
         self.pool.shutdown()
 
-    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
         for s in range(step, len(self)):
             yield self.make(epoch, self.stand_ins[self.job.order.ids(epoch, s)])
 
@@ -110,9 +110,3 @@ class ResidentViews(Loader):
 
         self.stand_ins = np.array(list(self.pool.map(read, range(count))))
         return pixels
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory for the images in bytes: the host's, or the GPU's if that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free

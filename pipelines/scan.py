@@ -31,19 +31,19 @@ CACHE: dict[str, np.dtype] = {
 
 
 def file_manifest(
-    data: Path, split: str, list_files: Callable[[], Listing], cache: str | Path | None = None
+    data: Path, split: str, list_files: Callable[[], Listing], places: list[Path]
 ) -> Manifest:
     """The manifest of the image files that `list_files()` returns, from their headers or the cache.
 
-    The cache is used while names, labels, file sizes and modification times are unchanged. To know
-    that takes a stat of every file. In a process group all ranks must call this function: rank 0
-    does this work first, and the others use the cache that it found or wrote. A rank that does not
-    see that cache, because its node has other disks, does the work itself.
+    The paths are relative to `data`. The cache is the first of the files `places` that fits; a new
+    one goes to the first of them that can be written. It fits while names, labels, file sizes and
+    modification times are unchanged. To know that takes a stat of every file. In a process group
+    all ranks must call this function: rank 0 does this work first, and the others use the cache
+    that it found or wrote. A rank that does not see that cache, because its node has other disks,
+    does the work itself.
 
     Raises ValueError with the path of every damaged or incomplete image, and as `list_files` does.
     """
-    name = "test.npz" if split == "test" else "train.npz"
-    places = [Path(place) / ".rsa-fast" / name for place in (data, cache) if place]
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return checked_manifest(data, split, list_files, places)[0]
     if dist.get_rank() == 0:

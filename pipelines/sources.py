@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,44 @@ class Source:
     manifest: Manifest
     read: Callable[[int], np.ndarray]  # (H, W, 3) uint8, decoded by PIL
     encoded: Callable[[int], bytes] | None = None  # the file's bytes; None where pixels are stored
-    beton: Path | None = None  # the FFCV file that contains all images
+    beton: Path | None = None  # the FFCV file that contains all images, in the order of their ids
+    file: Callable[[int], Path] | None = None  # what an image is read from; None: from memory
+    held_out: int = 0  # how many training images are kept for scores, and not in this split
+
+    def __repr__(self) -> str:
+        """What the split is, and where its images are."""
+        manifest = self.manifest
+        classes = " without labels"
+        if manifest.classes:
+            classes = f" in {len(manifest.classes):,} classes"
+        held_out = f", {self.held_out:,} more held out" if self.held_out else ""
+        title = f"{manifest.split}: {len(manifest):,} images{classes}{held_out}"
+        if not len(manifest):
+            return title
+        pixels = manifest.sizes.prod(1, dtype=np.int64)
+        extremes = manifest.sizes[[pixels.argmin(), pixels.argmax()]]
+        sizes = dict.fromkeys(f"{width}x{height} px" for height, width in extremes)
+        return f"{title}\n  {' to '.join(sizes)}, {self.place()}"
+
+    def place(self) -> str:
+        """Where the images are, in words."""
+        if self.file is None:
+            return "in memory"
+        first = self.file(0)
+        if first.suffix == ".tar":
+            return f"in tar shards in {first.parent}"
+        if first.suffix in (".beton", ".ffcv"):
+            return f"in {first}"
+        return f"in files in {str(first).removesuffix(self.manifest.paths[0])}"
 
     def jpeg(self, sample: int) -> bytes | None:
         """The stored bytes of an image, if its first two bytes say that it is a JPEG."""
         data = self.encoded(sample) if self.encoded else b""
         return data if data[:2] == b"\xff\xd8" else None
+
+    def files(self, ids: Iterable[int]) -> list[Path]:
+        """The files from which these images are read, each once; none if they are in memory."""
+        return list(dict.fromkeys(map(self.file, ids))) if self.file else []
 
 
 def read_rgb(path: Path) -> np.ndarray:

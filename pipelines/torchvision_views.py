@@ -20,16 +20,22 @@ from pipelines.views import VIEWS, Batch
 
 # What a worker process returns: a batch or an error, and the bad images it has skipped so far.
 Delivery = tuple[Batch | ValueError, dict[int, str]]
+# The rotations by one, two and three quarters, counter-clockwise.
+TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 # The jitter operations in the order of their numbers in `draws`.
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
-    """The weak stage: the crop and flip of `p`, a row of `draws.VIEW_PARAMS`."""
+    """The weak stage: the crop, flips and turn of `p`, a row of `draws.VIEW_PARAMS`."""
     window = (int(p[name]) for name in ("top", "left", "height", "width"))
     view: Image.Image = F.resized_crop(image, *window, [size_px, size_px])
     if p["flip"]:
         view = F.hflip(view)
+    if p["vertical_flip"]:
+        view = F.vflip(view)
+    if turns := int(p["quarter_turns"]):
+        view = view.transpose(TURNS[turns - 1])
     return view
 
 
@@ -60,7 +66,7 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
     The workers belong to the iterator of one epoch and end with it.
     """
 
-    def batches(self, epoch: int, step: int = 0) -> Generator[Batch]:
+    def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
         epochs_and_ids = [(epoch, self.job.order.ids(epoch, s)) for s in range(step, len(self))]
         deliveries = DataLoader(
             self,

@@ -2,13 +2,16 @@
 
 RSA augments in two stages (section 4.1 of the paper, with the values of MoCo v2). A *weak* view is
 a crop and a flip. An *aggressive* view is that same crop and flip, followed by colour jitter,
-grayscale and blur. Two crops per image give four views.
+grayscale and blur. Two crops per image give four views. A vertical flip and a rotation by quarter
+turns can be added to the weak stage, and a function of one's own after both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from pipelines.named import absolute_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +35,9 @@ class ViewSpec:
     crop_area: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
     flip_p: float = 0.5
+    # These two belong to the weak stage, for images without an upper side, such as aerial ones.
+    vertical_flip_p: float = 0
+    quarter_turns: bool = False  # by 0, 90, 180 or 270 degrees, each as likely as the others
     jitter_p: float = 0.8  # brightness, contrast, saturation and hue, in a random order per view
     brightness: float = 0.4  # the factor lies in 1 +- this
     contrast: float = 0.4  # as brightness
@@ -40,12 +46,17 @@ class ViewSpec:
     grayscale_p: float = 0.2
     blur_p: float = 0.5
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)  # not scaled with size_px
+    # A function of one's own, `my_views.py:function`, which changes a batch's views at the end (see
+    # extra.py). The path is made absolute here, so that a resumed run may start in another folder.
+    extra: str | None = None
 
     def __post_init__(self) -> None:
         """Raise a ValueError that names every field whose value makes no sense."""
+        if self.extra is not None:
+            object.__setattr__(self, "extra", absolute_spec(self.extra))
         bad = [
             f"{name}={getattr(self, name)}: a probability lies in [0, 1]"
-            for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p")
+            for name in ("flip_p", "vertical_flip_p", "jitter_p", "grayscale_p", "blur_p")
             if not 0 <= getattr(self, name) <= 1
         ]
         if self.size_px < 1:
@@ -75,8 +86,9 @@ class Batch:
 
     `views` contains the views that the method reads, by their names in `VIEWS`. The others were not
     computed. Each view is `(B, 3, H, W)`, normalised, in channels_last memory format, on the device
-    and in the compute dtype. `aggressive_i` has the same crop and flip as `weak_i`, followed by
-    colour jitter, grayscale and blur. The crops 1 and 2 of an image are independent of each other.
+    and in the compute dtype. `aggressive_i` has the same crop, flips and turns as `weak_i`,
+    followed by colour jitter, grayscale and blur. The crops 1 and 2 of an image are independent of
+    each other.
     `label` is `(B,)` int64, -1 for unlabelled images.
     """
 

@@ -2,16 +2,26 @@
 
 >>> from pathlib import Path
 >>> from pipelines import VIEWS, Order, open_source, open_views
->>> from rsa_fast import build_recipe, evaluate, load_encoder, train
->>> data, out = Path("data/cifar10"), Path("runs/notebook")
->>> recipe = build_recipe("cifar10", "rsa", overrides={"epochs": 2, "batch_size": 32, "width": 8})
+>>> from rsa_fast import Callback, build_recipe, evaluate, load_encoder, train
+>>> data, out = "data/cifar10", Path("runs/notebook")
+>>> recipe = build_recipe("cifar10", "rsa", epochs=2, batch_size=32, width=8, views={"blur_p": 0})
+>>> recipe  # its last line: what differs from the published numbers
+rsa on cifar10: resnet18, 32 px, batch 32, 2 epochs, lr 0.0125
+  width 8 (not 64), epochs 2 (not 200), batch_size 32 (not 256), views.blur_p 0.0 (not 0.5)
 >>> source = open_source(data, "pretrain")
 >>> order = Order(len(source.manifest), batch_size=32, seed=0)
 >>> with open_views(source, recipe.views, frozenset(VIEWS), order) as loader:
 ...     batch = next(loader.batches(epoch=0))  # weak_1, weak_2, aggressive_1, aggressive_2, label
 >>> batch.aggressive_1.shape
 torch.Size([32, 3, 32, 32])
->>> result = train(recipe, data, out)  # as in result.json: step, knn_top1, images_per_s, ...
+>>> class Patience(Callback):  # stops 20 epochs after the best kNN score
+...     best, best_epoch = 0.0, 0
+...
+...     def on_epoch(self, run, epoch, scores):
+...         if scores.get("knn_top1", 0) > self.best:
+...             self.best, self.best_epoch = scores["knn_top1"], epoch
+...         return epoch >= self.best_epoch + 20
+>>> result = train(recipe, data, out, callbacks=[Patience()])  # as in result.json: knn_top1, ...
 >>> checkpoint = max(out.glob("checkpoints/*.pt"))
 >>> scores = evaluate(checkpoint, data, "linear")  # linear_top1, ... in percent
 >>> encoder, recipe = load_encoder(checkpoint)
@@ -23,6 +33,7 @@ from importlib import import_module
 from typing import Any
 
 EXPORTS = {
+    "Callback": "training.callbacks",
     "build_recipe": "recipes",
     "evaluate": "evaluation.evaluate",
     "load_encoder": "evaluation.encoders",
@@ -36,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"rsa_fast.{EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

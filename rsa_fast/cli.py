@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -16,18 +17,21 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
 from pipelines.backends import BACKENDS
-from rsa_fast.datasets import DATASETS
-from rsa_fast.methods import ABLATIONS, METHODS
+from rsa_fast.datasets import DATASETS, own_rules
+from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
 
 if TYPE_CHECKING:
+    from pipelines.layouts import Data
     from pipelines.manifest import Manifest
     from rsa_fast.recipes import Recipe
 
 Function = Callable[..., None]  # the function below click's decorators
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+PLACE = click.Path(path_type=Path)  # a folder, or a text file of paths
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -68,6 +72,20 @@ class Name(click.Choice[str]):
                 f"choose from {', '.join(self.choices)}"
             )
         return str(value)
+
+
+class MethodName(Name):
+    """The name of a method, or the path of a method's file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        check_name(str(value))
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        names = super().shell_complete(ctx, param, incomplete)
+        return names or [CompletionItem(incomplete, type="file")]
 
 
 class Command(click.Command):
@@ -138,19 +156,32 @@ class StderrHandler(logging.Handler):
 STDERR_HANDLER = StderrHandler()  # one for all invocations, so that no message is printed twice
 
 
-DATA = click.option("--data", required=True, type=FOLDER, help="Folder with the images.")
+DATA = click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=PLACE,
+    help="Folder with the images, or a text file with a path a line. Can be repeated.",
+)
+VAL_FRACTION = click.option(
+    "--val-fraction",
+    type=float,
+    help="Where there is no val/ or test/, hold out this fraction of the labelled training images "
+    "for scores.",
+)
 OUT = click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
 DATASET = click.option(
     "--dataset",
     type=Name("dataset", *DATASETS),
     metavar="NAME",
-    help=f"Dataset of the recipe: {', '.join(DATASETS)}.",
+    help=f"Dataset of the recipe: {', '.join(DATASETS)}. Without it and --config, auto chooses "
+    "from the images.",
 )
 METHOD = click.option(
     "--method",
-    type=Name("method", *METHODS),
+    type=MethodName("method", *METHODS),
     metavar="NAME",
-    help=f"Method of the recipe: {', '.join(METHODS)}.",
+    help=f"Method of the recipe: {', '.join(METHODS)}, or the path of a method's .py file.",
 )
 CONFIG = click.option(
     "--config", type=FILE, help="YAML file with recipe fields, such as a run's recipe.yaml."
@@ -164,6 +195,7 @@ SET = click.option(
 )
 EPOCHS = click.option("--epochs", type=int, help="Override the recipe's epochs.")
 BATCH_SIZE = click.option("--batch-size", type=int, help="Override the recipe's global batch size.")
+THREADS = click.option("--threads", "--workers", type=int, help="Number of the loader's threads.")
 BACKEND = click.option(
     "--backend",
     type=Name("backend", "auto", *BACKENDS),
@@ -189,6 +221,7 @@ def main(debug: bool) -> None:
 
 
 @main.command()
+@click.argument("folders", nargs=-1, type=PLACE, metavar="[DATA]...")
 @section(
     "Recipe",
     DATASET,
@@ -202,6 +235,17 @@ def main(debug: bool) -> None:
     SET,
     EPOCHS,
     BATCH_SIZE,
+    click.option("--size", type=int, metavar="PX", help="Override the side of the views."),
+    click.option(
+        "--arch",
+        metavar="NAME",
+        help="Override the network: a ResNet, timm/NAME, or FILE.py:FUNCTION.",
+    ),
+    click.option(
+        "--lr",
+        type=float,
+        help="Peak learning rate (the field peak_lr), instead of base_lr * batch size / 256.",
+    ),
     click.option(
         "--seed",
         type=int,
@@ -210,11 +254,16 @@ def main(debug: bool) -> None:
 )
 @section(
     "Images",
-    DATA,
+    click.option("--data", multiple=True, type=PLACE, help="Another way to name DATA."),
+    click.option(
+        "--name", help="What results call the data. Default: the dataset; for auto, the folder."
+    ),
+    VAL_FRACTION,
     click.option(
         "--download", is_flag=True, help="First download CIFAR-10, CIFAR-100 or STL-10 to --data."
     ),
     BACKEND,
+    THREADS,
     click.option(
         "--on-bad-image",
         type=Name("policy", "stop", "skip"),
@@ -223,7 +272,11 @@ def main(debug: bool) -> None:
 )
 @section(
     "Run",
-    OUT,
+    click.option(
+        "--out",
+        type=FOLDER,
+        help="Run folder to write. Default: runs/NAME-METHOD, counted up; to resume, the newest.",
+    ),
     click.option(
         "--dry-run",
         is_flag=True,
@@ -232,7 +285,8 @@ def main(debug: bool) -> None:
     click.option(
         "--resume",
         is_flag=True,
-        help="Continue exactly from the newest checkpoint in --out, or start if there is none.",
+        help="Continue exactly from the newest checkpoint in --out, or start if there is none. "
+        "Without --dataset and --config, the recipe is that of the run.",
     ),
     click.option(
         "--force",
@@ -243,7 +297,8 @@ def main(debug: bool) -> None:
     click.option(
         "--init-from",
         type=FILE,
-        help="Start from the weights in another run's checkpoint. Ignored when a run is resumed.",
+        help="Start from the encoder in a file that eval reads; of a like run, heads too. "
+        "Ignored when a run is resumed.",
     ),
     click.option(
         "--wandb", is_flag=True, default=None, help="Also send the records to Weights & Biases."
@@ -269,6 +324,7 @@ def main(debug: bool) -> None:
 @click.pass_context
 def train(
     ctx: click.Context,
+    folders: tuple[Path, ...],
     dataset: str | None,
     method: str | None,
     ablation: str | None,
@@ -276,12 +332,18 @@ def train(
     sets: tuple[str, ...],
     epochs: int | None,
     batch_size: int | None,
+    size: int | None,
+    arch: str | None,
+    lr: float | None,
     seed: int | None,
-    data: Path,
+    data: tuple[Path, ...],
+    name: str | None,
+    val_fraction: float | None,
     download: bool,
     backend: str | None,
+    threads: int | None,
     on_bad_image: str | None,
-    out: Path,
+    out: Path | None,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -292,21 +354,51 @@ def train(
     nproc: int | None,
     max_restarts: int,
 ) -> None:
-    """Pre-train an encoder and score it.
+    """Pre-train an encoder on the images in DATA and score it.
 
-    It is scored by kNN during training, and by kNN and a linear classifier at the end.
+    `rsa-fast train my_photos` is enough: `rsa-fast recipes auto` explains what it chooses. DATA is
+    a folder or a text file of paths, or several of them. The encoder is scored by kNN during
+    training, and by kNN and a linear classifier at the end.
 
     Exit code 75: a signal (TERM, USR1, INT) stopped the run, which --resume continues exactly.
     """
     refuse_both("--resume", resume, "--overwrite", overwrite)
     refuse_both("--gpus", gpus, "--nproc", nproc)
+    refuse_both("DATA", folders, "--data", data)
     if force and not resume:
         raise click.UsageError("--force is only valid with --resume")
+    if overwrite and not out:
+        raise click.UsageError("--overwrite wants --out, which says what to replace")
+    places = folders or data
+    if not places:
+        raise click.UsageError("give the folder with the images: rsa-fast train my_photos")
+    if download and len(places) > 1:
+        raise click.UsageError("--download wants one folder, which the images go to")
+    images: Data = places[0] if len(places) == 1 else places
+    from pipelines import layouts
+    from rsa_fast.distributed import STOPPED_EXIT_CODE, launch, launcher_variables
+
+    chosen_dataset, chosen_method, _ = chosen_names(dataset, method, config, ablation)
+    layout = binary_layout(chosen_dataset, places[0]) if download else ""
+    arguments = sys.argv[1:]
+    if out is None:
+        if launcher_variables(os.environ):
+            raise click.UsageError("several processes want --out: they write to one folder")
+        out = default_out(name, images, chosen_dataset, chosen_method, resume=resume)
+        arguments += ["--out", str(out)]
+    if resume and not (dataset or config) and (out / "recipe.yaml").is_file():
+        config = out / "recipe.yaml"
     overrides = {
         "epochs": epochs,
         "batch_size": batch_size,
+        "views.size_px": size,
+        "arch": arch,
+        "peak_lr": lr,
         "seed": seed,
+        "name": name,
+        "val_fraction": val_fraction,
         "backend": backend,
+        "threads": threads,
         "on_bad_image": on_bad_image,
         "wandb": wandb,
         "device": "cuda" if gpus else "cpu" if nproc else None,
@@ -318,30 +410,49 @@ def train(
         sets=sets,
         overrides=overrides,
         ablation=ablation,
+        data=images,
     )
-    from pipelines import layouts
-
     if download:
-        layouts.download(data, binary_layout(recipe.dataset, data))
+        layouts.download(places[0], layout)
     processes = gpus or nproc
     if dry_run:
-        print_dry_run(recipe, layouts.open_source(data, "pretrain").manifest, processes or 1)
+        source = layouts.open_source(images, "pretrain", val_fraction=recipe.val_fraction)
+        layouts.log_held_out(source, images)
+        print_dry_run(recipe, source.manifest, processes or 1)
         return
-    from rsa_fast.distributed import STOPPED_EXIT_CODE, launch
-
     if processes and "RANK" not in os.environ:
-        ctx.exit(launch(processes, max_restarts, sys.argv[1:]))
+        ctx.exit(launch(processes, max_restarts, arguments))
     from rsa_fast.training import engine
 
     try:
         result = engine.train(
-            recipe, data, out, resume=resume, overwrite=overwrite, init_from=init_from, force=force
+            recipe,
+            images,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            init_from=init_from,
+            force=force,
         )
     except engine.StoppedError as stopped:
         click.echo(str(stopped), err=True)
         ctx.exit(STOPPED_EXIT_CODE)
     if result:
         click.echo(json.dumps(result))
+
+
+def default_out(name: str | None, data: Data, dataset: str, method: str, *, resume: bool) -> Path:
+    """The folder runs/NAME-METHOD, counted up until it is new; to resume, the newest there is."""
+    from rsa_fast.recipes import name_of
+
+    name = name or (name_of(data) if dataset == "auto" else dataset)
+    base = Path("runs") / f"{name}-{short_name(method)}"
+    runs = base.parent.iterdir() if base.parent.is_dir() else ()
+    counted = re.compile(re.escape(base.name) + r"(?:-(\d+))?")
+    found = [match for match in map(counted.fullmatch, (run.name for run in runs)) if match]
+    newest = max((int(match[1] or 1) for match in found), default=0)
+    number = max(1, newest) if resume else newest + 1
+    return base if number == 1 else base.with_name(f"{base.name}-{number}")
 
 
 def binary_layout(dataset: str, data: Path) -> str:
@@ -371,7 +482,13 @@ def print_dry_run(recipe: Recipe, manifest: Manifest, processes: int) -> None:
 
     images = len(manifest)
     recipe.check_labels(manifest.labelled, len(manifest.classes))
-    Order(images, batch_size=recipe.batch_size, seed=recipe.seed, world_size=processes)
+    Order(
+        images,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        world_size=processes,
+        accumulate=recipe.accumulate,
+    )
     click.echo(dump_yaml(recipe))
     click.echo(json.dumps({"images": images, **asdict(resolve(recipe, images, processes))}))
 
@@ -384,14 +501,27 @@ def recipe_of(
     sets: tuple[str, ...],
     overrides: Mapping[str, object],
     ablation: str | None = None,
+    data: Data | None = None,
 ) -> Recipe:
     """The recipe of a command line.
 
     It comes from dataset and method, --config, --ablation, --set, and options such as --epochs;
     later ones replace earlier ones. `overrides` maps the names of recipe fields to the values of
-    those options, None for an option that is not given.
+    those options, None for an option that is not given. The dataset auto chooses from `data`.
     """
-    from rsa_fast.recipes import build_recipe, parse_set, read_yaml
+    from rsa_fast.recipes import build_recipe, parse_set
+
+    dataset, method, ablation_fields = chosen_names(dataset, method, config, ablation)
+    fields = {"dataset": dataset, "method": method, **ablation_fields, **parse_set(sets)}
+    fields |= {key: value for key, value in overrides.items() if value is not None}
+    return build_recipe(dataset, method, config, fields, data=data)
+
+
+def chosen_names(
+    dataset: str | None, method: str | None, config: Path | None, ablation: str | None
+) -> tuple[str, str, dict[str, Any]]:
+    """The dataset and the method of a command line, and the fields of the ablation."""
+    from rsa_fast.recipes import read_yaml
 
     config_fields = read_yaml(config) if config else {}
     ablation_fields: dict[str, Any] = {}
@@ -400,13 +530,9 @@ def recipe_of(
         if method and method != ablated_method:
             raise click.UsageError(f"--ablation {ablation} is for {ablated_method}, not {method}")
         method = ablated_method
-    dataset = dataset or config_fields.get("dataset")
-    method = method or config_fields.get("method")
-    if not (dataset and method):
-        raise click.UsageError("give --dataset and --method, or a --config that names both")
-    fields = {"dataset": dataset, "method": method, **ablation_fields, **parse_set(sets)}
-    fields |= {key: value for key, value in overrides.items() if value is not None}
-    return build_recipe(dataset, method, config, fields)
+    dataset = dataset or config_fields.get("dataset") or "auto"
+    method = method or config_fields.get("method") or "rsa"
+    return dataset, method, ablation_fields
 
 
 def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -416,24 +542,37 @@ def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 @main.command()
 @click.argument("name", required=False, shell_complete=complete_recipe)
-def recipes(name: str | None) -> None:
+@click.option("--data", type=PLACE, help="Images for which to show the recipe of auto.")
+def recipes(name: str | None, data: Path | None) -> None:
     """List the recipes, or show one with the source of every number.
 
     `rsa-fast recipes cifar100` shows RSA's recipe, `rsa-fast recipes cifar100/byol` that of BYOL.
+    `rsa-fast recipes auto` shows the rules for one's own images, and with --data what they choose.
     """
+    if data and (not name or name.partition("/")[0] != "auto"):
+        raise click.UsageError("--data is for the recipe auto: no other one reads the images")
     if not name:
-        click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}")
-        click.echo(json.dumps({"datasets": list(DATASETS), "methods": METHODS}))
+        methods = [*METHODS, *installed_methods()]
+        click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}")
+        click.echo(json.dumps({"datasets": list(DATASETS), "methods": methods}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    from rsa_fast.recipes import build_recipe, row
+    from rsa_fast.recipes import build_recipe, own_row, row
 
     dataset, _, method = name.partition("/")
-    recipe = build_recipe(dataset, method or "rsa")
-    sources = row(dataset, recipe.method)
-    table = Table("field", "value", "source", title=f"{dataset}/{recipe.method}")
+    if dataset == "auto" and not data:
+        rules = own_rules()
+        table = Table("field", "rule", "reason", title="auto, for one's own images")
+        for rule in rules:
+            table.add_row(*rule)
+        Console().print(table)
+        click.echo(json.dumps({"auto": {field: rule for field, rule, _ in rules}}))
+        return
+    recipe = build_recipe(dataset, method or "rsa", data=data)
+    sources = row(dataset, recipe.method, own_row(data) if data else None)
+    table = Table("field", "value", "source", title=f"{dataset}/{short_name(recipe.method)}")
     for field, value in recipe:
         text = str(value)
         if field == "views":
@@ -452,8 +591,13 @@ def recipes(name: str | None) -> None:
     help="A run's checkpoints/step_*.pt, or another project's encoder.",
 )
 @click.option(
-    "--data", required=True, type=FOLDER, help="Folder with labelled train and test images."
+    "--data",
+    required=True,
+    multiple=True,
+    type=PLACE,
+    help="Folder with labelled train and test images, or a text file of paths. Can be repeated.",
 )
+@VAL_FRACTION
 @click.option(
     "--dataset",
     type=Name("dataset", *DATASETS),
@@ -494,7 +638,8 @@ def recipes(name: str | None) -> None:
 def evaluate(
     protocol: Literal["knn", "linear"],
     checkpoint: Path,
-    data: Path,
+    data: tuple[Path, ...],
+    val_fraction: float | None,
     dataset: str | None,
     resize_px: str | None,
     variant: Literal["fast", "rsa-small", "rsa-large"] | None,
@@ -520,6 +665,7 @@ def evaluate(
         epochs=epochs,
         bn=bn,
         nesterov=nesterov,
+        val_fraction=val_fraction,
     )
     click.echo(json.dumps(scores))
 
@@ -638,7 +784,7 @@ def detect(
 @click.option("--epoch", type=click.IntRange(0), default=0, help="Epoch whose views are drawn.")
 @click.option("--seed", type=int, help="Seed of the sample order and the augmentations.")
 def preview(
-    data: Path,
+    data: tuple[Path, ...],
     out: Path,
     dataset: str | None,
     config: Path | None,
@@ -652,17 +798,18 @@ def preview(
     """Draw a sheet of what training sees.
 
     It shows each image with its two crops, and its four views with the random parameters that were
-    drawn. Without --dataset and --config, the recipe is that of imagenet1k.
+    drawn.
     """
-    dataset, method = (dataset, None) if config else (dataset or "imagenet1k", "rsa")
     overrides = {"backend": backend, "seed": seed}
+    if not config:
+        overrides["batch_size"] = images  # auto would refuse a folder with few images
     recipe = recipe_of(
-        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides
+        dataset=dataset, method=None, config=config, sets=sets, overrides=overrides, data=data
     )
     from pipelines import open_source
     from rsa_fast.insight.preview import preview as run
 
-    source = open_source(data, "pretrain")
+    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
     click.echo(json.dumps(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
 
 
@@ -677,7 +824,7 @@ def preview(
     "--format",
     required=True,
     type=Name("format", *FORMATS),
-    help="The first three only represent the standard network: 7x7 stem, 64 channels.",
+    help="Of ResNets, the first three only represent the standard ones: 7x7 stem, 64 channels.",
 )
 @click.option(
     "--out",
@@ -743,7 +890,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     "Images",
     DATA,
     BACKEND,
-    click.option("--threads", type=int, help="Number of the loader's threads."),
+    THREADS,
 )
 @section(
     "Measurement",
@@ -796,7 +943,7 @@ def profile(
     config: Path | None,
     sets: tuple[str, ...],
     batch_size: int | None,
-    data: Path,
+    data: tuple[Path, ...],
     backend: str | None,
     threads: int | None,
     methods: str,
@@ -817,7 +964,14 @@ def profile(
     overrides = {"batch_size": batch_size, "backend": backend, "threads": threads}
     names = [name.strip() for name in methods.split(",")]
     recipes = {
-        name: recipe_of(dataset=dataset, method=name, config=config, sets=sets, overrides=overrides)
+        short_name(name): recipe_of(
+            dataset=dataset,
+            method=name,
+            config=config,
+            sets=sets,
+            overrides=overrides,
+            data=data,
+        )
         for name in names
     }
     if tune:
@@ -851,8 +1005,10 @@ def profile(
     BATCH_SIZE,
     click.option(
         "--data",
-        type=FOLDER,
-        help="Folder with the images. If not given, the dataset as published is assumed.",
+        multiple=True,
+        type=PLACE,
+        help="Folder with the images, or a text file of paths. Can be repeated. If not given, the "
+        "dataset as published is assumed.",
     ),
 )
 @section(
@@ -883,7 +1039,7 @@ def plan(
     sets: tuple[str, ...],
     epochs: int | None,
     batch_size: int | None,
-    data: Path | None,
+    data: tuple[Path, ...],
     gpu: str,
     gpus: int,
     nodes: int,
@@ -892,13 +1048,14 @@ def plan(
 ) -> None:
     """Predict memory, time and decoding speed of a run on other GPUs."""
     overrides = {"epochs": epochs, "batch_size": batch_size}
+    images = data or None
     recipe = recipe_of(
-        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides
+        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides, data=images
     )
     from rsa_fast.insight import planning
 
     prediction = planning.plan(
-        recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=data
+        recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=images
     )
     planning.show(prediction)
     click.echo(json.dumps(prediction))

@@ -2,15 +2,21 @@
 
     DATASETS["cifar10"].classes
 
-A recipe starts from the row's `fields`. This module imports nothing heavy, so `rsa-fast --help`
+A recipe starts from the row's `fields`. The row `auto`, for one's own images, is completed from
+the images themselves by `own_dataset`. This module imports nothing heavy, so `rsa-fast --help`
 lists the names quickly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rsa_fast.sourced import Fields, cite
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Dataset:
     in proportion to the images; for Tiny ImageNet that of its zip file; for the others that of
     their pixels.
     `binary_layout` is torchvision's class for the dataset's binary files, if it has such files.
+    `run_length` are fields that a method's rows do not replace.
     """
 
     fields: Fields
@@ -30,6 +37,7 @@ class Dataset:
     file_gib: float
     side_px: int | None  # None: the images have different sizes
     binary_layout: str | None = None
+    run_length: Fields = field(default_factory=dict)
 
 
 # The mean and standard deviation of RGB in [0, 1].
@@ -145,10 +153,210 @@ DATASETS = {
             epochs=20,
             knn_every_epochs=4,
         ),
-        scales=("32px", "demo"),
+        scales=("32px", "short"),
         classes=10,
         images=2_400,
         file_gib=0.01,
         side_px=64,
     ),
+    # One's own images: these fields are the same for all, `own_dataset` chooses the others.
+    "auto": Dataset(
+        fields=cite("ImageNet's, as usual for photographs", views=IMAGENET_MEAN_STD)
+        | cite("chosen: held out for scores where there is no val/ or test/", val_fraction=0.2),
+        scales=(),
+        classes=0,
+        images=0,
+        file_gib=0.0,
+        side_px=None,
+    ),
 }
+
+
+# The rules of `auto`. These tables and numbers are all there is to change.
+@dataclass(frozen=True)
+class OwnSize:
+    """The size of views for images of some size, and what goes with it.
+
+    The row holds for images whose shorter sides have a median of up to `side_px`, and for views of
+    up to `size_px` where a user chose their size.
+    """
+
+    side_px: float
+    size_px: int
+    eval_resize_px: int
+    scale: str  # of the methods' rows
+    largest_batch: int
+    fields: Fields
+
+
+OWN_SMALL = cite("CODE methods/BYOL.py: for small images", stem="cifar") | cite(
+    "PAPER 4.1: small images", optimizer="sgd", base_lr=0.1, weight_decay=5e-4
+)
+OWN_LARGE = cite("PAPER 4.1: ImageNet", stem="imagenet") | cite(
+    "PAPER 4.1: ImageNet-100", optimizer="sgd", base_lr=0.2, weight_decay=1e-4
+)
+OWN_SIZES = (
+    OwnSize(48, 32, 32, "32px", 256, OWN_SMALL),
+    OwnSize(128, 64, 64, "64px", 256, OWN_SMALL),
+    OwnSize(math.inf, 224, 256, "224px", 128, OWN_LARGE),
+)
+# Up to so many images, so many steps in all.
+OWN_STEPS = (
+    (1_000, 3_200),
+    (5_000, 6_400),
+    (20_000, 12_800),
+    (100_000, 32_000),
+    (500_000, 100_000),
+)
+OWN_EPOCHS = 200  # with more images than that (PAPER 4.1)
+RESNET50_IMAGES = 20_000  # so many make ResNet-50 worth its time, at 224 px
+LEAST_IMAGES = 32
+LEAST_BATCH = 16
+LEAST_STEPS_PER_EPOCH = 16
+SHORT_STEPS = 20_000  # a shorter run takes the methods' rows "short"
+KNN_SCORES, CHECKPOINTS = 10, 20  # in a run
+
+
+def own_dataset(
+    sizes: np.ndarray,
+    classes: int,
+    *,
+    size_px: int | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+) -> Dataset:
+    """The row `auto` for training images with these heights and widths, `sizes` `(N, 2)`.
+
+    What a user chose, `size_px` of the views, `batch_size` and `epochs`, replaces the choice here,
+    and what follows from it is chosen to match.
+
+    Raises ValueError for too few images.
+    """
+    import numpy as np
+
+    same, images = DATASETS["auto"].fields, len(sizes)
+    if images < LEAST_IMAGES and batch_size is None:
+        raise ValueError(
+            f"auto found {images} training images and wants at least {LEAST_IMAGES}: add images, "
+            "or choose a --batch-size yourself"
+        )
+    side_px = int(np.median(sizes.min(axis=1)))
+    reason = f"chosen: the images' shorter sides have a median of {side_px} px"
+    if size_px:
+        own = next((own for own in OWN_SIZES if size_px <= own.size_px), OWN_SIZES[-1])
+        reason = "chosen: for the size of the views"
+    else:
+        own = next(own for own in OWN_SIZES if side_px <= own.side_px)
+        size_px = own.size_px
+    large = own is OWN_SIZES[-1]
+    arch = "resnet50" if large and images >= RESNET50_IMAGES else "resnet18"
+
+    wanted_batch = own.largest_batch
+    while wanted_batch > LEAST_BATCH and images // wanted_batch < LEAST_STEPS_PER_EPOCH:
+        wanted_batch //= 2
+    batch_size = batch_size or wanted_batch
+    steps_per_epoch = max(1, images // batch_size)
+    total_steps = next((steps for most, steps in OWN_STEPS if images <= most), None)
+    wanted_epochs = -(-total_steps // steps_per_epoch) if total_steps else OWN_EPOCHS
+    epochs = epochs or wanted_epochs
+    length_reason = "PAPER 4.1"
+    if total_steps:
+        length_reason = f"chosen: about {total_steps:,} steps in all for {images:,} images"
+
+    return Dataset(
+        fields=same
+        | own.fields
+        | cite(
+            f"{reason}; mean and std: {same['views'].source}",
+            views={"size_px": size_px, **same["views"].value},
+        )
+        | cite(
+            "chosen: the whole image is seen, but for its margins",
+            eval_resize_px=round(size_px * own.eval_resize_px / own.size_px),
+        )
+        | cite(f"chosen: {size_px} px views, {images:,} images", arch=arch),
+        scales=(own.scale, *(["short"] if steps_per_epoch * epochs < SHORT_STEPS else [])),
+        classes=classes,
+        images=images,
+        file_gib=0.0,
+        side_px=None,
+        run_length=cite(
+            f"chosen: the largest from {LEAST_BATCH} to {own.largest_batch} with "
+            f"{LEAST_STEPS_PER_EPOCH} steps an epoch, or else the least",
+            batch_size=batch_size,
+        )
+        | cite(length_reason, epochs=epochs)
+        | cite(f"chosen: about {KNN_SCORES} scores", knn_every_epochs=every(epochs, KNN_SCORES))
+        | cite(
+            f"chosen: about {CHECKPOINTS} checkpoints",
+            checkpoint_every_epochs=every(epochs, CHECKPOINTS),
+        ),
+    )
+
+
+def every(epochs: int, times: int) -> int:
+    """After how many epochs something is done that is wanted about so many times."""
+    return max(1, round(epochs / times))
+
+
+def own_rules() -> list[tuple[str, str, str]]:
+    """The rules of `own_dataset`: field, rule, reason."""
+
+    def by_size(values: list[object]) -> str:
+        if len(set(values)) == 1:
+            return str(values[0])
+        bounds = [f"up to {own.side_px:g} px: " for own in OWN_SIZES[:-1]] + ["else: "]
+        return "; ".join(f"{bound}{value}" for bound, value in zip(bounds, values, strict=True))
+
+    def by_field(name: str) -> tuple[str, str, str]:
+        sourced = [own.fields[name] for own in OWN_SIZES]
+        reasons = "; ".join(dict.fromkeys(one.source for one in sourced))
+        return name, by_size([one.value for one in sourced]), reasons
+
+    same, largest_px = DATASETS["auto"].fields, OWN_SIZES[-1].size_px
+    steps = "; ".join(f"up to {most:,} images: {steps:,} steps" for most, steps in OWN_STEPS)
+    return [
+        (
+            "views.size_px",
+            by_size([own.size_px for own in OWN_SIZES]),
+            "chosen: by the median of the images' shorter sides, as all that depends on px here",
+        ),
+        by_field("stem"),
+        (
+            "arch",
+            f"resnet18; at {largest_px} px from {RESNET50_IMAGES:,} images: resnet50",
+            "chosen: a larger network wants more images",
+        ),
+        (
+            "eval_resize_px",
+            by_size([own.eval_resize_px for own in OWN_SIZES]),
+            "chosen: the whole image is seen, but for its margins",
+        ),
+        ("views.mean, views.std", "ImageNet's", same["views"].source),
+        (
+            "batch_size",
+            f"the largest power of two from {LEAST_BATCH} that leaves {LEAST_STEPS_PER_EPOCH} "
+            f"steps an epoch; at most {by_size([own.largest_batch for own in OWN_SIZES])}",
+            "chosen: on few images the number of steps decides (README, Measured)",
+        ),
+        (
+            "epochs",
+            f"as many as make, with {steps}; with more images {OWN_EPOCHS} epochs",
+            "chosen: as batch_size; PAPER 4.1 for more images",
+        ),
+        *map(by_field, ("optimizer", "base_lr", "weight_decay")),
+        ("val_fraction", str(same["val_fraction"].value), same["val_fraction"].source),
+        ("knn_every_epochs", f"{KNN_SCORES} scores, about", "chosen: enough for a curve"),
+        (
+            "checkpoint_every_epochs",
+            f"{CHECKPOINTS} checkpoints, about",
+            "chosen: a stop costs little",
+        ),
+        (
+            "the method's",
+            f"its rows for {by_size([own.scale for own in OWN_SIZES])}; with fewer than "
+            f"{SHORT_STEPS:,} steps those for short runs",
+            "as the published datasets have them: rsa-fast recipes DATASET/METHOD",
+        ),
+        ("name", "the folder's name", "chosen: results name the data"),
+    ]

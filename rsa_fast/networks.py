@@ -1,17 +1,25 @@
-"""ResNet encoders, and an encoder with a projector.
+"""Encoders: ResNets and networks from elsewhere. An encoder with a projector.
 
     features = Encoder("resnet18", stem="cifar")(images)  # (B, 3, 32, 32) -> (B, 512)
+    encoder = build_encoder(recipe)  # whatever the recipe's arch names
 
-The encoders are torchvision's ResNets without the classifier. At 32 and 64 px they have the CIFAR
-stem: a 3x3 convolution without max-pool. As in the reference code (methods/BYOL.py in
+The ResNets are torchvision's without the classifier. At 32 and 64 px they have the CIFAR stem: a
+3x3 convolution without max-pool. As in the reference code (methods/BYOL.py in
 github.com/tmllab/RSA), this convolution keeps PyTorch's default initialisation.
+
+Every encoder is a module that maps images `(B, 3, H, W)` to features `(B, feature_dim)` and has
+this number as its attribute. Nothing else is asked of it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +27,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-LAYERS = {"resnet18": (BasicBlock, [2, 2, 2, 2]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
+from pipelines.named import load_object
+from rsa_fast.archs import OWN, RESNETS, TIMM
+
+if TYPE_CHECKING:
+    from rsa_fast.recipes import Recipe
+
 STANDARD_WIDTH = 64  # channels of the first stage
 
 
@@ -29,13 +42,15 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
     The keys of the state dict are torchvision's, without `fc`. `width` is the number of channels of
     the first stage and scales all stages (64 is the standard network). With `zero_init_residual`
     the last BatchNorm gain of every block starts at 0, so that the block starts as the identity.
+    With one of `in_channels`, the network gets the mean of the images' channels.
 
     Two settings change the cost of training. The first `recompute_stages` stages store no
     activations; the backward pass computes them again (Chen et al. 2016, arXiv:1604.06174). With
     `compiled`, torch.compile fuses the operations between the convolutions, which changes the
     results by rounding.
 
-    Raises ValueError for an unknown `arch` or `stem`.
+    Raises ValueError for an unknown `arch` or `stem`, for a `width` that is too small, and unless
+    there are 1 or 3 `in_channels`.
     """
 
     def __init__(
@@ -46,28 +61,44 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         zero_init_residual: bool = True,
         recompute_stages: int = 0,
         compiled: bool = False,
+        in_channels: int = 3,
     ) -> None:
-        if arch not in LAYERS:
-            raise ValueError(f"no arch {arch!r}: choose from {', '.join(LAYERS)}")
+        if arch not in RESNETS:
+            raise ValueError(f"no arch {arch!r}: choose from {', '.join(RESNETS)}")
         if stem not in ("cifar", "imagenet"):
             raise ValueError(
                 f"no stem {stem!r}: choose cifar (3x3, no max-pool) or imagenet (7x7, max-pool)"
             )
+        if in_channels not in (1, 3):
+            raise ValueError(f"in_channels = {in_channels}: choose 1 (the mean of RGB) or 3")
+        layers = RESNETS[arch]
+        if width * layers.width_per_group < STANDARD_WIDTH:
+            raise ValueError(
+                f"width = {width} leaves no channel in the {layers.groups} groups of {arch}: "
+                f"it takes at least {STANDARD_WIDTH // layers.width_per_group}"
+            )
         self.width = width
-        block, blocks = LAYERS[arch]
-        super().__init__(block, blocks, zero_init_residual=zero_init_residual)
+        block = Bottleneck if layers.bottleneck else BasicBlock
+        super().__init__(
+            block,
+            list(layers.blocks),
+            zero_init_residual=zero_init_residual,
+            groups=layers.groups,
+            width_per_group=layers.width_per_group,
+        )
         # The number of channels doubles in stages 2, 3 and 4.
         self.feature_dim: int = 8 * width * block.expansion
         self.fc = nn.Identity()
         self.recompute_stages, self.compiled = recompute_stages, compiled
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
             self.maxpool = nn.Identity()
-        elif width != STANDARD_WIDTH:
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        elif width != STANDARD_WIDTH or in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.bn1 = nn.BatchNorm2d(width)
+        reduce_channels(self, in_channels)
 
     def _make_layer(
         self,
@@ -150,6 +181,143 @@ def statistics_discarded(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
+
+
+def reduce_channels(network: nn.Module, in_channels: int) -> None:
+    """If the network takes one channel, let it get the mean of its images' channels."""
+    if in_channels == 1:
+        network.register_forward_pre_hook(mean_of_channels)
+
+
+def mean_of_channels(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Images `(B, 1, H, W)` for `(B, 3, H, W)`. Images of one channel stay as they are."""
+    return (inputs[0].mean(1, keepdim=True),)
+
+
+def build_encoder(recipe: Recipe, own: nn.Module | None = None) -> Encoder:
+    """The encoder that the recipe's `arch` names, freshly initialised, or a copy of `own`.
+
+    The class is `Encoder` for ResNets only; of others a method may use what the head of this file
+    says. Raises ValueError for a network that is not there or does not do that.
+    """
+    check_arch(recipe, own)
+    arch, size_px = recipe.arch, recipe.views.size_px
+    if arch in RESNETS:
+        return Encoder(
+            arch=arch,
+            stem=recipe.stem,
+            width=recipe.width,
+            zero_init_residual=recipe.zero_init_residual,
+            recompute_stages=recipe.recompute_stages,
+            compiled=recipe.compile,
+            in_channels=recipe.in_channels,
+        )
+    if arch == OWN:
+        network = copy.deepcopy(cast(nn.Module, own))
+    elif arch.startswith(TIMM):
+        network = build_timm(arch, recipe.in_channels, size_px)
+    else:
+        network = build_named(arch)
+    reduce_channels(network, recipe.in_channels)
+    feature_dim = measure_features(network, arch, size_px)
+    if arch.startswith(TIMM):
+        # It is not always timm's `num_features`: some models have a layer behind the pooling.
+        cast(Any, network).feature_dim = feature_dim
+    elif (found := getattr(network, "feature_dim", None)) != feature_dim:
+        raise ValueError(
+            f"{arch} has {'no feature_dim' if found is None else f'feature_dim = {found}'} "
+            f"and {feature_dim} features: set the module's feature_dim to {feature_dim}"
+        )
+    return cast(Encoder, network)
+
+
+def check_arch(recipe: Recipe, own: nn.Module | None = None) -> None:
+    """Raise ValueError for a network that is not there, before anything is built."""
+    if recipe.arch == OWN:
+        if own is None:
+            raise ValueError(
+                "the network is a module that was passed in Python (arch = own): pass it again, as "
+                "encoder=module. The command line takes arch=path/to/file.py:function instead"
+            )
+    elif recipe.arch.startswith(TIMM):
+        timm_options(recipe.arch, recipe.in_channels, recipe.views.size_px)
+    elif recipe.arch not in RESNETS:
+        load_object(recipe.arch)
+
+
+def timm_options(arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
+    """The arguments of `timm.create_model` for the encoder `arch`.
+
+    Networks whose weights depend on the size of the images are built for it.
+    """
+    if find_spec("timm") is None:
+        raise ValueError(f"{arch} needs timm: pip install 'rsa-fast[timm]'")
+    import timm
+
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        known = timm.list_models()
+        near = [model for model in known if model.startswith(name)][:3]
+        near = near or get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}: {hint}")
+    options = {"model_name": name, "num_classes": 0, "in_chans": in_channels}
+    pretrained = timm.get_pretrained_cfg(name)
+    sized = pretrained is not None and pretrained.fixed_input_size
+    return options | ({"img_size": size_px} if sized else {})
+
+
+def build_timm(arch: str, in_channels: int, size_px: int) -> nn.Module:
+    """A model of timm without a classifier, and with random weights."""
+    options = timm_options(arch, in_channels, size_px)
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(**options)
+    except Exception as error:  # models refuse sizes and channels by errors of many types
+        raise ValueError(
+            f"{arch} cannot be built for {in_channels} channels of {size_px} px: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return network
+
+
+def build_named(arch: str) -> nn.Module:
+    """What the function `arch`, `path/to/file.py:name` or `package.module:name`, returns."""
+    function = load_object(arch)
+    try:
+        network = function()
+    except Exception as error:
+        raise ValueError(
+            f"{arch} was called without arguments and raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{arch} returned {type(network).__name__}, wanted a torch.nn.Module")
+    return network
+
+
+def measure_features(network: nn.Module, arch: str, size_px: int) -> int:
+    """The number of features of each image of this size.
+
+    Raises ValueError unless the network maps a batch of images to features `(B, D)`.
+    """
+    device = next(network.parameters(), torch.empty(0)).device
+    shape, training = (2, 3, size_px, size_px), network.training
+    try:
+        with torch.no_grad():
+            features = network.eval()(torch.zeros(shape, device=device))
+    except Exception as error:
+        raise ValueError(
+            f"{arch} fails on images {shape}: {type(error).__name__}: {error}"
+        ) from error
+    network.train(training)
+    found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2:
+        raise ValueError(
+            f"{arch} maps images {shape} to {found}, wanted features (2, feature_dim): "
+            "pool over the image, and flatten"
+        )
+    return found[1]
 
 
 class Projected(nn.Module):

@@ -12,21 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
+import math
 import reprlib
+import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipelines.layouts import Data, open_source
 from pipelines.loading import AggressiveOn, DecodeOn, Loading, OnBadImage
+from pipelines.named import absolute, is_file
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
-from rsa_fast.datasets import DATASETS
-from rsa_fast.methods import METHODS, method_class
+from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
+from rsa_fast.datasets import DATASETS, Dataset, own_dataset
+from rsa_fast.methods import METHODS, method_class, short_name
 from rsa_fast.sourced import Fields, cite
+
+log = logging.getLogger("rsa_fast")
 
 LOADING_FIELDS = tuple(field.name for field in dataclasses.fields(Loading))
 # The fields that a resumed run may change. `on_bad_image` is one of them: a bad image ends the run
@@ -42,6 +50,7 @@ FREE_FIELDS = (
     "knn_every_epochs",
     "checkpoint_every_epochs",
     "wandb",
+    "name",
 )
 
 
@@ -56,13 +65,20 @@ class Recipe(BaseModel):
 
     # --- Fields that change the result
     dataset: str  # a name in datasets.py
-    method: str  # the name of a file in methods/
+    method: str  # the name of a file in methods/ or of an entry point, or a file's absolute path
     views: ViewSpec  # the augmentation
     # Evaluation resizes the short side of images to this before the centre crop. None: it resizes
     # only images that are smaller than the crop.
     eval_resize_px: int | None = Field(None, ge=1)
-    arch: Literal["resnet18", "resnet50"]  # the encoder
-    stem: Literal["cifar", "imagenet"]  # 3x3 convolution without max-pool, or 7x7 with it
+    # Where the data have no val/ or test/, this fraction of the labelled training images, the same
+    # of each class, is kept for scores: it is not trained on.
+    val_fraction: float = Field(0, ge=0, lt=1)
+    # The encoder: a ResNet, timm/NAME, path/to/file.py:function, or own, which is passed in Python.
+    # stem, width, zero_init_residual, recompute_stages and compile are for ResNets.
+    arch: str
+    in_channels: Literal[1, 3] = 3  # with 1, the encoder gets the mean of a view's three channels
+    # A 3x3 convolution without max-pool (cifar), or 7x7 with it.
+    stem: Literal["cifar", "imagenet"] = "imagenet"
     width: int = Field(64, ge=1)  # channels of the first stage; 64 is the standard ResNet
     # Every residual block starts as the identity (CODE methods/BYOL.py).
     zero_init_residual: bool = True
@@ -70,12 +86,23 @@ class Recipe(BaseModel):
     # each of N equal parts of the global batch (split:N).
     bn: str = Field("local", pattern=r"^(local|sync|split:[1-9]\d*)$")
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)  # images of all ranks together
-    optimizer: Literal["sgd", "lars"]
+    batch_size: int = Field(ge=1)  # images of an optimiser step, on all ranks together
+    # Each rank takes its part of the batch in N passes, one after the other, and adds up the
+    # gradients. N passes on one rank equal N ranks with bn = local, for about the memory of one.
+    accumulate: int = Field(1, ge=1)
+    optimizer: Literal["sgd", "lars", "adamw"]
     base_lr: float = Field(gt=0)  # per 256 images: peak_lr = base_lr * batch_size / 256
     peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
-    momentum: float = Field(0.9, ge=0, lt=1)  # of the optimiser (PAPER 4.1)
+    # The cosine of the learning rate ends here. Its default is that of PAPER 4.1.
+    min_lr: float = Field(0, ge=0)
+    # Of the optimiser (PAPER 4.1). For AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
+    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(ge=0)
+    # Which parameters SGD and AdamW leave without weight decay: none, or gains and biases, which
+    # have one dimension. LARS always leaves those without.
+    decay_exclude: Literal["none", "norm_and_bias"] = "none"
+    # The gradients of all parameters together are scaled down to this norm where it is larger.
+    clip_grad_norm: float | None = Field(None, gt=0)
     trust_coefficient: float = Field(0.001, gt=0)  # only used by LARS (CODE common/lars.py)
     warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from 0
     # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
@@ -114,11 +141,54 @@ class Recipe(BaseModel):
     max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
     timeout_s: float = Field(600, gt=0)  # how long ranks wait for each other before the run stops
     wandb: bool = False  # send the records to Weights & Biases too
+    name: str = ""  # what results call the data; empty: as the dataset
+
+    def __repr__(self) -> str:
+        """What is trained, then the fields that differ from the rows of the dataset and method."""
+        title = (
+            f"{short_name(self.method)} on {self.data_name}: {self.arch}, {self.views.size_px} px, "
+            f"batch {self.batch_size}, {self.epochs} epochs, lr {self.highest_lr:.4g}"
+        )
+        differences = ", ".join(
+            f"{key} {value} (not {usual})" for key, value, usual in changed(self) if key != "name"
+        )
+        lines = textwrap.wrap(differences, 98, break_on_hyphens=False, break_long_words=False)
+        return "\n  ".join([title, *lines])
+
+    __str__ = __repr__
+
+    @property
+    def data_name(self) -> str:
+        """What results call the data."""
+        return self.name or self.dataset
 
     @property
     def loading(self) -> Loading:
         """The settings of loading, for `open_views`."""
         return Loading(**{name: getattr(self, name) for name in LOADING_FIELDS})
+
+    @field_validator("method")
+    @classmethod
+    def method_is_found_from_everywhere(cls, method: str) -> str:
+        return str(absolute(method)) if is_file(method) else method
+
+    @field_validator("arch")
+    @classmethod
+    def arch_is_known(cls, arch: str) -> str:
+        if (name := full_name(arch)) is None:
+            raise ValueError(f"no such network{nearest(arch, RESNETS)}: choose from {CHOICES}")
+        return name
+
+    @model_validator(mode="after")
+    def fields_of_resnets_are_for_resnets(self) -> Recipe:
+        for name in RESNET_FIELDS if self.arch not in RESNETS else ():
+            default = type(self).model_fields[name].default
+            if (value := getattr(self, name)) != default:
+                raise ValueError(
+                    f"{name} = {value} is for ResNets, and arch is {self.arch}: "
+                    f"leave it out, or set {name}={default}"
+                )
+        return self
 
     @field_validator("backend")
     @classmethod
@@ -136,13 +206,50 @@ class Recipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def lowest_lr_is_below_the_peak(self) -> Recipe:
+        if self.min_lr > self.highest_lr:
+            raise ValueError(
+                f"min_lr = {self.min_lr} is above the peak learning rate {self.highest_lr:g}: "
+                "lower it, or set peak_lr"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def accumulation_suits_the_method(self) -> Recipe:
+        if self.accumulate == 1:
+            return self
+        given = f"accumulate = {self.accumulate}"
+        if not method_class(self.method).mean_over_images:
+            raise ValueError(
+                f"{given}: {short_name(self.method)} compares the images of a batch with each "
+                "other or with a queue, so that parts of a batch would teach something else: to "
+                "save memory, use recompute_stages or a smaller batch_size (a method of your own "
+                "says mean_over_images = True if its loss is one)"
+            )
+        if self.bn == "sync":
+            raise ValueError(
+                f"{given}: bn = sync needs all images of a step at once, but they pass in "
+                f"{self.accumulate} turns: use bn = local, or split:N for N parts"
+            )
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise ValueError(
+                f"{given} does not cut a batch of {self.batch_size} into equal parts of 2 or more"
+            )
+        return self
+
+    @property
+    def highest_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.peak_lr or self.base_lr * self.batch_size / 256
+
     def schedule(self, step: int, derived: Derived) -> dict[str, float]:
         """The numbers that change with the step, which is counted from 0.
 
         These are the learning rate, `lr`, and what the method's recipe adds, such as `tau`.
         """
         total, warmup, peak = derived.total_steps, derived.warmup_steps, derived.peak_lr
-        return {"lr": schedules.learning_rate(step, total, warmup, peak)}
+        return {"lr": schedules.learning_rate(step, total, warmup, peak, self.min_lr)}
 
     def check_labels(self, labelled: bool, classes: int) -> None:
         """Raise ValueError if the method cannot train with these labels.
@@ -162,7 +269,7 @@ class Derived:
     total_steps: int
     warmup_steps: int
     peak_lr: float
-    batch_per_gpu: int
+    batch_per_gpu: int  # images of one pass, of which a step has `accumulate`
 
 
 def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
@@ -175,69 +282,197 @@ def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
         steps_per_epoch=steps,
         total_steps=steps * recipe.epochs,
         warmup_steps=steps * recipe.warmup_epochs,
-        peak_lr=recipe.peak_lr or recipe.base_lr * recipe.batch_size / 256,
-        batch_per_gpu=recipe.batch_size // world_size,
+        peak_lr=recipe.highest_lr,
+        batch_per_gpu=recipe.batch_size // (world_size * recipe.accumulate),
     )
+
+
+def changed(recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """The fields that differ from their rows: name, value, and the rows' value.
+
+    The list is empty where there are no rows to compare with.
+    """
+    if isinstance(recipe, ForeignRecipe):
+        return []
+    try:
+        standard = build_recipe(recipe.dataset, recipe.method)
+    except ValueError:
+        return []
+    own, usual = (dict(flatten(one.model_dump())) for one in (recipe, standard))
+    return [(key, own[key], usual[key]) for key in own if own[key] != usual[key]]
 
 
 def recipe_type(method: str) -> type[Recipe]:
     return method_class(method).recipe_type
 
 
-def row(dataset: str, method: str) -> Fields:
-    """The fields of a dataset and a method, with sources. Raises ValueError for unknown names."""
+def row(dataset: str, method: str, own: Dataset | None = None) -> Fields:
+    """The fields of a dataset and a method, with sources. Raises ValueError for unknown names.
+
+    `own` is the row of one's own images (`own_row`), for the dataset `auto`.
+    """
     if dataset not in DATASETS:
         raise ValueError(
             f"no dataset {dataset!r}{nearest(dataset, DATASETS)}: choose from {', '.join(DATASETS)}"
         )
-    if method not in METHODS:
-        raise ValueError(
-            f"no method {method!r}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}"
-        )
-    fields = dict(DATASETS[dataset].fields)
-    for scale in ("all", *DATASETS[dataset].scales):
+    numbers = own or DATASETS[dataset]
+    fields = dict(numbers.fields)
+    for scale in ("all", *numbers.scales):
         fields |= method_class(method).rows.get(scale, {})
     if "classes" in recipe_type(method).model_fields:
-        fields |= cite("the dataset's", classes=DATASETS[dataset].classes)
-    return fields
+        fields |= cite("the dataset's", classes=numbers.classes)
+    if own and "queue_size" in fields:
+        fields |= short_queue(fields["queue_size"].value, own)
+    return fields | numbers.run_length
+
+
+def short_queue(queue_size: int, own: Dataset) -> Fields:
+    """A queue in which an image is hardly ever compared with its own earlier embedding."""
+    largest = max(2 ** int(math.log2(own.images) - 1), 2 * own.run_length["batch_size"].value)
+    if queue_size <= largest:
+        return {}
+    return cite("chosen: a queue of less than half of the images", queue_size=largest)
+
+
+def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
+    """The row `auto` for the training images in `data` (see `datasets.own_dataset`).
+
+    `given` are fields that the user chose, from which others follow. Raises ValueError for too few
+    images, and the errors of `open_source`.
+    """
+    given = given or {}
+
+    def number(name: str) -> int | None:
+        """What the user chose for a field. A value out of range is refused with the others."""
+        value = given.get(name)
+        return value if isinstance(value, int) and value >= 1 else None
+
+    val_fraction = given.get("val_fraction")
+    if not (isinstance(val_fraction, int | float) and 0 <= val_fraction < 1):
+        val_fraction = DATASETS["auto"].fields["val_fraction"].value
+    manifest = open_source(data, "pretrain", val_fraction=val_fraction).manifest
+    row = own_dataset(
+        manifest.sizes,
+        len(manifest.classes),
+        size_px=number("views.size_px"),
+        batch_size=number("batch_size"),
+        epochs=number("epochs"),
+    )
+    return replace(row, fields=row.fields | cite("the images' place", name=name_of(data)))
+
+
+def name_of(data: Data) -> str:
+    """What one's own images are called: as their folder, or as the file that lists them."""
+    if isinstance(data, str | Path):
+        place = Path(data).resolve()
+        return place.stem if place.is_file() else place.name
+    return "+".join(map(name_of, data))
 
 
 def build_recipe(
-    dataset: str, method: str, file: Path | None = None, overrides: dict[str, Any] | None = None
+    dataset: str,
+    method: str,
+    file: str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    data: Data | None = None,
+    **changes: Any,
 ) -> Recipe:
-    """The row of a dataset and a method, changed by a YAML file and then by `overrides`.
+    """The row of a dataset and a method, changed by a YAML file, by `overrides` and by keywords.
 
-    The key `views.blur_p` changes a field of the views. Raises ValueError, which names every value
-    out of range and every unknown key, with the nearest known one.
+        build_recipe("cifar10", "rsa", epochs=3, batch_size=64, views={"blur_p": 0})
+        build_recipe("cifar10", "my_methods/barlow_twins.py", overrides={"views.blur_p": 0})
+        build_recipe("auto", "rsa", data="my_photos")
+
+    The key `views.blur_p` changes a field of the views, and so does a keyword's mapping. Raises
+    ValueError, which names every value out of range and every unknown key, with the nearest known
+    one.
+
+    The dataset `auto` chooses its row from the images in `data`; no other dataset reads them. It
+    can do without where file and overrides have all fields, as the recipe.yaml of a run has.
     """
-    fields = {name: sourced.value for name, sourced in row(dataset, method).items()}
+    file_fields = flatten(read_yaml(Path(file)) if file else {})
+    given = [*file_fields, *(overrides or {}).items(), *flatten(changes)]
+    own = own_row(data, dict(given)) if dataset == "auto" and data else None
+    fields = {name: sourced.value for name, sourced in row(dataset, method, own).items()}
     fields |= {"dataset": dataset, "method": method, "views": dict(fields["views"])}
-    for key, value in [*flatten(read_yaml(file) if file else {}), *(overrides or {}).items()]:
+    arch = dict(given).get("arch", fields.get("arch"))
+    if not (isinstance(arch, str) and arch in RESNETS):
+        # The rows' values of these fields are meant for the rows' ResNets.
+        fields = {name: value for name, value in fields.items() if name not in RESNET_FIELDS}
+    for key, value in given:
         head, _, tail = key.partition(".")
         if head == "views" and tail and isinstance(fields["views"], dict):
             fields["views"][tail] = value
         else:
             fields[key] = value
+    known = recipe_type(method).model_fields.items()
+    if not own and dataset == "auto" and any(f.is_required() and k not in fields for k, f in known):
+        raise ValueError("auto chooses from the images: name their folder with --data, or data=")
     return validate(fields)
 
 
 def validate(fields: dict[str, Any]) -> Recipe:
     """A recipe from all its fields, such as a checkpoint's. Raises ValueError with every fault."""
     method = fields.get("method")
-    if not isinstance(method, str) or method not in METHODS:
+    if not isinstance(method, str):
         raise ValueError(f"no method {method!r}: choose from {', '.join(METHODS)}")
+    return parse(fields, recipe_type(method))
+
+
+def recipe_of_own_encoder(recipe: Recipe) -> Recipe:
+    """The recipe with `own` as its arch, for a network that is passed in Python.
+
+    Its stem, width and zero_init_residual, with which rows describe their ResNets, are left out.
+    Raises ValueError for the other fields of ResNets.
+    """
+    fields = recipe.model_dump()
+    rows = {"stem", "width", "zero_init_residual"}
+    kept = {name: value for name, value in fields.items() if name not in rows}
+    return parse(kept | {"arch": OWN}, type(recipe))
+
+
+class ForeignRecipe(Recipe):
+    """The recipe in a checkpoint of a method that is not part of this package.
+
+    The method's own fields are kept as they are.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def accumulation_suits_the_method(self) -> ForeignRecipe:
+        return self  # it suited it in training, and the method is not loaded
+
+
+def checkpoint_recipe(fields: dict[str, Any]) -> Recipe:
+    """The recipe in a checkpoint, whose encoder can be used without the method.
+
+    A checkpoint may name a file, and reading it must not execute code. Therefore a method that is
+    not part of this package is not loaded: it need not be there. Raises ValueError like `validate`.
+    """
+    method = fields.get("method")
+    if not isinstance(method, str) or method in METHODS:
+        return validate(fields)
+    log.info(f"{method} is no method of this package: only its encoder is read, without the method")
+    return parse(fields, ForeignRecipe)
+
+
+def parse(fields: dict[str, Any], kind: type[Recipe]) -> Recipe:
+    """A recipe of the class `kind`. Raises ValueError with every fault."""
     try:
-        return recipe_type(method).model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        faults = "\n".join(f"  {explain(e, method)}" for e in error.errors())
+        method = short_name(str(fields.get("method")))
+        faults = "\n".join(f"  {explain(e, kind, method)}" for e in error.errors())
         raise ValueError("the recipe has faults:\n" + faults) from None
 
 
-def explain(error: Any, method: str) -> str:
+def explain(error: Any, kind: type[Recipe], method: str) -> str:
     """One of pydantic's errors in our words."""
     key = ".".join(str(part) for part in error["loc"])
     known = [
-        *recipe_type(method).model_fields,
+        *kind.model_fields,
         *(f"views.{name}" for name in ViewSpec.__dataclass_fields__),
     ]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -246,7 +481,8 @@ def explain(error: Any, method: str) -> str:
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
         return str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} = {reprlib.repr(error['input'])}: {error['msg']}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key} = {reprlib.repr(error['input'])}: {message}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

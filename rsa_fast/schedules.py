@@ -30,12 +30,15 @@ def beta(k: int, total_steps: int, beta_base: float, schedule: str) -> float:
     return beta_base if schedule == "fixed" else beta_base * cosine_ramp(k, total_steps)
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
-    """Linear from 0 to `peak_lr` during the warm-up, then a cosine to 0.
+def learning_rate(
+    step: int, total_steps: int, warmup_steps: int, peak_lr: float, min_lr: float = 0
+) -> float:
+    """Linear from 0 to `peak_lr` during the warm-up, then a cosine to `min_lr`.
 
     Source: adjust_learning_rate in train_multi.py of github.com/tmllab/RSA. A run that is shorter
     than its warm-up, such as one epoch to try things out, ends before the peak.
     """
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
-    return peak_lr * cosine_ramp(step - warmup_steps, max(total_steps - warmup_steps, 1))
+    ramp = cosine_ramp(step - warmup_steps, max(total_steps - warmup_steps, 1))
+    return min_lr + (peak_lr - min_lr) * ramp

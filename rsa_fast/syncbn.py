@@ -20,39 +20,65 @@ from rsa_fast.distributed import gather, world_size
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def bn_groups(bn: str) -> int:
-    """The number of parts for a recipe's `bn`.
+def bn_groups(bn: str, accumulate: int = 1) -> int:
+    """The number of parts that pass at once, for a recipe's `bn` and `accumulate`.
 
-    Raises ValueError if they cannot be divided equally among the ranks.
+    Raises ValueError if they cannot be divided equally among the ranks and passes.
     """
     if bn == "sync":
         return 1
-    groups = world_size() if bn == "local" else int(bn.removeprefix("split:"))
-    if groups % world_size():
+    if bn == "local":
+        return world_size()
+    groups = int(bn.removeprefix("split:"))
+    if groups % (world_size() * accumulate):
+        passes = f" times {accumulate} passes" if accumulate > 1 else ""
         raise ValueError(
-            f"bn: {bn} does not divide among {world_size()} ranks: "
-            "use sync, local, or a multiple of the ranks"
+            f"bn: {bn} does not divide among {world_size()} ranks{passes}: "
+            f"use sync, local, or a multiple of the ranks{passes}"
         )
-    return groups
+    return groups // accumulate
 
 
 def convert_batchnorm(network: Network, groups: int) -> Network:
     """Make every BatchNorm in `network` normalise `groups` parts of the global batch.
 
-    Returns the same network. The keys of its state dict do not change.
+    Returns the same network. The keys of its state dict do not change. Raises ValueError for a
+    BatchNorm that cannot be replaced without changing what it computes.
     """
     if groups == world_size():
         return network
     for child in network.modules():
         if isinstance(child, _BatchNorm):
+            keep_activation(child)
             child.__class__ = SyncBatchNorm if groups == 1 else SplitBatchNorm
             if isinstance(child, SplitBatchNorm):
                 child.groups_here = groups // world_size()
     return network
 
 
+def keep_activation(norm: _BatchNorm) -> None:
+    """Let a BatchNorm of timm with an activation behind it keep that when its class is replaced.
+
+    Raises ValueError for what else would be lost.
+    """
+    own_forward = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if own_forward and hasattr(norm, "drop") and hasattr(norm, "act"):
+        norm.register_forward_hook(drop_and_activate)
+    elif own_forward or norm.running_mean is None or norm.momentum is None:
+        raise ValueError(
+            f"bn: only local leaves the network's {type(norm).__name__} as it is, which has a "
+            "forward of its own, no running statistics or no momentum: --set bn=local"
+        )
+
+
+def drop_and_activate(norm: nn.Module, _: tuple[Tensor], normalised: Tensor) -> Tensor:
+    """What timm's BatchNormAct2d does behind its BatchNorm."""
+    activated: Tensor = norm.get_submodule("act")(norm.get_submodule("drop")(normalised))
+    return activated
+
+
 class GroupedBatchNorm(_BatchNorm):
-    """A BatchNorm with running statistics and a fixed momentum, as in every network here."""
+    """A BatchNorm with running statistics and a fixed momentum."""
 
     running_mean: Tensor
     running_var: Tensor

@@ -117,6 +117,7 @@ def test_the_extras_are_those_that_the_code_and_the_set_up_name():
         "wandb",
         "detection",
         "export",
+        "timm",
         "dev",
     }
     assert EXTRAS.keys() == wanted

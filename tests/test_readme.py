@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +25,14 @@ import pipelines.layouts
 import rsa_fast
 from rsa_fast import cli
 from rsa_fast.evaluation import detection
+from rsa_fast.training import checkpoint
 
 README = (ROOT / "README.md").read_text()
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 SHELL = "".join(text for language, text in FENCED if language in ("", "bash")).replace(" \\\n", " ")
 PYTHON = [text for language, text in FENCED if language == "python"]
+(METHOD,) = [text for text in PYTHON if "class BarlowTwins" in text]
 LINES = re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL} .*?) *(?:#.*)?$", SHELL, re.M)
 INLINE = [
     line
@@ -44,6 +49,7 @@ RECIPE = (
     "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
 )
 SMALL = {
+    "train my_photos": NARROW,
     "train --dataset cifar10": NARROW,  # Detection needs ImageNet's whole network.
     "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
     "eval linear --protocol": "--epochs 1",
@@ -87,7 +93,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """
     place, ran = tmp_path_factory.mktemp("readme"), {}
     write_folder(place / "data" / "imagenet", {"train": 6, "val": 4}, size=(40, 48))
+    write_folder(place, {"my_photos": 20}, size=(40, 48))
     (place / "LIST").write_text("class_0\n")
+    (place / "barlow_twins.py").write_text(METHOD)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
         patch.syspath_prepend(ROOT / "tests" / "rsa_fast")
         from test_detection import TINY, write_coco
@@ -138,9 +146,8 @@ def test_the_lines_for_a_notebook_are_those_that_are_run(code):
 
 
 def test_the_method_in_the_readme_trains_and_is_barlow_twins():
-    (code,) = [code for code in PYTHON if "class BarlowTwins" in code]
     space: dict = {}
-    exec(code, space)
+    exec(METHOD, space)
     from pipelines.views import Batch
     from rsa_fast.networks import Encoder
 
@@ -169,29 +176,68 @@ def test_the_method_in_the_readme_trains_and_is_barlow_twins():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_method_s_file_in_its_folder_is_all_that_it_takes_to_train_it(folder, tmp_path):
-    (code,) = [code for code in PYTHON if "class BarlowTwins" in code]
-    for package in ("pipelines", "rsa_fast"):
-        shutil.copytree(ROOT / package, tmp_path / package)
-    (tmp_path / "rsa_fast" / "methods" / "barlow_twins.py").write_text(code)
+@pytest.fixture
+def barlow_twins(tmp_path) -> Path:
+    """The README's method, saved outside of this project."""
+    path = tmp_path / "mine" / "barlow_twins.py"
+    path.parent.mkdir()
+    path.write_text(METHOD)
+    return path
 
-    def rsa_fast(*words: object) -> str:
-        command = [sys.executable, "-m", "rsa_fast", *map(str, words)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    assert "barlow-twins" in json.loads(rsa_fast("recipes").splitlines()[-1])["methods"]
-    sets = ["width=8", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
-    options = ["--dataset", "cifar10", "--method", "barlow-twins", "--epochs", 2, "--batch-size", 8]
-    options += [
-        "--data",
-        folder,
-        "--out",
-        tmp_path / "run",
-        *(w for s in sets for w in ("--set", s)),
-    ]
-    result = json.loads(rsa_fast("train", *options).splitlines()[-1])
-    assert result["method"] == "barlow-twins" and result["step"] == 2 * (40 // 8)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tree(
+    folder, barlow_twins, tmp_path, monkeypatch
+):
+    sets = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+    options = ["--dataset", "cifar10", "--data", str(folder), "--epochs", "20", "--batch-size", "8"]
+    options += [word for text in [*sets, "knn_every_epochs=0"] for word in ("--set", text)]
+
+    def rsa_fast(*words: object) -> dict:
+        done = CliRunner().invoke(cli.main, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout.splitlines()[-1])
+
+    # The uninterrupted run, and one that is killed once it has a checkpoint.
+    monkeypatch.chdir(barlow_twins.parent)
+    whole = rsa_fast("train", "--method", "barlow_twins.py", *options, "--out", tmp_path / "whole")
+    assert (whole["method"], whole["step"]) == ("barlow-twins", 20 * 5)
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rsa_fast", "train", "--method", "barlow_twins.py", *options]
+    process = subprocess.Popen(
+        [*command, "--out", str(run)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not checkpoint.paths_in(run / "checkpoints"):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (run / "result.json").exists()
+
+    # Resumed from another folder: the recipe has the absolute path.
+    monkeypatch.chdir("/")
+    config = ["--config", run / "recipe.yaml", "--data", folder, "--out", run]
+    assert rsa_fast("train", "--resume", *config)["step"] == 20 * 5
+    states = [checkpoint.load_latest(out / "checkpoints") for out in (tmp_path / "whole", run)]
+    for part in ("method", "optimizer"):
+        first, second = (flat(state[part]) for state in states)
+        assert first.keys() == second.keys() and len(first) > 10
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert any(record.get("diagonal", 0) > 0 for record in records)
+
+    # Used where the file is gone.
+    barlow_twins.unlink()
+    (path,) = checkpoint.paths_in(run / "checkpoints")[-1:]
+    scores = rsa_fast("eval", "knn", "--checkpoint", path, "--data", folder)
+    assert scores["knn_top1"] == whole["knn_top1"]
+    out = tmp_path / "release" / "encoder.safetensors"
+    rsa_fast("export", "--checkpoint", path, "--format", "safetensors", "--out", out)
+    assert "barlow-twins on cifar10" in (out.parent / "README.md").read_text()
+
+
+def flat(state: object, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a nested state."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else []
+    return {k: v for key, value in items for k, v in flat(value, f"{name}/{key}").items()}

@@ -443,7 +443,8 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
 
 def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
     """The scores of a network before training."""
-    run = build_run(recipe, len(open_source(data, "pretrain").manifest))
+    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    run = build_run(recipe, len(source.manifest))
     return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 
 

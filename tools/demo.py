@@ -59,7 +59,8 @@ def main(out: Path, data: Path) -> None:
 
 def baselines(recipe: Recipe, data: Path) -> dict[str, dict[str, Any]]:
     """Scores of raw pixels and of the network before training."""
-    run = build_run(recipe, len(open_source(data, "pretrain").manifest))
+    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    run = build_run(recipe, len(source.manifest))
     evaluation = Evaluation(data, recipe, run.device, run.dtype)
     chance = 100 / evaluation.classes
     return {

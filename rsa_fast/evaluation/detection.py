@@ -68,9 +68,9 @@ PRECISE_BN_STEPS, CHECKPOINT_STEPS, LOG_STEPS = 200, 5000, 20
 
 
 def detect(
-    encoder_path: Path,
-    data: Path,
-    out: Path,
+    encoder_path: str | Path,
+    data: str | Path,
+    out: str | Path,
     *,
     schedule: str = "1x",
     steps: int | None = None,
@@ -95,6 +95,7 @@ def detect(
     ResNet-50, if the data are incomplete or contradict themselves, or if the settings of a resumed
     run have changed. Raises FloatingPointError if the loss is not finite.
     """
+    data, out = Path(data), Path(out)
     train, val = CocoImages(data, "train2017"), CocoImages(data, "val2017")
     if train.categories != val.categories:
         differ = sorted({name for _, name in train.categories.items() ^ val.categories.items()})

@@ -1,4 +1,4 @@
-"""Encoders of this project and of others, recognised by the names of their weights.
+"""Encoders of this project and of others: ResNets recognised by the names of their weights.
 
     encoder, recipe = load_encoder(Path("moco_v2_800ep_pretrain.pth.tar"))
     # recipe is None: the checkpoint is from another project
@@ -16,23 +16,28 @@ All are torchvision's keys behind a prefix. The file holds them directly, or und
 `model`. A Sequential numbers the layers that torchvision names. A 3x3 first convolution means the
 CIFAR stem. Two properties cannot be seen from the keys and are assumed to be as in torchvision: the
 max-pool after a 7x7 convolution, and the stride in the 3x3 convolution of a bottleneck.
+
+Other networks are built by the `arch` in the checkpoint's recipe: by timm, or by the function of a
+file or module that it names, which is called. One may also pass a network, which the file's weights
+fill: `load_encoder(path, encoder=module)`.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
-from rsa_fast.networks import LAYERS, Encoder
-from rsa_fast.recipes import Recipe, validate
+from rsa_fast.archs import OWN, RESNETS
+from rsa_fast.networks import Encoder, build_encoder
+from rsa_fast.recipes import Recipe, checkpoint_recipe
 from rsa_fast.training import checkpoint
 
 # The first weight of a stage: the prefix, and the name or the number of the stage.
@@ -52,19 +57,31 @@ HEADS = (
 STEMS = {3: "cifar", 7: "imagenet"}  # by the side of the first convolution
 
 
-def load_encoder(path: Path) -> tuple[Encoder, Recipe | None]:
+def load_encoder(
+    path: str | Path, encoder: nn.Module | None = None
+) -> tuple[Encoder, Recipe | None]:
     """The online encoder of a checkpoint, channels_last on the CPU, and its training recipe.
 
-    The recipe is None if the checkpoint has none. Raises FileNotFoundError if there is no file.
-    Raises ValueError if the file contains code, no ResNet or several, or an encoder with missing or
+    If `encoder` is given, the encoder is a copy of it with the weights of the checkpoint.
+
+    The recipe is None if the checkpoint has none. Of a method that is not part of this package only
+    the recipe's fields are read, without the method. Raises FileNotFoundError if there is no file.
+    Raises ValueError if the file contains code, no encoder or several, or one with missing or
     unknown keys; the message lists these keys.
     """
+    path = Path(path)
     content = read_file(path)
-    recipe = validate(content["recipe"]) if "recipe" in content else None
-    groups = (content.get(key) for key in ("method", "state_dict", "model"))
-    state = next((group for group in groups if isinstance(group, dict)), content)
+    recipe = checkpoint_recipe(content["recipe"]) if "recipe" in content else None
+    state = weights_in(content)
     try:
-        return build_encoder(state).to(memory_format=torch.channels_last), recipe
+        if encoder is None and (recipe is None or recipe.arch in RESNETS):
+            network = build_resnet(state)
+        elif recipe is None:
+            network = fill(cast(Encoder, copy.deepcopy(encoder)), state)
+        else:
+            arch = recipe.arch if encoder is None else OWN
+            network = fill(build_encoder(recipe.model_copy(update={"arch": arch}), encoder), state)
+        return network.to(memory_format=torch.channels_last), recipe
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no encoder that can be used: {error}") from error
 
@@ -93,8 +110,46 @@ def read_file(path: Path) -> dict[str, Any]:
     return state
 
 
-def build_encoder(state: dict[str, Tensor]) -> Encoder:
-    """The encoder whose weights are in `state` behind some prefix.
+def weights_in(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in the content of a file, under the keys that they have there."""
+    groups = (content.get(key) for key in ("method", "state_dict", "model"))
+    return next((group for group in groups if isinstance(group, dict)), content)
+
+
+def fill(network: Encoder, state: dict[str, Tensor]) -> Encoder:
+    """The network with the weights that are in `state` under its own keys, behind some prefix."""
+    network.load_state_dict(own_weights(network, state))
+    return network
+
+
+def own_weights(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in `state` under the network's own keys, behind some prefix.
+
+    Raises ValueError, which names missing keys, if there is no such prefix, or several.
+    """
+    keys = network.state_dict().keys()
+    ends = {key: [0, *(dot.end() for dot in re.finditer(r"\.", key))] for key in state}
+    prefixes = {key[:end] for key in state for end in ends[key] if key[end:] in keys}
+    lacks = {
+        prefix: [key for key in keys if prefix + key not in state]
+        for prefix in prefixes
+        if not FOLLOWER.search(prefix)
+    }
+    whole = [prefix for prefix, lack in lacks.items() if not lack]
+    if len(whole) != 1:
+        kind = type(network).__name__
+        if whole:
+            raise ValueError(f"found a {kind} under {', '.join(map(repr, sorted(whole)))}")
+        lack = min(lacks.values(), key=len, default=list(keys))
+        raise ValueError(
+            f"of the {len(keys)} weights of a {kind}, {len(lack)} are not there: "
+            f"{', '.join(lack[:5])}"
+        )
+    return {key: state[whole[0] + key] for key in keys}
+
+
+def build_resnet(state: dict[str, Tensor]) -> Encoder:
+    """The ResNet whose weights are in `state` behind some prefix.
 
     Raises ValueError if there is none or several, and, from torch, RuntimeError for missing or
     unknown keys.
@@ -118,7 +173,7 @@ def build_encoder(state: dict[str, Tensor]) -> Encoder:
         raise ValueError(f"there is no {prefix}{'0' if numbers else 'conv1'}.weight")
     first = weights["conv1.weight"]
     stem = STEMS.get(first.shape[-1], "imagenet")
-    encoder = Encoder(arch_of(weights), stem, width=len(first))
+    encoder = Encoder(arch_of(weights), stem, width=len(first), in_channels=first.shape[1])
     encoder.load_state_dict(weights)
     # Stages that follow the convolution and BatchNorm at once: lightly's own ResNet loses the ReLU
     # between them when it is put into a Sequential.
@@ -153,14 +208,36 @@ def torchvision_weights(weights: dict[str, Tensor], numbers: list[int]) -> dict[
 
 
 def arch_of(weights: dict[str, Tensor]) -> str:
-    """The name in `LAYERS` of the network with the same type and number of blocks."""
+    """The name in `RESNETS` of the network with the same type, number and groups of blocks."""
     blocks = [
         len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")})
         for stage in (1, 2, 3, 4)
     ]
     bottleneck = "layer1.0.conv3.weight" in weights
-    for arch, (block, counts) in LAYERS.items():
-        if counts == blocks and bottleneck == (block is Bottleneck):
+    if "layer1.0.conv2.weight" not in weights:
+        raise ValueError("there is no layer1.0.conv2.weight")
+    shape = weights["layer1.0.conv2.weight"].shape  # (channels, channels of a group, 3, 3)
+    planes = len(weights["layer1.0.conv3.weight"]) // 4 if bottleneck else shape[0]
+    for arch, layers in RESNETS.items():
+        of_a_group = planes * layers.width_per_group // 64
+        same_blocks = list(layers.blocks) == blocks and layers.bottleneck == bottleneck
+        if same_blocks and shape[:2] == (of_a_group * layers.groups, of_a_group):
             return arch
-    kind = "bottleneck" if bottleneck else "basic"
-    raise ValueError(f"{blocks} {kind} blocks are none of {', '.join(LAYERS)}")
+    kind = f"bottleneck blocks with {shape[0]} channels in groups of {shape[1]}"
+    kind = kind if bottleneck else "basic blocks"
+    raise ValueError(f"{blocks} {kind} are none of {', '.join(RESNETS)}")
+
+
+def traits(encoder: Encoder) -> dict[str, Any]:
+    """The fields of a recipe that describe a ResNet."""
+    return {
+        "arch": arch_of(encoder.state_dict()),
+        "stem": "cifar" if isinstance(encoder.maxpool, nn.Identity) else "imagenet",
+        "width": encoder.width,
+        "in_channels": encoder.conv1.in_channels,
+    }
+
+
+def beginning(encoder: Encoder) -> str:
+    """The layers of a ResNet in which projects differ, although the weights fit."""
+    return f"{encoder.conv1}, {encoder.relu}, {encoder.maxpool}"

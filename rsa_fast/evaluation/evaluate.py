@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import Loading, Order, open_source, open_views
+from pipelines.layouts import Data, described, log_held_out
 from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.linear import Batches, LabelledFeatures
-from rsa_fast.recipes import Recipe, build_recipe, validate
+from rsa_fast.recipes import Recipe, build_recipe, parse
 from rsa_fast.training.step import choose_device, choose_dtype
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
@@ -48,8 +49,8 @@ KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
 
 
 def evaluate(
-    checkpoint: Path,
-    data: Path,
+    checkpoint: str | Path,
+    data: Data,
     protocol: Literal["knn", "linear"],
     *,
     variant: Literal["fast", "rsa-small", "rsa-large"] | None = None,
@@ -58,6 +59,8 @@ def evaluate(
     epochs: int | None = None,
     bn: Literal["eval", "recalibrate"] | None = None,
     nesterov: bool | None = None,
+    val_fraction: float | None = None,
+    encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Score the encoder of a checkpoint on the labelled train and test images under `data`.
 
@@ -66,12 +69,15 @@ def evaluate(
     `linear` the entries `linear_protocol`, `linear_top1` and those of the classifier. Accuracies
     are in percent.
 
-    `checkpoint` is a file of this project or an encoder from elsewhere (see `load_encoder`). The
+    `checkpoint` is a file of this project or an encoder from elsewhere (see `load_encoder`), and
+    `encoder` is the network for its weights, if it was passed to training in Python. The
     checkpoint's recipe says how images are sized and normalised, on which device and in which
     precision the encoder runs, and which seed the linear classifiers use. `dataset`, the name of a
     dataset in `rsa_fast.datasets`, replaces that recipe by the dataset's own. `resize_px` replaces
     the length in pixels to which the short side of test images is resized before the centre crop;
-    "native" leaves the images as they are.
+    "native" leaves the images as they are. `val_fraction` replaces the fraction of the training
+    images that is held out where there are no test images: with the checkpoint's own fraction,
+    they are those that it was not trained on.
 
     `variant` is the linear classifier (see `rsa_fast.evaluation.linear`), `fast` by default.
     `epochs` is read by rsa-small (default 100) and rsa-large (40). `bn` and `nesterov` are read by
@@ -92,20 +98,28 @@ def evaluate(
         raise ValueError(f"{name} has no --{', --'.join(sorted(unread))}")
     if bn not in (None, "eval", "recalibrate"):
         raise ValueError(f"no bn {bn!r}: choose from eval, recalibrate")
-    encoder, recipe = load_encoder(checkpoint)
+    network, recipe = load_encoder(checkpoint, encoder)
+    if val_fraction is None and recipe:
+        val_fraction = recipe.val_fraction
     if dataset:
-        recipe = build_recipe(dataset, "rsa")
+        # Only how images are sized and normalised is read. Auto refuses few images for a batch of
+        # its own choice.
+        recipe = build_recipe(dataset, "rsa", data=data, batch_size=1)
     if recipe is None:
         raise ValueError(
             f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
         )
+    changes: dict[str, Any] = {}
     if resize_px:
-        short_side_px = None if resize_px == "native" else resize_px
-        recipe = validate(recipe.model_dump() | {"eval_resize_px": short_side_px})
+        changes["eval_resize_px"] = None if resize_px == "native" else resize_px
+    if val_fraction is not None:
+        changes["val_fraction"] = val_fraction
+    recipe = parse(recipe.model_dump() | changes, type(recipe))
     device = choose_device(recipe.device)
     evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
+    log_held_out(evaluation.train.source, data)
     scores = evaluation.score(
-        encoder.to(device),
+        network.to(device),
         (name,),
         recalibrate=bn == "recalibrate",
         epochs=epochs,
@@ -197,22 +211,26 @@ class Evaluation:
 
     def __init__(
         self,
-        data: Path,
+        data: Data,
         recipe: Recipe,
         device: torch.device,
         dtype: torch.dtype,
         cache: Path | None = None,
     ) -> None:
-        sources = [open_source(data, split, cache) for split in ("train", "test")]
+        sources = [
+            open_source(data, split, cache, recipe.val_fraction) for split in ("train", "test")
+        ]
         train, test = (source.manifest for source in sources)
         if not (train.labelled and test.labelled):
             raise ValueError(
-                f"{data} has no labels for both train and test images: nothing to evaluate on"
+                f"{described(data)} has no labels for both train and test images: "
+                "nothing to evaluate on"
             )
         if train.classes != test.classes:
             differ = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:10])
             raise ValueError(
-                f"train and test under {data} do not have the same classes; only one has {differ}"
+                f"train and test under {described(data)} do not have the same classes; "
+                f"only one has {differ}"
             )
         self.classes, self.recipe = len(train.classes), recipe
         self.train, self.test = (
@@ -326,7 +344,13 @@ class Evaluation:
         """
         source, count = self.train.source, len(self.train.source.manifest)
         views = replace(
-            self.recipe.views, crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5
+            self.recipe.views,
+            crop_area=(0.08, 1.0),
+            crop_aspect=(3 / 4, 4 / 3),
+            flip_p=0.5,
+            vertical_flip_p=0,
+            quarter_turns=False,
+            extra=None,  # a file that a checkpoint names is not executed
         )
         order = Order(
             count,

@@ -2,9 +2,10 @@
 
     export(Path("runs/a/checkpoints/step_00039000.pt"), "onnx", Path("release/encoder.onnx"))
 
-- `torchvision`, `timm` and `safetensors` contain torchvision's keys without `fc`, because
-  pre-training has no classifier. They load strictly into a network whose `fc` is nn.Identity, so no
-  untrained weights can be taken for trained ones.
+- `torchvision`, `timm` and `safetensors` contain a ResNet under torchvision's keys without `fc`,
+  because pre-training has no classifier. They load strictly into a network whose `fc` is
+  nn.Identity, so no untrained weights can be taken for trained ones. Other networks keep their own
+  keys: `timm` holds timm's models, `safetensors` any network.
 - `detectron2` follows MoCo's detection/convert-pretrain-to-detectron2.py, which does not swap the
   channels: the encoder reads RGB. detectron2's defaults are BGR and Caffe's pixel mean, so the card
   has the settings for RGB.
@@ -28,8 +29,10 @@ import torch
 from torch import nn
 
 from pipelines.files import write_whole
-from rsa_fast.evaluation.encoders import arch_of, load_encoder
-from rsa_fast.networks import Encoder
+from rsa_fast.archs import OWN, RESNETS, TIMM, short_arch
+from rsa_fast.evaluation.encoders import beginning, load_encoder, traits
+from rsa_fast.methods import short_name
+from rsa_fast.networks import Encoder, timm_options
 from rsa_fast.recipes import build_recipe, dump_yaml
 from rsa_fast.training import checkpoint
 
@@ -52,7 +55,7 @@ CARD = """# {arch} encoder: {name}
 
 Maps `images` `(B, 3, {size_px}, {size_px})` to `features` `(B, {feature_dim})`.
 The images are RGB in [0, 1], normalised by mean {mean} and std {std}.
-{arch} with the {stem} stem and {width} channels in its first stage: {parameters:,} parameters.
+{network}: {parameters:,} parameters.
 
 ## Accuracy
 
@@ -78,15 +81,13 @@ model.load_state_dict(torch.load("{file}", weights_only=True))
 features = model.eval()(images)""",
     "timm": """import timm
 
-model = timm.create_model("{arch}", num_classes=0, checkpoint_path="{file}")
-features = model.eval()(images)""",
+model = timm.create_model({timm_options}, checkpoint_path="{file}")
+features = model.eval()({network_images})""",
     "safetensors": """from safetensors.torch import load_file
 
-from rsa_fast.networks import Encoder
-
-model = Encoder("{arch}", stem="{stem}", width={width})  # keys are torchvision's, without fc
+{build}
 model.load_state_dict(load_file("{file}"))
-features = model.eval()(images)""",
+features = model.eval()({network_images})""",
     "onnx": """import onnxruntime
 
 session = onnxruntime.InferenceSession("{file}")
@@ -102,6 +103,8 @@ features = model(images)""",
   RESNETS:
     DEPTH: {depth}
     RES2_OUT_CHANNELS: {res2_channels}
+    NUM_GROUPS: {groups}
+    WIDTH_PER_GROUP: {width_per_group}
     STRIDE_IN_1X1: False  # it is in the 3x3 convolution
     NORM: "SyncBN"  # every layer is fine-tuned, as MoCo does
   BACKBONE:
@@ -111,8 +114,16 @@ INPUT:
 }
 
 
-def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def export(
+    path: str | Path,
+    format: str,
+    out: str | Path,
+    overwrite: bool = False,
+    encoder: nn.Module | None = None,
+) -> dict[str, Any]:
     """Write the encoder of checkpoint `path` to `out` and a model card `README.md` beside it.
+
+    `encoder` is the network, if it was passed to training in Python.
 
     If there is a card of the same checkpoint already, a section for `out` is added to it. Returns
     `out`, `format` and the number of `parameters`.
@@ -121,6 +132,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
     ValueError if the format cannot represent the network, if a library is missing, or if the suffix
     of `out` is wrong.
     """
+    path, out = Path(path), Path(out)
     if format not in SUFFIXES:
         raise ValueError(f"no format {format!r}: choose from {', '.join(SUFFIXES)}")
     if out.suffix != SUFFIXES[format]:
@@ -133,13 +145,11 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
         raise FileExistsError(
             f"{out} is there already: choose another --out, or replace it with --overwrite"
         )
-    encoder, card_values = open_encoder(path)
-    if not supports(format, encoder, card_values):
-        begins = f"{encoder.conv1}, {encoder.relu}, {encoder.maxpool}"
-        able = ", ".join(other for other in SUFFIXES if supports(other, encoder, card_values))
-        raise ValueError(
-            f"{format} cannot hold a {card_values['arch']} that begins with {begins}: choose {able}"
-        )
+    network, card_values = open_encoder(path, encoder)
+    if not supports(format, network, card_values):
+        begins = f" that begins with {beginning(network)}" if isinstance(network, Encoder) else ""
+        able = ", ".join(other for other in SUFFIXES if supports(other, network, card_values))
+        raise ValueError(f"{format} cannot hold a {card_values['arch']}{begins}: choose {able}")
 
     card, head = out.with_name("README.md"), CARD.format(**card_values)
     others = other_sections(card, head, out.name, overwrite)
@@ -149,7 +159,7 @@ def export(path: Path, format: str, out: Path, overwrite: bool = False) -> dict[
     code = SNIPPETS[format].format(file=out.name, **card_values)
     language = "yaml" if format == "detectron2" else "python"
     section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
-    content = encode(encoder, format, card_values)
+    content = encode(network, format, card_values)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda file: file.write(content))
     write_whole(card, lambda file: file.write(SECTION.join([head, *others, section]).encode()))
@@ -174,24 +184,26 @@ def other_sections(card: Path, head: str, name: str, overwrite: bool) -> list[st
     return []
 
 
-def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
+def open_encoder(path: Path, own: nn.Module | None) -> tuple[Encoder, dict[str, Any]]:
     """The encoder in eval mode, and the values for the card and its code."""
-    encoder, recipe = load_encoder(path)
+    encoder, recipe = load_encoder(path, own) if own is not None else load_encoder(path)
     state = checkpoint.load(path) if recipe else {}
-    arch = arch_of(encoder.state_dict())
-    stem = "cifar" if isinstance(encoder.maxpool, nn.Identity) else "imagenet"
+    arch, stem = OWN if own is not None or recipe is None else recipe.arch, "imagenet"
+    if isinstance(encoder, Encoder):
+        arch, stem = traits(encoder)["arch"], traits(encoder)["stem"]
     views = (recipe or build_recipe(ASSUMED_DATASETS[stem], "byol")).views
     if recipe:
-        name = f"{recipe.method} on {recipe.dataset}, step {state['step']:,}"
-        recipe_text = dump_yaml(recipe)
+        name = f"{short_name(recipe.method)} on {recipe.data_name}, step {state['step']:,}"
+        # The path of a method's file says nothing to others, and names folders of this machine.
+        short = {"method": short_name(recipe.method), "arch": short_arch(recipe.arch)}
+        shown = recipe.model_copy(update=short)
+        recipe_text = dump_yaml(shown)
     else:
         name = path.name
         recipe_text = "# not in the checkpoint: size, mean and std of the images are assumed\n"
     card_values = {
         "name": name,
-        "arch": arch,
-        "stem": stem,
-        "width": encoder.width,
+        **building(encoder, arch, recipe.in_channels if recipe else 3, views.size_px),
         "feature_dim": encoder.feature_dim,
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "size_px": views.size_px,
@@ -199,8 +211,6 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         "std": views.std,
         "pixel_mean": [round(255 * value, 3) for value in views.mean],
         "pixel_std": [round(255 * value, 3) for value in views.std],
-        "depth": arch.removeprefix("resnet"),
-        "res2_channels": encoder.width * encoder.layer1[0].expansion,
         "accuracy": accuracy(path, state),
         "data": state.get("data", "not in the checkpoint"),
         "recipe": recipe_text,
@@ -209,16 +219,54 @@ def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     return encoder.eval().to(memory_format=torch.contiguous_format), card_values
 
 
+def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
+    """The values for the card that are about building the network, and feeding it `images`."""
+    # Encoders of this project take the mean of three channels themselves.
+    mean = "images" if in_channels == 3 else "images.mean(1, keepdim=True)"
+    values = {"arch": arch, "network": arch, "network_images": mean}
+    if isinstance(encoder, Encoder):
+        fields = traits(encoder)
+        given = {name: value for name, value in fields.items() if name != "arch"}
+        options = ", ".join(f"{name}={json.dumps(value)}" for name, value in given.items())
+        return values | {
+            **fields,
+            "network": f"{arch} with the {fields['stem']} stem and {fields['width']} channels in "
+            "its first stage",
+            "network_images": "images",
+            "build": "from rsa_fast.networks import Encoder\n\n"
+            f'model = Encoder("{arch}", {options})  # keys are torchvision\'s, without fc',
+            "timm_options": f'"{arch}", num_classes=0',
+            "depth": re.sub(r"\D*(\d+).*", r"\1", arch),
+            "res2_channels": encoder.width * encoder.layer1[0].expansion,
+            "groups": RESNETS[arch].groups,
+            "width_per_group": RESNETS[arch].width_per_group,
+        }
+    if arch.startswith(TIMM):
+        options = timm_options(arch, in_channels, size_px)
+        text = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
+        build = f"import timm\n\nmodel = timm.create_model({text})"
+        return values | {"build": build, "timm_options": text}
+    if arch == OWN:
+        return values | {"build": "model = ...  # the module that was passed to training"}
+    arch = short_arch(arch)
+    build = f'from pipelines.named import load_object\n\nmodel = load_object("{arch}")()'
+    return values | {"arch": arch, "network": arch, "build": build}
+
+
 def supports(format: str, encoder: Encoder, card_values: dict[str, Any]) -> bool:
     """Whether a reader of the format would build the encoder's network.
 
     Readers of `safetensors` are this project's and build any of its networks. Readers of the other
-    weights build the standard network only. Graphs bring the network with them.
+    weights build a standard ResNet only, or timm's own models. Graphs bring the network with them.
     """
-    names = ("arch", "stem", "width") if format == "safetensors" else ("arch",)
-    network = [card_values[name] for name in names]
+    arch = card_values["arch"]
+    if format in GRAPHS:
+        return True
+    if not isinstance(encoder, Encoder):
+        return format == "safetensors" or (format == "timm" and arch.startswith(TIMM))
+    names = ("stem", "width", "in_channels") if format == "safetensors" else ()
     with torch.device("meta"):
-        return format in GRAPHS or str(Encoder(*network)) == str(encoder)
+        return str(Encoder(arch, **{name: card_values[name] for name in names})) == str(encoder)
 
 
 def accuracy(path: Path, state: dict[str, Any]) -> str:
@@ -245,15 +293,23 @@ def encode(encoder: Encoder, format: str, card_values: dict[str, Any]) -> bytes:
         images = torch.zeros(2, 3, card_values["size_px"], card_values["size_px"])
         # Height and width are fixed: the strides would add guards on whether they are even.
         shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
+        try:
+            program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
+        except Exception as error:  # networks fail in many ways, and torch explains at length
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"torch.export makes no graph of {card_values['arch']}, which {format} holds: "
+                f"{reason}: choose safetensors"
+            ) from error
     match format:
         case "torchvision" | "timm":
             torch.save(weights, buffer)
         case "safetensors":
             from safetensors.torch import save
 
-            names = ("arch", "stem", "width", "data", "recipe")
-            return save(weights, {"format": "pt", **{key: str(card_values[key]) for key in names}})
+            names = {"arch", "stem", "width", "in_channels", "feature_dim", "data", "recipe"}
+            header = {key: str(card_values[key]) for key in sorted(names & card_values.keys())}
+            return save(weights, {"format": "pt", **header})
         case "detectron2":
             arrays = {
                 detectron2_key(key): value.numpy()

@@ -19,7 +19,8 @@ from pipelines import Batch
 from rsa_fast.evaluation.evaluate import embed
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
-# Bins of equal width from 0 to 1. Features come from a ReLU, so no cosine is negative.
+# Bins of equal width from 0 to 1. A ResNet's features come from a ReLU, so no cosine is negative.
+# Those of other networks may be: they count in the first bin.
 COSINE_BINS = 20
 
 

@@ -412,11 +412,12 @@ def import_error(module: str) -> str:
     return ""
 
 
-def diagnose(data: Path, out: Path) -> list[Check]:
+def diagnose(data: str | Path, out: str | Path) -> list[Check]:
     """All checks of this machine, in the order in which to fix things.
 
     The folders `data` and `out` need not exist yet.
     """
+    data, out = Path(data), Path(out)
     python = check_python(platform.python_version(), metadata("rsa-fast")["Requires-Python"])
     if error := import_error("torch"):
         return [python, Check("torch", "fail", error, "make setup")]

@@ -26,11 +26,11 @@ class EndlessOrder(Order):
     """
 
     def __len__(self) -> int:
-        return 1000
+        return 1000 * self.accumulate
 
-    def ids(self, epoch: int, step: int) -> np.ndarray:
-        epochs, step = divmod(step, super().__len__())
-        return super().ids(len(self) * epoch + epochs, step)
+    def ids(self, epoch: int, number: int) -> np.ndarray:
+        epochs, number = divmod(number, super().__len__())
+        return super().ids(len(self) * epoch + epochs, number)
 
 
 def open_loader(run: Run, source: Source, loading: Loading | None = None) -> Loader:
@@ -38,15 +38,18 @@ def open_loader(run: Run, source: Source, loading: Loading | None = None) -> Loa
 
     Without `loading`, with the recipe's settings.
     """
-    order = EndlessOrder(len(source.manifest), run.recipe.batch_size, run.recipe.seed)
+    recipe = run.recipe
+    order = EndlessOrder(
+        len(source.manifest), recipe.batch_size, recipe.seed, accumulate=recipe.accumulate
+    )
     return open_views(
         source,
-        run.recipe.views,
+        recipe.views,
         run.method.reads,
         order,
         device=run.device,
         dtype=run.dtype,
-        loading=loading or run.recipe.loading,
+        loading=loading or recipe.loading,
     )
 
 
@@ -63,6 +66,12 @@ def skip_prefetched(loader: Loader) -> Iterator[Iterator[Batch]]:
     """
     with closing(loader.batches(0)) as batches:
         yield islice(batches, prefetched_batches(loader), None)
+
+
+def by_step(loader: Loader, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The last batch of every optimiser step that `batches` make up; the others are dropped."""
+    accumulate = loader.job.order.accumulate
+    return islice(batches, accumulate - 1, None, accumulate)
 
 
 def median_ratio(times: list[float], other_times: list[float]) -> float:

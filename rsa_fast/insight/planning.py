@@ -19,11 +19,11 @@ each other, evaluation, and other work of the host.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.grad_scaler import GradScaler
@@ -42,12 +42,24 @@ from torch.utils.flop_counter import flop_registry
 
 from pipelines import VIEWS, Batch, Loading, Order, Source, open_source, open_views
 from pipelines.backends import RESIDENT_BYTES
+from pipelines.layouts import Data
+from rsa_fast.archs import RESNETS
 from rsa_fast.datasets import DATASETS
-from rsa_fast.insight.doctor import read_folder_gib
+from rsa_fast.methods import short_name
 from rsa_fast.methods.method import Method, build_method
-from rsa_fast.recipes import Recipe, build_recipe, nearest, resolve
+from rsa_fast.recipes import Recipe, build_recipe, nearest, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer
-from rsa_fast.training.step import Run, choose_dtype, train_step
+from rsa_fast.training.step import Run, choose_dtype, train_on
+
+# Attention on the CPU, where the step is traced, has operations of its own.
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+COUNT_FLOP = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATTENTION],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATTENTION_BACKWARD
+    ],
+}
 
 GIB = 2**30
 BLOCK_BYTES = 512  # CUDA's caching allocator hands out multiples of this
@@ -173,7 +185,7 @@ class Ledger(TorchDispatchMode):
         if not func.is_view:
             # _foreach_add_ and its like return nothing and write to their first argument.
             written = outputs if outputs or not args else tensors_in(args[0])
-            count_flop = flop_registry.get(func.overloadpacket)
+            count_flop = COUNT_FLOP.get(func.overloadpacket)
             flop = count_flop(*args, **kwargs, out_val=out) if count_flop else 0
             in_backward = torch._C._current_graph_task_id() != -1
             forward = "online" if torch.is_grad_enabled() else "target"
@@ -233,15 +245,17 @@ def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
     BatchNorm groups are as large as those of a rank. SyncBatchNorm counts as BatchNorm, and nothing
     is compiled. Raises ValueError when the groups do not divide among the ranks.
     """
-    groups = int(recipe.bn.removeprefix("split:")) if recipe.bn.startswith("split:") else world_size
-    if groups % world_size:
+    passes = world_size * recipe.accumulate
+    groups = int(recipe.bn.removeprefix("split:")) if recipe.bn.startswith("split:") else passes
+    if groups % passes:
+        turns = f" times {recipe.accumulate} passes" if recipe.accumulate > 1 else ""
         raise ValueError(
-            f"bn: {recipe.bn} does not divide among {world_size} GPUs: "
+            f"bn: {recipe.bn} does not divide among {world_size} GPUs{turns}: "
             "use sync, local, or a multiple of them"
         )
     return recipe.model_copy(
         update={
-            "bn": "local" if groups == world_size else f"split:{groups // world_size}",
+            "bn": "local" if groups == passes else f"split:{groups // world_size}",
             "batch_size": recipe.batch_size // world_size,
             "compile": False,
         }
@@ -249,10 +263,19 @@ def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
 
 
 @cache
-def trace(recipe: Recipe, images: int, precision: str) -> tuple[Ledger, Method]:
-    """One `train_step` on `images` images in one process, without memory or computation."""
+def trace(
+    recipe: Recipe, images: int, precision: str, encoder: nn.Module | None = None
+) -> tuple[Ledger, Method]:
+    """One training step in one process, without memory or computation.
+
+    Each of its passes has `images` images. If there are more than three passes, those between the
+    first and the last are the same, so that only one of them is made and the others are copied.
+    """
+    passes = min(recipe.accumulate, 3)
+    copies = recipe.accumulate - passes
+    recipe = recipe.model_copy(update={"accumulate": passes})
     with torch.device("meta"):
-        method = build_method(recipe)
+        method = build_method(recipe, encoder)
     device = torch.device("cpu")  # CUDA's backward needs a driver, even without memory
     dtype = choose_dtype(precision, device)
     derived = resolve(recipe, 100 * recipe.batch_size)
@@ -275,7 +298,11 @@ def trace(recipe: Recipe, images: int, precision: str) -> tuple[Ledger, Method]:
         }
         batch = Batch(torch.zeros(images, dtype=torch.int64), views)
         ledger.operations.clear()
-        train_step(run, batch)
+        ends = [0]  # of the passes, in the list of operations
+        for _ in range(passes):
+            train_on(run, batch)
+            ends.append(len(ledger.operations))
+        ledger.operations += copies * ledger.operations[ends[1] : ends[min(2, passes)]]
     return ledger, method
 
 
@@ -336,21 +363,23 @@ def decode_images_per_s(
     return images / spent_s
 
 
-def dataset_size(
-    recipe: Recipe, data: Path | None, source: Source | None
-) -> tuple[int, float, float]:
+def dataset_size(recipe: Recipe, source: Source | None) -> tuple[int, float, float]:
     """The number of training images, the GiB of files, and the GiB of pixels in the GPU's memory.
 
-    The last is 0 unless the resident backend will keep the images there.
+    Without a source, the dataset counts as published. The last is 0 unless the resident backend
+    will keep the images there.
     """
     published = DATASETS[recipe.dataset]
+    if not (source or published.images):
+        raise ValueError(f"{recipe.dataset} is no published dataset: --data says where it is")
     images, file_gib, side_px = published.images, published.file_gib, published.side_px
     pixel_bytes = images * 3 * side_px**2 if side_px else None
-    if data and source:
+    if source:
         sizes = source.manifest.sizes.astype(np.int64)
-        images, file_gib = len(sizes), read_folder_gib(data)
-        same_size = (sizes == sizes[0]).all()
-        pixel_bytes = 3 * int(sizes.prod(1).sum()) if same_size else None
+        images, decoded_bytes = len(sizes), 3 * int(sizes.prod(1).sum())
+        file_bytes = sum(os.path.getsize(file) for file in source.files(range(images)))
+        file_gib = (file_bytes or decoded_bytes) / GIB  # CIFAR's and STL-10's files hold pixels
+        pixel_bytes = decoded_bytes if (sizes == sizes[0]).all() else None
     if pixel_bytes is None:
         return images, file_gib, 0.0
     resident = recipe.backend == "resident"
@@ -364,18 +393,19 @@ class GpuStep:
     """A training step as each GPU does it. Memory is in GiB."""
 
     recipe: Recipe  # `of_one_rank`
-    images: int
+    images: int  # of one pass
     precision: str
     world_size: int
     resident_gib: float  # of images, kept by the resident backend
+    encoder: nn.Module | None = None  # the network if the recipe's arch is `own`
 
     @property
     def ledger(self) -> Ledger:
-        return trace(self.recipe, self.images, self.precision)[0]
+        return trace(self.recipe, self.images, self.precision, self.encoder)[0]
 
     @property
     def method(self) -> Method:
-        return trace(self.recipe, self.images, self.precision)[1]
+        return trace(self.recipe, self.images, self.precision, self.encoder)[1]
 
     @property
     def trained_parameters(self) -> int:
@@ -430,6 +460,8 @@ def choose_precision(precision: str, gpu: str) -> str:
 
 def find_remedy(step: GpuStep, card: GpuSpec) -> str | None:
     """The setting with which a step that is too large would fit, and its cost, or None."""
+    if step.recipe.arch not in RESNETS:
+        return None
     for stages in range(step.recipe.recompute_stages + 1, 5):
         recipe = step.recipe.model_copy(update={"recompute_stages": stages})
         smaller = replace(step, recipe=recipe)
@@ -447,13 +479,16 @@ def plan(
     gpu: str,
     gpus: int = 1,
     nodes: int = 1,
-    data: Path | None = None,
+    data: Data | None = None,
     cores: int | None = None,
     network_gbps: float = 100,
+    encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
     """What the recipe needs and how fast it trains on `nodes` nodes.
 
     Each node has `gpus` GPUs of the kind `gpu`, a key of `GPUS`, and `cores` CPU cores.
+
+    `encoder` replaces the recipe's network, as in `train`.
 
     Without `data` the dataset counts as published. `tflop_per_step` is that of one GPU; the fields
     that start with `decode` are those of one node. If a batch does not fit in memory, `fits` is
@@ -467,13 +502,25 @@ def plan(
         raise ValueError(
             f"no GPU {gpu!r}{nearest(gpu.lower(), GPUS)}: choose from {', '.join(GPUS)}"
         )
+    if encoder is not None:
+        recipe = recipe_of_own_encoder(recipe)
     card = GPUS[gpu]
     world_size = gpus * nodes
     cores = cores or CORES_PER_GPU * gpus
-    source = open_source(data, "pretrain") if data else None
-    images, file_gib, resident_gib = dataset_size(recipe, data, source)
-    order = Order(images, recipe.batch_size, recipe.seed, rank=0, world_size=world_size)
+    source = None
+    if data:
+        source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    images, file_gib, resident_gib = dataset_size(recipe, source)
+    order = Order(
+        images,
+        recipe.batch_size,
+        recipe.seed,
+        rank=0,
+        world_size=world_size,
+        accumulate=recipe.accumulate,
+    )
     batch = order.batch_per_rank
+    images_per_gpu = batch * recipe.accumulate  # in a step
     precision = choose_precision(recipe.precision, gpu)
     step = GpuStep(
         recipe=of_one_rank(recipe, world_size),
@@ -481,6 +528,7 @@ def plan(
         precision=precision,
         world_size=world_size,
         resident_gib=resident_gib,
+        encoder=encoder,
     )
     ledger = step.ledger
     fits = step.fits(card)
@@ -499,25 +547,27 @@ def plan(
         limits_ms["decoding"] = 1e3 * recipe.batch_size / nodes / cores / per_core
     bottleneck = max(limits_ms, key=limits_ms.__getitem__)
     step_ms = limits_ms[bottleneck]
-    epoch_min = len(order) * step_ms / 60e3
+    epoch_min = images // recipe.batch_size * step_ms / 60e3
     decode_gpu_share = None
     if per_core and card.jpegs_per_s:
         decode_gpu_share = decoded_per_s / gpus / card.jpegs_per_s
     arithmetic_ms, memory_ms = step.roofline_ms(card)
     return {
         "kind": "predicted",
-        "dataset": recipe.dataset,
-        "method": recipe.method,
+        "dataset": recipe.data_name,
+        "method": short_name(recipe.method),
         "gpu": gpu,
         "gpus": gpus,
         "nodes": nodes,
         "precision": precision,
         "batch_size": recipe.batch_size,
+        "accumulate": recipe.accumulate,
         "batch_per_gpu": batch,
         "parameters": sum(p.numel() for p in step.method.parameters()),
         "trained_parameters": step.trained_parameters,
         "gflop_per_image": {
-            part: ledger.flop(part) / batch / 1e9 for part in ("online", "target", "backward")
+            part: ledger.flop(part) / images_per_gpu / 1e9
+            for part in ("online", "target", "backward")
         },
         "tflop_per_step": ledger.flop() / 1e12,
         "peak_gib_per_gpu": step.peak_gib,
@@ -550,8 +600,9 @@ def show(prediction: dict[str, Any]) -> None:
     """Print what `plan` returned as a table on stdout."""
     p = prediction
     limits = ", ".join(f"{name} {ms:.0f}" for name, ms in p["limits_ms"].items())
+    passes = f"{p['accumulate']} x " if p["accumulate"] > 1 else ""
     gflop = ", ".join(f"{part} {gflop:.1f}" for part, gflop in p["gflop_per_image"].items())
-    fits = "fits" if p["fits"] else f"DOES NOT FIT; {p['remedy'] or 'nor with recompute_stages=4'}"
+    fits = "fits" if p["fits"] else f"DOES NOT FIT; {p['remedy'] or 'no recompute_stages helps'}"
     decoding = "none, the images stay in the GPU's memory"
     if p["decode_cores_needed"]:
         share = "for this GPU no figure found"
@@ -566,7 +617,7 @@ def show(prediction: dict[str, Any]) -> None:
     rows = {
         "memory": f"{p['needed_gib_per_gpu']:.1f} of {p['gpu_memory_gib']} GiB a GPU: {fits}; "
         f"{p['peak_gib_per_gpu']:.2f} in tensors",
-        "batch": f"{p['batch_per_gpu']} images a GPU in {p['precision']}; "
+        "batch": f"{passes}{p['batch_per_gpu']} images a GPU in {p['precision']}; "
         f"at most {p['largest_batch_per_gpu']}",
         "arithmetic": f"{p['tflop_per_step']:.2f} TFLOP a step and GPU; GFLOP an image: {gflop}",
         "all-reduce": f"{p['allreduce_mib_per_step']:.1f} MiB a step",

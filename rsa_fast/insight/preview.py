@@ -36,7 +36,7 @@ AMPLIFY = 64
 def preview(
     recipe: Recipe,
     source: Source,
-    out: Path,
+    out: str | Path,
     *,
     images: int = 4,
     epoch: int = 0,
@@ -50,7 +50,7 @@ def preview(
     in 8-bit levels. Raises ValueError when there are fewer images, when `out` is no .png, and when
     a backend does not exist or cannot read the source.
     """
-    manifest, spec = source.manifest, recipe.views
+    out, manifest, spec = Path(out), source.manifest, recipe.views
     if images > len(manifest):
         raise ValueError(f"{images} images wanted, the data has {len(manifest)}: lower --images")
     if out.suffix.lower() != ".png":
@@ -65,7 +65,7 @@ def preview(
     result = {"out": str(out), "backend": backends[0], "images": images}
 
     title = (
-        f"{recipe.dataset}, {spec.size_px} px, epoch {epoch}, seed {recipe.seed}, "
+        f"{recipe.data_name}, {spec.size_px} px, epoch {epoch}, seed {recipe.seed}, "
         f"by {' and '.join(backends)}"
     )
     headings = list(VIEWS)
@@ -135,7 +135,10 @@ def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
     for p in pair:
         scale = p["height"] * p["width"] / size.prod()
         crop = f"crop {p['width']}x{p['height']} px, scale {scale:.2f}"
-        weak.append(f"{crop}\n{'flip' if p['flip'] else 'no flip'}")
+        moves = ["flip" if p["flip"] else "no flip"]
+        moves += ["vertical flip"] * bool(p["vertical_flip"])
+        moves += [f"turned by {90 * p['quarter_turns']}"] * bool(p["quarter_turns"])
+        weak.append(f"{crop}\n{', '.join(moves)}")
         lines = ["no jitter"]
         if p["jitter"]:
             first, second, third, fourth = (jitter_text(k, p["factor"][k]) for k in p["order"])

@@ -23,7 +23,7 @@ def text_table(summary: dict[str, Any]) -> Table:
     table = Table(
         "",
         *summary["methods"],
-        title=f"milliseconds per iteration of {summary['batch_size']} images "
+        title=f"{summary['dataset']}, milliseconds per iteration of {summary['batch_size']} images "
         f"on {summary['device']} in {summary['dtype']}",
         caption=f"views, microseconds per image on one thread: {stages}",
     )

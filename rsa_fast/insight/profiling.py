@@ -36,8 +36,10 @@ from pipelines import (
     open_source,
     open_views,
 )
+from pipelines.layouts import Data
 from rsa_fast.insight.doctor import read_memory_bytes
 from rsa_fast.insight.measure import (
+    by_step,
     median_ratio,
     open_loader,
     prefetched_batches,
@@ -52,7 +54,7 @@ from rsa_fast.insight.timeline import (
     used_bytes,
 )
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.step import Run, build_run, choose_device, train_step
+from rsa_fast.training.step import Run, build_run, choose_device, train_step, train_steps
 
 log = logging.getLogger("rsa_fast")
 
@@ -113,7 +115,7 @@ class Subject:
 
     run: Run
     loader: Loader  # of the views that the method reads
-    ready: Batch  # for steps that need no loader
+    ready: tuple[Batch, ...]  # for steps that need no loader
     own_bytes: int  # on the GPU: network, optimiser and loader
     loading: Loading
     timeline: Timeline
@@ -125,49 +127,51 @@ class Subject:
     idle_share: float = 0.0
     cold_fault: str = ""  # why cold views were not measured
 
-    def measure(self, data: Path, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """One turn: every mode for some seconds.
 
         Cold views come last, so that the other modes find the files in memory.
         """
         self.measure_step(seconds)
-        batches = self.measure_views(seconds)
+        steps = self.measure_views(seconds)
         self.measure_both(seconds)
-        self.measure_cold_views(data, batches)
+        self.measure_cold_views(steps)
 
     def measure_step(self, seconds: float) -> None:
-        train_step(self.run, self.ready)
+        train_step(self.run, *self.ready)
         with mark_parts(self.run, self.timeline):
-            self.record("step", (train_step(self.run, self.ready) for _ in count()), seconds)
+            self.record("step", (train_step(self.run, *self.ready) for _ in count()), seconds)
         self.idle_share = statistics.mean(self.timeline.idle or [0])
 
     def measure_views(self, seconds: float) -> int:
-        """Returns how many batches were read in this time."""
+        """Returns for how many steps batches were read in this time."""
         with skip_prefetched(self.loader) as batches:
             next(batches)
-            return self.record("views", batches, seconds)
+            return self.record("views", by_step(self.loader, batches), seconds)
 
     def measure_both(self, seconds: float) -> None:
         device = self.run.device
         with skip_prefetched(self.loader) as batches:
-            train_step(self.run, next(batches))
+            steps = train_steps(self.run, batches)
+            next(steps)
             reset_peak(device)
             used = used_bytes(device)
-            self.record("both", (train_step(self.run, batch) for batch in batches), seconds)
+            self.record("both", steps, seconds)
             # Without the memory that other methods keep on the GPU.
             peak = peak_bytes(device) - used + self.own_bytes
             self.peak_bytes = max(self.peak_bytes, peak)
 
-    def measure_cold_views(self, data: Path, batches: int) -> None:
-        """Read as many batches and the prefetched ones, just after dropping their files.
+    def measure_cold_views(self, steps: int) -> None:
+        """Read as many steps' batches and the prefetched ones, just after dropping their files.
 
         The files are dropped from the page cache. If they cannot be, `cold_fault` says why.
         """
         order = self.loader.job.order
         # An image is cold once, so that an epoch is the most there is to read.
-        steps = min(batches + prefetched_batches(self.loader), order.count // order.batch_size)
-        ids = np.concatenate([order.ids(0, step) for step in range(steps)])
-        files = stored_files(self.loader.job.source, data, ids)
+        steps += math.ceil(prefetched_batches(self.loader) / order.accumulate)
+        batches = min(steps, order.count // order.batch_size) * order.accumulate
+        ids = np.concatenate([order.ids(0, number) for number in range(batches)])
+        files = self.loader.job.source.files(ids.tolist())
         if not self.cold_fault:
             in_memory = BACKENDS[self.loading.backend].resident or not files
             self.cold_fault = "the images are in memory" if in_memory else evict(files)
@@ -175,7 +179,8 @@ class Subject:
             self.parts_ms["cold_views"].clear()
             return
         with closing(self.loader.batches(0)) as cold_batches:
-            self.record("cold_views", islice(cold_batches, steps), math.inf)
+            first_batches = islice(cold_batches, batches)
+            self.record("cold_views", by_step(self.loader, first_batches), math.inf)
 
     def record(self, mode: str, work: Iterator[object], seconds: float) -> int:
         """Time `work` for some seconds or to its end; returns how many items that were."""
@@ -244,7 +249,7 @@ def open_subject(recipe: Recipe, source: Source) -> Iterator[Subject]:
     with open_loader(run, source) as loader:
         own_bytes = used_bytes(run.device) - used
         with closing(loader.batches(0)) as batches:
-            ready = next(batches)
+            ready = (next(batches),) * recipe.accumulate
         yield Subject(
             run=run,
             loader=loader,
@@ -257,11 +262,11 @@ def open_subject(recipe: Recipe, source: Source) -> Iterator[Subject]:
 
 def profile(
     recipes: dict[str, Recipe],
-    data: Path,
+    data: Data,
     *,
     repeats: int = 5,
     seconds: float = 1.0,
-    trace: Path | None = None,
+    trace: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure named recipes of one dataset on the images under `data`, in `repeats` turns.
 
@@ -274,7 +279,8 @@ def profile(
 
     Raises the errors of `open_source`, `build_run` and `open_views`.
     """
-    source = open_source(data, "pretrain")
+    recipe = next(iter(recipes.values()))
+    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
     with ExitStack() as stack:
         subjects = {
             name: stack.enter_context(open_subject(recipe, source))
@@ -284,10 +290,10 @@ def profile(
         for turn in range(repeats + 1):
             for name, subject in subjects.items():
                 log.info(f"{name}: {f'turn {turn} of {repeats}' if turn else 'warming up'}")
-                subject.measure(data, seconds)
+                subject.measure(seconds)
         stages_us, stored_bytes = measure_stages(source, run)
         if trace:
-            write_trace(subjects, trace)
+            write_trace(subjects, Path(trace))
     # The same share of the memory as in the doctor's check of the page cache.
     in_memory = stored_bytes < 0.8 * read_memory_bytes()
     byol = subjects.get("byol")
@@ -295,6 +301,7 @@ def profile(
         name: subject.summary(stages_us, in_memory, byol) for name, subject in subjects.items()
     }
     summary = {
+        "dataset": run.recipe.data_name,
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
         "batch_size": run.recipe.batch_size,
@@ -389,15 +396,6 @@ def size_bytes(image: bytes | np.ndarray) -> int:
     return image.nbytes if isinstance(image, np.ndarray) else len(image)
 
 
-def stored_files(source: Source, data: Path, ids: np.ndarray) -> list[Path]:
-    """The files from which these images are read while training; none if they are in memory."""
-    if source.manifest.paths:
-        return [data / source.manifest.paths[i] for i in ids]
-    if source.beton:
-        return [source.beton]
-    return list(data.rglob("*.tar")) if source.encoded else []
-
-
 def evict(files: list[Path]) -> str:
     """Drop files from the page cache; returns why they are still there, or nothing."""
     for path in files:
@@ -428,8 +426,9 @@ def write_trace(subjects: dict[str, Subject], path: Path) -> None:
     with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for name, subject in subjects.items():
             with closing(subject.loader.batches(0)) as batches:
-                for batch in islice(batches, 3):
+                steps = train_steps(subject.run, batches)
+                for _ in range(3):
                     with torch.profiler.record_function(f"{name} step"):
-                        train_step(subject.run, batch)
+                        next(steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))

@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pipelines.files import write_text
+from rsa_fast.methods import short_name
 from rsa_fast.training.metrics import read_metrics
 
 # Line styles and markers of a panel's keys, in their order.
@@ -96,7 +97,7 @@ class RunFolder:
     environment: dict[str, Any]
 
 
-def report(folders: list[Path], out: Path | None = None) -> Path:
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the page of one or more runs and return its path.
 
     The path is `out`, or report.html in the folder of a single run.
@@ -106,12 +107,13 @@ def report(folders: list[Path], out: Path | None = None) -> Path:
     """
     if out is None and len(folders) > 1:
         raise ValueError(f"{len(folders)} runs on one page: --out says where it goes")
-    out = out or folders[0] / "report.html"
+    paths = [Path(folder) for folder in folders]
+    out = Path(out or paths[0] / "report.html")
     if out.suffix != ".html":
         raise ValueError(
             f"the report is a web page: found --out {out}, wanted a name that ends in .html"
         )
-    runs = read_runs(folders)
+    runs = read_runs(paths)
     curves = svg(draw_figure(runs))  # first, as it refuses a run without records
     scores = [run.result or {"step": run.records[-1]["step"]} for run in runs]
     page = PAGE.format(
@@ -140,11 +142,16 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
             name=name,
             records=read_metrics(folder),
             result=read(folder / "result.json", json.loads),
-            recipe=read(folder / "recipe.yaml", yaml.safe_load),
+            recipe=shown(read(folder / "recipe.yaml", yaml.safe_load)),
             environment=read(folder / "env.json", json.loads),
         )
         for name, folder in zip(names, folders, strict=True)
     ]
+
+
+def shown(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as the page shows it: the short name of a method that is a file's path."""
+    return recipe | {"method": short_name(recipe["method"])} if "method" in recipe else recipe
 
 
 def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list[Any], list[Any]]:

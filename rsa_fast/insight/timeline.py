@@ -19,8 +19,8 @@ import torch
 from rsa_fast.methods.method import Now
 from rsa_fast.training.step import Run
 
-# "backward" includes GradScaler's check of the gradients. "other" is the schedules, the scaler and
-# the zeroing of gradients.
+# "backward" includes clipping, and GradScaler's check of the gradients. "other" is the schedules,
+# the scaler and the zeroing of gradients. With `accumulate`, the passes of a step are added up.
 PARTS = ("forward_online", "forward_target", "loss", "backward", "optimiser", "ema", "other")
 
 

@@ -22,16 +22,17 @@ import yaml
 
 from pipelines import BACKENDS, Loading, Source, choose_backend, open_source
 from pipelines.files import write_text
+from pipelines.layouts import Data
 from pipelines.loading import AggressiveOn, DecodeOn
 from rsa_fast.insight.measure import open_loader, skip_prefetched
 from rsa_fast.insight.timeline import Timeline
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.step import Run, build_run, train_step
+from rsa_fast.training.step import Run, build_run, train_steps
 
 log = logging.getLogger("rsa_fast")
 
 
-def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict[str, Any]:
+def tune(recipe: Recipe, data: Data, out: str | Path, budget_s: float = 300.0) -> dict[str, Any]:
     """Write the loading settings with which `recipe` trains fastest to the YAML file `out`.
 
     `train --config` takes this file. The search is successive halving: in each round all remaining
@@ -45,8 +46,8 @@ def tune(recipe: Recipe, data: Path, out: Path, budget_s: float = 300.0) -> dict
     Raises the errors of `open_source`, `build_run` and, for the recipe's own settings, of
     `open_views`.
     """
-    deadline = time.perf_counter() + budget_s
-    source = open_source(data, "pretrain")
+    out, deadline = Path(out), time.perf_counter() + budget_s
+    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
     run = build_run(recipe, len(source.manifest))
     own, _ = recipe.loading.resolved(source, run.device)
     others = candidates(own, source, run.device)
@@ -97,8 +98,8 @@ def iteration_ms(run: Run, source: Source, loading: Loading, share_s: float) -> 
     """
     deadline = time.perf_counter() + share_s
     with open_loader(run, source, loading) as loader, skip_prefetched(loader) as batches:
-        train_step(run, next(batches))
-        steps = (train_step(run, batch) for batch in batches)
+        steps = train_steps(run, batches)
+        next(steps)
         parts_ms, _ = Timeline(run.device).time(steps, deadline - time.perf_counter())
     return sum(parts_ms.values())
 

@@ -20,7 +20,7 @@ from pipelines.views import Batch
 from rsa_fast import schedules
 from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.methods import method_class
-from rsa_fast.networks import Encoder, Projected
+from rsa_fast.networks import Encoder, Projected, build_encoder
 from rsa_fast.recipes import Derived, Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import bn_groups, convert_batchnorm
@@ -54,7 +54,9 @@ class Method(nn.Module):
 
     `recipe_type` is the class of its recipes, and `rows` contains its numbers for each scale of
     dataset. `reads` names the views that `forward` uses; the loader makes no others. `encoder` is
-    the network that is trained for later use.
+    the network that is trained for later use. `mean_over_images` says that the loss is a mean of
+    what each image alone contributes, but for BatchNorm: its gradient may then be accumulated over
+    parts of a batch.
 
     A method is built from its recipe and an encoder. It copies what it needs from the recipe.
     """
@@ -62,6 +64,7 @@ class Method(nn.Module):
     recipe_type: ClassVar[type[Recipe]]
     rows: ClassVar[Rows]
     reads: frozenset[str]
+    mean_over_images: ClassVar[bool] = False
     encoder: Encoder
 
     def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
@@ -236,21 +239,15 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def build_method(recipe: Recipe) -> Method:
+def build_method(recipe: Recipe, own: nn.Module | None = None) -> Method:
     """A freshly initialised method for a recipe, channels_last, on the CPU.
 
+    `own` is the network that the arch `own` means; the method gets a copy.
     The weights depend on torch's global generator, so seed it first. Raises ValueError when the
     recipe's `bn` does not suit the number of ranks.
     """
-    groups = bn_groups(recipe.bn)
-    encoder = Encoder(
-        arch=recipe.arch,
-        stem=recipe.stem,
-        width=recipe.width,
-        zero_init_residual=recipe.zero_init_residual,
-        recompute_stages=recipe.recompute_stages,
-        compiled=recipe.compile,
-    )
+    groups = bn_groups(recipe.bn, recipe.accumulate)
+    encoder = build_encoder(recipe, own)
     method = convert_batchnorm(method_class(recipe.method)(recipe, encoder), groups)
     method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
     return method

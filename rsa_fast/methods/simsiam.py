@@ -52,6 +52,7 @@ class SimSiam(Method):
         ),
     }
     reads = frozenset(PAIRS["AA"])
+    mean_over_images = True
 
     def __init__(self, recipe: SimSiamRecipe, encoder: Encoder) -> None:
         super().__init__(recipe, encoder)

@@ -55,6 +55,7 @@ class Supervised(Method):
         | cite("PAPER Table 4", batch_size=256, epochs=100),
     }
     reads = frozenset({"weak_1"})
+    mean_over_images = True
 
     def __init__(self, recipe: SupervisedRecipe, encoder: Encoder) -> None:
         super().__init__(recipe, encoder)

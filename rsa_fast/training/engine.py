@@ -2,7 +2,7 @@
 
     result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
 
-`train` prepares a run and `Loop.run_until` is the loop. One optimiser step is `step.train_step`.
+`train` prepares a run and `Loop.run_until` is the loop. What a step does is in `step.train_on`.
 The step number is the only state of the data: the sample order and all augmentations are functions
 of it. That is why a run that is stopped and resumed equals an uninterrupted one bit for bit.
 """
@@ -13,17 +13,19 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipelines import Loader, Order, Source, open_source, open_views
 from pipelines.files import write_text
+from pipelines.layouts import Data
 from rsa_fast.distributed import (
     STOP_SIGNALS,
     Heartbeat,
@@ -36,8 +38,11 @@ from rsa_fast.distributed import (
 )
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.evaluation.feature_stats import feature_stats
-from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml
+from rsa_fast.methods import short_name
+from rsa_fast.networks import check_arch
+from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml, recipe_of_own_encoder, validate
 from rsa_fast.training import checkpoint
+from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.meter import Meter, warn_of_collapse
 from rsa_fast.training.metrics import Metrics, versions_and_hardware
 from rsa_fast.training.run_folder import (
@@ -48,9 +53,15 @@ from rsa_fast.training.run_folder import (
     started_by_this_job,
     try_to_report,
 )
-from rsa_fast.training.step import Run, build_run, train_step
+from rsa_fast.training.start import take_weights
+from rsa_fast.training.step import Run, build_run, train_on
 
 log = logging.getLogger("rsa_fast")
+
+ADAMW_PEAK_LR = 0.01  # chosen: AdamW is rarely trained at a higher one
+
+# How ranks tell each other that a callback asked to stop. The numbers of signals are greater.
+CALLBACK_STOP = 1
 
 
 class StoppedError(Exception):
@@ -59,16 +70,20 @@ class StoppedError(Exception):
 
 def train(
     recipe: Recipe,
-    data: Path,
-    out: Path,
+    data: Data,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    init_from: Path | None = None,
+    init_from: str | Path | None = None,
     force: bool = False,
     stop_at_step: int | None = None,
+    encoder: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Train a recipe on the images in `data`, with the run folder `out`.
+
+    `data` is a folder, a text file of paths, or several of them (see `pipelines.layouts`).
 
     Returns the result, which is also written to `result.json`; on all ranks but rank 0, None. Under
     torchrun every rank calls this function. A run that torchrun restarts because a rank died is
@@ -78,9 +93,14 @@ def train(
         resume: Continue from the newest undamaged checkpoint in `out`, bit for bit as if the run
             had never stopped. If there is no checkpoint yet, start at step 0.
         overwrite: Delete the run in `out`, but only when the new run is ready to start.
-        init_from: A checkpoint of another run, of which only the weights are loaded.
+        init_from: A file with an encoder, of this project or another (see `load_encoder`), from
+            which the run starts. The heads are taken too if the file is a checkpoint of a run of
+            the same method whose networks have the same shapes.
         force: Resume although the recipe or the data changed. The differences are logged.
         stop_at_step: Write a checkpoint after this many steps and return.
+        encoder: A module with the attribute `feature_dim`, a copy of which is trained instead of
+            the network that the recipe names. A resumed run needs the same module again.
+        callbacks: What is called after records and epochs, and at the end: see `Callback`.
 
     Raises:
         FileExistsError: `out` is not empty, and neither `resume` nor `overwrite` is given.
@@ -90,6 +110,12 @@ def train(
         ConnectionError: A rank stopped answering.
         StoppedError: A signal stopped the run.
     """
+    out, init_from = Path(out), Path(init_from) if init_from else None
+    if unfit := [callback for callback in callbacks if not isinstance(callback, Callback)]:
+        raise ValueError(f"callbacks wants instances of rsa_fast.Callback, found {unfit[0]!r}")
+    if encoder is not None:
+        recipe = recipe_of_own_encoder(recipe)
+    check_arch(recipe, encoder)
     with process_group(recipe.device, recipe.timeout_s) as heartbeat, explain_full_disk(out):
         # ---- The run folder ----------------------------------------------------------------------
         # Rank 0 refuses an unsuitable folder before any image is read. When torchrun restarts the
@@ -102,17 +128,18 @@ def train(
 
         # ---- The data and the networks -----------------------------------------------------------
         # The networks start from random parameters, from a checkpoint or from given weights.
-        source = open_source(data, "pretrain", cache=out)
+        source = open_source(data, "pretrain", cache=out, val_fraction=recipe.val_fraction)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
-        run = build_run(recipe, len(source.manifest))
+        run = build_run(recipe, len(source.manifest), encoder)
         fingerprint = source.manifest.fingerprint
         load_start(run, out, fingerprint, resume=resume, init_from=init_from, force=force)
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
-            announce(run, len(source.manifest))
+            announce(run, source, evaluation, out, init_from)
 
         # ---- The loop ----------------------------------------------------------------------------
-        # It trains to the last step of the recipe, to `stop_at_step`, or until a signal.
+        # It trains to the last step of the recipe, to `stop_at_step`, or until a signal or a
+        # callback asks to stop.
         result = run_loop(
             run,
             source,
@@ -122,6 +149,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             end=min(stop_at_step or run.derived.total_steps, run.derived.total_steps),
+            callbacks=callbacks,
         )
         return result if rank() == 0 else None
 
@@ -136,13 +164,21 @@ def run_loop(
     resume: bool,
     overwrite: bool,
     end: int,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Open what the loop reads and writes, and train up to step `end`. Returns the result.
 
     Raises StoppedError if a signal stopped the run before its last step.
     """
     recipe, total_steps = run.recipe, run.derived.total_steps
-    order = Order(len(source.manifest), recipe.batch_size, recipe.seed, rank(), world_size())
+    order = Order(
+        len(source.manifest),
+        recipe.batch_size,
+        recipe.seed,
+        rank=rank(),
+        world_size=world_size(),
+        accumulate=recipe.accumulate,
+    )
     with (
         open_views(
             source,
@@ -178,6 +214,7 @@ def run_loop(
                 fingerprint=source.manifest.fingerprint,
                 signals_received=signals_received,
                 heartbeat=heartbeat,
+                callbacks=callbacks,
             )
             result = loop.run_until(end)
 
@@ -202,9 +239,14 @@ class Loop:
     fingerprint: str  # of the training images
     signals_received: list[signal.Signals]  # filled by `stop_signals`
     heartbeat: Heartbeat
+    callbacks: Sequence[Callback]
+    callback_stops: bool = False  # whether one of them asked to stop
 
     def run_until(self, end: int) -> dict[str, Any]:
-        """Train up to step `end`, or until a signal asks to stop. Returns the result."""
+        """Train up to step `end`, or until a signal or a callback asks to stop.
+
+        Returns the result.
+        """
         run, recipe, steps_per_epoch = self.run, self.run.recipe, self.run.derived.steps_per_epoch
         meter = Meter(recipe.batch_size, run.device)
 
@@ -212,24 +254,34 @@ class Loop:
         # and the last one may end there.
         while run.step < end:
             # Before an epoch starts, its encoder is scored. A run resumed within an epoch skips it.
-            epoch, first_batch = divmod(run.step, steps_per_epoch)
-            if first_batch == 0:
-                self.score_knn(epoch)
+            epoch, first_step = divmod(run.step, steps_per_epoch)
+            if first_step == 0:
+                scores = self.score_knn(epoch)
+                if epoch > 0 and self.stops_after_epoch(epoch, scores):
+                    if epoch % recipe.checkpoint_every_epochs:
+                        self.save(meter)
+                    break
 
-            # The steps of the epoch. A step only queues work on the device: the loop waits for the
-            # device when a record is due, every `log_every_steps` steps. The heartbeat tells the
-            # other ranks what this rank is doing.
+            # The steps of the epoch, each of `accumulate` batches. A step only queues work on the
+            # device: the loop waits for the device when a record is due, every `log_every_steps`
+            # steps. The heartbeat tells the other ranks what this rank is doing.
+            first_batch = first_step * recipe.accumulate
             meter.restart()
             self.heartbeat.doing = f"waiting for the views of step {run.step}"
             for batch in meter.waiting(self.loader.batches(epoch, first_batch)):
                 self.heartbeat.doing = f"in step {run.step}"
-                meter.add(run.step, train_step(run, batch), run.skipped)
+                loss = train_on(run, batch)
+                if loss is None:  # the step goes on with the next batch
+                    continue
+                meter.add(run.step - 1, loss, run.skipped)
                 record_due = run.step % recipe.log_every_steps == 0
+                if record_due:
+                    self.record(meter)
                 if self.stop_requested(record_due):
                     end = run.step
-                if record_due or run.step == end:
-                    self.record(meter)
                 if run.step == end:
+                    if not record_due:
+                        self.record(meter)
                     break
                 self.heartbeat.doing = f"waiting for the views of step {run.step}"
 
@@ -255,11 +307,13 @@ class Loop:
         if self.evaluation and complete:
             scores = self.evaluate(self.evaluation, "knn", "linear-fast")
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
+        if complete:
+            self.ask(callback.on_epoch(run, recipe.epochs, scores) for callback in self.callbacks)
 
         result = {
             "out": str(self.out),
-            "method": recipe.method,
-            "dataset": recipe.dataset,
+            "method": short_name(recipe.method),
+            "dataset": recipe.data_name,
             "step": run.step,
             **meter.summary(),
             "knn_top1": None,
@@ -274,6 +328,8 @@ class Loop:
             # A run stopped by a signal has no time for the report.
             if complete:
                 try_to_report(self.out)
+        for callback in self.callbacks:
+            callback.on_end(run, result)
         return result
 
     def record(self, meter: Meter) -> None:
@@ -286,6 +342,12 @@ class Loop:
         self.check_losses(meter)
         self.metrics.write(record)
         warn_of_collapse(record)
+        self.ask(callback.on_record(self.run, record) for callback in self.callbacks)
+
+    def ask(self, answers: Iterable[bool | None]) -> None:
+        """Call the callbacks, and remember whether one of them asks to stop."""
+        self.heartbeat.doing = "in a callback"
+        self.callback_stops |= True in list(answers)
 
     def save(self, meter: Meter) -> None:
         """Write a checkpoint; waits for the device.
@@ -347,24 +409,41 @@ class Loop:
         )
 
     def stop_requested(self, record_due: bool) -> bool:
-        """Whether a signal asked any rank to stop. All ranks get the same answer at the same step.
+        """Whether a signal or a callback asked any rank to stop.
+
+        All ranks get the same answer at the same step.
 
         Several ranks have to communicate for this. On CPUs they do so in every step, which takes
         0.2 ms. On GPUs they do so only when a record is due, which waits for the device anyway.
         """
         if world_size() > 1 and not (record_due or self.run.device.type == "cpu"):
             return False
-        number = max_over_ranks(self.signals_received[0] if self.signals_received else 0)
-        if number:
+        number = CALLBACK_STOP if self.callback_stops else 0
+        if self.signals_received:
+            number = self.signals_received[0]
+        number = max_over_ranks(number)
+        if number > CALLBACK_STOP:
             self.signals_received.append(signal.Signals(number))
+        elif number and rank() == 0:
+            log.info(f"a callback asked to stop: the run ends after step {self.run.step}")
         return bool(number)
 
-    def score_knn(self, epoch: int) -> None:
-        """Record the kNN accuracy of the encoder, every `knn_every_epochs` epochs."""
+    def stops_after_epoch(self, epoch: int, scores: dict[str, Any]) -> bool:
+        """Tell the callbacks that an epoch is complete. Returns whether the run has to stop."""
+        self.ask(callback.on_epoch(self.run, epoch, scores) for callback in self.callbacks)
+        return self.stop_requested(record_due=True)
+
+    def score_knn(self, epoch: int) -> dict[str, Any]:
+        """Record and return the kNN accuracy of the encoder, every `knn_every_epochs` epochs.
+
+        The result is empty after other epochs.
+        """
         every = self.run.recipe.knn_every_epochs
-        if self.evaluation and every and epoch % every == 0:
-            scores = self.evaluate(self.evaluation, "knn")
-            self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
+        if not (self.evaluation and every and epoch % every == 0):
+            return {}
+        scores = self.evaluate(self.evaluation, "knn")
+        self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
+        return scores
 
     def evaluate(self, evaluation: Evaluation, *protocols: str) -> dict[str, Any]:
         """The scores of the encoder by the given protocols.
@@ -426,13 +505,16 @@ def load_start(
 ) -> None:
     """Load the checkpoint to resume from, or else the weights in `init_from`, if either is there.
 
-    Raises FileNotFoundError if the ranks did not load the same checkpoint.
+    Raises FileNotFoundError if the ranks did not load the same checkpoint, and ValueError for
+    weights that do not fit.
     """
     folder = out / "checkpoints"
     if resume and checkpoint.paths_in(folder):
         restore(run, checkpoint.load_latest(folder), fingerprint, force)
     elif init_from:
-        run.method.load_state_dict(checkpoint.load(init_from)["method"])
+        taken = take_weights(run.method, run.recipe, init_from)
+        if rank() == 0:
+            log.info(taken)
     # On a network disk a new file may become visible to some machines later than to others.
     latest_step = max_over_ranks(run.step)
     if latest_step != run.step:
@@ -464,6 +546,11 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     With `force` the differences are only logged. Fields in `FREE_FIELDS` may always differ.
     """
     now, saved = run.recipe.model_dump(mode="json"), state["recipe"]
+    # Fields that the checkpoint was written without count as their defaults. Another method's are
+    # left as they are: its file may be one that this run does not load.
+    with suppress(ValueError):
+        if saved["method"] == now["method"]:
+            saved = validate(saved).model_dump(mode="json")
     differences = [
         f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in now | saved
@@ -484,7 +571,7 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     if state["world_size"] != world_size() and rank() == 0:
         log.info(
             f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on: "
-            f"the same global batches, {run.derived.batch_per_gpu} images on each"
+            f"the same global batches, {images_on_each(run)} images on each"
         )
         if run.recipe.bn == "local":
             log.warning("bn is local: BatchNorm now normalises parts of another size")
@@ -494,7 +581,7 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     run.step = state["step"]
 
 
-def open_evaluation(data: Path, recipe: Recipe, run: Run, out: Path) -> Evaluation | None:
+def open_evaluation(data: Data, recipe: Recipe, run: Run, out: Path) -> Evaluation | None:
     """The evaluation during and after training; None, with a warning, if the data allow none."""
     try:
         return Evaluation(data, recipe, run.device, run.dtype, out)
@@ -503,16 +590,50 @@ def open_evaluation(data: Path, recipe: Recipe, run: Run, out: Path) -> Evaluati
         return None
 
 
-def announce(run: Run, count: int) -> None:
-    """Log the derived numbers before the first step. `count` is the number of training images."""
+def images_on_each(run: Run) -> str:
+    """The images of a step on each rank, such as `256`, or `4 x 64` in passes of 64."""
+    passes, images = run.recipe.accumulate, run.derived.batch_per_gpu
+    return f"{passes} x {images}" if passes > 1 else str(images)
+
+
+def announce(
+    run: Run, source: Source, evaluation: Evaluation | None, out: Path, init_from: Path | None
+) -> None:
+    """Log what was found, chosen and derived, a line each, before the first step."""
+    recipe, derived = run.recipe, run.derived
+    found = ", ".join(map(str.strip, repr(source).removeprefix("pretrain: ").splitlines()))
+    scores = "none: these data allow none"
+    if evaluation:
+        tested = f"{len(evaluation.test.source.manifest):,}"
+        scores = f"on {tested} test images"
+        if source.held_out:
+            share = f"{recipe.val_fraction:.0%} of each class"
+            scores = f"on {tested} held-out images, {share}: no val/ or test/ found"
+    why = " (rsa-fast recipes auto shows why)" if recipe.dataset == "auto" else ""
+    start = f"from the weights in {init_from}" if init_from else "from scratch"
     numbers = {
-        "images": count,
-        **asdict(run.derived),
-        "device": str(run.device),
-        "dtype": str(run.dtype).removeprefix("torch."),
+        **asdict(derived),
+        "batch_per_gpu": images_on_each(run),
         "parameters": sum(p.numel() for p in run.method.parameters() if p.requires_grad),
     }
-    log.info("  ".join(f"{key} {value}" for key, value in numbers.items()))
+    lines = {
+        "images": found,
+        "scores": scores,
+        "recipe": f"{recipe.dataset}: {recipe.arch}, {recipe.views.size_px} px, "
+        f"batch {recipe.batch_size}, {recipe.epochs} epochs = {derived.total_steps:,} steps{why}",
+        "numbers": "  ".join(f"{key} {value}" for key, value in numbers.items()),
+        "start": f"at step {run.step:,} of the run in {out}" if run.step else start,
+        "device": f"{run.device}, {str(run.dtype).removeprefix('torch.')}",
+        "out": str(out),
+    }
+    log.info(f"{short_name(recipe.method)} on {recipe.data_name}")
+    for title, text in lines.items():
+        log.info(f"  {title:9} {text}")
     if run.derived.warmup_steps >= run.derived.total_steps:
         epochs = run.recipe.warmup_epochs
         log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")
+    if run.recipe.optimizer == "adamw" and run.derived.peak_lr > ADAMW_PEAK_LR:
+        log.warning(
+            f"the peak learning rate {run.derived.peak_lr:g} is one for SGD: "
+            "AdamW's are near 0.001 (peak_lr)"
+        )

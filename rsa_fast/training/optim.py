@@ -1,7 +1,7 @@
-"""Optimisers: torch's fused SGD, and LARS on top of it.
+"""Optimisers: torch's fused SGD and AdamW, and LARS on top of SGD.
 
-With both, the host never waits for the device during a step, not even with a GradScaler: if the
-gradients overflowed, it is the fused kernel that leaves weights and momentum unchanged.
+With all of them, the host never waits for the device during a step, not even with a GradScaler: if
+the gradients overflowed, it is the fused kernel that leaves weights and momentum unchanged.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from rsa_fast.methods.method import Method
 from rsa_fast.recipes import Recipe
+
+ADAMW_BETA_2 = 0.999  # torch's default
 
 # Parameters, or groups of parameters with options of their own.
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -22,7 +25,7 @@ Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 class Sgd(torch.optim.SGD):
     """SGD with momentum: mu = m mu + g + wd p, then p = p - lr mu.
 
-    Weight decay applies to every parameter, as in the reference code.
+    Weight decay applies to every parameter, as in the reference code, unless a group excludes its.
     """
 
     def __init__(
@@ -88,18 +91,34 @@ class Lars(Sgd):
         super().step()
 
 
-def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Sgd:
+def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Optimizer:
     """The recipe's optimiser for the parameters of `method` that require a gradient.
 
     The learning rate starts at `peak_lr`; `set_learning_rate` sets it before every step.
     """
     constant = set(method.constant_lr_parameters())
-    trainable = [p for p in method.parameters() if p.requires_grad]
+    exclude = recipe.decay_exclude == "norm_and_bias"
+    # Keyed by whether the learning rate is constant, and whether there is no weight decay.
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (flag, excluded): [] for flag in (False, True) for excluded in (False, True)
+    }
+    for p in method.parameters():
+        if p.requires_grad:
+            members[p in constant, exclude and p.ndim <= 1].append(p)
     groups = [
-        {"params": [p for p in trainable if (p in constant) == flag], "constant_lr": flag}
-        for flag in (False, True)
+        {"params": params, "constant_lr": flag} | ({"weight_decay": 0.0} if excluded else {})
+        for (flag, excluded), params in members.items()
+        if params
     ]
-    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        # Before its first step, torch sets the moments to zero, also if the gradients overflowed.
+        return AdamW(
+            groups,
+            lr=peak_lr,
+            betas=(recipe.momentum, ADAMW_BETA_2),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
     if recipe.optimizer == "lars":
         return Lars(
             groups,
@@ -111,7 +130,7 @@ def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Sgd:
     return Sgd(groups, peak_lr, recipe.momentum, recipe.weight_decay)
 
 
-def set_learning_rate(optimizer: Sgd, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of all parameters except those that keep the peak rate."""
     for group in optimizer.param_groups:
         if not group["constant_lr"]:

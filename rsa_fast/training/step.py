@@ -1,19 +1,30 @@
-"""The state of a run, and one optimiser step: `train_step(build_run(recipe, count), batch)`."""
+"""The state of a run, and one optimiser step: `train_step(build_run(recipe, count), batch)`.
+
+With `accumulate`, a step takes several batches: `train_step` takes them together, and `train_on`
+one after the other, so that only one has to be on the device.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from pipelines import Batch
-from rsa_fast.distributed import local_rank, world_size
+from pipelines.draws import hash_keys
+from rsa_fast.distributed import local_rank, rank, world_size
 from rsa_fast.methods.method import Loss, Method, build_method
-from rsa_fast.recipes import Derived, Recipe, resolve
-from rsa_fast.training.optim import Sgd, build_optimizer, set_learning_rate
+from rsa_fast.recipes import Derived, Recipe, recipe_of_own_encoder, resolve
+from rsa_fast.training.optim import build_optimizer, set_learning_rate
+
+NETWORK_DRAWS = 0x6E6574776F726B  # these draws are not those of the views
 
 
 @dataclass
@@ -24,28 +35,33 @@ class Run:
     derived: Derived
     method: Method
     forward: nn.Module  # the method, or DistributedDataParallel around it
-    optimizer: Sgd
+    optimizer: Optimizer
     scaler: GradScaler
     device: torch.device
     dtype: torch.dtype
     step: int = 0
     skipped: Tensor | None = None  # bool, on the device: did the fp16 scaler skip the last step?
+    losses: list[Loss] = field(default_factory=list)  # of the batches of a step that is not done
 
     def schedule(self, step: int) -> dict[str, float]:
         """The values at `step`, counted from 0: lr, and tau and beta if the method has them."""
         return self.recipe.schedule(step, self.derived)
 
 
-def build_run(recipe: Recipe, count: int) -> Run:
+def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> Run:
     """A new run over `count` images. Its networks are on the device and in training mode.
 
-    Their initial parameters depend only on the recipe and its seed.
+    Their initial parameters depend only on the recipe and its seed. A copy of the module `encoder`
+    replaces the network that the recipe names, and the recipe of the run says so. It starts from
+    the module's weights.
     """
+    if encoder is not None:
+        recipe = recipe_of_own_encoder(recipe)
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.precision, device)
     derived = resolve(recipe, count, world_size())
     torch.manual_seed(recipe.seed)
-    method = build_method(recipe).to(device).train()
+    method = build_method(recipe, encoder).to(device).train()
     optimizer = build_optimizer(recipe, method, derived.peak_lr)
     scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     forward: nn.Module = method
@@ -71,19 +87,97 @@ def build_run(recipe: Recipe, count: int) -> Run:
     )
 
 
-def train_step(run: Run, batch: Batch) -> Loss:
-    """One optimiser step. Returns the loss, which stays on the device.
+def train_step(run: Run, *batches: Batch) -> Loss:
+    """One optimiser step, on as many batches as the recipe's `accumulate`.
 
-    Nothing here waits for the device.
+    Returns the loss, as `train_on` does. Raises ValueError for another number of batches.
     """
-    # The learning rate, tau and beta of this step.
+    if len(batches) != run.recipe.accumulate:
+        raise ValueError(
+            f"a step of this run takes {run.recipe.accumulate} batches, found {len(batches)}"
+        )
+    (loss,) = train_steps(run, iter(batches))
+    return loss
+
+
+def train_steps(run: Run, batches: Iterator[Batch]) -> Iterator[Loss]:
+    """The losses of the optimiser steps that `batches` make up, each of `accumulate` of them."""
+    for batch in batches:
+        if (loss := train_on(run, batch)) is not None:
+            yield loss
+
+
+def train_on(run: Run, batch: Batch) -> Loss | None:
+    """Train on one batch: one pass and, if it is the last of its step, the step of the optimiser.
+
+    Returns the loss of the step if it is done, and otherwise None. The loss is the mean over the
+    step's batches, with the embeddings of the last one; it stays on the device. Nothing here waits
+    for the device.
+    """
+    # The values of this step: the learning rate, tau and beta.
     now = run.schedule(run.step)
     set_learning_rate(run.optimizer, now["lr"])
+    passes = run.recipe.accumulate
+    last = len(run.losses) == passes - 1
+    if not run.losses:
+        seed_dropout(run)
 
     # The forward passes in the compute type, and the backward pass. In fp16 the loss is scaled.
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss: Loss = run.forward(batch, now)
-    run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # torch gives no types
+    # Several ranks average their gradients in the last pass only.
+    with (
+        run.forward.no_sync()
+        if isinstance(run.forward, DistributedDataParallel) and not last
+        else nullcontext()
+    ):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            loss: Loss = run.forward(batch, now)
+        run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # torch gives no types
+    run.losses.append(replace(loss, total=loss.total.detach()))
+    if not last:
+        return None
+
+    loss = mean_loss(run.losses)
+    run.losses.clear()
+    update(run)
+    return loss
+
+
+def seed_dropout(run: Run) -> None:
+    """Seed what a network draws in a step, such as dropout's masks, from seed, step and rank.
+
+    A resumed run thus draws the same. The ResNets and the methods of this package draw nothing.
+    """
+    seed = int(hash_keys(run.recipe.seed ^ NETWORK_DRAWS, run.step, rank())[0])
+    torch.default_generator.manual_seed(seed)
+    if run.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def mean_loss(losses: list[Loss]) -> Loss:
+    """The loss of a step, the mean over its batches, with the embeddings of the last one."""
+    if len(losses) == 1:
+        return losses[0]
+    return Loss(
+        total=torch.stack([loss.total for loss in losses]).mean(),
+        embeddings=losses[-1].embeddings,
+        parts={
+            name: torch.stack([loss.parts[name] for loss in losses]).mean()
+            for name in losses[-1].parts
+        },
+    )
+
+
+def update(run: Run) -> None:
+    """Update the weights by the gradients, and end the step."""
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+
+    # The gradients of several passes add up to a sum, and their mean is wanted. Only here, so that
+    # fp16 overflows and rounds in each pass as it does on each of several ranks.
+    if run.recipe.accumulate > 1:
+        torch._foreach_div_([p.grad for p in params if p.grad is not None], run.recipe.accumulate)
+    if run.recipe.clip_grad_norm:
+        run.scaler.unscale_(run.optimizer)
+        clip_grad_norm_(params, run.recipe.clip_grad_norm, foreach=True)
 
     # The update of the weights, which the fp16 scaler skips if a gradient overflowed. It then
     # lowers its scale. `get_scale()` would wait for the device, so the scale is compared there.
@@ -99,7 +193,6 @@ def train_step(run: Run, batch: Batch) -> Loss:
     # `TargetMethod.after_step` for the reason.
     run.step += 1
     run.method.after_step(run.schedule(run.step))
-    return loss
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
     finally:
         engine.open_source, engine.open_views, Transfer.on_device, Meter.add = patched
     first, resumed = loaders
-    pixels = [loader.images for loader in loaders] if name == "resident, device" else []
+    in_memory = recipe.backend == "resident" and recipe.aggressive_on == "device"
+    pixels = [loader.images for loader in loaders] if in_memory else []
     return {
         "faults": watch.found["faults"],
         "dali_waits": waits[1] - waits[0],
@@ -155,7 +157,7 @@ def gaps(
     order: Order,
 ) -> list[float]:
     """Return, by step, the largest difference of the sent crops from the backend's on a CPU."""
-    source = open_source(data, "pretrain", cache=cache)
+    source, spec = open_source(data, "pretrain", cache=cache), replace(spec, extra=None)
     on_cpu = Loading(loading["backend"], aggressive_on="host", on_bad_image="skip")
     scale, bias = device_ops.affine(spec, torch.device("cpu"))
     found = []

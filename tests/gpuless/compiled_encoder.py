@@ -22,6 +22,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.scheduler import FusedSchedulerNode, SchedulerNode
 
 from rsa_fast import networks
+from rsa_fast.archs import ResNetLayers
 from rsa_fast.insight.planning import Ledger
 from rsa_fast.syncbn import convert_batchnorm
 
@@ -46,7 +47,7 @@ def main() -> dict[str, dict]:
     triton_helpers.set_driver_to_gpu = lambda: None
     config.compile_threads, config.force_disable_caches = 1, True
     AsyncCompile.triton = lambda *_, **__: Unlaunched()
-    networks.LAYERS["resnet50"] = (networks.Bottleneck, [1, 1, 1, 1])
+    networks.RESNETS["resnet50"] = ResNetLayers(True, (1, 1, 1, 1))
     generate, graphs = GraphLowering.codegen, []
 
     def counted(graph: GraphLowering):

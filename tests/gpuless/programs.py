@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from rsa_fast.recipes import build_recipe
 from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
-from rsa_fast.training.step import build_run, train_step
+from rsa_fast.training.step import build_run, train_on, train_step
 
 RUNTIME = ctypes.CDLL(None)  # the fake runtime
 RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long
@@ -144,8 +145,14 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
         "lars bf16": ("rsa", {"precision": "bf16", "backend": "resident", "optimizer": "lars"}),
         "native": ("rsa", {"backend": "native", "aggressive_on": "host"}),
         "split": ("moco", {"bn": "split:16"}),
+        "accumulate adamw": (
+            "byol",
+            {"bn": "local", "accumulate": 2, "optimizer": "adamw", "clip_grad_norm": 1.0},
+        ),
     }
     cases |= {"ffcv": ("rsa", {"backend": "ffcv"})} if beton else {}
+    for model in ("test_vit", "test_efficientnet"):
+        cases[f"timm {model}"] = ("rsa", {"arch": f"timm/{model}", "width": 64, "bn": "sync"})
     for method in METHODS:
         bn = "local" if build_recipe("imagenet1k", method).bn == "sync" else "sync"
         cases[f"{method} {bn}"] = (method, {"bn": bn})
@@ -164,14 +171,20 @@ def small_steps(folder: str, beton: str = "") -> dict[str, dict]:
         options = {"device": run.device, "dtype": run.dtype, "loading": run.recipe.loading}
         meter = Meter(64, run.device)
         with open_views(
-            source, run.recipe.views, run.method.reads, Order(40, 8, 0), **options
+            source,
+            run.recipe.views,
+            run.method.reads,
+            Order(40, 8, 0, accumulate=run.recipe.accumulate),
+            **options,
         ) as loader:
             batches = loader.batches(0)
             for step in (0, 1):
-                meter.add(step, train_step(run, next(batches)), run.skipped)
+                first = islice(batches, run.recipe.accumulate)
+                meter.add(step, train_step(run, *first), run.skipped)
             with Watch(run.dtype) as watch:
                 for batch in batches:
-                    meter.add(run.step, train_step(run, batch), run.skipped)
+                    if loss := train_on(run, batch):
+                        meter.add(run.step - 1, loss, run.skipped)
         views = [batch.views[name] for name in run.method.reads]
         assert all(
             v.is_cuda

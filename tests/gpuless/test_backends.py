@@ -25,8 +25,10 @@ def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(res
     found = results[case]
     assert found["faults"] == {} and found["dali_waits"] == 0
     assert found["skipped"] == [True, True]
-    assert len(found["gaps"]) == (2 if case == "resident, device" else 4)
-    assert max(found["gaps"]) < LEVELS
+    in_memory = case in ("resident, device", "resident, turned")
+    assert len(found["gaps"]) == (2 if in_memory else 4)
+    # The device turns DALI's crops, but here it computes nothing.
+    assert max(found["gaps"]) < LEVELS or case == "dali, turned"
     # DALI starts once for each run, and again after the bad image.
     assert found["dali_pipelines"] == (3 if case.startswith("dali") else 0)
 

@@ -34,7 +34,7 @@ BUDGET = ("products", "kernels", "copies", "all_reduce_bytes", "peak_gib")
 def test_no_precision_optimiser_backend_or_batchnorm_makes_the_host_wait(folder, request):
     beton = [request.getfixturevalue("beton")] if find_spec("ffcv") else []
     costs = json.loads(on_fake_gpu(PROGRAMS, "small_steps", folder, *beton))
-    assert len(costs) == 12 + len(beton)
+    assert len(costs) == 15 + len(beton)
     assert {case: found["faults"] for case, found in costs.items() if found["faults"]} == {}
 
 

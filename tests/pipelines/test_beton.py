@@ -264,9 +264,9 @@ def test_a_million_images_open_fast_and_lean(tmp_path):
     writer.file.seek(writer.end)  # This leaves a hole: no byte of an image is on the disk.
     writer.finish(entries)
     writer.close()
-    began = time.perf_counter()
+    began = time.process_time()  # of this process: others may be at work on the machine
     beton_source(path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     tracemalloc.start()
     source = beton_source(path)
     peak = tracemalloc.get_traced_memory()[1]

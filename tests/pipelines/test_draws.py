@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.draws import ORDERS, draw, uniforms
+from pipelines.draws import DRAWS, ORDERS, batch_seed, draw, mirrors, uniforms
 from pipelines.views import ViewSpec
 
 SPEC = ViewSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
 
 
 def drawn(
@@ -52,6 +55,50 @@ def test_each_choice_is_independent_of_the_others_and_of_the_other_crop():
         correlation[i, j] = 0
     np.fill_diagonal(correlation, 0)
     assert np.abs(correlation).max() < 0.03
+
+
+def test_vertical_flips_and_quarter_turns_come_as_often_as_stated():
+    params = drawn(20_000, replace(SPEC, vertical_flip_p=0.3, quarter_turns=True)).ravel()
+    assert abs(params["vertical_flip"].mean() - 0.3) < 0.01
+    for turns in range(4):
+        assert abs((params["quarter_turns"] == turns).mean() - 0.25) < 0.009
+    assert not drawn(2_000, replace(SPEC, vertical_flip_p=0.3))["quarter_turns"].any()
+    assert not drawn(2_000, replace(SPEC, quarter_turns=True))["vertical_flip"].any()
+    assert drawn(2_000, replace(SPEC, vertical_flip_p=1))["vertical_flip"].all()
+
+
+def test_vertical_flips_and_quarter_turns_leave_every_other_draw_as_it_is():
+    plain, aerial = drawn(500), drawn(500, AERIAL)
+    for name in plain.dtype.names:
+        same = (plain[name] == aerial[name]).all()
+        assert same == (name not in ("vertical_flip", "quarter_turns")), name
+    assert not plain["vertical_flip"].any() and not plain["quarter_turns"].any()
+
+
+def test_vertical_flips_and_quarter_turns_are_independent_of_all_else():
+    params = drawn(20_000, AERIAL)
+    columns = [
+        *(params[name] for name in ("vertical_flip", "flip", "jitter", "grayscale", "top")),
+        *(params["quarter_turns"] == turns for turns in (0, 1, 2)),
+        *(params["factor"][..., k] for k in range(4)),
+    ]
+    table = np.concatenate([np.stack([c[:, crop] for c in columns]) for crop in (0, 1)])
+    correlation = np.corrcoef(table.astype(float))
+    np.fill_diagonal(correlation, 0)
+    for crop in (0, len(columns)):  # A view has one number of turns.
+        correlation[crop + 5 : crop + 8, crop + 5 : crop + 8] = 0
+    assert np.abs(correlation).max() < 0.03
+
+
+def test_flips_and_turns_are_mirrors_and_a_transposition():
+    square = np.arange(25).reshape(5, 5)
+    params = np.zeros(16, drawn(1).dtype)
+    choices = np.array([(x, y, t) for x in (0, 1) for y in (0, 1) for t in range(4)])
+    params["flip"], params["vertical_flip"], params["quarter_turns"] = choices.T
+    for (x, y, turns), along_x, along_y, transpose in zip(choices, *mirrors(params), strict=True):
+        wanted = square[:: -1 if y else 1, :: -1 if x else 1]
+        found = square[:: -1 if along_y else 1, :: -1 if along_x else 1]
+        assert (np.rot90(wanted, turns) == (found.T if transpose else found)).all()
 
 
 def test_factors_are_uniform_in_their_ranges():
@@ -126,8 +173,26 @@ def test_the_hash_is_splitmix64_in_whole_numbers():
     assert uniforms(seed, epoch, np.array([sample]), draws)[0, crop, number] == (bits >> 11) / 2**53
 
 
+def test_every_batch_of_every_rank_has_a_generator_s_seed_of_its_own():
+    seeds = [
+        batch_seed(seed, epoch, step, rank)
+        for seed in range(3)
+        for epoch in range(4)
+        for step in range(5)
+        for rank in range(6)
+    ]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
 def test_the_dice_never_change():
     """A resumed run must see the same views: a change here would break resuming older runs."""
+    assert DRAWS == 42, "the second crop's numbers start there"
+    assert batch_seed(7, 3, 12, 1) == 611972964785708016
+    aerial = draw(7, 3, np.arange(4), AERIAL, np.full((4, 2), 32))
+    assert aerial["vertical_flip"].astype(int).tolist() == [[1, 1], [0, 0], [1, 0], [1, 0]]
+    assert aerial["quarter_turns"].tolist() == [[0, 0], [0, 2], [0, 0], [3, 1]]
     row = draw(7, 3, np.array([12345]), SPEC, np.array([[375, 500]]))[0, 1]
     assert [row[name] for name in ("top", "left", "height", "width", "flip", "jitter")] == [
         117,

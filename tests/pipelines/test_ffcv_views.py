@@ -22,12 +22,19 @@ SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 def open_loader(
-    data, backend="ffcv", reads=VIEWS, rank=0, world_size=1, dtype=torch.float32, **options
+    data,
+    backend="ffcv",
+    reads=VIEWS,
+    rank=0,
+    world_size=1,
+    dtype=torch.float32,
+    spec=SPEC,
+    **options,
 ):
     source = open_source(data, "pretrain")
     order = Order(len(source.manifest), 8, 5, rank, world_size)
     loading = Loading(backend, **options)
-    return open_views(source, SPEC, frozenset(reads), order, dtype=dtype, loading=loading)
+    return open_views(source, spec, frozenset(reads), order, dtype=dtype, loading=loading)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,18 @@ def test_views_equal_the_reference_and_are_never_overwritten(loader, reference):
     every = [view for batch in kept for view in batch.views.values()]
     assert len(every) == 5 * len(VIEWS)
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in every)
+
+
+@pytest.mark.parametrize("aggressive_on", ["host", "device"])
+def test_flips_and_turns_equal_the_reference(beton, aggressive_on):
+    aerial = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
+    with (
+        open_loader(beton, spec=aerial, aggressive_on=aggressive_on) as ours,
+        open_loader(beton, "torchvision", spec=aerial, threads=1) as theirs,
+    ):
+        reads = VIEWS if aggressive_on == "host" else VIEWS[:2]
+        for one, other in zip(ours.batches(0), theirs.batches(0), strict=True):
+            assert equal(one, other, reads)
 
 
 def test_starting_at_a_step_is_a_jump_and_leaving_early_leaves_nothing(loader, reference):

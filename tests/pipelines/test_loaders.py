@@ -7,6 +7,7 @@ compute dtype and layout.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from pipelines import (
 from pipelines.manifest import Manifest
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
 DALI = pytest.mark.skipif(
     find_spec("nvidia.dali") is None,
     reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
@@ -54,13 +56,14 @@ def batches(
     rank=0,
     world_size=1,
     dtype=torch.float32,
+    spec=SPEC,
     **options,
 ):
     source = open_source(folder, "pretrain")
     order = Order(len(source.manifest), 8, 5, rank, world_size)
     with open_views(
         source,
-        SPEC,
+        spec,
         frozenset(reads),
         order,
         dtype=dtype,
@@ -70,9 +73,12 @@ def batches(
 
 
 @every_backend
-def test_views_equal_the_reference(folder, backend, aggressive_on):
+@pytest.mark.parametrize("spec", [SPEC, AERIAL], ids=["upright", "aerial"])
+def test_views_equal_the_reference(folder, backend, aggressive_on, spec):
     for ours, theirs in zip(
-        batches(folder, backend, aggressive_on), batches(folder, "torchvision"), strict=True
+        batches(folder, backend, aggressive_on, spec=spec),
+        batches(folder, "torchvision", spec=spec),
+        strict=True,
     ):
         assert torch.equal(ours.label, theirs.label)
         for name in VIEWS:
@@ -83,6 +89,21 @@ def test_views_equal_the_reference(folder, backend, aggressive_on):
             assert gap.mean() < allowed + (
                 0.1 if backend == "resident" and aggressive_on == "device" else 0
             ), name
+
+
+@every_backend
+def test_a_weak_view_and_its_aggressive_one_are_flipped_and_turned_alike(
+    folder, backend, aggressive_on
+):
+    spec = replace(AERIAL, jitter_p=0, grayscale_p=0, blur_p=0)
+    upright = replace(spec, vertical_flip_p=0, quarter_turns=False)
+    batch, plain = (batches(folder, backend, aggressive_on, spec=s)[0] for s in (spec, upright))
+    for crop in (1, 2):
+        weak = batch.view(f"weak_{crop}")
+        assert torch.equal(weak, batch.view(f"aggressive_{crop}"))
+        moved = (weak != plain.view(f"weak_{crop}")).flatten(1).any(1)
+        assert moved.sum() >= 5  # of 8; 7 on average
+    assert not torch.equal(batch.weak_1, batch.weak_2)
 
 
 @every_backend
@@ -254,7 +275,7 @@ def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend)
 def test_auto_says_what_it_chose_and_why(folder, caplog, monkeypatch):
     caplog.set_level("INFO", "rsa_fast")
     source = open_source(folder, "pretrain")
-    monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("pipelines.backends.free_bytes", lambda device: 2**30)
     with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5)):
         assert "backend resident: the images take 0.00 GiB decoded" in caplog.text
 
@@ -300,7 +321,7 @@ CHOICES = {
 
 @pytest.mark.parametrize(("kind", "device"), CHOICES)
 def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
-    monkeypatch.setattr("pipelines.resident_views.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("pipelines.backends.free_bytes", lambda device: 2**30)
     if "small" not in kind:
         monkeypatch.setattr("pipelines.backends.RESIDENT_BYTES", 0)
     sizes = np.array([[20, 20], [20, 20 if "one size" in kind else 30]], np.int32)

@@ -146,8 +146,26 @@ def test_crop_resize_and_flip_against_pil(stage, size):
 
 
 @pytest.mark.parametrize("stage", [host, device])
-def test_aggressive_equals_weak_when_colour_grey_and_blur_are_off(stage):
-    spec = ViewSpec(32, (0, 0, 0), (1, 1, 1), jitter_p=0, grayscale_p=0, blur_p=0)
+def test_every_flip_and_turn_against_pil_and_numpy(stage):
+    images = [natural_image(i, 40, 56) for i in range(16)]
+    spec = ViewSpec(16, (0, 0, 0), (1, 1, 1), blur_p=1)
+    params = draw(0, 0, np.arange(16), spec, np.tile((40, 56), (16, 1)))[:, 0]
+    plain = stage(images, params, 16)[0]
+    choices = np.array([(x, y, turns) for x in (0, 1) for y in (0, 1) for turns in range(4)])
+    flip = params["flip"].copy()
+    params["flip"], params["vertical_flip"], params["quarter_turns"] = choices.T
+    ours, theirs = stage(images, params, 16), pil(images, params, 16)
+    for view, base, was, (x, y, turns) in zip(ours[0], plain, flip, choices, strict=True):
+        upright = base[:: -1 if y else 1, :: -1 if x != was else 1]
+        assert difference(view, np.rot90(upright, turns))[1] <= (0 if stage is host else 1)
+    assert difference(ours[0], theirs[0])[0] <= (0 if stage is host else 0.1)
+    assert difference(ours[1], theirs[1])[0] <= (0 if stage is host else 0.4)
+
+
+@pytest.mark.parametrize("turned", [{}, {"vertical_flip_p": 0.5, "quarter_turns": True}])
+@pytest.mark.parametrize("stage", [host, device])
+def test_aggressive_equals_weak_when_colour_grey_and_blur_are_off(stage, turned):
+    spec = ViewSpec(32, (0, 0, 0), (1, 1, 1), jitter_p=0, grayscale_p=0, blur_p=0, **turned)
     params = draw(0, 0, np.arange(60), spec, np.full((60, 2), 32))[:, 0]
     weak, aggressive = stage(IMAGES_32, params, 32)
     assert (weak == aggressive).all()

@@ -25,6 +25,23 @@ def test_ranks_share_out_the_batch_of_one_rank(world_size):
         assert (np.concatenate(ranks) == whole.ids(2, step)).all()
 
 
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 4), (2, 2), (2, 3), (3, 1)])
+def test_a_rank_that_accumulates_reads_in_turn_what_as_many_ranks_read_at_once(ranks, accumulate):
+    count, batch, seed, epoch = 103, 12, 3, 2
+    virtual = [
+        Order(count, batch, seed, rank, ranks * accumulate) for rank in range(ranks * accumulate)
+    ]
+    for rank in range(ranks):
+        order = Order(count, batch, seed, rank, ranks, accumulate)
+        expected = []
+        for step in range(count // batch):
+            for turn in range(accumulate):
+                expected.append(virtual[rank * accumulate + turn].ids(epoch, step).tolist())
+        assert len(order) == len(expected)
+        assert [order.ids(epoch, i).tolist() for i in range(len(order))] == expected
+        assert {len(ids) for ids in expected} == {order.batch_per_rank}
+
+
 def test_the_dropped_remainder_changes_every_epoch():
     order = Order(10, 8, seed=0)
     assert len(order) == 1
@@ -39,3 +56,5 @@ def test_too_few_images_and_an_indivisible_batch_are_errors():
         Order(7, 8, 0)
     with pytest.raises(ValueError, match="does not divide among 3 ranks"):
         Order(100, 8, 0, rank=0, world_size=3)
+    with pytest.raises(ValueError, match="does not divide among 2 ranks times accumulate = 3"):
+        Order(100, 8, 0, rank=0, world_size=2, accumulate=3)

@@ -24,6 +24,18 @@ def test_an_image_folder_lists_classes_labels_and_sizes(folder):
     assert open_source(folder, "train").read(3).shape == (20, 20, 3)
 
 
+def test_a_source_prints_what_it_is_and_where(tmp_path):
+    folder = write_folder(tmp_path / "data", {"train": 2}, size=(20, 30))  # height, width
+    text = "pretrain: 4 images in 2 classes\n  30x20 px, in files in {}/"
+    assert repr(open_source(str(folder), "pretrain")) == text.format(folder)
+    Image.new("RGB", (7, 90)).save(folder / "train" / "class_0" / "tall.png")
+    Image.new("RGB", (100, 80)).save(folder / "train" / "class_0" / "large.png")
+    shown = str(open_source(folder, "pretrain"))
+    assert shown.endswith(f"  30x20 px to 100x80 px, in files in {folder}/")
+    flat = open_source(folder / "train" / "class_1", "pretrain")
+    assert str(flat).startswith("pretrain: 2 images without labels\n")
+
+
 def test_val_is_the_test_split_and_wins_over_test(tmp_path):
     write_folder(tmp_path, {"train": 2, "test": 2, "val": 3})
     assert len(open_source(tmp_path, "test").manifest) == 6
@@ -182,6 +194,7 @@ def test_cifar_s_binary_files_are_read(cifar10_files):
         "data"
     ]
     assert len(source.manifest) == 50 and source.manifest.classes[3] == "name_3"
+    assert str(source) == "pretrain: 50 images in 10 classes\n  32x32 px, in memory"
     assert (source.read(13) == raw[3].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert len(open_source(cifar10_files, "test").manifest) == 10
 

@@ -77,6 +77,32 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     return results
 
 
+def runs_with_callbacks() -> dict[str, dict]:
+    """Train twice. A callback of rank 1 asks to stop: once at a record, once after an epoch.
+
+    Return what the callbacks of this rank were told, and where the run ended.
+    """
+    from test_callbacks import Diary
+    from test_engine import tiny
+
+    from rsa_fast.training.engine import train
+
+    folder, told = Path(sys.argv[4]), {}
+    for place, stop in (("record", {"stop_step": 4}), ("epoch", {"stop_epoch": 1})):
+        diary = Diary(**(stop if rank() == 1 else {}))
+        recipe = tiny(knn_every_epochs=1, checkpoint_every_epochs=2)
+        result = train(recipe, folder / "data", folder / place, callbacks=[diary])
+        weight = next(iter(diary.run.method.encoder.parameters())).detach()
+        told[place] = {
+            "records": diary.records,
+            "epochs": diary.epochs,
+            "step": diary.run.step,
+            "returned": result is not None,
+            "weight": weight,
+        }
+    return told
+
+
 def mean(x: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
@@ -87,6 +113,12 @@ def steps_in_every_way() -> dict[tuple, tuple]:
     import test_networks
 
     return test_networks.steps_in_every_way()
+
+
+def steps_in_every_case() -> dict[str, dict]:
+    import test_accumulation
+
+    return test_accumulation.steps_in_every_case()
 
 
 def sync_batchnorm() -> list[tuple]:

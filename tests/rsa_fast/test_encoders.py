@@ -227,7 +227,7 @@ def test_what_is_no_encoder_says_what_it_is(tmp_path):
     short = {
         key: value for key, value in small().state_dict().items() if not key.startswith("layer4.1")
     }
-    assert "[2, 2, 2, 1] basic blocks are none of resnet18, resnet50" in failure(tmp_path, short)
+    assert "[2, 2, 2, 1] basic blocks are none of resnet18, resnet34" in failure(tmp_path, short)
     assert "holds more than tensors; if you trust it" in failure(
         tmp_path, {"args": argparse.Namespace(lr=1)}
     )

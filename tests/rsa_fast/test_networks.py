@@ -13,6 +13,7 @@ from test_other_methods import BATCH, TINY, some_batch
 
 from pipelines.views import Batch
 from rsa_fast import networks
+from rsa_fast.archs import ResNetLayers
 from rsa_fast.methods import method_class
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
@@ -34,7 +35,7 @@ def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tupl
     known = method_class(method).recipe_type.model_fields
     options = {key: value for key, value in options.items() if key in known}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(networks.LAYERS, "resnet18", (networks.BasicBlock, [1, 1, 1, 1]))
+        patch.setitem(networks.RESNETS, "resnet18", ResNetLayers(False, (1, 1, 1, 1)))
         torch.set_default_dtype(dtype)
         run = build_run(build_recipe("cifar10", method, overrides=options), 10 * BATCH)
     torch.set_default_dtype(torch.float32)

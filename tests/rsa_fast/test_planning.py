@@ -16,7 +16,7 @@ from pipelines import VIEWS, Batch, open_source
 from rsa_fast.cli import main
 from rsa_fast.insight import planning
 from rsa_fast.insight.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
-from rsa_fast.recipes import build_recipe
+from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import build_run, train_step
 
 V100 = GPUS["v100-32g"]
@@ -100,6 +100,33 @@ def test_flop_of_the_traced_step_are_those_of_a_real_one(method):
     ledger, _ = trace(recipe, 16, "fp32")
     assert ledger.flop() == counter.get_total_flops() > 0
     assert ledger.flop("online") > ledger.flop("target") > 0
+
+
+def test_the_passes_of_a_step_are_all_counted_and_take_the_memory_of_one():
+    def recipe(accumulate: int) -> Recipe:
+        fields = {"width": 8, "views.size_px": 16, "batch_size": 40, "device": "cpu"}
+        fields |= {"precision": "fp32", "accumulate": accumulate}
+        return build_recipe("cifar10", "byol", overrides=fields)
+
+    run = build_run(recipe(5), 4000)
+    views = {name: torch.zeros(8, 3, 16, 16) for name in run.method.reads}
+    batches = [Batch(torch.zeros(8, dtype=torch.int64), views)] * 5
+    with Ledger() as real:
+        train_step(run, *batches)
+    predicted, _ = trace(recipe(5), 8, "fp32")
+    assert len(predicted.operations) == len(real.operations)
+    assert predicted.flop() == real.flop()
+    # The mean of five losses reads a few bytes more than that of three.
+    moved = [sum(size for _, _, size in ledger.operations) for ledger in (predicted, real)]
+    assert moved[0] == pytest.approx(moved[1], abs=100)
+    at_once, _ = trace(recipe(1), 40, "fp32")
+    assert predicted.flop() == at_once.flop()
+    assert predicted.peak_bytes < at_once.peak_bytes
+    found = plan(recipe(5), "v100-32g", gpus=2)
+    assert (found["accumulate"], found["batch_per_gpu"]) == (5, 4)
+    assert found["epoch_min"] == pytest.approx(50_000 // 40 * found["step_ms"] / 60_000)
+    total = sum(found["gflop_per_image"].values())
+    assert total * 20 / 1e3 == pytest.approx(found["tflop_per_step"])
 
 
 def test_resnet_50_s_forward_is_what_torchvision_publishes():
@@ -385,7 +412,7 @@ def test_images_that_stay_in_memory_need_no_decoding_and_are_counted(folder):
 def test_a_folder_is_counted_instead_of_the_published_dataset(folder):
     found = plan(tiny(), "v100-32g", data=folder)
     assert found["epoch_min"] == pytest.approx(40 // 8 * found["step_ms"] / 60_000)
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = (folder / "train").rglob("*.jpg")
     assert found["dataset_gib"] == sum(path.stat().st_size for path in files) / GIB
 
 

@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,15 +259,20 @@ def plant(clock: Clock, monkeypatch, step_ms, view_ms: float = 1.0) -> Counter:
     """
     calls: Counter[str] = Counter()
 
-    def step(run, batch):
+    def step(run, *_):
         clock.late(step_ms(run, calls[run.recipe.method]))()
         calls[run.recipe.method] += 1
+
+    def steps(run, batches):
+        while len(list(islice(batches, run.recipe.accumulate))) == run.recipe.accumulate:
+            yield step(run)
 
     def batches(self, epoch, step=0, made=NativeViews.batches):
         for batch in made(self, epoch, step):
             yield clock.late(view_ms, lambda made: made)(batch)
 
     monkeypatch.setattr(profiling, "train_step", step)
+    monkeypatch.setattr(profiling, "train_steps", steps)
     monkeypatch.setattr(NativeViews, "batches", batches)
     return calls
 
@@ -288,6 +294,17 @@ def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(
     assert rsa["images_per_s"] == pytest.approx(8 / 0.040)
     assert rsa["over_byol"] == pytest.approx({"step": 1 / 5, "views": 1, "both": 1 / 2})
     assert report["rsa_over_byol"] == rsa["over_byol"]["both"]
+
+
+def test_a_step_that_accumulates_waits_for_the_views_of_all_its_passes(folder, clock, monkeypatch):
+    plant(clock, monkeypatch, lambda *_: 10, view_ms=30)
+    monkeypatch.setattr(profiling, "evict", lambda files: "")
+    report = profile({"rsa": tiny("rsa", accumulate=2)}, folder, repeats=2, seconds=0.4)
+    rsa = report["methods"]["rsa"]
+    assert [rsa[f"{mode}_ms"] for mode in ("step", "views", "both", "cold_views")] == pytest.approx(
+        [10, 60, 70, 60]
+    )
+    assert rsa["images_per_s"] == pytest.approx(8 / 0.070)
 
 
 def test_a_slow_decoder_is_decode_bound_and_its_time_is_the_decode_stage(
@@ -344,12 +361,12 @@ def test_cold_views_are_those_of_files_dropped_just_before_each_read_once(folder
         tiny("byol", threads=1), source := open_source(folder, "pretrain")
     ) as subject:
         for _ in range(2):
-            subject.measure(folder, 0.0)
+            subject.measure(0.0)
             files = [folder / source.manifest.paths[i] for i in read]
             assert len(set(dropped[-1])) == 40 and set(dropped[-1]) == set(files[:40])
         assert len(subject.times("cold_views")) == 1
         monkeypatch.setattr(profiling, "evict", lambda files: "they stay")
-        subject.measure(folder, 0.0)
+        subject.measure(0.0)
         assert subject.cold_fault == "they stay" and subject.times("cold_views") == []
 
 
@@ -477,7 +494,7 @@ def test_tuning_finds_the_planted_fastest_settings_and_training_takes_them(
         return Planted(clock, loading)
 
     monkeypatch.setattr(tuning, "open_loader", open_loader)
-    monkeypatch.setattr(tuning, "train_step", lambda run, batch: None)
+    monkeypatch.setattr(tuning, "train_steps", lambda run, batches: batches)
     result = tune(tiny("rsa", aggressive_on="host"), folder, tmp_path / "tuned.yaml", budget_s=20)
     fastest = {
         "backend": "native",

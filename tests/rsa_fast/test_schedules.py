@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from rsa_fast.schedules import beta, cosine_ramp, learning_rate, tau
@@ -33,6 +35,16 @@ def test_learning_rate_at_literals():
     rates = [learning_rate(step, 20, 200, 4.8) for step in (0, 10, 20)]
     assert rates == pytest.approx([0, 0.24, 0.48])
     assert learning_rate(20, 20, 20, 4.8) == pytest.approx(4.8)
+
+
+def test_the_learning_rate_ends_at_its_minimum():
+    rates = [learning_rate(step, 110, 10, 0.5, min_lr=0.1) for step in (0, 5, 10, 60, 110, 200)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.3, 0.1, 0.1])
+    for step in range(10, 111, 20):
+        ramp = (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        expected = 0.1 + 0.4 * ramp
+        assert learning_rate(step, 110, 10, 0.5, 0.1) == pytest.approx(expected)
+        assert learning_rate(step, 110, 10, 0.5) == 0.5 * cosine_ramp(step - 10, 100)
 
 
 def test_ramps_stay_at_their_end():

@@ -55,6 +55,7 @@ def test_the_package_imports_what_is_asked_for_and_no_more():
     assert python("import sys, rsa_fast; print('torch' in sys.modules)") == "False\n"
     assert (rsa_fast.train, rsa_fast.load_encoder) == (engine.train, encoders.load_encoder)
     assert rsa_fast.evaluate is evaluate
+    assert dir(rsa_fast) == sorted(rsa_fast.__all__) and "Callback" in dir(rsa_fast)
     with pytest.raises(AttributeError, match="module 'rsa_fast' has no attribute 'trian'"):
         rsa_fast.trian  # noqa: B018
 

@@ -1,0 +1,170 @@
+"""Callbacks: what they are told, when they stop a run, and what a stop leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import same, tiny, weights
+
+import rsa_fast
+from rsa_fast.training import checkpoint
+from rsa_fast.training.callbacks import Callback
+from rsa_fast.training.engine import StoppedError, train
+from rsa_fast.training.metrics import read_metrics
+
+
+class Diary(Callback):
+    """Writes down every call, and stops at the steps or epochs it is told."""
+
+    def __init__(self, stop_step: int = -1, stop_epoch: int = -1) -> None:
+        self.stop_step, self.stop_epoch = stop_step, stop_epoch
+        self.records, self.epochs, self.results = [], [], []
+
+    def on_record(self, run, record):
+        assert run.step == record["step"]
+        self.records.append(dict(record))
+        return run.step == self.stop_step
+
+    def on_epoch(self, run, epoch, scores):
+        assert run.step == epoch * run.derived.steps_per_epoch
+        self.epochs.append((epoch, scores))
+        return epoch == self.stop_epoch
+
+    def on_end(self, run, result):
+        self.run = run
+        self.results.append((run.step, result))
+
+
+class Silent(Callback):
+    """Uses none of the methods."""
+
+
+def test_every_record_every_epoch_and_the_end_are_told(folder, tmp_path):
+    diary, out = Diary(), tmp_path / "run"
+    result = train(
+        tiny(knn_every_epochs=2), str(folder), str(out), callbacks=[Silent(), diary, Callback()]
+    )
+    assert diary.records == [record for record in read_metrics(out) if "loss" in record]
+    assert [epoch for epoch, _ in diary.epochs] == [1, 2, 3]
+    scores = dict(diary.epochs)
+    assert scores[1] == {} and "knn_top1" in scores[2] and "linear_top1" not in scores[2]
+    assert scores[3]["linear_top1"] == result["linear_top1"]
+    assert scores[3]["knn_top1"] == result["knn_top1"]
+    assert diary.results == [(15, result)]
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_callbacks_change_no_number_of_a_run(folder, tmp_path):
+    train(tiny(), folder, tmp_path / "alone")
+    train(tiny(), folder, tmp_path / "watched", callbacks=[Diary()])
+    assert same(weights(tmp_path / "alone"), weights(tmp_path / "watched"))
+
+
+# An epoch has 5 steps, and every second step is recorded.
+@pytest.mark.parametrize(
+    ("stop", "step"), [({"stop_step": 8}, 8), ({"stop_epoch": 1}, 5), ({"stop_step": 10}, 10)]
+)
+def test_a_run_that_a_callback_stopped_is_saved_and_continues_exactly(
+    folder, tmp_path, caplog, stop, step
+):
+    caplog.set_level(logging.INFO, "rsa_fast")
+    recipe, out = tiny(checkpoint_every_epochs=3), tmp_path / "parts"
+    train(recipe, folder, tmp_path / "whole")
+    # The others are still called when the first has asked to stop.
+    diary, other = Diary(**stop), Diary()
+    result = train(recipe, folder, out, callbacks=[diary, other])
+    assert result["step"] == step and result["linear_top1"] is None
+    assert checkpoint.load_latest(out / "checkpoints")["step"] == step
+    assert f"a callback asked to stop: the run ends after step {step}" in caplog.text
+    assert other.records == diary.records and diary.records[-1]["step"] <= step
+    assert diary.results == other.results == [(step, result)]
+
+    assert train(recipe, folder, out, resume=True)["step"] == 15
+    assert same(weights(tmp_path / "whole"), weights(out))
+    steps = [record["step"] for record in read_metrics(out) if "loss" in record]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 15]
+
+
+def test_the_loss_of_a_planted_record_stops_a_run_early(folder, tmp_path):
+    class Patience(Callback):
+        """Stops as soon as a loss is not below the one before."""
+
+        losses = ()
+
+        def on_record(self, run, record):
+            planted = [0.9, 0.8, 0.85, 0.7][len(self.losses)]
+            self.losses += (planted,)
+            return len(self.losses) > 1 and planted >= self.losses[-2]
+
+    patience = Patience()
+    result = train(tiny(), folder, tmp_path / "run", callbacks=[patience])
+    assert result["step"] == 6 and patience.losses == (0.9, 0.8, 0.85)
+
+
+def test_an_error_in_a_callback_ends_the_run_and_leaves_what_it_takes_to_resume(folder, tmp_path):
+    class PrunedError(Exception):
+        pass
+
+    class Prune(Callback):
+        def on_record(self, run, record):
+            if run.step == 8:
+                raise PrunedError("the trial is not promising")
+
+    train(tiny(), folder, tmp_path / "whole")
+    with pytest.raises(PrunedError, match="not promising"):
+        train(tiny(), folder, tmp_path / "parts", callbacks=[Prune()])
+    assert checkpoint.load_latest(tmp_path / "parts" / "checkpoints")["step"] == 5
+    train(tiny(), folder, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_signal_and_a_callback_together_are_a_signal(folder, tmp_path):
+    class Both(Diary):
+        def on_record(self, run, record):
+            signal.raise_signal(signal.SIGTERM)
+            return True
+
+    both = Both()
+    with pytest.raises(StoppedError, match="SIGTERM: stopped after step 2, which is saved"):
+        train(tiny(), folder, tmp_path / "run", callbacks=[both])
+    assert [step for step, _ in both.results] == [2]
+
+
+def test_only_true_stops_a_run(folder, tmp_path):
+    class Talkative(Callback):
+        def on_record(self, run, record):
+            return record
+
+    result = train(tiny(epochs=1), folder, tmp_path / "run", callbacks=[Talkative()])
+    assert result["step"] == 5
+
+
+@pytest.mark.parametrize("wrong", [Callback, print, "a"])
+def test_what_is_no_callback_is_refused_before_anything_happens(folder, tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"wants instances of rsa_fast\.Callback, found"):
+        train(tiny(), folder, tmp_path / "run", callbacks=[wrong])
+    assert not (tmp_path / "run").exists() and rsa_fast.Callback is Callback
+
+
+def test_two_ranks_are_told_the_same_and_stop_together_when_one_is_asked(folder, tmp_path):
+    (tmp_path / "data").symlink_to(folder)
+    ranks = run_ranks("runs_with_callbacks", 2, tmp_path)
+    own = ("step_ms", "images_per_s", "wait_pct")  # times of each rank
+
+    def common(records):
+        return [{key: x for key, x in record.items() if key not in own} for record in records]
+
+    for place in ("record", "epoch"):
+        first, second = (rank[place] for rank in ranks)
+        assert common(first["records"]) == common(second["records"]) != []
+        assert first["epochs"] == second["epochs"]
+        assert first["step"] == second["step"] == {"record": 4, "epoch": 5}[place]
+        assert [first["returned"], second["returned"]] == [True, False]
+        saved = checkpoint.load_latest(tmp_path / place / "checkpoints")
+        assert saved["step"] == first["step"]
+    assert torch.equal(ranks[0]["record"]["weight"], ranks[1]["record"]["weight"])

@@ -1,0 +1,174 @@
+"""The fields that change an optimiser: AdamW, clipping, excluded weight decay, the last rate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_engine import tiny
+from test_optim import SHAPES, gradients, parameters
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from pipelines.views import VIEWS, Batch
+from rsa_fast.training.optim import build_optimizer, set_learning_rate
+from rsa_fast.training.step import Run, build_run, train_step
+
+SIMSIAM = {"projector_layers": 2, "hidden_dim": 8, "out_dim": 8}
+NAMES = ("sgd", "lars", "adamw")
+
+
+class Few(nn.Module):
+    """The parameters of `SHAPES`, of which the last two keep the peak rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameters())
+
+    def constant_lr_parameters(self) -> list[nn.Parameter]:
+        return list(self.weights)[2:]
+
+
+def optimizer_of(few: Few, **fields) -> Optimizer:
+    fields = {"weight_decay": 0.05, "momentum": 0.8} | fields
+    return build_optimizer(tiny(**fields), few, peak_lr=0.02)
+
+
+def give(few: Few, step: int, scale: float = 1.0) -> None:
+    for p, g in zip(few.weights, gradients(step), strict=True):
+        p.grad = g * scale
+
+
+@pytest.mark.parametrize("decay_exclude", ["none", "norm_and_bias"])
+def test_adamw_s_steps_equal_those_by_hand(decay_exclude):
+    few = Few()
+    optimizer = optimizer_of(few, optimizer="adamw", decay_exclude=decay_exclude)
+    weights = [p.detach().double().flatten().tolist() for p in few.weights]
+    first, second = ([[0.0] * len(w) for w in weights] for _ in range(2))
+    for step in range(4):
+        set_learning_rate(optimizer, rate := 0.01 / (step + 1))
+        give(few, step)
+        optimizer.step()
+        for i, grads in enumerate(gradients(step)):
+            lr = 0.02 if i >= 2 else rate  # the last two keep the peak
+            decay = 0.0 if decay_exclude != "none" and len(SHAPES[i]) == 1 else 0.05
+            for j, g in enumerate(grads.double().flatten().tolist()):
+                first[i][j] = 0.8 * first[i][j] + 0.2 * g
+                second[i][j] = 0.999 * second[i][j] + 0.001 * g * g
+                mean = first[i][j] / (1 - 0.8 ** (step + 1))
+                square = second[i][j] / (1 - 0.999 ** (step + 1))
+                weights[i][j] *= 1 - lr * decay
+                weights[i][j] -= lr * mean / (math.sqrt(square) + 1e-8)
+    for p, expected in zip(few.weights, weights, strict=True):
+        assert p.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_overflow_leaves_adamw_as_new_and_a_scaled_step_equals_the_unscaled_one(layout):
+    plain, scaled = Few().to(memory_format=layout), Few().to(memory_format=layout)
+    one, other = (optimizer_of(few, optimizer="adamw") for few in (plain, scaled))
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for step, overflow in enumerate([True, False, True, False]):
+        give(scaled, step, scaler.scale(torch.ones(())).item())
+        before = [p.detach().clone() for p in scaled.weights]
+        if overflow:
+            scaled.weights[0].grad[0, 0, 0, 0] = float("inf")
+        else:
+            give(plain, step)
+            one.step()
+        scaler.step(other)
+        scaler.update()
+        if overflow:
+            assert all(map(torch.equal, scaled.weights, before))
+        if step == 0:
+            for state in other.state.values():
+                assert not any(value.any() for value in state.values())
+    for p, q in zip(plain.weights, scaled.weights, strict=True):
+        torch.testing.assert_close(p, q)
+    for p, q in zip(one.state.values(), other.state.values(), strict=True):
+        assert p["step"] == q["step"] == 2
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_leave_gains_and_biases_without_decay_and_are_the_old_ones_by_default(name):
+    method = build_run(tiny("simsiam", **SIMSIAM), 40).method
+    constant = set(method.constant_lr_parameters())
+
+    def groups(**fields) -> list[dict]:
+        recipe = tiny("simsiam", **SIMSIAM, optimizer=name, weight_decay=0.5, **fields)
+        return build_optimizer(recipe, method, 0.1).param_groups
+
+    # The checkpoints of earlier versions have these two groups.
+    trained, kept = groups()
+    assert set(kept["params"]) == constant and kept["constant_lr"] and not trained["constant_lr"]
+    assert trained["weight_decay"] == kept["weight_decay"] == (0 if name == "lars" else 0.5)
+    split = groups(decay_exclude="norm_and_bias")
+    for group in split:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0 if name == "lars" or p.ndim <= 1 else 0.5)
+            assert group["constant_lr"] == (p in constant)
+    members = [p for group in split for p in group["params"]]
+    assert len(members) == len(set(members)) == len(trained["params"]) + len(kept["params"])
+
+
+def gradients_of_a_step(batch_seed: int = 0, scale: float | None = None, **fields) -> tuple:
+    """Return a run after one step, and the gradients that its optimiser saw."""
+    run, seen = build_run(tiny(**fields), 40), []
+    if scale:
+        run.scaler._init_scale = scale
+    trained = [p for p in run.method.parameters() if p.requires_grad]
+
+    def see(*_) -> None:
+        if not seen:  # the step of LARS ends with that of SGD, whose hooks are the same
+            seen.extend(p.grad.clone() for p in trained)
+
+    run.optimizer.register_step_pre_hook(see)
+    train_step(run, noise(batch_seed, run))
+    return run, seen
+
+
+def noise(seed: int, run: Run) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    views = {name: torch.randn(8, 3, 16, 16, generator=generator).to(run.dtype) for name in VIEWS}
+    return Batch(torch.zeros(8, dtype=torch.int64), views)
+
+
+def norm_by_hand(grads: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(x * x for g in grads for x in g.double().flatten().tolist()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_clipped_to_the_norm_of_all_of_them_before_the_optimiser(name):
+    _, plain = gradients_of_a_step(optimizer=name)
+    norm = norm_by_hand(plain)
+    for limit in (norm / 3, 3 * norm):
+        _, seen = gradients_of_a_step(optimizer=name, clip_grad_norm=limit)
+        share = min(1, limit / norm)
+        for g, expected in zip(seen, plain, strict=True):
+            torch.testing.assert_close(g, share * expected, rtol=1e-4, atol=1e-8)
+        assert norm_by_hand(seen) == pytest.approx(share * norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scaler_s_gradients_are_clipped_unscaled_and_an_overflow_still_changes_nothing(name):
+    fields = {"optimizer": name, "precision": "fp16", "clip_grad_norm": 1e-3}
+    run, seen = gradients_of_a_step(scale=1024.0, **fields)
+    assert not run.skipped and norm_by_hand(seen) == pytest.approx(1e-3, rel=1e-3)
+    new = build_run(tiny(**fields), 40).method
+    run, _ = gradients_of_a_step(scale=2.0**60, **fields)
+    assert run.skipped and run.scaler.get_scale() == 2.0**59
+    for p, q in zip(run.method.online.parameters(), new.online.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for state in run.optimizer.state.values():
+        assert not any(value.any() for value in state.values())
+
+
+def test_the_last_steps_of_a_recipe_are_at_its_minimum_and_a_constant_rate_stays():
+    recipe = tiny("simsiam", **SIMSIAM, peak_lr=0.5, min_lr=0.1)
+    run = build_run(recipe, 40)
+    run.step = run.derived.total_steps
+    train_step(run, noise(0, run))
+    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.1, 0.5])
