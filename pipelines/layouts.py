@@ -334,9 +334,9 @@ def read_list(place: Path) -> tuple[Path, Listing]:
 def check_list(place: Path, root: Path, listing: Listing) -> Listing:
     """Raise ValueError with the paths in a text file at which there is no file."""
     paths = listing[0]
-    found = map_threaded(lambda path: (os.path.isfile(f"{root}/{path}"), 0), paths, np.bool_)[:, 0]
-    if not found.all():
-        missing = np.flatnonzero(~found)
+    exists = map_threaded(lambda path: (os.path.isfile(f"{root}/{path}"), 0), paths, np.bool_)[:, 0]
+    if not exists.all():
+        missing = np.flatnonzero(~exists)
         rows = [f"  {root / paths[i]}" for i in missing[:20]] + ["  ..."] * (len(missing) > 20)
         listed = "\n".join(rows)
         fault = f"{len(missing)} of the {len(paths)} files in {place} are not there"

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib import import_module
@@ -41,6 +42,12 @@ def load_object(spec: str) -> Any:
         has = f"it has {', '.join(near)}" if near else "it has no public names"
         raise ValueError(f"{where} has no {name!r}: {has}")
     return getattr(module, name)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the most similar known word, or an empty string if none is similar."""
+    matches = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def load_module(where: str | Path) -> ModuleType:

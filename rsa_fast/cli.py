@@ -20,6 +20,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pipelines.backends import BACKENDS
+from pipelines.named import nearest
 from rsa_fast.datasets import DATASETS, own_rules
 from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
 
@@ -65,8 +66,6 @@ class Name(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
-            from rsa_fast.recipes import nearest
-
             raise ValueError(
                 f"no {self.name} {value!r}{nearest(value, self.choices)}: "
                 f"choose from {', '.join(self.choices)}"
@@ -297,8 +296,8 @@ def main(debug: bool) -> None:
     click.option(
         "--init-from",
         type=FILE,
-        help="Start from the encoder in a file that eval reads; of a like run, heads too. "
-        "Ignored when a run is resumed.",
+        help="Start from the encoder in a file that eval reads. The heads are taken too if the "
+        "file is a checkpoint of the same method and shapes. Ignored when a run is resumed.",
     ),
     click.option(
         "--wandb", is_flag=True, default=None, help="Also send the records to Weights & Biases."
@@ -449,8 +448,8 @@ def default_out(name: str | None, data: Data, dataset: str, method: str, *, resu
     base = Path("runs") / f"{name}-{short_name(method)}"
     runs = base.parent.iterdir() if base.parent.is_dir() else ()
     counted = re.compile(re.escape(base.name) + r"(?:-(\d+))?")
-    found = [match for match in map(counted.fullmatch, (run.name for run in runs)) if match]
-    newest = max((int(match[1] or 1) for match in found), default=0)
+    matches = [match for match in map(counted.fullmatch, (run.name for run in runs)) if match]
+    newest = max((int(match[1] or 1) for match in matches), default=0)
     number = max(1, newest) if resume else newest + 1
     return base if number == 1 else base.with_name(f"{base.name}-{number}")
 
@@ -473,14 +472,16 @@ def refuse_both(option: str, value: object, other: str, other_value: object) -> 
 def print_dry_run(recipe: Recipe, manifest: Manifest, processes: int) -> None:
     """The recipe as YAML, and the numbers derived from it as JSON.
 
-    Raises ValueError for labels or a batch size with which the run could not start.
+    Raises ValueError for a network, labels or a batch size with which the run could not start.
     """
     from dataclasses import asdict
 
     from pipelines.order import Order
+    from rsa_fast.networks import check_arch
     from rsa_fast.recipes import dump_yaml, resolve
 
     images = len(manifest)
+    check_arch(recipe)
     recipe.check_labels(manifest.labelled, len(manifest.classes))
     Order(
         images,

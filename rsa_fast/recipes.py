@@ -11,12 +11,10 @@ every number has its source beside it (see `sourced.py` for PAPER, CODE and "cho
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 import reprlib
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipelines.layouts import Data, open_source
 from pipelines.loading import AggressiveOn, DecodeOn, Loading, OnBadImage
-from pipelines.named import absolute, is_file
+from pipelines.named import absolute, is_file, nearest
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
@@ -388,8 +386,8 @@ def build_recipe(
     ValueError, which names every value out of range and every unknown key, with the nearest known
     one.
 
-    The dataset `auto` chooses its row from the images in `data`; no other dataset reads them. It
-    can do without where file and overrides have all fields, as the recipe.yaml of a run has.
+    The dataset `auto` chooses its row from the images in `data`; no other dataset reads them.
+    `data` is not needed if file and overrides have all fields, as a run's recipe.yaml has.
     """
     file_fields = flatten(read_yaml(Path(file)) if file else {})
     given = [*file_fields, *(overrides or {}).items(), *flatten(changes)]
@@ -442,7 +440,7 @@ class ForeignRecipe(Recipe):
 
     @model_validator(mode="after")
     def accumulation_suits_the_method(self) -> ForeignRecipe:
-        return self  # it suited it in training, and the method is not loaded
+        return self  # this was checked before training, and the method is not loaded here
 
 
 def checkpoint_recipe(fields: dict[str, Any]) -> Recipe:
@@ -483,12 +481,6 @@ def explain(error: Any, kind: type[Recipe], method: str) -> str:
         return str(error["msg"]).removeprefix("Value error, ")
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key} = {reprlib.repr(error['input'])}: {message}"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar known word, or an empty string if none is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def parse_set(items: tuple[str, ...]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def step(width: int, batch_size: int, turns: int) -> None:
     rsa, byol, looped = run_of("rsa"), run_of("byol"), run_of("rsa")
     contiguous = run_of("rsa", precision="fp32")
     layout = torch.contiguous_format
-    contiguous.method.to(memory_format=layout)  # type: ignore[call-overload]  # not in torch's types
+    contiguous.method.to(memory_format=layout)  # type: ignore[call-overload]
     with open_views(
         source, CIFAR, frozenset(VIEWS), order, device=rsa.device, dtype=rsa.dtype
     ) as loader:

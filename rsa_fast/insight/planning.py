@@ -43,11 +43,12 @@ from torch.utils.flop_counter import flop_registry
 from pipelines import VIEWS, Batch, Loading, Order, Source, open_source, open_views
 from pipelines.backends import RESIDENT_BYTES
 from pipelines.layouts import Data
+from pipelines.named import nearest
 from rsa_fast.archs import RESNETS
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import short_name
 from rsa_fast.methods.method import Method, build_method
-from rsa_fast.recipes import Recipe, build_recipe, nearest, recipe_of_own_encoder, resolve
+from rsa_fast.recipes import Recipe, build_recipe, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer
 from rsa_fast.training.step import Run, choose_dtype, train_on
 

@@ -46,7 +46,8 @@ class Timeline:
             if self.marks and self.marks[-1][0] == "optimiser":
                 self.idle.append(self.marks[-1][1].query())
             stream = torch.cuda.current_stream(self.device)
-            now = stream.record_event(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]  # torch gives no types
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            now = stream.record_event(event)  # type: ignore[no-untyped-call]
         self.marks.append((part, now))
 
     def time(

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pipelines.named import absolute, is_file, load_module, load_object
+from pipelines.named import absolute, is_file, load_module, load_object, nearest
 from rsa_fast.datasets import DATASETS
 from rsa_fast.sourced import Sourced
 
@@ -70,8 +70,6 @@ def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a method of this package, an entry point, or a path."""
     if name in FILES or is_file(name) or name in (installed := installed_methods()):
         return
-    from rsa_fast.recipes import nearest
-
     names = [*METHODS, *installed]
     raise ValueError(
         f"no method {name!r}{nearest(name, names)}: choose from {', '.join(names)}, "
@@ -127,5 +125,5 @@ def checked(method: Any, where: str) -> type[Method]:
         fault = "has numbers without a source in its rows: write cite('chosen', hidden_dim=2048)"
     if fault:
         raise ValueError(f"{where}: {getattr(method, '__name__', method)} {fault}")
-    found: type[Method] = method
-    return found
+    complete: type[Method] = method
+    return complete

@@ -67,16 +67,18 @@ def fitting_encoder(
     if saved_arch != arch and {saved_arch, arch} - RESNETS.keys():
         raise ValueError(f"{saved_arch} in the checkpoint, {arch} now")
     if arch in RESNETS:
-        found = build_resnet(state)
-        here, there = traits(encoder), traits(found)
+        saved_encoder = build_resnet(state)
+        here, there = traits(encoder), traits(saved_encoder)
         if differ := [name for name in here if here[name] != there[name]]:
             sides = [f"{name} {there[name]} in the checkpoint, {here[name]} now" for name in differ]
             fix = " ".join(f"--set {name}={there[name]}" for name in differ)
             raise ValueError(f"{'; '.join(sides)} ({fix})")
         note = ""
-        if beginning(found) != beginning(encoder):
-            note = f"; there it begins with {beginning(found)}, here with {beginning(encoder)}"
-        return found.state_dict(), note
+        if beginning(saved_encoder) != beginning(encoder):
+            note = (
+                f"; there it begins with {beginning(saved_encoder)}, here with {beginning(encoder)}"
+            )
+        return saved_encoder.state_dict(), note
     weights, expected = own_weights(encoder, state), shapes(encoder.state_dict())
     for key, shape in shapes(weights).items():
         if shape != expected[key]:

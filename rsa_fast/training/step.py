@@ -131,7 +131,7 @@ def train_on(run: Run, batch: Batch) -> Loss | None:
     ):
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
             loss: Loss = run.forward(batch, now)
-        run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]  # torch gives no types
+        run.scaler.scale(loss.total).backward()  # type: ignore[no-untyped-call]
     run.losses.append(replace(loss, total=loss.total.detach()))
     if not last:
         return None

@@ -98,6 +98,7 @@ def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message
         (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
         (("--gpus", 2, "--nproc", 2), "--gpus and --nproc exclude each other"),
         (("--force",), "--force is only valid with --resume"),
+        (("--arch", "timm/nosuch", "--set", "width=64", "--dry-run"), "no model 'nosuch'"),
         (("--method", "boyl"), "did you mean 'byol'?"),
         (("--data", "/nowhere"), "no folder /nowhere"),
         (("--download", "--dataset", "tinyimagenet"), "--download knows cifar10, cifar100, stl10"),
