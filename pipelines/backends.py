@@ -6,12 +6,13 @@ so that `rsa-fast --help` can list the names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from pipelines.machine import available_memory_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +58,13 @@ def fits_in_memory(source: Source, device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory for the images in bytes: the host's, or the GPU's if that is less."""
+    """Free memory for the images in bytes: what this process may take of the host's, or the GPU's.
+
+    The smaller of the two counts.
+    """
     import torch
 
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_memory_bytes()
     return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.draws import sample_keys
 from pipelines.order import Order, epoch_order
 from pipelines.sources import read_rgb
+from pipelines.workers import Parcel
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects
 LAYOUT = (
@@ -147,6 +148,13 @@ def open_loader(
         images,
         batch_sampler=plan,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=parcel if workers else list,
         pin_memory=device.type == "cuda",
+    )
+
+
+def parcel(batch: list[Sample]) -> Parcel:
+    """A batch as a worker returns it."""
+    return Parcel(
+        batch, [tensor for image, objects in batch for tensor in (image, *objects.values())]
     )

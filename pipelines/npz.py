@@ -13,15 +13,22 @@ from pathlib import Path
 import numpy as np
 
 
-def read_npz(path: Path, wanted: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
+def read_npz(
+    path: Path, wanted: Mapping[str, np.dtype], optional: Mapping[str, np.dtype] | None = None
+) -> dict[str, np.ndarray]:
     """The arrays `wanted` (name: type) from a file written by `np.savez`.
+
+    Those of `optional` are read where they are there.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged or contains other arrays.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             length = file.seek(0, io.SEEK_END)
-            return {name: read_array(archive, length, name, wanted[name]) for name in wanted}
+            there = {name.removesuffix(".npy") for name in archive.namelist()}
+            types = {name: kind for name, kind in (optional or {}).items() if name in there}
+            types |= wanted
+            return {name: read_array(archive, length, name, types[name]) for name in types}
     except FileNotFoundError:
         raise
     except Exception as error:  # A damaged zip file raises exceptions of many types.

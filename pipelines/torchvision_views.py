@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.loading import Loader
 from pipelines.views import VIEWS, Batch
+from pipelines.workers import Parcel
 
-# What a worker process returns: a batch or an error, and the bad images it has skipped so far.
-Delivery = tuple[Batch | ValueError, dict[int, str]]
 # The rotations by one, two and three quarters, counter-clockwise.
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 # The jitter operations in the order of their numbers in `draws`.
@@ -60,7 +59,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class TorchvisionViews(Loader, Dataset[Delivery]):
+class TorchvisionViews(Loader, Dataset[Parcel]):
     """Loader with worker processes, each of which makes whole batches.
 
     The workers belong to the iterator of one epoch and end with it.
@@ -75,6 +74,7 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
             num_workers=self.job.loading.threads,
             worker_init_fn=ignore_signals,
         )
+        batch: Batch | ValueError
         for batch, skipped in deliveries:
             for sample, fault in skipped.items():
                 self.skip(sample, fault)
@@ -87,15 +87,16 @@ class TorchvisionViews(Loader, Dataset[Delivery]):
     def close(self) -> None:
         """Nothing to do: the worker processes end with their epoch's iterator."""
 
-    def __getitem__(self, epoch_and_ids: tuple[int, np.ndarray]) -> Delivery:
-        """What a worker returns for one batch: the batch, or the error that occurred.
+    def __getitem__(self, epoch_and_ids: tuple[int, np.ndarray]) -> Parcel:
+        """What a worker returns for one batch: the batch or the error that occurred, and `skipped`.
 
         An error raised in a worker would get the worker's traceback added to its message.
         """
         try:
-            return self.make(*epoch_and_ids), dict(self.skipped)
+            batch = self.make(*epoch_and_ids)
+            return Parcel((batch, dict(self.skipped)), [batch.label, *batch.views.values()])
         except ValueError as error:
-            return error, dict(self.skipped)
+            return Parcel((error, dict(self.skipped)), [])
 
     def make(self, epoch: int, ids: np.ndarray) -> Batch:
         """The batch of the samples `ids`, on the CPU."""

@@ -1,0 +1,68 @@
+"""What this process may use of the machine: cores, and memory that is still available.
+
+Containers are limited by cgroups, version 1 or 2. `os.cpu_count` does not know these limits, and
+the kernel's number of free pages counts the page cache, which any program may have filled, as used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """The number of cores that the affinity and the CPU quota of the cgroup leave, at least 1."""
+    quota, _ = read_cgroups((PROC / "self" / "cgroup").read_text())
+    return max(1, int(min(len(os.sched_getaffinity(0)), quota)))
+
+
+def available_memory_bytes(proc: Path = PROC, root: Path = CGROUPS) -> int:
+    """The memory in bytes that this process can still take, within the limits of its cgroups.
+
+    The page cache counts as available, because the kernel gives it up when memory is needed.
+    """
+    lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+    available = [next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")]
+    for folder in cgroup_folders((proc / "self" / "cgroup").read_text(), root):
+        limits = read_limits(folder, "memory.max", "memory.limit_in_bytes")
+        if limits and math.isfinite(limits[0]):
+            usages = (folder / file for file in ("memory.current", "memory.usage_in_bytes"))
+            used = next(int(path.read_text()) for path in usages if path.is_file())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # In version 1, only the totals include the groups below, as the usage does.
+            scope = "total_" if "total_active_file" in stat else ""
+            page_cache = sum(int(stat[f"{scope}{kind}_file"]) for kind in ("active", "inactive"))
+            available.append(max(0, int(limits[0]) - used + page_cache))
+    return min(available)
+
+
+def read_cgroups(groups: str, root: Path = CGROUPS) -> tuple[float, float]:
+    """The cores and the bytes of memory that cgroups leave to this process.
+
+    `groups` is the text of /proc/self/cgroup, v1 or v2. The limits of parent groups count too.
+    """
+    cores = memory = math.inf
+    for folder in cgroup_folders(groups, root):
+        if cpu := read_limits(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+            quota_us, period_us = cpu
+            cores = min(cores, quota_us / period_us)
+        memory = min([memory, *read_limits(folder, "memory.max", "memory.limit_in_bytes")])
+    return cores, memory
+
+
+def cgroup_folders(groups: str, root: Path) -> Iterator[Path]:
+    """The folders of the groups in the text `groups` and of their parents. Some may not exist."""
+    for _, controllers, group in (line.split(":", 2) for line in groups.splitlines()):
+        for path in (Path(group), *Path(group).parents):
+            yield root / controllers / path.relative_to("/")
+
+
+def read_limits(folder: Path, *files: str) -> list[float]:
+    """The numbers in those of the files that exist; "max", -1 and 0 mean no limit."""
+    paths = [folder / file for file in files]
+    words = " ".join(path.read_text() for path in paths if path.is_file()).split()
+    return [float(word) if word.isdigit() and word != "0" else math.inf for word in words]

@@ -1,0 +1,54 @@
+"""How worker processes hand their tensors to the training process.
+
+PyTorch's DataLoader copies them to shared memory on a thread of the worker. Where `/dev/shm` is too
+small for that, as the 64 MB of a container by default, this thread only prints the error, and the
+training process waits for ever. A `Parcel` sends the bytes through the pipe instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+log = logging.getLogger("rsa_fast")
+
+
+class Parcel:
+    """What a worker returns: any `content`, with the `tensors` in it.
+
+    The training process receives `content` itself.
+    """
+
+    def __init__(self, content: object, tensors: Sequence[Tensor]) -> None:
+        self.content, self.tensors = content, tensors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The DataLoader's queue calls this on its thread, while the worker makes the next batch.
+        try:
+            for tensor in self.tensors:
+                tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch has no types here
+        except RuntimeError:  # "unable to allocate shared memory(shm)"
+            return from_pipe, (pickle.dumps(self.content),)
+        return from_shared_memory, (self.content,)
+
+
+def from_shared_memory(content: object) -> object:
+    return content
+
+
+def from_pipe(data: bytes) -> object:
+    say_full()
+    return pickle.loads(data)
+
+
+@cache  # once per process
+def say_full() -> None:
+    log.warning(
+        "no room in /dev/shm: batches come from the worker processes through a pipe, which is "
+        "slower. docker run --shm-size=2g gives room; fewer --threads or backend native need less"
+    )

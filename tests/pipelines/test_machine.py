@@ -1,0 +1,88 @@
+"""What a process may use: the allowed cores, and the memory that is available within its cgroup."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import machine
+
+MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 900 kB\n"  # mostly page cache
+V1 = "total_active_file 3072\ntotal_inactive_file 1024\nactive_file 1\ninactive_file 1\n"
+V2 = "active_file 3072\ninactive_file 1024\nfile 999999\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "available"),
+    [
+        ("0::/", {}, 900 * 1024),
+        (
+            "0::/",
+            {"memory.max": "65536", "memory.current": "61440", "memory.stat": V2},
+            65536 - 61440 + 4096,
+        ),
+        ("0::/a", {"a/memory.max": "max"}, 900 * 1024),
+        (
+            "0::/a/b",  # The parent is the tighter limit.
+            {
+                "a/memory.max": "8192",
+                "a/memory.current": "8000",
+                "a/memory.stat": V2,
+                "a/b/memory.max": "16384",
+                "a/b/memory.current": "0",
+                "a/b/memory.stat": V2,
+            },
+            8192 - 8000 + 4096,
+        ),
+        (
+            "4:memory:/docker/x",  # A container sees its own group as the root.
+            {
+                "memory/memory.limit_in_bytes": "65536",
+                "memory/memory.usage_in_bytes": "61440",
+                "memory/memory.stat": V1,
+            },
+            65536 - 61440 + 4096,
+        ),
+        (
+            "4:memory:/",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "61440",
+                "memory/memory.stat": V1,
+            },
+            900 * 1024,
+        ),
+    ],
+)
+def test_page_cache_is_available_and_the_tightest_limit_counts(tmp_path, groups, files, available):
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    contents = {proc / "meminfo": MEMINFO, proc / "self" / "cgroup": groups}
+    for path, text in (contents | {root / name: text for name, text in files.items()}).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert machine.available_memory_bytes(proc, root) == available
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(float("inf"), 3), (2.5, 2), (0.5, 1), (64.0, 3)])
+def test_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, quota, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2, 5})
+    monkeypatch.setattr(machine, "read_cgroups", lambda groups: (quota, 0.0))
+    assert machine.cores() == cores
+
+
+@pytest.mark.parametrize("tool", ["verify", "to_ffcv", "to_dali"])
+def test_tools_take_one_process_per_allowed_core(tool):
+    arguments = ["."] if tool == "verify" else [".", "dst"]
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        f"from tools.{tool} import main\n"
+        f"print(main.make_context('tool', {arguments}).params['workers'])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "1", done.stderr

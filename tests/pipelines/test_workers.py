@@ -1,0 +1,70 @@
+"""Worker processes hand over their batches whatever the size of /dev/shm."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+SMALL = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "
+CODE = """
+import logging, sys, torch
+from pathlib import Path
+from pipelines import Loading, Order, ViewSpec, open_source, open_views
+from pipelines.coco import parcel
+from torch.utils.data import DataLoader
+
+logging.basicConfig(level="INFO", format="%(message)s")
+data, out = map(Path, sys.argv[1:])
+source = open_source(data, "pretrain")
+spec = ViewSpec(64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+order, loading = Order(16, 8, 5), Loading("torchvision", threads=2)
+with open_views(source, spec, frozenset(["weak_1"]), order, loading=loading) as loader:
+    views = [batch.weak_1 for batch in loader.batches(0)]
+detected = [(torch.full((3, 200, 200), i), {"labels": torch.tensor([i])}) for i in range(4)]
+batches = list(DataLoader(detected, batch_size=2, num_workers=1, collate_fn=parcel))
+torch.save([views, batches], out)
+"""
+
+
+def can_unshare() -> bool:
+    if not shutil.which("unshare"):
+        return False
+    return subprocess.run([*UNSHARE, f"{SMALL} true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_unshare(), reason="a small /dev/shm needs user namespaces (unshare)")
+def test_batches_larger_than_dev_shm_arrive_and_it_is_said(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    results = []
+    for command in ([], [*UNSHARE, f'{SMALL} "$0" "$@"']):
+        out = tmp_path / f"{len(command)}.pt"
+        done = subprocess.run(
+            [*command, sys.executable, "-c", CODE, str(tmp_path / "images"), str(out)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("no room in /dev/shm") == bool(command)
+        results.append(torch.load(out))
+    (views, batches), (small_views, small_batches) = results
+    assert len(views) == 2 and all(map(torch.equal, views, small_views))
+    assert [v.stride() for v in views] == [v.stride() for v in small_views]
+    assert len(batches) == 2
+    for batch, small in zip(batches, small_batches, strict=True):
+        for (image, objects), (same_image, same_objects) in zip(batch, small, strict=True):
+            assert torch.equal(image, same_image)
+            assert torch.equal(objects["labels"], same_objects["labels"])
