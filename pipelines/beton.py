@@ -8,20 +8,26 @@ The record types below are the same as in ffcv. A file consists of:
     the images, none of which crosses the border of a page
     one allocation record for each image
 
-Files made by ffcv's own DatasetWriter can be read too, if they have the fields of ffcv's ImageNet
-scripts: `image` (RGB) and `label` (int).
+Files made by ffcv's own DatasetWriter can be read too, with any fields that ffcv has: one RGB image
+is read, and one int as its label (`image_field`, `label_field`). The others are skipped.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
 from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source
+
+log = logging.getLogger("rsa_fast")
 
 VERSION = 2  # the version of FFCV's format
 HEADER = np.dtype(
@@ -37,8 +43,23 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, int, RGB image
-WANTED = {"image": 2, "label": 1}
+POINTER = np.dtype("<u8")
+BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# The record of a field by ffcv's type number: float, int, RGB image, bytes, array, JSON, tensor.
+# A custom field has number 255, and the file does not say how long its record is.
+INT, RGB = 1, 2
+FIELD_TYPES: dict[int, np.dtype] = {
+    0: np.dtype("<f8"),
+    INT: np.dtype("<i8"),
+    RGB: IMAGE,
+    3: BYTES,
+    4: POINTER,
+    5: BYTES,
+    6: POINTER,
+}
+WRITTEN = {"image": RGB, "label": INT}  # the fields of our own files
+LABEL_NAMES = ("label", "labels", "target", "targets", "class", "cls", "y")
+INDEX_NAMES = ("index", "indices", "idx", "id", "ids")
 RAW = 1  # the image mode of plain pixels; 0 is JPEG
 MAX_SIDE_PX = 2**16 - 1
 # Without a description beside the file, at most this many class names are made up. A label beyond
@@ -51,9 +72,11 @@ def beton_source(path: str | Path, split: str = "train") -> Source:
     """A .beton file as a `Source`. The sample ids follow the order of the file.
 
     The class names come from the `.json` file beside it. If there is none, as with ffcv's own
-    files, they are "0", "1", ... `read` decodes both JPEGs and stored pixels. `encoded` is None if
-    any image is stored as pixels. Raises FileNotFoundError, and ValueError (with the file's name)
-    for another version, other fields, or a file that is truncated or was never finished.
+    files, they are "0", "1", ... Without a field for labels, every label is -1. `read` decodes both
+    JPEGs and stored pixels. `encoded` is None if any image is stored as pixels.
+
+    Raises FileNotFoundError, and ValueError (with the file's name) for another version, a file
+    without an image or with a custom field, or one that is truncated or was never finished.
     """
     path = Path(path)
     packed = open_beton(path)
@@ -72,22 +95,89 @@ def open_beton(path: Path) -> Packed:
         header = table(path, HEADER, 1, 0)[0]
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}, this code reads {VERSION}")
-        fields = table(path, FIELD, header["fields"], HEADER.itemsize)
-        names = [name.decode("ascii", "replace") for name in fields["name"]]
-        types = dict(zip(names, fields["type"].tolist(), strict=True))
-        if not WANTED.items() <= types.items() or not set(types.values()) <= set(FIELD_TYPES):
-            raise ValueError(f"fields {types}, wanted {WANTED} (name: ffcv's type number)")
-        record = np.dtype([(name, FIELD_TYPES[kind]) for name, kind in types.items()], align=True)
-        metadata = table(path, record, header["count"], HEADER.itemsize + fields.nbytes)
+        fields = read_fields(path, header["fields"])
+        record = np.dtype([("", FIELD_TYPES[kind]) for _, kind in fields], align=True)
+        tables = HEADER.itemsize + len(fields) * FIELD.itemsize
+        metadata = table(path, record, header["count"], tables)
+        ints = {name: metadata[f"f{i}"] for i, (name, kind) in enumerate(fields) if kind == INT}
+        image, label = image_field(fields), label_field(ints)
+        if dict(fields) != WRITTEN:
+            others = ", ".join(name for name, _ in fields if name not in (fields[image][0], label))
+            say(
+                f"{path}: the images are field {fields[image][0]}, "
+                f"{f'the labels field {label}' if label else 'there are no labels'}"
+                f"{f'; not read: {others}' if others else ''}"
+            )
+        labels = ints[label] if label else np.full(len(metadata), -1)
         start = int(header["allocations_ptr"])
         if not 0 < start <= length:
             raise ValueError(
                 "its allocation table is missing: it is truncated, or its writer never finished"
             )
         allocations = table(path, ALLOCATION, (length - start) // ALLOCATION.itemsize, start)
-        return Packed([path], entries_of(metadata, allocations))
+        return Packed([path], entries_of(metadata[f"f{image}"], labels, allocations))
     except ValueError as error:
         raise ValueError(f"cannot read {path} as FFCV's format: {error}") from error
+
+
+@cache  # A file is opened for several splits.
+def say(choice: str) -> None:
+    """Log which fields are read, once per file and run."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        log.info(choice)
+
+
+def read_fields(path: Path, count: int | None = None) -> list[tuple[str, int]]:
+    """The names of the fields of a file, and ffcv's numbers of their types, in their order.
+
+    `count` is their number, if it is known. Raises ValueError when the file is truncated, and for a
+    custom field, whose length is not known.
+    """
+    if count is None:
+        count = table(path, HEADER, 1, 0)[0]["fields"]
+    descriptors = table(path, FIELD, count, HEADER.itemsize)
+    names = [name.partition(b"\0")[0].decode("ascii", "replace") for name in descriptors["name"]]
+    fields = list(zip(names, descriptors["type"].tolist(), strict=True))
+    if unknown := [f"{name} ({kind})" for name, kind in fields if kind not in FIELD_TYPES]:
+        raise ValueError(
+            f"fields of custom types (ffcv's number): {', '.join(unknown)}. "
+            "Write it again without them"
+        )
+    return fields
+
+
+def image_field(fields: Sequence[tuple[str, int]]) -> int:
+    """The position of the image in `fields`: the RGB field `image`, or the first of that type.
+
+    Raises ValueError when there is none.
+    """
+    images = [i for i, (_, kind) in enumerate(fields) if kind == RGB]
+    if not images:
+        names = ", ".join(name for name, _ in fields)
+        raise ValueError(f"none of its fields ({names}) is an RGBImageField")
+    return next((i for i in images if fields[i][0] == "image"), images[0])
+
+
+def label_field(ints: dict[str, np.ndarray]) -> str | None:
+    """The name of the field of labels among the int fields, given as their names and values `(N,)`.
+
+    It is the first of `LABEL_NAMES` that is there, in any case. Otherwise it is the only int field
+    that is not an index of the samples and whose values can be the numbers of classes.
+    """
+    by_name = {name.lower(): name for name in reversed(ints)}
+    if known := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
+        return known
+    others = [
+        name
+        for name, values in ints.items()
+        if name.lower() not in INDEX_NAMES
+        and not np.array_equal(np.sort(values), np.arange(len(values)))
+    ]
+    if len(others) != 1:
+        return None
+    values = ints[others[0]]
+    fits = values.min(initial=0) >= -1 and values.max(initial=0) < MAX_CLASSES
+    return others[0] if fits else None
 
 
 def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
@@ -99,26 +189,26 @@ def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
     return np.fromfile(path, record, int(count), offset=offset)
 
 
-def entries_of(metadata: np.ndarray, allocations: np.ndarray) -> np.ndarray:
-    """The images as `(N,)` of `ENTRY`.
+def entries_of(image: np.ndarray, labels: np.ndarray, allocations: np.ndarray) -> np.ndarray:
+    """The images as `(N,)` of `ENTRY`, from their records `image` `(N,)` of `IMAGE`.
 
-    Only the allocations contain the size of an image in bytes. They are found by its position.
+    Only the allocations contain the size of an image in bytes. They are found by its position. Of
+    two allocations at one position, the smaller one is an empty array or text.
     """
-    image = metadata["image"]
-    allocations = allocations[np.argsort(allocations["ptr"], kind="stable")]
-    rank = np.searchsorted(allocations["ptr"], image["data_ptr"])
-    known = rank < len(allocations)
+    allocations = allocations[np.lexsort((allocations["size"], allocations["ptr"]))]
+    rank = np.searchsorted(allocations["ptr"], image["data_ptr"], side="right") - 1
+    known = rank >= 0
     known[known] = allocations["ptr"][rank[known]] == image["data_ptr"][known]
     if not known.all():
         raise ValueError(
             f"truncated: {np.count_nonzero(~known)} of {len(known)} images are not in its "
             "allocation table"
         )
-    entries = np.zeros(len(metadata), ENTRY)
+    entries = np.zeros(len(image), ENTRY)
     entries["offset"], entries["size"] = image["data_ptr"], allocations["size"][rank]
     entries["height"], entries["width"] = image["height"], image["width"]
     entries["raw"] = image["mode"] == RAW
-    entries["label"] = metadata["label"]
+    entries["label"] = labels
     return entries
 
 
@@ -142,8 +232,8 @@ class BetonWriter:
 
     def __init__(self, path: Path, count: int, page: int, done: np.ndarray) -> None:
         self.count, self.page = count, page
-        self.record = np.dtype([("image", IMAGE), ("label", FIELD_TYPES[1])], align=True)
-        tables = HEADER.itemsize + len(WANTED) * FIELD.itemsize + count * self.record.itemsize
+        self.record = np.dtype([("image", IMAGE), ("label", FIELD_TYPES[INT])], align=True)
+        tables = HEADER.itemsize + len(WRITTEN) * FIELD.itemsize + count * self.record.itemsize
         self.end = -(-tables // page) * page  # the first page that the tables leave free
         if len(done):
             self.end = int(done["offset"][-1] + done["size"][-1])
@@ -186,14 +276,14 @@ class BetonWriter:
         allocations["sample"] = np.arange(self.count)
         allocations["ptr"], allocations["size"] = entries["offset"], entries["size"]
         self.file.write(allocations.tobytes())
-        fields = np.zeros(len(WANTED), FIELD)
-        fields["name"], fields["type"] = list(WANTED), list(WANTED.values())
+        fields = np.zeros(len(WRITTEN), FIELD)
+        fields["name"], fields["type"] = list(WRITTEN), list(WRITTEN.values())
         metadata = np.zeros(self.count, self.record)
         metadata["label"] = entries["label"]
         image = metadata["image"]  # a view: writing to it fills `metadata`
         image["data_ptr"], image["mode"] = entries["offset"], entries["raw"] * RAW
         image["height"], image["width"] = entries["height"], entries["width"]
-        header = np.array((VERSION, len(WANTED), self.page, self.count, self.end), HEADER)
+        header = np.array((VERSION, len(WRITTEN), self.page, self.count, self.end), HEADER)
         self.file.seek(0)
         self.file.write(header.tobytes())
         self.file.write(fields.tobytes() + metadata.tobytes())

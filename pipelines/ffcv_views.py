@@ -35,7 +35,8 @@ import numba
 import numpy as np
 import torch
 
-from pipelines.host_ops import jpeg_size, sample_views
+from pipelines.beton import image_field, read_fields
+from pipelines.host_ops import jpeg_header, sample_views
 from pipelines.loading import Job, Loader, in_parts
 from pipelines.transfer import HostViews, Transfer
 from pipelines.views import Batch
@@ -96,7 +97,7 @@ def decode_views(
             continue
         if field["mode"] == JPEG:
             image = np.empty((height, width, 3), np.uint8)
-            jpeg_height, jpeg_width = jpeg_size(stored)
+            jpeg_height, jpeg_width, _ = jpeg_header(stored)
             if jpeg_height != height or jpeg_width != width:
                 # For a smaller JPEG, FFCV would leave the rest of `image` uninitialised.
                 failed[i] = True
@@ -132,7 +133,7 @@ class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
 
 
 class FfcvViews(Loader):
-    """Loader over a .beton file with fields `image` and `label`.
+    """Loader over a .beton file, of whose fields only one image is read (`beton.image_field`).
 
     An image that FFCV cannot decode is decoded by PIL, or reported as bad if PIL fails too. If the
     file is replaced by a rename, the loader continues to read the old one. FFCV maps the file into
@@ -153,6 +154,9 @@ class FfcvViews(Loader):
         self.transfer = Transfer(job)
         self.pool = ThreadPoolExecutor(job.loading.threads)
         self.epoch = 0
+        fields = read_fields(job.source.beton)
+        names, image = [name for name, _ in fields], image_field(fields)
+        decoder = Decoder(self.write)
         # `write` is a Python method, so FFCV must not compile it. Other FFCV loaders of the process
         # are compiled as usual.
         Compiler.set_enabled(False)
@@ -164,16 +168,15 @@ class FfcvViews(Loader):
                 os_cache=True,
                 order=OrderOption.SEQUENTIAL,
                 batches_ahead=job.loading.prefetch_batches,
-                pipelines={
-                    "image": PipelineSpec("image", decoder=Decoder(self.write)),
-                    "label": None,
-                },
+                # A field without an entry would be decoded.
+                pipelines=dict.fromkeys(names)
+                | {names[image]: PipelineSpec(names[image], decoder=decoder)},
             )
         finally:
             Compiler.set_enabled(True)
         # FFCV has opened the file later than the source did, so it may be another file by now.
         reader = self.loader.reader
-        images = reader.metadata[f"f{reader.field_names.index('image')}"]
+        images = reader.metadata[f"f{image}"]
         sizes = np.stack([images["height"], images["width"]], 1)
         if not np.array_equal(sizes, job.source.manifest.sizes):
             raise ValueError(f"{job.source.beton} was replaced while it was opened: start again")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import natural_image
 from PIL import Image
 
@@ -66,12 +67,96 @@ def ffcv_writes(path: Path, pixels: list[np.ndarray], workers: int, **field: obj
     return path
 
 
+# Further fields of FFCV, each with the value for an image of the index i.
+FURTHER = {
+    "index": lambda fields: (fields.IntField(), lambda i: i),
+    "score": lambda fields: (fields.FloatField(), lambda i: i / 2),
+    "thumbnail": lambda fields: (
+        fields.RGBImageField(write_mode="raw"),
+        lambda i: natural_image(i, 8, 9),
+    ),
+    "empty": lambda fields: (fields.BytesField(), lambda i: np.zeros(0, np.uint8)),
+    "caption": lambda fields: (fields.BytesField(), lambda i: np.full(i + 1, i, np.uint8)),
+    "meta": lambda fields: (fields.JSONField(), lambda i: {"i": i}),
+    "box": lambda fields: (
+        fields.NDArrayField(np.dtype("<f4"), (4,)),
+        lambda i: np.full(4, i, "<f4"),
+    ),
+    "mask": lambda fields: (
+        fields.TorchTensorField(torch.float32, (2, 2)),
+        lambda i: torch.full((2, 2), float(i)),
+    ),
+}
+
+
+def ffcv_writes_fields(path: Path, order: tuple[str, ...], labels: list[int]) -> Path:
+    """Write `images()` with FFCV and the fields `order`.
+
+    A field that is not in `FURTHER` is an image if its name says so, and otherwise the labels.
+    """
+    fields = pytest.importorskip("ffcv.fields", reason=NEEDS_FFCV)
+    from ffcv.writer import DatasetWriter
+
+    types, values = {}, {}
+    for name in order:
+        if name in FURTHER:
+            types[name], values[name] = FURTHER[name](fields)
+        elif "image" in name:
+            types[name], values[name] = fields.RGBImageField(write_mode="raw"), images().__getitem__
+        else:
+            types[name], values[name] = fields.IntField(), labels.__getitem__
+    dataset = [tuple(values[name](i) for name in order) for i in range(len(SIZES))]
+    DatasetWriter(str(path), types, PAGE, 1).from_indexed_dataset(dataset, chunksize=1)
+    return path
+
+
+LABELS = [2, 0, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("order", "labels"),
+    [
+        (("image", "label", *FURTHER), LABELS),
+        ((*FURTHER, "label", "image"), LABELS),  # The image is not the first RGB field.
+        (("the_image", "index", "thumbnail", "Target"), LABELS),
+        (("image", "index", "species"), LABELS),  # There is no other int field.
+        (("image", "species", "genus"), [-1] * 7),  # Either may be the label.
+        (("image", "index"), [-1] * 7),
+        (("image", "meta"), [-1] * 7),
+    ],
+)
+def test_further_fields_are_skipped_and_the_choice_is_said(tmp_path, caplog, order, labels):
+    path = ffcv_writes_fields(tmp_path / "train.beton", order, LABELS)
+    with caplog.at_level("INFO", "rsa_fast"):
+        source = beton_source(path)
+        beton_source(path)
+    assert source.manifest.labels.tolist() == labels
+    assert all((source.read(i) == wanted).all() for i, wanted in enumerate(images()))
+    (line,) = caplog.messages
+    image = next(name for name in order if "image" in name)
+    label = next((name for name in order if name in ("label", "Target", "species")), "")
+    label = label if labels == LABELS else ""
+    assert f"the images are field {image}, " in line
+    assert (f"the labels field {label}" if label else "there are no labels") in line
+    unread = [name for name in order if name not in (image, label)]
+    assert not unread or line.endswith(f"; not read: {', '.join(unread)}")
+
+
+def test_numbers_that_are_no_classes_are_no_labels(tmp_path):
+    stamps = [1_700_000_000 + i for i in (3, 1, 2, 3, 5, 0, 0)]
+    path = ffcv_writes_fields(tmp_path / "train.beton", ("image", "taken_at"), stamps)
+    assert beton_source(path).manifest.labels.tolist() == [-1] * 7
+
+
 def test_the_types_are_ffcv_s():
     types = pytest.importorskip("ffcv.types", reason=NEEDS_FFCV)
     from ffcv.fields import IntField, RGBImageField
 
     record = np.dtype([("image", beton.IMAGE), ("label", beton.FIELD_TYPES[1])], align=True)
     theirs = types.get_metadata_type([RGBImageField(), IntField()])
+    for number, handler in types.TYPE_ID_HANDLER.items():
+        if handler:
+            assert beton.FIELD_TYPES[number] == handler.metadata_type.fget(None)
     pairs = [
         (beton.HEADER, types.HeaderType),
         (beton.ALLOCATION, types.ALLOC_TABLE_TYPE),
@@ -187,10 +272,13 @@ def test_damaged_and_foreign_files_are_named(written):
     fails_with(whole[:-1], "1 of 7 images are not in its allocation table")
     fails_with(whole[: len(whole) // 2], "its allocation table is missing: it is truncated")
     fails_with(
-        whole.replace(b"label", b"lapel"),
-        "fields {'image': 2, 'lapel': 1}, wanted {'image': 2, 'label': 1}",
+        whole.replace(b"\x02image", b"\x01image"),
+        r"none of its fields \(image, label\) is an RGBImageField",
     )
-    fails_with(whole.replace(b"\x01label", b"\x05label"), "fields {'image': 2, 'label': 5}")
+    fails_with(
+        whole.replace(b"\x01label", b"\xfflabel"), r"fields of custom types .*: label \(255\)"
+    )
+    fails_with(whole.replace(b"\x01label", b"\x05label"), "images are not in its allocation table")
     with pytest.raises(FileNotFoundError):
         beton_source(written.with_name("absent.beton"))
 

@@ -200,3 +200,33 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
         ) as opened:
             views.append(next(iter(opened.batches(0))))
     assert equal(*views)
+
+
+def test_further_fields_are_not_decoded(beton, reference, tmp_path):
+    """The same images and labels among other fields make the same views."""
+    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    source = open_source(beton, "pretrain")
+    labels = source.manifest.labels
+    fields = {
+        "index": (IntField(), lambda i: i),
+        "score": (FloatField(), float),
+        "image": (RGBImageField(write_mode="raw"), source.read),
+        "mask": (RGBImageField(write_mode="raw"), lambda i: source.read(i)[:5]),
+        "text": (BytesField(), lambda i: np.zeros(i, np.uint8)),
+        "meta": (JSONField(), lambda i: {"i": i}),
+        "box": (NDArrayField(np.dtype("<f4"), (4,)), lambda i: np.zeros(4, "<f4")),
+        "label": (IntField(), lambda i: int(labels[i])),
+    }
+    rows = [tuple(value(i) for _, value in fields.values()) for i in range(len(labels))]
+    writer = DatasetWriter(
+        str(tmp_path / "train.beton"),
+        {name: field for name, (field, _) in fields.items()},
+        2**21,
+        1,
+    )
+    writer.from_indexed_dataset(rows)
+    with open_loader(tmp_path) as opened:
+        ours = list(opened.batches(0))
+    assert len(ours) == 5 and all(map(equal, ours, reference))
