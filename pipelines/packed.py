@@ -11,14 +11,15 @@ import hashlib
 import io
 import json
 import os
+import resource
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pipelines.manifest import Manifest
-from pipelines.sources import Source, to_rgb
+from pipelines.sources import Source, open_image, to_rgb
 
 VERSION = 1  # the format of the description that is written beside a packed split
 ENTRY = np.dtype(
@@ -37,22 +38,31 @@ ENTRY = np.dtype(
 class Packed:
     """The images of one split: `entries` `(N,)` of `ENTRY` say where they are in the files `paths`.
 
-    Each file is opened once. Raises FileNotFoundError for a missing file, and ValueError for a file
-    that ends before its last image (with its name), and for entries outside their file or
-    overlapping entries.
+    Each file is opened once and stays open, if there are few. A split takes at most a quarter of
+    the descriptors that the process has left. Where its files are more, those that were not read
+    for the longest time are closed, and opened again when they are needed.
+
+    Raises FileNotFoundError for a missing file, and ValueError for a file that ends before its last
+    image (with its name), and for entries outside their file or overlapping entries.
     """
 
     def __init__(self, paths: Sequence[Path], entries: np.ndarray) -> None:
         self.paths, self.entries = tuple(paths), entries
+        self.states = [state_of(os.stat(path)) for path in paths]
         file, start, size = entries["file"], entries["offset"], entries["size"]
         outside = (file < 0) | (file >= len(paths)) | (start < 0) | (size < 1)
         if outside.any():
             raise ValueError(
                 f"image {outside.argmax()} lies outside its file: "
-                "the table is damaged, convert the data again"
+                "the table is damaged, convert or index the data again"
             )
-        self.files = [path.open("rb", buffering=0) for path in paths]
-        lengths = np.array([os.fstat(opened.fileno()).st_size for opened in self.files], np.int64)
+        limit = max(1, free_descriptors() // 4)
+        # A hit of the cache takes no lock of ours. A file that leaves the cache is closed by its
+        # last reader, as nothing refers to it any more.
+        self.opened = lru_cache(limit)(partial(open_file, self.paths, self.states))
+        for number in range(min(limit, len(paths))):
+            self.opened(number)
+        lengths = np.array([size for size, _ in self.states], np.int64)
         if (beyond := np.flatnonzero(size > lengths[file] - start)).size:
             last = entries[beyond[-1]]
             end = int(last["offset"]) + int(last["size"])
@@ -67,23 +77,28 @@ class Packed:
             pair = sorted(order[overlaps.argmax() :][:2].tolist())
             raise ValueError(
                 f"images {pair[0]} and {pair[1]} overlap: "
-                "the table is damaged, convert the data again"
+                "the table is damaged, convert or index the data again"
             )
 
     def __len__(self) -> int:
         return len(self.entries)
 
+    def bytes_at(self, number: int, size: int, offset: int) -> bytes:
+        """Up to `size` bytes of a file from byte `offset`, fewer if it ends before."""
+        file = self.opened(number)  # This reference keeps the file open until it is read.
+        return os.pread(file.fileno(), size, offset)
+
     def stored(self, sample: int) -> bytes:
         """The bytes of one image as stored: a JPEG or, if the entry is raw, its pixels."""
         entry = self.entries[sample]
-        file = self.files[entry["file"]]
+        size, offset = int(entry["size"]), int(entry["offset"])
         try:
-            data = os.pread(file.fileno(), int(entry["size"]), int(entry["offset"]))
+            data = self.bytes_at(int(entry["file"]), size, offset)
         except OSError as error:
             raise ValueError(f"cannot read {self.name(sample)}: {error}") from error
-        if len(data) != entry["size"]:
+        if len(data) != size:
             raise ValueError(
-                f"{self.name(sample)}: {len(data)} of {entry['size']} bytes: "
+                f"{self.name(sample)}: {len(data)} of {size} bytes: "
                 "the file was cut since it was opened"
             )
         return data
@@ -100,14 +115,14 @@ class Packed:
             if entry["raw"]:
                 pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
             else:
-                pixels = to_rgb(Image.open(io.BytesIO(data)))
+                pixels = to_rgb(open_image(io.BytesIO(data)))
         except Exception as error:  # A decoder may raise any exception for damaged bytes.
-            reason = f"cannot decode {self.name(sample)}: {error}. Convert the data again"
+            reason = f"cannot decode {self.name(sample)}: {error}. Convert or index the data again"
             raise ValueError(reason) from error
         if pixels.shape != shape:
             raise ValueError(
                 f"{self.name(sample)} is {pixels.shape}, its table says {shape}. "
-                "Convert the data again"
+                "Convert or index the data again"
             )
         return pixels
 
@@ -129,15 +144,43 @@ class Packed:
         """
         sizes = np.stack([self.entries["height"], self.entries["width"]], -1)
         labels = np.ascontiguousarray(self.entries["label"])
-        digest = hashlib.sha256("\n".join(classes).encode())
+        # The names of folders may be invalid UTF-8, which Python's strings hold as surrogates.
+        digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogatepass"))
         digest.update(self.entries.data)
         try:
             manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
         except ValueError as error:
-            reason = f"{self.paths[0]} and what is beside it: {error}. Convert the data again"
+            reason = (
+                f"{self.paths[0]} and what is beside it: {error}. Convert or index the data again"
+            )
             raise ValueError(reason) from error
         encoded = None if self.entries["raw"].any() else self.stored
         return Source(manifest, self.read, encoded, file=self.file)
+
+
+def open_file(paths: Sequence[Path], states: Sequence[tuple[int, int]], number: int) -> io.FileIO:
+    """Open one of the files `paths`. While it is open, a file that is replaced is read as it was.
+
+    Raises ValueError when its state is no longer that in `states` (`state_of`).
+    """
+    file = io.FileIO(paths[number])
+    if (state := state_of(os.fstat(file.fileno()))) != states[number]:
+        raise ValueError(
+            f"{paths[number]} was changed or replaced since the split was opened: "
+            f"{state[0]:,} bytes, before {states[number][0]:,}"
+        )
+    return file
+
+
+def state_of(stat: os.stat_result) -> tuple[int, int]:
+    """Size in bytes and modification time in nanoseconds."""
+    return stat.st_size, stat.st_mtime_ns
+
+
+def free_descriptors() -> int:
+    """How many more files this process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit - len(os.listdir("/proc/self/fd"))
 
 
 def read_classes(path: Path, form: str, count: int) -> tuple[str, ...]:

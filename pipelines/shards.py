@@ -5,19 +5,32 @@
     train/shard-000000.tar   train/shard-000000.idx
     train/shard-000001.tar   ...
 
-A sample consists of two members, `<key>.jpg` and `<key>.cls` (its label as text). The key is the
-number of the sample in the split. The `.idx` files have the format of DALI's wds2idx. `index.npz`
-contains six columns with one number per sample: shard, offset, size, label, height and width.
+These are the shards that `ShardWriter` writes. A sample consists of two members, `<key>.jpg` and
+`<key>.cls` (its label as text). The key is the number of the sample in the split. The `.idx` files
+have the format of DALI's wds2idx. `index.npz` contains six columns with one number per sample:
+shard, offset, size, label, height and width.
+
+    index.npz   imagenet1k-train-0000.tar   imagenet1k-train-0001.tar   ...
+    index.json  imagenet1k-validation-00.tar   ...
+
+Shards from elsewhere have any names and images of any format. `tools/index.py` writes their index,
+which also contains the files' names, with the description inside the folder. Both splits' shards
+may be in one folder: the words of their names then say which they are.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from pipelines.folders import IMAGE_SUFFIXES, SPLIT_NAMES, TEST_NAMES, TRAIN_NAMES, VAL_NAMES
+from pipelines.manifest import Paths
 from pipelines.npz import read_npz
 from pipelines.packed import ENTRY, Packed, read_classes
 from pipelines.sources import Source
@@ -32,6 +45,8 @@ INDEX = {
     "height": "height",
     "width": "width",
 }
+# The names of the shards' files, joined by zeros. Without it they are `shard_path(folder, shard)`.
+NAMES = {"names": np.dtype("|u1")}
 INDEX_VERSION = "v1.2"  # the version of wds2idx whose format the .idx files have
 
 
@@ -41,40 +56,123 @@ def shard_source(folder: Path, split: str) -> Source:
     Raises FileNotFoundError for missing files, and ValueError for a truncated shard (with its name)
     or an index that does not belong to the shards.
     """
-    packed = open_shards(folder)
-    classes = read_classes(folder.with_suffix(".json"), "shards", len(packed))
-    return packed.source(split, classes)
+    paths, entries = read_index(folder)
+    description = folder / "index.json"
+    if not description.is_file():
+        description = folder.with_suffix(".json")
+    classes = read_classes(description, "shards", len(entries))
+    chosen = shards_of([path.name for path in paths], split)
+    if len(chosen) < len(paths):
+        entries = entries[np.isin(entries["file"], chosen)]
+        entries["file"] = np.searchsorted(chosen, entries["file"])
+        paths = [paths[shard] for shard in chosen]
+    return pack(folder, paths, entries).source(split, classes)
 
 
 def open_shards(folder: Path) -> Packed:
     """The images and labels in one folder of shards. Raises the same errors as `shard_source`."""
-    index = folder / "index.npz"
-    if not index.is_file():
-        raise FileNotFoundError(f"no {index}: python -m tools.to_dali writes shards with one")
+    return pack(folder, *read_index(folder))
+
+
+def pack(folder: Path, paths: Sequence[Path], entries: np.ndarray) -> Packed:
     try:
-        columns = read_npz(index, {column: ENTRY[field] for column, field in INDEX.items()})
+        return Packed(paths, entries)
+    except ValueError as error:
+        raise ValueError(f"{folder} is not what index.npz says: {error}") from error
+
+
+def read_index(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """The files of the shards in a folder, and the images in them `(N,)` of `ENTRY`."""
+    index = folder / "index.npz"
+    # The index of both splits is made at once, so that they have the same classes.
+    place = folder.parent if folder.name.lower() in SPLIT_NAMES else folder
+    command = f"python -m tools.index {place}"
+    if not index.is_file():
+        raise FileNotFoundError(f"no {index}: {command} writes it")
+    try:
+        types = {column: ENTRY[field] for column, field in INDEX.items()}
+        columns = read_npz(index, types, NAMES)
+        text = columns.pop("names", None)
         count = len(columns["shard"])
         if any(values.shape != (count,) for values in columns.values()):
             raise ValueError("its columns differ in length")
-        if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
-            raise ValueError(f"{shards} shards of {count} images")
+        if text is None:
+            if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
+                raise ValueError(f"{shards} shards of {count} images")
+            paths = [shard_path(folder, shard) for shard in range(shards)]
+        else:
+            names = Paths(text.tobytes())
+            if outside := [name for name in names if "/" in name or name in ("", ".", "..")]:
+                raise ValueError(f"{outside[0]!r} is no name of a file in the folder")
+            paths = [folder / name for name in names]
+            if new := set(tar_names(folder)) - set(names):
+                raise ValueError(f"it lacks {len(new)} of the .tar files, one is {min(new)}")
     except (ValueError, TypeError) as error:
-        reason = f"{index} is no index of shards ({error}): convert the data again"
+        reason = f"{index} is no index of shards ({error}): convert the data again, or {command}"
         raise ValueError(reason) from error
     entries = np.zeros(count, ENTRY)
     for column, field in INDEX.items():
         entries[field] = columns[column]
-    try:
-        return Packed([shard_path(folder, shard) for shard in range(shards)], entries)
-    except ValueError as error:
-        raise ValueError(f"{folder} is not what {index.name} says: {error}") from error
+    return paths, entries
+
+
+def write_index(file: BinaryIO, entries: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Write `index.npz` for `entries` `(N,)` of `ENTRY`, which are in the files `names`."""
+    columns = {column: entries[field] for column, field in INDEX.items()}
+    if names:
+        columns["names"] = np.frombuffer(Paths(names).text, np.uint8)
+    np.savez(file, **columns)  # type: ignore[arg-type]  # savez also has a bool keyword
+
+
+def holds_shards(folder: Path, split: str | None = None) -> bool:
+    """Whether a folder is one of tar shards.
+
+    It has an index, or tar files and neither images nor folders. With the `split` "test", the test
+    shards must be beside those for training. Without a split, it may be the folder of any one.
+    """
+    if not (folder / "index.npz").is_file():
+        with os.scandir(folder) as entries:
+            visible = (entry for entry in entries if not entry.name.startswith("."))
+            if any(Path(e.name).suffix.lower() in IMAGE_SUFFIXES or e.is_dir() for e in visible):
+                return False
+    names = tar_names(folder)
+    return bool(names) and (split != "test" or len(shards_of(names, split)) < len(names))
+
+
+def tar_names(folder: Path) -> list[str]:
+    """The names of the tar files in a folder, sorted."""
+    with os.scandir(folder) as entries:
+        names = (entry.name for entry in entries if not entry.is_dir())
+        return sorted(name for name in names if name.lower().endswith(".tar") and name[0] != ".")
+
+
+def shards_of(names: Sequence[str], split: str) -> np.ndarray:
+    """The positions in `names` of the shards of a split.
+
+    Where the names' words say that both training and test shards are among them, it is those of the
+    split. As with folders, validation comes before test. Otherwise all shards are of one split.
+    """
+    kinds = [kind_of(name) for name in names]
+    kind = "train"
+    if split == "test":
+        kind = "val" if "val" in kinds else "test"
+    mixed = "train" in kinds and len(set(kinds)) > 1
+    return np.flatnonzero([not mixed or kind == each for each in kinds])
+
+
+def kind_of(name: str) -> str:
+    """The split that the words of a shard's name say: "val", "test" or, by default, "train"."""
+    words = set(re.split("[^a-z]+", name.lower()))
+    if words & TRAIN_NAMES:
+        return "train"
+    return "val" if words & VAL_NAMES else "test" if words & TEST_NAMES else "train"
 
 
 def stored_label(packed: Packed, sample: int) -> int:
     """The label of a sample as stored in its `.cls` member, which follows the image."""
     entry = packed.entries[sample]
     start = int(entry["offset"]) + padded(int(entry["size"])) + BLOCK
-    return int(os.pread(packed.files[entry["file"]].fileno(), BLOCK, start).rstrip(b"\0"))
+    return int(packed.bytes_at(int(entry["file"]), BLOCK, start).rstrip(b"\0"))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -163,15 +261,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
         with (self.folder / "index.npz").open("wb") as file:
-            np.savez(
-                file,
-                shard=entries["file"],
-                offset=entries["offset"],
-                size=entries["size"],
-                label=entries["label"],
-                height=entries["height"],
-                width=entries["width"],
-            )
+            write_index(file, entries)
             file.flush()
             os.fsync(file.fileno())
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -175,7 +177,7 @@ def test_damaged_and_missing_files_are_named(data):
     with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
         shard_source(data / "train", "train")
     (data / "train" / "index.npz").unlink()
-    with pytest.raises(FileNotFoundError, match="to_dali writes shards with one"):
+    with pytest.raises(FileNotFoundError, match=r"no .*index\.npz: python -m tools\.index"):
         shard_source(data / "train", "train")
 
 
@@ -222,3 +224,62 @@ def test_a_million_samples_open_fast_and_lean(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400e6 and len(source.manifest) == count
+
+
+MANY = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipelines.packed import free_descriptors
+from pipelines.shards import shard_source
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sources = [shard_source(Path(sys.argv[1]), split) for split in ("pretrain", "train", "test")]
+assert free_descriptors() > 10
+wanted = [bytes([i]) * (i + 1) for i in range(100)]
+for source in sources:
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.encoded, [*range(100)] * 3)) == wanted * 3
+print(free_descriptors())
+"""
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """A hundred shards of one sample, whose content is not an image."""
+    writer = ShardWriter(tmp_path / "train", 1, np.zeros(0, ENTRY))
+    entries = np.zeros(100, ENTRY)
+    for i in range(100):
+        data = bytes([i]) * (i + 1)
+        entries[i] = (*writer.append(data, 0), len(data), 0, 20, 20, False)
+    writer.finish(entries)
+    writer.close()
+    description = {"format": "shards", "version": 1, "count": 100, "classes": ["a"]}
+    (tmp_path / "train.json").write_text(json.dumps(description))
+    return tmp_path / "train"
+
+
+def test_many_shards_leave_descriptors_free(many):
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, str(many)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+
+
+def test_few_shards_stay_open_and_a_reopened_one_must_be_the_same(many, monkeypatch):
+    packed = open_shards(many)
+    for i in range(100):
+        packed.stored(i)
+    assert packed.opened.cache_info().misses == 100
+    monkeypatch.setattr("pipelines.packed.free_descriptors", lambda: 8)
+    packed = open_shards(many)
+    assert packed.stored(99) == bytes([99]) * 100 and packed.stored(0) == b"\0"
+    shard_path(many, 50).write_bytes(bytes(20_000))
+    with pytest.raises(ValueError, match=r"shard-000050\.tar was changed or replaced since"):
+        packed.stored(50)
+    assert packed.stored(51) == bytes([51]) * 52
