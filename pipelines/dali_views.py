@@ -63,9 +63,9 @@ Reading = list[Future[tuple[int, np.ndarray]]]
 def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) -> Pipeline:
     """The DALI pipeline whose last operators run on `device`.
 
-    Its inputs are `encoded` (the files' bytes) and, for each crop i, `start_i` and `end_i`: (y, x)
-    in pixels. Its outputs are the crops `(B, S, S, 3)` uint8. Raises ValueError when DALI is
-    missing.
+    Its inputs are `encoded` (the files' bytes) and, for each crop i, `start_i` and `end_i`, (y, x)
+    in pixels, and `from_i`, the side (y, x) where the crop's first pixel is: 0 is the start, 1 the
+    end. Its outputs are the crops `(B, S, S, 3)` uint8. Raises ValueError when DALI is missing.
     """
     try:
         from nvidia.dali import Pipeline, fn
@@ -83,7 +83,7 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
     size = [job.spec.size_px, job.spec.size_px]
     with pipe:
         image = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
-        # EXIF rotation is not applied, because PIL and the sizes in the manifest ignore it too.
+        # EXIF rotation is not applied here: images that are turned come as PNGs of upright pixels.
         if device == "gpu" and job.loading.decode_on == "gpu":
             image = fn.decoders.image(
                 image,
@@ -102,16 +102,19 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
             image = image.gpu() if device == "gpu" else image
         crops = []
         for crop in job.crops:
-            start = fn.external_source(name=f"start_{crop}", dtype=DALIDataType.FLOAT, ndim=1)
-            end = fn.external_source(name=f"end_{crop}", dtype=DALIDataType.FLOAT, ndim=1)
+            start = fn.external_source(name=f"start_{crop}", dtype=DALIDataType.INT32, ndim=1)
+            end = fn.external_source(name=f"end_{crop}", dtype=DALIDataType.INT32, ndim=1)
+            first = fn.external_source(name=f"from_{crop}", dtype=DALIDataType.FLOAT, ndim=1)
+            # A resize of a region would also read the pixels around it, which PIL's does not.
+            window = fn.slice(image, device=device, start=start, end=end, axes=[0, 1])
             crops.append(
                 fn.resize(
-                    image,
+                    window,
                     device=device,
                     size=size,
-                    roi_start=start,
-                    roi_end=end,
-                    roi_relative=False,
+                    roi_start=first,
+                    roi_end=1.0 - first,
+                    roi_relative=True,
                     interp_type=DALIInterpType.INTERP_LINEAR,
                     antialias=True,
                 )
@@ -120,17 +123,20 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
     return pipe
 
 
-def regions(params: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of one crop's windows, `(B, 2)` each: (y, x) in pixels.
+def regions(params: np.ndarray) -> dict[str, np.ndarray]:
+    """The inputs "start", "end" and "from" of the graph for one crop, `(B, 2)` each.
 
-    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip swaps the two ends of an axis. What is
-    left of a turn is a transposition, of the crops that DALI returns.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip resizes an axis from its end to its
+    start. What is left of a turn is a transposition, of the crops that DALI returns.
     """
-    top, left, (flip_x, flip_y, _) = params["top"], params["left"], mirrors(params)
-    bottom, right = top + params["height"], left + params["width"]
-    start = np.stack([np.where(flip_y, bottom, top), np.where(flip_x, right, left)], 1)
-    end = np.stack([np.where(flip_y, top, bottom), np.where(flip_x, left, right)], 1)
-    return start.astype(np.float32), end.astype(np.float32)
+    flip_x, flip_y, _ = mirrors(params)
+    start = np.stack([params["top"], params["left"]], 1).astype(np.int32)
+    size = np.stack([params["height"], params["width"]], 1).astype(np.int32)
+    return {
+        "start": start,
+        "end": start + size,
+        "from": np.stack([flip_y, flip_x], 1).astype(np.float32),
+    }
 
 
 class DaliViews(Loader):
@@ -260,9 +266,8 @@ class DaliViews(Loader):
         """Queue one batch of inputs: B files and the windows of `params` `(B, 2)`."""
         pipe.feed_input("encoded", files)
         for crop in self.job.crops:
-            start, end = regions(params[:, crop])
-            pipe.feed_input(f"start_{crop}", start)
-            pipe.feed_input(f"end_{crop}", end)
+            for name, values in regions(params[:, crop]).items():
+                pipe.feed_input(f"{name}_{crop}", values)
 
     def outputs(self) -> list[Any]:
         """The oldest batch's crops in DALI's memory, one `TensorList` for each of `job.crops`.

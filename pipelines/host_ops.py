@@ -12,6 +12,7 @@ layout that the compiler can vectorise.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -19,12 +20,28 @@ from numba import njit
 
 from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
 
+log = logging.getLogger("rsa_fast")
+
+
+def can_cache() -> bool:
+    """Whether numba finds a folder in which to keep the machine code of this file's kernels."""
+    try:
+        njit(cache=True)(can_cache)  # this looks for the folder and compiles nothing
+    except RuntimeError:
+        log.warning(
+            "no writable folder to keep compiled kernels in, so every start compiles them again: "
+            "NUMBA_CACHE_DIR may name one"
+        )
+        return False
+    return True
+
+
 # All kernels must be in this file, because numba recognises an outdated cache by the file of the
 # kernel, not by the files of the functions that it calls. `fastmath` is explicitly False: otherwise
 # a kernel that is first compiled for a caller with fastmath, as FFCV's functions are, would inherit
 # it and be cached with it. No kernel that another calls may take a writable 1-d uint8 array: FFCV
 # marks numba's type of these as read-only, and numba then does not find what it has compiled.
-kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
+kernel = njit(nogil=True, cache=can_cache(), error_model="numpy", fastmath=False)
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
@@ -93,20 +110,32 @@ def batch_views(
 
 
 @kernel
-def jpeg_size(data: np.ndarray) -> tuple[int, int]:
-    """Height and width according to the frame header in a JPEG's bytes `(n,)` uint8.
+def jpeg_header(data: np.ndarray) -> tuple[int, int, bool]:
+    """Height, width and usual sampling according to the frame header in a JPEG's bytes `(n,)`.
 
-    Both are 0 if there is no frame header where it should be.
+    The sampling is usual if the decoder enlarges each component by 1x1, 2x1 (width times height)
+    or 2x2. Both sides are 0 if there is no frame header where it should be.
     """
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         # These three markers are tables, not frame headers.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return data[at + 5] * 256 + data[at + 6], data[at + 7] * 256 + data[at + 8]
+            # Each component has three bytes. The second one holds its two sampling factors.
+            factors = data[at + 11 : at + 10 + 3 * data[at + 9] : 3]
+            widest, tallest = 0, 0
+            for both in factors:
+                widest, tallest = max(widest, both >> 4), max(tallest, both & 15)
+            usual = True
+            for both in factors:
+                across, down = both >> 4, both & 15
+                usual &= widest == across or widest == 2 * across
+                usual &= tallest == down or (tallest == 2 * down and widest == 2 * across)
+            height = data[at + 5] * 256 + data[at + 6]
+            return height, data[at + 7] * 256 + data[at + 8], usual
         # Skip a fill byte, or a whole segment.
         at += 1 if marker == 0xFF else 2 + data[at + 2] * 256 + data[at + 3]
-    return 0, 0
+    return 0, 0, False
 
 
 @kernel

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import natural_image
+from numba.core.caching import CacheImpl
 from PIL import Image
 
-from pipelines import device_ops
+from pipelines import device_ops, host_ops
 from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, VIEW_PARAMS, draw
 from pipelines.host_ops import sample_views, shift_hue
 from pipelines.layouts import open_source
@@ -196,3 +197,9 @@ def test_images_on_the_device_are_left_as_they_are():
     ]
     assert not torch.equal(device_ops.aggressive_stage(levels, params), before)
     assert torch.equal(levels, before)
+
+
+def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch, caplog):
+    assert host_ops.can_cache()
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert not host_ops.can_cache() and "NUMBA_CACHE_DIR" in caplog.text
