@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +12,15 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pipelines.scan import OnBadImage
 from pipelines.sources import Source
 from pipelines.views import ViewSpec
+
+log = logging.getLogger("rsa_fast")
+
+# Above this ratio of its sides an image is cropped while it is resized, to the same pixels up to
+# rounding. Resized as a whole, one of 2 x 30,000 px takes 4.6 GB for a crop of 224 px.
+MAX_ASPECT_RATIO = 32
 
 
 def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.ndarray:
@@ -26,6 +34,16 @@ def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.nd
     if image.shape[:2] == (size_px, size_px) and resize_px == size_px:
         return image
     pil = Image.fromarray(image)
+    if resize_px != short_px and max(pil.size) > MAX_ASPECT_RATIO * short_px:
+        # The window of the crop in pixels of the image, with the roundings of the two calls below.
+        windows = []
+        for side in pil.size:
+            resized = int(resize_px * side / short_px)
+            first = round((resized - size_px) / 2)
+            windows.append((first * side / resized, (first + size_px) * side / resized))
+        (left, right), (top, bottom) = windows
+        box = left, top, right, bottom
+        return np.asarray(pil.resize((size_px, size_px), Image.Resampling.BILINEAR, box=box))
     if resize_px != short_px:
         pil = F.resize(pil, resize_px)
     return np.asarray(F.center_crop(pil, [size_px, size_px]))
@@ -35,8 +53,9 @@ class PlainImages:
     """One pass over a split in its own order, without augmentation.
 
     Yields `(images (B, 3, S, S), labels (B,))` on the device. The images are normalised and in
-    `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. Raises
-    ValueError when the images would be resized to less than the crop.
+    `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. With
+    `on_bad_image` "skip", an image that cannot be read is black and its label is -1. Raises
+    ValueError for it otherwise, and when the images would be resized to less than the crop.
     """
 
     def __init__(
@@ -50,6 +69,7 @@ class PlainImages:
         threads: int,
         rank: int = 0,
         world_size: int = 1,
+        on_bad_image: OnBadImage = "stop",
     ) -> None:
         if resize_px and resize_px < spec.size_px:
             raise ValueError(
@@ -58,6 +78,7 @@ class PlainImages:
         self.source, self.size_px, self.resize_px = source, spec.size_px, resize_px
         self.batch_size, self.device, self.dtype, self.threads = batch_size, device, dtype, threads
         self.ids = range(rank, len(source.manifest), world_size)
+        self.on_bad_image, self.bad = on_bad_image, dict[int, str]()
         self.mean, self.std = (
             torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (spec.mean, spec.std)
         )
@@ -69,16 +90,27 @@ class PlainImages:
         return f"{resize}centre crop {self.size_px} px"
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        def read(sample: int) -> np.ndarray:
-            return plain_image(self.source.read(sample), self.size_px, self.resize_px)
-
         labels = torch.from_numpy(self.source.manifest.labels)
+
+        def read(sample: int) -> np.ndarray:
+            try:
+                return plain_image(self.source.read(sample), self.size_px, self.resize_px)
+            except ValueError as error:
+                if self.on_bad_image == "stop":
+                    raise
+                if sample not in self.bad:
+                    log.warning(f"not scored: {error}")
+                self.bad[sample] = str(error)
+                return np.zeros((self.size_px, self.size_px, 3), np.uint8)
+
         with ThreadPoolExecutor(self.threads) as pool:
             for first in range(0, len(self.ids), self.batch_size):
                 ids = self.ids[first : first + self.batch_size]
                 pixels = torch.from_numpy(np.stack(list(pool.map(read, ids)))).to(self.device)
                 images = (pixels.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+                batch_labels = labels[ids].clone()
+                batch_labels[[i for i, sample in enumerate(ids) if sample in self.bad]] = -1
                 yield (
                     images.to(self.dtype, memory_format=torch.channels_last),
-                    labels[ids].to(self.device),
+                    batch_labels.to(self.device),
                 )

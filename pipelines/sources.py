@@ -6,14 +6,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from pipelines import tiff
 from pipelines.manifest import Manifest
+
+NO_BOMB_WARNING = ("ignore", None, Image.DecompressionBombWarning, None, 0)  # of warnings.filters
+TO_UPRIGHT = {  # by EXIF orientation; PIL's rotations are counter-clockwise
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_PLACES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # keys of Image.info
 
 
 @dataclass(frozen=True)
@@ -22,10 +37,16 @@ class Source:
 
     manifest: Manifest
     read: Callable[[int], np.ndarray]  # (H, W, 3) uint8, decoded by PIL
-    encoded: Callable[[int], bytes] | None = None  # the file's bytes; None where pixels are stored
+    # The file's bytes; empty for an image that `read` turns upright. None where pixels are stored.
+    encoded: Callable[[int], bytes] | None = None
     beton: Path | None = None  # the FFCV file that contains all images, in the order of their ids
     file: Callable[[int], Path] | None = None  # what an image is read from; None: from memory
     held_out: int = 0  # how many training images are kept for scores, and not in this split
+    where: str = ""  # the folder or file of the split, or several, for messages
+    ignored: Mapping[str, int] = field(default_factory=dict)  # counts of what was left out
+    bad: Mapping[str, str] = field(default_factory=dict)  # files left out as damaged, and why
+    oriented: int = 0  # images whose EXIF orientation is another than upright
+    turned: bool = False  # whether `read` turns these upright
 
     def __repr__(self) -> str:
         """What the split is, and where its images are."""
@@ -41,6 +62,11 @@ class Source:
         extremes = manifest.sizes[[pixels.argmin(), pixels.argmax()]]
         sizes = dict.fromkeys(f"{width}x{height} px" for height, width in extremes)
         return f"{title}\n  {' to '.join(sizes)}, {self.place()}"
+
+    def sizes_in_words(self) -> str:
+        """The shortest and the longest side of all images, such as "68 to 1200 px"."""
+        sides = self.manifest.sizes.min(), self.manifest.sizes.max()
+        return f"{' to '.join(map(str, dict.fromkeys(sides)))} px"
 
     def place(self) -> str:
         """Where the images are, in words."""
@@ -63,10 +89,34 @@ class Source:
         return list(dict.fromkeys(map(self.file, ids))) if self.file else []
 
 
+def open_image(file: BinaryIO) -> ImageFile.ImageFile:
+    """`Image.open`, for every image that is read here.
+
+    PIL's warnings about images of half as many pixels as it accepts, and about damaged EXIF tags,
+    do not appear. Raises ValueError that describes the file for a TIFF that PIL cannot read or
+    would misread, and otherwise as `Image.open` does.
+    """
+    # The filters are looked for at every call, as leaving `warnings.catch_warnings` removes them.
+    # That context itself would not do here: it is not safe in threads.
+    if NO_BOMB_WARNING not in warnings.filters:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+    advice = "which PIL does not read: convert it to 1 or 3 bands of 8 bits"
+    try:
+        image = Image.open(file)
+    except (UnidentifiedImageError, KeyError):
+        if tags := tiff.read_tags(file):
+            raise ValueError(f"{tiff.described(tags)}, {advice}") from None
+        raise
+    if tiff.is_misread(image):
+        raise ValueError(f"{tiff.described(tiff.tags_of(image))}, {advice}")
+    return image
+
+
 def read_rgb(path: Path) -> np.ndarray:
     """Decode an image file to `(H, W, 3)` uint8. Raises ValueError with the path on failure."""
     try:
-        return to_rgb(Image.open(io.BytesIO(path.read_bytes())))
+        return to_rgb(open_image(io.BytesIO(path.read_bytes())))
     except Exception as error:  # on damaged bytes, decoders raise all kinds of exceptions
         raise ValueError(f"cannot read image {path}: {error}. Replace or delete it") from error
 
@@ -75,9 +125,73 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """The first frame of any PIL image as `(H, W, 3)` uint8, as torchvision's ImageFolder gives it.
 
     Grayscale is repeated, CMYK and palettes are converted, alpha is dropped, and an EXIF rotation
-    is not applied. Unlike PIL's own conversion, which clips at 255, 16-bit values are scaled to 8.
+    is not applied. Unlike PIL's own conversion, which clips at 255, deep values are scaled to 8
+    bits from the range that the file declares (`declared_range`).
+
+    Raises ValueError for values outside of that range or, where none is declared, for those that
+    PIL's conversion would clip or make black.
     """
-    if image.mode.startswith("I"):
-        gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, -1)
-    return np.array(image.convert("RGB"))
+    if not is_deep(image):
+        return np.array(image.convert("RGB"))
+    declared = declared_range(image)
+    low, high = declared or (0, 255)
+    values = np.asarray(image)
+    if image.mode == "L":
+        values = values.view(np.int8)  # PIL takes signed bytes for unsigned ones
+    least, most = values.min(), values.max()
+    is_float = values.dtype.kind == "f"
+    black = is_float and declared is None and 0 < most <= 1
+    if black or not (low <= least and most <= high):
+        shown = "as declared" if declared else "as the file declares no range"
+        raise ValueError(
+            f"its values are {least:g} to {most:g}, but {low:g} to {high:g} would be shown, {shown}"
+            ". Convert it to 8 bits, or write the range to a TIFF's SMinSampleValue and "
+            "SMaxSampleValue"
+        )
+    if declared is None:
+        return np.array(image.convert("RGB"))
+    levels = (values.astype(np.float64) - low) * 256 / (high - low + (not is_float))
+    return np.repeat(levels.clip(max=255).astype(np.uint8)[..., None], 3, -1)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the pixels are other numbers than 8-bit levels."""
+    return image.mode[0] in "IF" or tiff.is_signed(image)
+
+
+def declared_range(image: Image.Image) -> tuple[float, float] | None:
+    """The values of black and white of a deep image, or None where the file does not say."""
+    if image.format in (None, "PNG", "PPM", "JPEG2000") and image.mode[0] == "I":
+        return 0, 65535  # PIL scales those of fewer bits to 16
+    return tiff.declared_range(image) if image.format == "TIFF" else None
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8. Upright is 1, as of TIFFs, which PIL turns.
+
+    As in PIL, it may also be in XMP.
+    """
+    if image.format == "TIFF" or not EXIF_PLACES & image.info.keys():
+        return 1
+    try:
+        # PngImageFile's own method would decode the image, as the tag may also follow the pixels.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged tags are no reason to refuse an image
+        return 1
+    return int(value) if value in range(1, 9) else 1
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """An image `(H, W, 3)` uint8 of an EXIF orientation as `ImageOps.exif_transpose` turns it."""
+    if orientation == 1:
+        return pixels
+    return np.array(Image.fromarray(pixels).transpose(TO_UPRIGHT[orientation]))
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raise ValueError, as `to_rgb`, for an image whose values cannot be scaled to 8 bits.
+
+    Only where the file declares no range is it decoded for that.
+    """
+    if is_deep(image) and declared_range(image) is None:
+        to_rgb(image)
