@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.loading import DecodeOn as DecodeOn
     from pipelines.loading import Loader as Loader
     from pipelines.loading import Loading as Loading
-    from pipelines.loading import OnBadImage as OnBadImage
     from pipelines.loading import open_views as open_views
     from pipelines.order import Order as Order
     from pipelines.sources import Source as Source
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 EXPORTS = {
     "backends": ("BACKENDS", "choose_backend"),
     "layouts": ("open_source",),
-    "loading": ("AggressiveOn", "DecodeOn", "Loader", "Loading", "OnBadImage", "open_views"),
+    "loading": ("AggressiveOn", "DecodeOn", "Loader", "Loading", "open_views"),
     "order": ("Order",),
     "sources": ("Source",),
     "views": ("VIEWS", "Batch", "ViewSpec"),

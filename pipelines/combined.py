@@ -75,6 +75,11 @@ def joined(sources: Sequence[Source], prefixes: Sequence[str], split: str) -> So
         read,
         encoded if all(source.encoded for source in sources) else None,
         file=file if all(source.file for source in sources) else None,
+        where=", ".join(source.where for source in sources),
+        ignored=sum((Counter(source.ignored) for source in sources), Counter()),
+        bad={path: fault for source in sources for path, fault in source.bad.items()},
+        oriented=sum(source.oriented for source in sources),
+        turned=any(source.turned for source in sources),
     )
 
 
@@ -103,6 +108,11 @@ def subset(source: Source, ids: np.ndarray, split: str) -> Source:
         lambda sample: source.read(int(ids[sample])),
         encoded and (lambda sample: encoded(int(ids[sample]))),
         file=file and (lambda sample: file(int(ids[sample]))),
+        where=source.where,
+        ignored=source.ignored,
+        bad=source.bad,
+        oriented=source.oriented,
+        turned=source.turned,
     )
 
 

@@ -1,11 +1,15 @@
-"""Atomic file writes: afterwards the file is either completely new or unchanged."""
+"""Atomic file writes, after which a file is completely new or unchanged, and the cache folder."""
 
 from __future__ import annotations
 
+import codecs
+import json
+import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -39,6 +43,42 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: these become null."""
+    return json.dumps(without_nonfinite(value), indent=indent, allow_nan=False)
+
+
+def without_nonfinite(value: Any) -> Any:
+    """The value, with None for numbers that are not finite, also in dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_list_text(path: Path) -> str:
+    """The text of a list, in UTF-8 or, with the mark of Windows' editors, in UTF-16.
+
+    File names need not be UTF-8: their other bytes are kept as Python keeps them in names.
+    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+
+
 def partial_name(name: str) -> str:
     """The name of the temporary file: hidden, so no listing of images or checkpoints finds it."""
     return f".{name}.partial"
+
+
+def user_cache() -> Path:
+    """The user's folder for what this program can make again, which need not exist.
+
+    It is in $XDG_CACHE_HOME or ~/.cache. A user without a home has one among the temporary files.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):
+        home = f"{tempfile.gettempdir()}/cache-{os.getuid()}"
+    return Path(home) / "rsa-fast"

@@ -12,11 +12,12 @@ and 100k unlabelled images, and where a labelled and an unlabelled dataset are r
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,27 @@ import torch.distributed as dist
 
 from pipelines.beton import beton_source
 from pipelines.combined import held_out_ids, joined, refuse_twice, subset
-from pipelines.manifest import Listing, Paths, array_manifest
-from pipelines.scan import file_manifest, map_threaded
-from pipelines.shards import shard_source
-from pipelines.sources import Source, read_rgb
+from pipelines.files import read_list_text, user_cache
+from pipelines.folders import (
+    SPLIT_NAMES,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VAL_NAMES,
+    counts_of,
+    list_images,
+    splits_of,
+)
+from pipelines.manifest import Listing, Manifest, Paths, array_manifest
+from pipelines.scan import OnBadImage, bad_rows, map_threaded, scan_files
+from pipelines.shards import holds_shards, shard_source
+from pipelines.sources import Source, read_rgb, turn_upright
 
 log = logging.getLogger("rsa_fast")
 
 Data = str | Path | Sequence[str | Path]  # a folder, a text file of paths, or several of these
 
 SPLITS = ("pretrain", "train", "test")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 LIST_SUFFIXES = {".txt", ".tsv"}
-TEST_FOLDERS = ("val", "test")
 BINARY_FOLDERS = {  # the folder that torchvision's download makes, and torchvision's class for it
     "cifar-10-batches-py": "CIFAR10",
     "cifar-100-python": "CIFAR100",
@@ -45,19 +54,41 @@ BINARY_FOLDERS = {  # the folder that torchvision's download makes, and torchvis
 LAYOUT = (
     "wanted: train/<class>/*.jpg with val/<class>/*.jpg or test/<class>/*.jpg, one flat folder of "
     f"images, torchvision's {', '.join(BINARY_FOLDERS)}, FFCV's train*.beton or *.ffcv with val* "
-    "or test*, tar shards train/shard-*.tar with val/ or test/, or a .txt or .tsv file with a path "
+    "or test*, tar shards train/*.tar with val/ or test/, or a .txt or .tsv file with a path "
     "a line"
 )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a place are read: the arguments of `open_source` of these names."""
+
+    cache: Path | None = None
+    unlabelled: bool = False
+    on_bad_image: OnBadImage = "stop"
+    exif_orientation: bool = False
+
+
 def open_source(
-    data: Data, split: str, cache: str | Path | None = None, val_fraction: float = 0.0
+    data: Data,
+    split: str,
+    cache: str | Path | None = None,
+    val_fraction: float = 0.0,
+    *,
+    unlabelled: bool = False,
+    on_bad_image: OnBadImage = "stop",
+    exif_orientation: bool = False,
 ) -> Source:
     """The images of a split of `data`: a folder in any of the layouts, a text file, or several.
 
     If a split is there both packed (a .beton file or tar shards) and as image files, the packed
-    form is read. `cache` is a folder for the manifest where `data` is read-only. In a process group
-    all ranks must call this (`scan.file_manifest`).
+    form is read. `cache` is a folder for the manifest where no other can be written. In a process
+    group all ranks must call this (`scan.scan_files`).
+
+    With `unlabelled`, all images below a folder are training images without labels, and there is no
+    test split. With `on_bad_image` "skip", files that are no whole images are left out, and
+    `Source.bad` names them. With `exif_orientation`, image files are turned upright as their EXIF
+    tags say. Packed images are taken as they are stored.
 
     Where the data have no test split, this fraction `val_fraction` of the labelled training images
     is `test`, and the rest is `train` and `pretrain` (`combined.held_out_ids`). Otherwise it
@@ -72,20 +103,21 @@ def open_source(
         raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction = {val_fraction}: wanted 0 or more, and less than 1")
+    reading = Reading(Path(cache) if cache else None, unlabelled, on_bad_image, exif_orientation)
     if split != "test" and not val_fraction:
-        return open_places(places, split, cache)
-    with_test = [place for place in places if has_test_split(place)]
+        return open_places(places, split, reading)
+    with_test = [place for place in places if not unlabelled and has_test_split(place)]
     if with_test and split == "test":
         if (without := [str(place) for place in places if place not in with_test]) and is_rank_0():
             log.info(f"no val/ or test/ in {', '.join(without)}: scores are on the others' images")
-        return open_places(with_test, split, cache)
+        return open_places(with_test, split, reading)
     if with_test:
-        return open_places(places, split, cache)
+        return open_places(places, split, reading)
     lack = f"no val/ or test/ folder in {described(data)}"
     if not val_fraction:
         hint = "val_fraction = 0.2 holds out a part of labelled training images"
         raise FileNotFoundError(f"{lack}: without one there is no evaluation; {hint}")
-    whole = open_places(places, "pretrain", cache)
+    whole = open_places(places, "pretrain", reading)
     held = held_out_ids(whole.manifest.labels, val_fraction)
     if split == "test":
         if not held.size:
@@ -93,9 +125,9 @@ def open_source(
                 f"{lack}, and no class with two images or more, of which some could be held out: "
                 "without either there is no evaluation"
             )
-        return subset(whole, held, split)
+        return replace(subset(whole, held, split), ignored={}, bad={})  # they are the other part's
     if not held.size:
-        return whole if split == "pretrain" else open_places(places, split, cache)
+        return whole if split == "pretrain" else open_places(places, split, reading)
     labels = whole.manifest.labels
     rest = np.setdiff1d(np.arange(len(labels)), held)
     if split == "train":
@@ -128,28 +160,53 @@ def described(data: Data) -> str:
     return str(data) if isinstance(data, str | Path) else ", ".join(map(str, data))
 
 
-def log_held_out(source: Source, data: Data) -> None:
-    """Log how many training images there are and how many are held out, if any are."""
-    if (held := source.held_out) and is_rank_0():
-        count, classes = len(source.manifest), len(source.manifest.classes)
-        log.info(
-            f"train: {count:,} images in {classes:,} classes from {described(data)}; held out for "
-            f"scores: {held:,} ({held / (count + held):.0%}), as there is no val/ or test/"
+def inventory(train: Source, test: Source | None = None) -> str:
+    """What was read and what was left out, in one line; bad images follow, a line each."""
+    parts = [f"train: {described_split(train)} from {train.where}, {train.sizes_in_words()}"]
+    if held_out := train.held_out:
+        share = held_out / (len(train.manifest) + held_out)
+        parts.append(
+            f"held out for scores: {held_out:,} ({share:.0%}), as there is no val/ or test/"
         )
+    elif test:
+        name = Path(test.where).stem if Path(test.where).exists() else "test"
+        parts.append(f"{name}: {len(test.manifest):,}")
+    ignored = Counter(train.ignored)
+    bad = dict(train.bad)
+    if test and not held_out:
+        ignored.update(test.ignored)
+        bad |= test.bad
+    if oriented := train.oriented + (test.oriented if test and not held_out else 0):
+        parts.append(f"EXIF orientation {'applied' if train.turned else 'ignored'}: {oriented:,}")
+    if ignored:
+        parts.append(f"ignored: {counts_of(ignored)}")
+    if bad:
+        rows = "\n".join(bad_rows(bad))
+        parts.append(f"left out, because they are no whole images: {len(bad):,}\n{rows}")
+    return "; ".join(parts)
+
+
+def described_split(source: Source) -> str:
+    """How many images there are in how many classes, and the name of the first class."""
+    count, classes = len(source.manifest), source.manifest.classes
+    if not classes:
+        return f"{count:,} images without classes"
+    more = ", ..." if len(classes) > 1 else ""
+    return f"{count:,} images in {len(classes):,} classes ({classes[0]}{more})"
 
 
 def is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def open_places(places: Sequence[Path], split: str, cache: str | Path | None) -> Source:
+def open_places(places: Sequence[Path], split: str, reading: Reading) -> Source:
     """The images of a split of all places in one source.
 
     Where only some of several places are labelled, `train` and `test` are the images of those.
     """
     if len(places) == 1:
-        return open_place(places[0], split, cache)[0]
-    opened = [open_place(place, split, cache, part=f"{i}-") for i, place in enumerate(places)]
+        return open_place(places[0], split, reading)[0]
+    opened = [open_place(place, split, reading, part=f"{i}-") for i, place in enumerate(places)]
     labelled = [(source, root) for source, root in opened if source.manifest.labelled]
     if split != "pretrain" and 0 < len(labelled) < len(opened):
         opened = labelled
@@ -159,44 +216,78 @@ def open_places(places: Sequence[Path], split: str, cache: str | Path | None) ->
     return joined([source for source, _ in opened], prefixes, split)
 
 
-def open_place(
-    place: Path, split: str, cache: str | Path | None, part: str = ""
-) -> tuple[Source, Path]:
+def open_place(place: Path, split: str, reading: Reading, part: str = "") -> tuple[Source, Path]:
     """The images of a split of a folder or text file, and the folder their paths are relative to.
 
-    `part` keeps the files of several places in `cache` apart.
+    The scan of a folder is cached beside its train/, and that of a text file beside it. That of a
+    folder without train/ is in the user's cache folder, because torchvision's ImageFolder would
+    take a folder beside the classes for a class. Where this cannot be written, the cache is in
+    `reading.cache`. `part` keeps the files of several places apart.
     """
     name = "test.npz" if split == "test" else "train.npz"
+    root, home, listing = place, place if has_train_folder(place) else None, None
     if place.is_file():
         root, listing = read_list(place)
         home, name = place.parent, f"{place.name}.npz"
-    elif layout := binary_layout_of(place):
+    elif not reading.unlabelled and (layout := binary_layout_of(place)):
         return binary_source(place, layout, split), place
-    elif packed := packed_place(place, split):
-        return (beton_source if packed.is_file() else shard_source)(packed, split), place
-    else:
-        root = home = place
-        listing = None
+    elif not reading.unlabelled and (packed := packed_place(place, split)):
+        source = (beton_source if packed.is_file() else shard_source)(packed, split)
+        return replace(source, where=str(packed)), place
+    elif reading.unlabelled:
+        name = "unlabelled.npz"
+    ignored: Counter[str] = Counter()
 
     def list_files() -> Listing:
-        return check_list(place, root, listing) if listing else list_images(place, split)
+        if listing:
+            return check_list(place, root, listing)
+        try:
+            return list_images(place, split, reading.unlabelled, ignored)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {LAYOUT}") from None
 
-    caches = [home / ".rsa-fast" / name]
-    if cache:
-        caches.append(Path(cache) / ".rsa-fast" / f"{part}{name}")
-    manifest = file_manifest(root, split, list_files, caches)
+    key = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:16]
+    caches = [home / ".rsa-fast" / name if home else user_cache() / "scans" / f"{key}-{name}"]
+    if reading.cache:
+        caches.append(reading.cache / ".rsa-fast" / f"{part}{name}")
+    scan = scan_files(root, split, list_files, caches, reading.on_bad_image)
+    turned, orientations = reading.exif_orientation, scan.orientations
+    manifest = scan.upright() if turned else scan.manifest
 
     # Paths are made when they are needed: a million Path objects take a quarter of a gigabyte.
     def file(sample: int) -> Path:
         return root / manifest.paths[sample]
 
     def read(sample: int) -> np.ndarray:
-        return read_rgb(file(sample))
+        pixels = read_rgb(file(sample))
+        return turn_upright(pixels, int(orientations[sample])) if turned else pixels
 
     def encoded(sample: int) -> bytes:
-        return file(sample).read_bytes()
+        # No bytes are returned for an image to turn, so that it is not decoded without that.
+        return b"" if turned and orientations[sample] != 1 else file(sample).read_bytes()
 
-    return Source(manifest, read, encoded, file=file), root
+    return Source(
+        manifest,
+        read,
+        encoded,
+        file=file,
+        where=str(place if listing or reading.unlabelled else split_folder(place, manifest)),
+        ignored=ignored,
+        bad=scan.bad,
+        oriented=int((orientations != 1).sum()),
+        turned=turned,
+    ), root
+
+
+def has_train_folder(place: Path) -> bool:
+    spellings = (f(name) for name in TRAIN_NAMES for f in (str, str.capitalize, str.upper))
+    return any((place / name).is_dir() for name in spellings)
+
+
+def split_folder(data: Path, manifest: Manifest) -> Path:
+    """The folder that holds all images of a split: a folder such as train/, or all of `data`."""
+    first, below, _ = manifest.paths[0].partition("/")
+    return data / first if below and first.lower() in SPLIT_NAMES else data
 
 
 def binary_layout_of(data: Path) -> str | None:
@@ -209,12 +300,7 @@ def has_test_split(place: Path) -> bool:
     """Whether a folder has test images of its own; a text file has none."""
     if place.is_file():
         return False
-    folders = [place / name for name in TEST_FOLDERS]
-    return bool(
-        binary_layout_of(place)
-        or any(folder.is_dir() for folder in folders)
-        or packed_place(place, "test")
-    )
+    return bool(binary_layout_of(place) or packed_place(place, "test") or splits_of(place).test)
 
 
 def packed_place(data: Path, split: str) -> Path | None:
@@ -222,18 +308,21 @@ def packed_place(data: Path, split: str) -> Path | None:
 
     Raises ValueError when there is more than one.
     """
-    names = TEST_FOLDERS if split == "test" else ("train",)
-
-    def is_packed(entry: os.DirEntry[str]) -> bool:
-        if entry.name.startswith(names) and entry.name.endswith((".beton", ".ffcv")):
-            return True
-        return entry.name in names and any(Path(entry).glob("shard-*.tar"))
-
+    names = VAL_NAMES | TEST_NAMES if split == "test" else TRAIN_NAMES
+    places = []
+    has_tars = False
     with os.scandir(data) as entries:  # one pass: it may be a flat folder of a million images
-        places = sorted(Path(entry) for entry in entries if is_packed(entry))
+        for entry in entries:
+            name, place = entry.name.lower(), data / entry.name
+            has_tars |= name.endswith(".tar")
+            is_beton = name.startswith(tuple(names)) and name.endswith((".beton", ".ffcv"))
+            if is_beton or (name in names and place.is_dir() and holds_shards(place)):
+                places.append(place)
+    if has_tars and holds_shards(data, split):
+        places.append(data)
     if len(places) > 1:
-        listed = ", ".join(place.name for place in places)
-        raise ValueError(f"{data} holds {listed} for one split: keep one, move the others away")
+        found = ", ".join(sorted(place.name for place in places))
+        raise ValueError(f"{data} holds {found} for one split: keep one, move the others away")
     return places[0] if places else None
 
 
@@ -261,35 +350,7 @@ def binary_source(data: Path, binary_layout: str, split: str) -> Source:
         raise ValueError(f"{fault}: delete it and use --download") from error
     pixels = np.ascontiguousarray(pixels)
     manifest = array_manifest(split, pixels, np.asarray(labels, np.int64), tuple(images.classes))
-    return Source(manifest, pixels.__getitem__)
-
-
-def list_images(data: Path, split: str) -> Listing:
-    """The paths of an image folder's split (relative to `data`, sorted), its labels and classes.
-
-    The label is -1 where images are not in class folders.
-    """
-    root = split_folder(data, split)
-    annotations = root / "val_annotations.txt"
-    if annotations.is_file():  # Tiny ImageNet's validation images: one flat folder and a table
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        label = {wnid: i for i, wnid in enumerate(sorted({wnid for _, wnid in rows}))}
-        paths = Paths(str((root / "images" / name).relative_to(data)) for name, _ in rows)
-        return paths, np.array([label[wnid] for _, wnid in rows], np.int64), tuple(label)
-    with os.scandir(root) as entries:
-        folders = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-    if not folders:
-        paths = Paths(images_below(root, data))
-        if not paths:
-            raise FileNotFoundError(f"no images in {root}: {LAYOUT}")
-        return paths, np.full(len(paths), -1, np.int64), ()
-    by_class = {name: Paths(images_below(root / name, data)) for name in folders}
-    if empty := [name for name, paths in by_class.items() if not paths]:
-        fault = f"no images in {len(empty)} class folder(s) of {root}: {', '.join(empty[:10])}"
-        raise ValueError(f"{fault}. Fill or remove them")
-    counts = [len(paths) for paths in by_class.values()]
-    labels = np.repeat(np.arange(len(counts)), counts)
-    return Paths(chain.from_iterable(by_class.values())), labels, tuple(by_class)
+    return Source(manifest, pixels.__getitem__, where=str(data))
 
 
 def read_list(place: Path) -> tuple[Path, Listing]:
@@ -299,7 +360,7 @@ def read_list(place: Path) -> tuple[Path, Listing]:
     the name of a class. Empty lines and those that start with # are skipped. The order is that of
     the lines. Raises ValueError for text in another form, or if only some lines have a class.
     """
-    text = os.fsdecode(place.read_bytes()).removeprefix("\ufeff")
+    text = read_list_text(place)
     if "\0" in text:
         raise ValueError(f"{place} is no text in UTF-8: wanted a path a line, found binary data")
     files: list[str] = []
@@ -342,31 +403,3 @@ def check_list(place: Path, root: Path, listing: Listing) -> Listing:
         fault = f"{len(missing)} of the {len(paths)} files in {place} are not there"
         raise ValueError(f"{fault}; correct or remove their lines:\n{listed}")
     return listing
-
-
-def split_folder(data: Path, split: str) -> Path:
-    """The folder of a split: train/, val/ or test/. A root without train/ is the training set."""
-    if split != "test":
-        return data / "train" if (data / "train").is_dir() else data
-    return next(data / name for name in TEST_FOLDERS if (data / name).is_dir())
-
-
-def images_below(folder: Path, data: Path) -> list[str]:
-    """Paths relative to `data` of the images in `folder` and its subfolders, sorted.
-
-    Symbolic links to folders are followed. Hidden folders are not entered.
-    """
-    images: list[str] = []
-    prefix = "".join(f"{part}/" for part in folder.relative_to(data).parts)
-    pending = [(os.fspath(folder), prefix)]
-    while pending:
-        place, prefix = pending.pop()
-        with os.scandir(place) as entries:
-            for entry in entries:  # the listing itself says what is a folder: no stat is needed
-                name = entry.name
-                is_image = name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
-                if is_image and not entry.is_dir(follow_symlinks=False):
-                    images.append(prefix + name)
-                elif not name.startswith(".") and entry.is_dir():
-                    pending.append((entry.path, f"{prefix}{name}/"))
-    return sorted(images)

@@ -25,12 +25,12 @@ from pipelines.backends import BACKENDS, choose_backend
 from pipelines.draws import batch_seed, draw
 from pipelines.extra import Extra
 from pipelines.order import Order
+from pipelines.scan import OnBadImage
 from pipelines.sources import Source
 from pipelines.views import VIEWS, Batch, ViewSpec
 
 AggressiveOn = Literal["auto", "host", "device"]
 DecodeOn = Literal["gpu", "cpu"]
-OnBadImage = Literal["stop", "skip"]
 Read = TypeVar("Read")
 log = logging.getLogger("rsa_fast")
 
@@ -105,14 +105,15 @@ class Job:
         return device_ops.send(self.source.manifest.labels[ids], self.device)
 
     def jpeg(self, sample: int) -> bytes | None:
-        """The stored bytes of a JPEG whose header has the manifest's size. Otherwise None.
+        """The stored bytes of a JPEG with usual sampling and the manifest's size. Otherwise None.
 
         All other images are decoded by PIL (`read`), which also finds out what is wrong with them.
+        At unusual sampling, such as 4:4:0, other decoders are up to 5 levels away from PIL.
         """
-        from pipelines.host_ops import jpeg_size  # numba: a GPU can train from memory without it
+        from pipelines.host_ops import jpeg_header  # numba: a GPU can train from memory without it
 
         data = self.source.jpeg(sample)
-        if data and jpeg_size(np.frombuffer(data, np.uint8)) == self.size(sample):
+        if data and jpeg_header(np.frombuffer(data, np.uint8)) == (*self.size(sample), True):
             return data
         return None
 

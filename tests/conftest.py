@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import tarfile
+import tempfile
 from pathlib import Path
+
+# What is cached for a user is kept out of the home of whoever runs the tests.
+os.environ.setdefault("XDG_CACHE_HOME", f"{tempfile.gettempdir()}/rsa-fast-tests-{os.getuid()}")
 
 # In torch 2.10.0, oneDNN corrupts the heap or never returns in the backward pass of convolutions
 # with few channels on CPUs without AVX-512. The networks of the tests have few channels.

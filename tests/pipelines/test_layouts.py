@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.combined import held_out_ids, joined, subset
 from pipelines.draws import sample_keys
-from pipelines.layouts import log_held_out, open_source
+from pipelines.layouts import inventory, open_source
 from pipelines.manifest import array_manifest
 from pipelines.sources import Source
 
@@ -163,14 +163,17 @@ def test_a_fraction_that_is_none_is_refused(photos, fraction):
         open_source(photos, "train", val_fraction=fraction)
 
 
-def test_a_line_says_what_was_read_and_what_was_held_out(photos, folder, caplog):
-    caplog.set_level(logging.INFO)
-    log_held_out(open_source(photos, "pretrain", val_fraction=0.3), photos)
-    log_held_out(open_source(folder, "pretrain", val_fraction=0.3), folder)
-    assert caplog.messages == [
-        f"train: 8 images in 3 classes from {photos}; held out for scores: 3 (27%), "
-        "as there is no val/ or test/"
-    ]
+def test_a_line_says_what_was_read_and_what_was_held_out(photos, folder):
+    def line(data):
+        return inventory(*(open_source(data, s, val_fraction=0.3) for s in ("pretrain", "test")))
+
+    assert line(photos) == (
+        f"train: 8 images in 3 classes (bird, ...) from {photos}, 12 to 17 px; "
+        "held out for scores: 3 (27%), as there is no val/ or test/"
+    )
+    assert line(folder) == (
+        f"train: 40 images in 2 classes (class_0, ...) from {folder}/train, 20 px; test: 20"
+    )
 
 
 # ---- Several folders -----------------------------------------------------------------------------
@@ -354,6 +357,12 @@ def test_a_text_file_and_folders_are_read_as_one(folder, photos, tmp_path):
 def test_a_faulty_text_file_is_refused(photos, tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         open_source(write_list(tmp_path / "list.txt", lines), "pretrain")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_text_file_may_have_the_mark_of_an_editor(photos, tmp_path, encoding):
+    (tmp_path / "list.txt").write_text("photos/cat/0.png\r\nphotos/cat/1.png\r\n", encoding)
+    assert list(open_source(tmp_path / "list.txt", "train").manifest.paths) == ["0.png", "1.png"]
 
 
 def test_missing_files_of_a_text_file_are_all_named(photos, tmp_path):
