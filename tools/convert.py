@@ -29,6 +29,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -40,9 +41,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipelines.draws import sample_keys
 from pipelines.files import write_whole
-from pipelines.layouts import open_source
+from pipelines.layouts import has_test_split, inventory, open_source
+from pipelines.machine import cores
 from pipelines.packed import ENTRY, VERSION, Packed
-from pipelines.sources import Source, to_rgb
+from pipelines.sources import Source, open_image, to_rgb
 
 Result = TypeVar("Result")
 
@@ -68,9 +70,14 @@ PARAMS: list[click.Parameter] = [
         help="Quality of new JPEGs.",
     ),
     click.Option(
+        ["--exif-orientation"],
+        is_flag=True,
+        help="Store images upright, as their EXIF orientation says, which is ignored otherwise.",
+    ),
+    click.Option(
         ["--workers"],
         type=click.IntRange(1),
-        default=os.cpu_count(),
+        default=cores,
         help="Number of processes, by default one per core.",
     ),
     click.Option(
@@ -172,21 +179,25 @@ def run(
     settings: dict[str, Any],
     workers: int,
     overwrite: bool,
+    exif_orientation: bool,
 ) -> None:
     """Convert the training split and the test split, if there is one; the latter is named val.
 
     Prints what was written as one JSON object. `order(count)` gives the samples in the order of
-    writing; the other keyword arguments are those of `convert`. The headers of all images are
-    checked before anything is written. Errors are raised as click's, for the command line.
+    writing; `exif_orientation` is that of `open_source`, and the other keyword arguments are those
+    of `convert`. The headers of all images are checked before anything is written. Errors are
+    raised as click's, for the command line.
     """
+    open_images = partial(open_source, src, cache=dst, exif_orientation=exif_orientation)
     try:
         if dst.resolve() == src.resolve():
             raise ValueError(f"{dst} is the source itself: name another folder")
-        sources = {"train": open_source(src, "train", cache=dst)}
-        if any((src / name).is_dir() for name in ("val", "test")):
-            sources["val"] = open_source(src, "test", cache=dst)
+        sources = {"train": open_images("train")}
+        if has_test_split(src):
+            sources["val"] = open_images("test")
         else:
             note(f"{src} has no val/ or test/: only train is converted")
+        note(inventory(sources["train"], sources.get("val")))
         written = {
             split: convert(
                 source,
@@ -370,7 +381,7 @@ def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
         return Encoded(pixels.tobytes(), height, width, raw=True)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=encoding.jpeg_quality)
-    decoded = to_rgb(Image.open(buffer))
+    decoded = to_rgb(open_image(buffer))
     return Encoded(buffer.getvalue(), height, width, raw=False, psnr_db=psnr_db(pixels, decoded))
 
 
@@ -381,11 +392,11 @@ def plain_jpeg(source: Source, sample: int) -> bytes | None:
     """
     try:
         data = source.encoded(sample) if source.encoded else b""
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             plain = image.format == "JPEG" and image.mode in ("L", "RGB")
             unchanged = image.size[::-1] == tuple(source.manifest.sizes[sample])
             return data if plain and unchanged else None
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -8,6 +8,7 @@ The subset consists of links to the class folders, or of copies with `--copy`.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import chain, pairwise
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import click
 
-from pipelines.layouts import images_below
+from pipelines.files import read_list_text
+from pipelines.folders import images_below
 from tools.convert import progress
 
 VERSION = 1  # of subset.json, which says what a subset was made from
@@ -25,11 +27,12 @@ SPLITS = ("train", "val", "test")
 def read_classes(path: Path) -> list[str]:
     """The class names in a text file, sorted. It has one per line; # begins a comment.
 
-    Raises ValueError when there are none, when one is listed twice, and when one cannot be the name
-    of a folder.
+    Further columns, after a tab, a comma or a wnid, are not read. Raises ValueError when there is
+    no class, when one is listed twice, and when one cannot be the name of a folder.
     """
-    lines = path.read_text().splitlines()
-    names = sorted(name for line in lines if (name := line.split("#")[0].strip()))
+    lines = (line.split("#")[0].strip() for line in read_list_text(path).splitlines())
+    columns = (re.split(r"[\t,]|(?<=^n\d{8})\s", line)[0].strip() for line in lines)
+    names = sorted(filter(None, columns))
     if not names:
         raise ValueError(f"{path} lists no class: wanted one wnid a line, such as n01440764")
     if twice := sorted({name for name, following in pairwise(names) if name == following}):

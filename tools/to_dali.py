@@ -42,6 +42,7 @@ def main(
     seed: int,
     workers: int,
     overwrite: bool,
+    exif_orientation: bool,
 ) -> None:
     """Convert the images in SRC to tar shards in DST.
 
@@ -71,6 +72,7 @@ def main(
         settings=settings,
         workers=workers,
         overwrite=overwrite,
+        exif_orientation=exif_orientation,
     )
 
 

@@ -85,6 +85,7 @@ def main(
     seed: int,
     workers: int,
     overwrite: bool,
+    exif_orientation: bool,
 ) -> None:
     """Convert the images in SRC to .beton files in DST.
 
@@ -112,6 +113,7 @@ def main(
         settings=asdict(encoding),
         workers=workers,
         overwrite=overwrite,
+        exif_orientation=exif_orientation,
     )
 
 

@@ -16,25 +16,29 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from pipelines.files import write_whole
-from pipelines.layouts import BINARY_FOLDERS, images_below, open_source, packed_place
-from pipelines.manifest import Paths
+from pipelines.folders import counts_of, images_below
+from pipelines.layouts import has_test_split, open_source, packed_place
+from pipelines.machine import cores
+from pipelines.manifest import MAX_PIXELS, Paths
 from pipelines.scan import header_size
-from pipelines.sources import Source, to_rgb
-from tools.convert import in_order, progress
+from pipelines.sources import Source, exif_orientation, open_image, to_rgb
+from tools.convert import in_order, note, progress
 
 BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "no bytes at all"}
 NOTES = {
@@ -44,6 +48,8 @@ NOTES = {
 }
 # The folder of the originals, below the data. It is hidden, so that no listing of images finds it.
 ORIGINALS = Path(".rsa-fast", "replaced")
+UNREAD = f", more than the {MAX_PIXELS:,} pixels that training reads"
+REPAIRABLE = 4  # times as many pixels are reduced; more would take tens of GB of memory
 MAX_SHOWN = 100  # paths of each kind in the JSON object; --report has all
 JPEG_QUALITY = 95
 
@@ -78,8 +84,10 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
     try:
         data = path.read_bytes()
         if isinstance(header := header_size(path), str):
+            if unread := unread_size(data):
+                return hashlib.sha256(data).digest(), {"over_large": f"{unread}{UNREAD}"}
             raise ValueError(header)
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
             notes = {}
             deep = ", 16 bits" if any(";16" in str(tile) for tile in image.tile) else ""
             if image.mode != "RGB" or deep:
@@ -96,6 +104,28 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
     return hashlib.sha256(data).digest(), notes
 
 
+@contextmanager
+def pil_of_any_size() -> Iterator[None]:
+    """Let PIL open images that are too large for training. For a process with one thread."""
+    bound = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = REPAIRABLE * MAX_PIXELS // 2  # PIL refuses twice as many
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = bound
+
+
+def unread_size(data: bytes) -> str:
+    """The size of an image that only has too many pixels for training; else an empty string."""
+    try:
+        with pil_of_any_size(), open_image(io.BytesIO(data)) as image:
+            too_large = image.width * image.height > MAX_PIXELS
+            return f"{image.width}x{image.height} px" if too_large else ""
+    except Exception:  # as in `inspect`
+        return ""
+
+
 def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
     """Read every sample of a dataset that does not consist of image files.
 
@@ -103,10 +133,7 @@ def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
     """
     findings: Findings = {"corrupt": {}}
     count = 0
-    test = packed_place(data, "test") or any(
-        (data / name).is_dir() for name in ("val", "test", *BINARY_FOLDERS)
-    )
-    for split in ("pretrain", "test") if test else ("pretrain",):
+    for split in ("pretrain", "test") if has_test_split(data) else ("pretrain",):
         source = open_source(data, split)
         samples = np.arange(len(source.manifest))
         count += len(samples)
@@ -191,25 +218,31 @@ def repaired_content(path: Path, max_pixels: int) -> bytes | None:
     """The decodable part of an image, encoded as 8-bit RGB of at most `max_pixels`, or None.
 
     The result is a JPEG if the file's name says so. Otherwise it is a PNG under any name, because
-    readers go by the content.
+    readers go by the content. It has the EXIF orientation of the image.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with warnings.catch_warnings(action="ignore"):
-            image = Image.fromarray(to_rgb(Image.open(io.BytesIO(path.read_bytes()))))
+        with pil_of_any_size():
+            opened = open_image(io.BytesIO(path.read_bytes()))
+            scale = math.sqrt(min(max_pixels, MAX_PIXELS) / (opened.width * opened.height))
+            size = (max(1, int(opened.width * scale)), max(1, int(opened.height * scale)))
+            tags = Image.Exif()
+            if (orientation := exif_orientation(opened)) != 1:
+                tags[ExifTags.Base.Orientation] = orientation
+            if scale < 1:
+                opened.draft("RGB", size)  # a JPEG is then decoded at a half or less of its sides
+            image = Image.fromarray(to_rgb(opened))
     except Exception:  # as in `inspect`
         return None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-    scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
-        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=tags if tags else b"")
     else:
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", exif=tags if tags else b"")
     return buffer.getvalue()
 
 
@@ -232,7 +265,7 @@ def show(data: Path, findings: Findings) -> None:
     is_flag=True,
     help="Repair image files or move them away; keep all originals.",
 )
-@click.option("--workers", default=os.cpu_count(), show_default="all cores", type=click.IntRange(1))
+@click.option("--workers", default=cores, show_default="all cores", type=click.IntRange(1))
 @click.option(
     "--max-pixels",
     default=25_000_000,
@@ -255,20 +288,20 @@ def main(
     max_pixels: int,
     report_path: Path | None,
 ) -> None:
-    """Decode every image under PATH: train/, val/ and test/, a flat folder, or a converted dataset.
+    """Decode every image below PATH, or every sample of a converted dataset.
 
-    Corrupt, truncated and empty files are bad, and the exit code is then 1. All other findings are
-    notes, because training accepts such images: duplicates (identical bytes), images that are not
-    RGB (converted when read) and over-large images (slow).
+    Corrupt, truncated and empty files are bad, and so are images that are too large for training.
+    The exit code is then 1. All other findings are notes, because training accepts such images:
+    duplicates (identical bytes), images that are not RGB (converted when read) and over-large
+    images (slow).
 
     --fix encodes non-RGB images, over-large images and the decodable part of truncated images
     again, under the same names. It moves corrupt and empty files away. The originals are kept in
     PATH/.rsa-fast/replaced/. The exit code is then 0, as nothing bad is left.
     """
     try:
-        splits = [path / name for name in ("train", "val", "test") if (path / name).is_dir()]
-        roots = splits or [path]
-        files = Paths(chain.from_iterable(images_below(root, path) for root in roots))
+        ignored: Counter[str] = Counter()
+        files = Paths(images_below(path, path, ignored))
         if packed_place(path, "train") or packed_place(path, "test") or not files:
             if fixing:
                 raise ValueError(
@@ -277,10 +310,13 @@ def main(
                 )
             count, findings = verify_source(path, workers)
         else:
+            if ignored:
+                note(f"no images: {counts_of(ignored)}")
             count, findings = len(files), verify_images(path, files, workers, max_pixels)
         show(path, findings)
         counts = {kind: len(paths) for kind, paths in findings.items()}
         bad = sum(counts[kind] for kind in BAD if kind in counts)
+        bad += sum(detail.endswith(UNREAD) for detail in findings.get("over_large", {}).values())
         report = {"path": str(path), "images": count, "bad": bad, "counts": counts}
         result = report | {"paths": {kind: list(p)[:MAX_SHOWN] for kind, p in findings.items()}}
         report["paths"] = findings

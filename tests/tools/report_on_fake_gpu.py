@@ -22,7 +22,9 @@ from tools.gpu_report.__main__ import main
 in_process = loops.in_process
 
 engine.Loop.stop_at_fault = lambda *_: None  # Losses and weights may not be finite.
-evaluate.gather_rows = lambda rows: rows  # It counts rows on the GPU.
+# These count rows on the GPU.
+evaluate.gather_rows = lambda rows: rows
+evaluate.gather_features = lambda part, device: (part[0].to(device).float(), part[1].to(device))
 linear.fast = lambda *_: {"linear_top1": 0.0}  # It divides its features by their values.
 torch.equal = lambda *_: True  # It asks whether an evaluation changed the encoder.
 checks.gpu_row = lambda *_: "v100-32g"  # The fake card pretends to be one.

@@ -324,3 +324,19 @@ def test_an_image_that_changed_since_the_scan_is_named(images, tmp_path):
 def test_a_source_without_images_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no images in" in refusal(run("ffcv", tmp_path / "empty", tmp_path / "dst"))
+
+
+@both
+def test_a_class_whose_name_is_no_utf_8_comes_back(tool, tmp_path):
+    name = os.fsdecode("café".encode("latin-1"))
+    for split, seed in (("train", 0), ("val", 1)):
+        for label, folder in enumerate(("ant", name)):
+            (tmp_path / "src" / split / folder).mkdir(parents=True)
+            image = Image.fromarray(natural_image(seed + label, 40, 40))
+            image.save(tmp_path / "src" / split / folder / os.fsdecode(b"\xe9.jpg"))
+    written(run(tool, tmp_path / "src", tmp_path / "dst"))
+    for split in ("pretrain", "test"):
+        original, stored = (open_source(tmp_path / place, split) for place in ("src", "dst"))
+        assert stored.manifest.classes == original.manifest.classes == ("ant", name)
+        assert sorted(stored.manifest.labels) == [0, 1] and len(stored.manifest.fingerprint) == 64
+        assert stored.read(0).ndim == 3

@@ -108,3 +108,22 @@ def test_an_interrupted_copy_leaves_nothing_and_the_next_run_finishes(
     monkeypatch.undo()
     assert make_subset(source, tmp_path / "subset", ["class_0"], copy=True)["train"] == 2
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffn00000001\nn00000002\n".encode(),
+        "n00000001\r\nn00000002\r\n".encode("utf-16"),
+        b"n00000001 robin\nn00000002  sea snake # long\n",
+        b"n00000001\trobin\n\nn00000002,snake\n",
+    ],
+)
+def test_the_list_of_classes_may_be_of_any_editor_and_have_columns(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert read_classes(tmp_path / "list.txt") == ["n00000001", "n00000002"]
+
+
+def test_a_class_with_a_space_in_its_name_is_one_class(tmp_path):
+    (tmp_path / "list.txt").write_text("sea snake\nrobin\n")
+    assert read_classes(tmp_path / "list.txt") == ["robin", "sea snake"]

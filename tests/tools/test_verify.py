@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import natural_image, write_folder
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pipelines.layouts import open_source
 from pipelines.manifest import array_manifest
@@ -162,6 +162,53 @@ def test_fix_repairs_or_moves_away_keeps_all_originals_and_a_second_run_is_clean
     assert height * width <= LIMIT and abs(width / height - 200 / 90) < 0.05
     # These are all images except for val's.
     assert len(open_source(data, "pretrain").manifest) == again["images"] - 6 + 1
+
+
+def test_an_image_too_large_for_training_is_bad_and_reduced(tmp_path, monkeypatch, recwarn):
+    # As 179 million pixels, which PIL refuses, and half of them, of which it warns.
+    for module in ("tools.verify", "pipelines.scan", "pipelines.manifest"):
+        monkeypatch.setattr(f"{module}.MAX_PIXELS", 10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    sizes = {"huge.jpg": (90, 200), "huge.png": (90, 200), "warned.png": (60, 100)}
+    for name, size in sizes.items():
+        Image.fromarray(natural_image(0, *size)).save(tmp_path / name)
+    Image.new("L", (500, 100)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="3 of 4 files"):
+        open_source(tmp_path, "pretrain")
+    code, result = run(tmp_path)
+    assert (code, result["bad"], result["paths"]["corrupt"]) == (1, 3, ["bomb.png"])
+    assert set(result["paths"]["over_large"]) == sizes.keys()
+    code, result = run(tmp_path, "--fix")
+    assert (code, result["repaired"], result["moved_away"]) == (0, 3, 1)
+    for name, (height, width) in sizes.items():
+        small = read_rgb(tmp_path / name)
+        assert LIMIT * 0.9 < small.shape[0] * small.shape[1] <= LIMIT, name
+        expected = Image.fromarray(natural_image(0, height, width)).resize(
+            small.shape[1::-1], Image.Resampling.LANCZOS
+        )
+        assert np.abs(small.astype(int) - np.asarray(expected)).mean() < 6, name
+    assert run(tmp_path)[0] == 0 and not recwarn
+
+
+def test_a_repaired_image_keeps_its_orientation(tmp_path):
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    for name in ("a.jpg", "b.png"):
+        Image.fromarray(natural_image(0, 90, 200)).save(tmp_path / name, exif=tags)
+    assert run(tmp_path, "--fix")[1]["repaired"] == 2
+    source = open_source(tmp_path, "pretrain", exif_orientation=True)
+    assert source.oriented == 2 and (source.manifest.sizes == [[95, 42]] * 2).all()
+
+
+def test_deep_images_are_bad_where_their_range_is_unknown(tmp_path):
+    floats = Image.fromarray(np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20))
+    floats.save(tmp_path / "unknown.tif")
+    floats.save(tmp_path / "declared.tif", tiffinfo={341: 1.0})
+    code, result = run(tmp_path, "--report", str(tmp_path / "report.json"))
+    assert code == 1 and result["paths"]["corrupt"] == ["unknown.tif"]
+    detail = json.loads((tmp_path / "report.json").read_text())["paths"]["corrupt"]["unknown.tif"]
+    assert "its values are 0 to 1, but 0 to 255 would be shown" in detail
+    assert result["paths"]["not_rgb"] == ["declared.tif"]
 
 
 def test_a_second_fix_does_not_overwrite_what_the_first_one_kept(tmp_path):
