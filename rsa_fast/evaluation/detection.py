@@ -30,6 +30,7 @@ batch is the same as SyncBN over the same batch on eight GPUs.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -46,13 +47,15 @@ from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.rpn import RPNHead
 
 from pipelines.coco import CocoImages, open_loader, reading_plan
-from pipelines.files import write_text
+from pipelines.files import json_text, write_text
 from pipelines.order import Order
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.training import checkpoint
 from rsa_fast.training.metrics import Metrics, versions_and_hardware
-from rsa_fast.training.run_folder import prepare_folder
+from rsa_fast.training.run_folder import add_start, hold_folder, prepare_folder, this_process
 from rsa_fast.training.step import choose_device, choose_dtype
+
+log = logging.getLogger("rsa_fast")
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects, as in `CocoImages`
 
@@ -82,18 +85,22 @@ def detect(
     resume: bool = False,
     overwrite: bool = False,
     stop_at_step: int | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the encoder of a checkpoint on COCO-format `data` and evaluate it on its val2017.
 
     The result, which is also in `out/result.json`, has the settings, the step, and AP, AP50 and
     AP75 of boxes and masks in percent. `steps` shortens the schedule, and its drops stay at the
     same fractions. The learning rate is scaled by `batch_size` / 16. `resume` continues from the
-    newest checkpoint in `out` with the same batches and random numbers. `stop_at_step` writes a
-    checkpoint after that step and returns without an evaluation.
+    newest checkpoint in `out` with the same batches and random numbers, or starts if there is none.
+    Of a run that is finished it returns the stored result and changes nothing. `stop_at_step`
+    writes a checkpoint after that step and returns without an evaluation. `key` chooses among
+    several networks in the encoder's file (see `load_encoder`).
 
     Before any training, raises ValueError or FileNotFoundError if the encoder is not the standard
     ResNet-50, if the data are incomplete or contradict themselves, or if the settings of a resumed
-    run have changed. Raises FloatingPointError if the loss is not finite.
+    run have changed. Raises BlockingIOError if another process trains in `out`, and
+    FloatingPointError if the loss is not finite.
     """
     data, out = Path(data), Path(out)
     train, val = CocoImages(data, "train2017"), CocoImages(data, "val2017")
@@ -106,7 +113,7 @@ def detect(
     train.ids = [image_id for image_id in train.ids if train.objects(image_id)]
     order = Order(len(train), batch_size, seed)
     total_steps, peak_lr = steps or SCHEDULES[schedule][0], SCHEDULES[schedule][1] * batch_size / 16
-    encoder, recipe = load_encoder(encoder_path)
+    encoder, recipe = load_encoder(encoder_path, key=key)
     place = choose_device(device)
     torch.backends.cudnn.benchmark = False  # image sizes change from batch to batch
     dtype = choose_dtype(precision, place)
@@ -117,7 +124,7 @@ def detect(
     scaler = GradScaler(place.type, enabled=dtype == torch.float16)
     parts = {"method": model, "optimizer": optimizer, "scaler": scaler}
     settings = {
-        "encoder": str(encoder_path),
+        "encoder": f"{encoder_path} ({key})" if key else str(encoder_path),
         "schedule": schedule,
         "steps": total_steps,
         "batch_size": batch_size,
@@ -126,9 +133,9 @@ def detect(
         "images": len(train),
         "classes": len(train.categories),
     }
-    prepare_folder(out, resume, overwrite)
-    step = restore(parts, settings, out) if resume else 0
-    write_text(out / "env.json", json.dumps(versions_and_hardware(), indent=1))
+    if resume and (stored := finished_result(settings, out)):
+        log.info(f"the run in {out} is finished: nothing is changed, its result is the stored one")
+        return stored
 
     def losses_of(batch: list[Sample], step: int) -> dict[str, Tensor]:
         images, targets = on_device(batch, place)
@@ -138,46 +145,53 @@ def detect(
             losses: dict[str, Tensor] = model(images, targets)
         return losses
 
-    stop = min(stop_at_step or total_steps, total_steps)
-    plan_end = total_steps + min(PRECISE_BN_STEPS, total_steps)
-    plan = reading_plan(order, train.portrait(), step, plan_end)
-    batches = iter(open_loader(train, plan, workers, place))
-    model.train()
-    with Metrics(out, total_steps, step) as metrics:
-        log_time, log_step = time.perf_counter(), step
-        while step < stop:
-            lr = learning_rate(step, total_steps, peak_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            losses = losses_of(next(batches), step)
-            first, *others = losses.values()
-            torch.autograd.backward(scaler.scale(sum(others, first)))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if step % LOG_STEPS == 0 or step == stop:
-                values = {name: value.item() for name, value in losses.items()}
-                loss = sum(values.values())
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the losses are {values} at step {step}: lower --batch-size, "
-                        "the rate follows it"
+    with hold_folder(out, resume, overwrite):
+        prepare_folder(out, resume, overwrite)
+        step = restore(parts, settings, out, dtype) if resume else 0
+        start = {"data": [str(data.absolute())], "step": step}
+        add_start(out, this_process() | versions_and_hardware() | start)
+        stop = min(stop_at_step or total_steps, total_steps)
+        plan_end = total_steps + min(PRECISE_BN_STEPS, total_steps)
+        plan = reading_plan(order, train.portrait(), step, plan_end)
+        batches = iter(open_loader(train, plan, workers, place))
+        model.train()
+        with Metrics(out, total_steps, step) as metrics:
+            log_time, log_step = time.perf_counter(), step
+            while step < stop:
+                lr = learning_rate(step, total_steps, peak_lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                losses = losses_of(next(batches), step)
+                first, *others = losses.values()
+                torch.autograd.backward(scaler.scale(sum(others, first)))
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                if step % LOG_STEPS == 0 or step == stop:
+                    values = {name: value.item() for name, value in losses.items()}
+                    loss = sum(values.values())
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the losses are {values} at step {step}: lower --batch-size, "
+                            "the rate follows it"
+                        )
+                    step_ms = 1e3 * (time.perf_counter() - log_time) / (step - log_step)
+                    metrics.write(
+                        {"step": step, "lr": lr, "loss": loss, **values, "step_ms": step_ms}
                     )
-                step_ms = 1e3 * (time.perf_counter() - log_time) / (step - log_step)
-                metrics.write({"step": step, "lr": lr, "loss": loss, **values, "step_ms": step_ms})
-                log_time, log_step = time.perf_counter(), step
-            if step % CHECKPOINT_STEPS == 0 or step == stop:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": step, "recipe": settings}
-                checkpoint.save(out / "checkpoints", state, keep_last=2)
-    result = {"out": str(out), **settings, "step": step}
-    if step == total_steps:
-        precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))
-        predictions = find_objects(model, val, device=place, dtype=dtype, workers=workers)
-        result |= coco_scores(val.coco, predictions)
-    write_text(out / "result.json", json.dumps(result))
-    return result
+                    log_time, log_step = time.perf_counter(), step
+                if step % CHECKPOINT_STEPS == 0 or step == stop:
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    state |= {"step": step, "recipe": settings, "dtype": checkpoint.name_of(dtype)}
+                    checkpoint.save(out / "checkpoints", state, keep_last=2)
+        result = {"out": str(out), **settings, "step": step}
+        if step == total_steps:
+            precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))
+            predictions = find_objects(model, val, device=place, dtype=dtype, workers=workers)
+            result |= coco_scores(val.coco, predictions)
+        write_text(out / "result.json", json_text(result))
+        return result
 
 
 def learning_rate(step: int, total_steps: int, peak_lr: float) -> float:
@@ -246,11 +260,25 @@ def build_sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(params, lr=0.0, momentum=0.9)
 
 
-def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
+def finished_result(settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """The stored result of the run in `out` if it has these settings and was evaluated."""
+    try:
+        result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    wanted = {**settings, "step": settings["steps"]}
+    return result if wanted.items() <= result.items() and "box_ap" in result else None
+
+
+def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path, dtype: torch.dtype) -> int:
     """Load the newest checkpoint in `out` into model, optimiser and scaler; returns its step.
 
-    Raises ValueError if its settings are not `settings`.
+    The step is 0 if there is no checkpoint. `dtype` is the compute type in which the run goes on.
+    Raises ValueError if the checkpoint's settings are not `settings`.
     """
+    if not checkpoint.paths_in(out / "checkpoints"):
+        log.info(f"{out} has no checkpoint yet: starting at step 0")
+        return 0
     state = checkpoint.load_latest(out / "checkpoints")
     saved_settings = state["recipe"]
     differences = [
@@ -261,8 +289,10 @@ def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path) -> int:
     if differences:
         heading = "the settings are not those this run was started with:"
         raise ValueError("\n".join([heading, *differences]))
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    for name in ("method", "optimizer"):
+        parts[name].load_state_dict(state[name])
+    if changed_type := checkpoint.restore_scaler(parts["scaler"], state, dtype):
+        log.warning(changed_type)
     return int(state["step"])
 
 

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from pipelines.files import write_text
 from rsa_fast.methods import short_name
 from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.run_folder import read_starts
 
 # Line styles and markers of a panel's keys, in their order.
 STYLES = ("-", "--", ":")
@@ -94,7 +95,7 @@ class RunFolder:
     records: list[dict[str, Any]]
     result: dict[str, Any]
     recipe: dict[str, Any]
-    environment: dict[str, Any]
+    environment: dict[str, Any]  # of the newest start
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -143,7 +144,7 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
             records=read_metrics(folder),
             result=read(folder / "result.json", json.loads),
             recipe=shown(read(folder / "recipe.yaml", yaml.safe_load)),
-            environment=read(folder / "env.json", json.loads),
+            environment=(read_starts(folder) or [{}])[-1],
         )
         for name, folder in zip(names, folders, strict=True)
     ]

@@ -1,7 +1,7 @@
 """Checkpoints: complete, written atomically, and loadable with `weights_only=True`.
 
     RUN/checkpoints/step_00000780.pt      step, recipe, method (online, target), optimiser, scaler,
-                                          data fingerprint
+                                          compute type, data fingerprint
 
     with Writer(RUN / "checkpoints", keep_last=2) as writer:
         writer.save(state)
@@ -22,6 +22,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from pipelines.files import partial_name, write_whole
 
@@ -148,7 +149,8 @@ def paths_in(folder: Path) -> list[Path]:
 def load(path: Path) -> dict[str, Any]:
     """Load a checkpoint to the CPU. Code in the file is never executed.
 
-    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or no checkpoint.
+    Raises FileNotFoundError if the file is missing, ValueError if it is damaged, no checkpoint, or
+    one with weights that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -163,7 +165,21 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}"
         )
+    try:
+        check_finite(fields["method"])
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
     return fields
+
+
+def check_finite(weights: dict[str, Any]) -> None:
+    """Raise ValueError, which names the first one, if weights are NaN or infinite."""
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise ValueError(
+                f"{key} has values that are NaN or infinite: take a checkpoint from before its "
+                "training diverged"
+            )
 
 
 def check_archive(path: Path) -> None:
@@ -196,6 +212,31 @@ def load_latest(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     raise FileNotFoundError(
-        f"no whole checkpoint in {folder}: start without --resume, "
+        f"no whole checkpoint in {folder}: start again with --overwrite, "
         "or point --out at the run's folder"
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The compute type as a checkpoint stores it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def restore_scaler(scaler: GradScaler, state: dict[str, Any], dtype: torch.dtype) -> str:
+    """Load the fp16 scaler of a checkpoint whose run goes on in the compute type `dtype`.
+
+    Returns a line for the log if the checkpoint was computed in another type, and else "". Where
+    there is no state of an fp16 scaler, a new one starts. Earlier versions did not save the type.
+    """
+    now, saved, scaler_state = name_of(dtype), state.get("dtype"), state["scaler"]
+    if saved is None:
+        saved = "float16" if scaler_state else "another type than float16"
+        changed = bool(scaler_state) != scaler.is_enabled()
+    else:
+        changed = saved != now
+    if scaler.is_enabled() and scaler_state:
+        scaler.load_state_dict(scaler_state)
+    if not changed:
+        return ""
+    fresh = ", with a new loss scaler" if scaler.is_enabled() else ""
+    return f"this checkpoint was computed in {saved}, and the run goes on in {now}{fresh}"

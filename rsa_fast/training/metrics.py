@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import platform
-import sys
 import uuid
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipelines.files import write_text
+from pipelines.files import json_text, write_text
 from rsa_fast.distributed import rank
 
 log = logging.getLogger("rsa_fast")
@@ -116,11 +116,11 @@ class JsonLines:
         path = folder / "metrics.jsonl"
         if path.is_file():
             earlier = [record for record in read_metrics(folder) if record["step"] <= step]
-            write_text(path, "".join(json.dumps(record) + "\n" for record in earlier))
+            write_text(path, "".join(json_text(record) + "\n" for record in earlier))
         self.file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json_text(record) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -163,7 +163,8 @@ class Screen:
         self.bar.update(self.task, completed=record["step"], description=description)
 
     def close(self) -> None:
-        self.bar.stop()
+        with suppress(OSError):  # of a terminal that was closed
+            self.bar.stop()
 
 
 class TensorBoard:
@@ -182,6 +183,22 @@ class TensorBoard:
         self.writer.close()
 
 
+def check_wandb() -> None:
+    """Raise ValueError if Weights & Biases cannot be used, before a run touches anything."""
+    if find_spec("wandb") is None:
+        raise ValueError(
+            "wandb is wanted and not installed: "
+            "pip install 'rsa-fast[wandb]', or set wandb to false"
+        )
+    try:
+        import wandb  # noqa: F401
+    except Exception as error:  # a version that does not fit the other packages can raise anything
+        raise ValueError(
+            f"wandb is wanted and cannot be imported ({type(error).__name__}: {error}): "
+            "pip install -U wandb, or set wandb to false"
+        ) from error
+
+
 class WeightsAndBiases:
     """Sends the numbers of every record to Weights & Biases, as one run of the project `rsa-fast`.
 
@@ -190,11 +207,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self) -> None:
-        if find_spec("wandb") is None:
-            raise ValueError(
-                "wandb is wanted and not installed: "
-                "pip install 'rsa-fast[wandb]', or set wandb to false"
-            )
+        check_wandb()
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         import wandb
@@ -239,9 +252,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def versions_and_hardware() -> dict[str, Any]:
-    """The command line, versions and hardware, for `env.json`."""
+    """Versions and hardware, for `env.json`."""
     return {
-        "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": platform.platform(),

@@ -1,19 +1,27 @@
 """The folder of a run: when it is accepted, how it is prepared, and what is written to it.
 
 A run folder contains `recipe.yaml`, `env.json`, `metrics.jsonl`, `result.json`, `report.html` and
-`checkpoints/`; `RUN_FILES` lists all names.
+`checkpoints/`; `RUN_FILES` lists all names. It belongs to one process at a time, which holds its
+lock: `hold_folder`.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+from pipelines.files import json_text, partial_name, write_text
 
 log = logging.getLogger("rsa_fast")
 
@@ -28,6 +36,134 @@ RUN_FILES = (
     "tensorboard",
     "wandb",
 )
+# What a start writes before it has trained a step.
+START_FILES = {"recipe.yaml", "env.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb"}
+LOCK = "run.lock"
+# These do not count as content: the cache of the data's manifest, the lock, and what a killed
+# process left of a file that it was writing.
+NO_CONTENT = {".rsa-fast", LOCK, *map(partial_name, RUN_FILES)}
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # from a file system without locks
+held_locks: set[int] = set()  # the file descriptors of this process's locks
+
+
+def close_locks() -> None:
+    """Close the locks that a forked process, such as a loader's worker, shares with its parent.
+
+    It would hold them for as long as it survives its parent.
+    """
+    for lock in held_locks:
+        os.close(lock)
+    held_locks.clear()
+
+
+os.register_at_fork(after_in_child=close_locks)
+
+
+@contextmanager
+def hold_folder(out: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Create the folder `out` and hold its lock until the context ends.
+
+    The lock is `flock` on the file `run.lock`. The system releases it when this process ends, in
+    whatever way. It holds between all processes of a machine. It also holds between machines on
+    NFS, where Linux turns it into a lock of the server, and on Lustre, if that is mounted with the
+    option `flock` (with `localflock` it holds on each machine alone). Where the file system has no
+    locks, a warning says so and the run starts. NFS and Lustre release the lock of a machine that
+    crashed only when it is back or they have given it up.
+
+    Raises BlockingIOError, which names the holder, if another process holds the lock. Otherwise
+    raises as `check_folder` does. A folder that is refused is not changed.
+    """
+    with ExitStack() as stack:
+        # A living run is named even where the folder would be refused for another reason. The lock
+        # of a folder that is refused is not created.
+        if in_use := (out / LOCK).is_file():
+            stack.enter_context(hold_lock(out))
+        check_folder(out, resume, overwrite)
+        if not in_use:
+            stack.enter_context(hold_lock(out))
+        yield
+
+
+@contextmanager
+def hold_lock(out: Path) -> Iterator[None]:
+    """Hold the lock of the folder `out`. While it is held, its file says who holds it."""
+    lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    held_locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{out} is in use by {holder(os.pread(lock, 65536, 0))}"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                f"the file system of {out} has no locks ({error.strerror}): a second start in this "
+                "folder would not be refused"
+            )
+        os.ftruncate(lock, 0)
+        try:
+            os.pwrite(lock, json.dumps(this_process()).encode(), 0)
+            yield
+        finally:
+            os.ftruncate(lock, 0)
+    finally:
+        held_locks.remove(lock)
+        os.close(lock)
+
+
+def holder(content: bytes) -> str:
+    """The process that wrote this content of a lock, and what to do about it."""
+    try:
+        process = json.loads(content)
+        command = " ".join(process["command"])
+        name = "process {pid} on {host} since {started} ".format_map(process) + f"({command})"
+    except (ValueError, KeyError, TypeError):  # it is just starting or ending
+        name = "another process"
+    return f"{name}: wait for its end or stop it, or choose another --out"
+
+
+def this_process() -> dict[str, Any]:
+    """Host, process id, start and command line of this process, for the lock and `env.json`."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def read_starts(out: Path) -> list[dict[str, Any]]:
+    """What each start of the run in `out` recorded in `env.json`, the newest last.
+
+    The list is empty without that file. Earlier versions kept only the newest start.
+    """
+    try:
+        content = json.loads((out / "env.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return content if isinstance(content, list) else [content]
+
+
+def add_start(out: Path, start: dict[str, Any]) -> None:
+    """Append what a start records to `env.json`."""
+    write_text(out / "env.json", json_text([*read_starts(out), start], indent=1))
+
+
+def stored_places(out: Path) -> list[Path]:
+    """Where the images of the run in `out` are, by its newest start; empty if that is not known.
+
+    Raises FileNotFoundError for a place that is no longer there.
+    """
+    places = [Path(place) for start in read_starts(out)[-1:] for place in start.get("data", [])]
+    if missing := [place for place in places if not place.exists()]:
+        raise FileNotFoundError(
+            f"the run in {out} was started with images in {missing[0]}, which is not there: "
+            "--data says where they are now"
+        )
+    return places
 
 
 def launcher_job_id() -> str | None:
@@ -37,27 +173,39 @@ def launcher_job_id() -> str | None:
 
 def started_by_this_job(out: Path) -> bool:
     """Whether the run in `out` was started by this torchrun job, before torchrun restarted it."""
-    try:
-        return bool(json.loads((out / "env.json").read_text())["job"] == launcher_job_id())
-    except (OSError, ValueError, KeyError):
-        return False
+    starts = read_starts(out)
+    return bool(starts) and starts[-1].get("job", "") == launcher_job_id()
+
+
+def content_of(out: Path) -> set[str]:
+    """The names in the folder `out`, without those that do not count as content."""
+    return {path.name for path in out.iterdir()} - NO_CONTENT if out.is_dir() else set()
+
+
+def never_began(out: Path, names: set[str]) -> bool:
+    """Whether `names`, the content of `out`, is what a start left that failed before its records.
+
+    It holds no checkpoint and no record. Every start writes `env.json` first.
+    """
+    metrics = out / "metrics.jsonl"
+    has_records = metrics.is_file() and metrics.stat().st_size > 0
+    has_checkpoints = any((out / "checkpoints").glob("step_*.pt"))
+    only_starts_files = "env.json" in names and names <= START_FILES
+    return only_starts_files and not (has_records or has_checkpoints)
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Create the folder `out`. Raises FileExistsError or FileNotFoundError if it is unsuitable."""
+    """Create the folder `out`. Raises FileExistsError if it is unsuitable.
+
+    A folder in which an earlier start failed before its first record counts as empty.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: --out wants a folder")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    # The cache of the data's manifest does not count as content.
-    names.discard(".rsa-fast")
-    if names and not (resume or overwrite):
+    names = content_of(out)
+    if names and not (resume or overwrite or never_began(out, names)):
         raise FileExistsError(
             f"{out} is not empty: go on with --resume, start again with --overwrite, "
             "or choose another --out"
-        )
-    if resume and not out.is_dir():
-        raise FileNotFoundError(
-            f"no whole checkpoint, for there is no folder {out}: start without --resume"
         )
     if resume and names and not names & set(RUN_FILES):
         raise FileExistsError(
@@ -68,15 +216,18 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Check the folder as `check_folder` does and, to overwrite, delete the old run's files.
+    """Check the folder as `check_folder` does and, unless resuming, delete an old run's files.
 
     Files that do not belong to a run are never deleted.
     """
     check_folder(out, resume, overwrite)
-    if overwrite:
-        for name in RUN_FILES:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if resume:
+        return
+    if not overwrite and content_of(out):
+        log.info(f"{out} holds what an earlier start left that trained nothing: it is replaced")
+    for name in RUN_FILES:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -78,6 +78,65 @@ def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batc
     assert found["sample_ids"] == Order(40, 8, tiny().seed).ids(1, step - 5).tolist()
 
 
+@pytest.mark.parametrize(
+    ("fields", "sides", "part"),
+    [
+        (
+            {"width": 8},
+            "width 4 in the checkpoint, 8 now",
+            "online.encoder.conv1.weight (4, 3, 3, 3)",
+        ),
+        ({"out_dim": 9}, "out_dim 8 in the checkpoint, 9 now", "online.projector.3.weight (8, 16)"),
+        ({"arch": "resnet34"}, "arch resnet18 in the checkpoint, resnet34 now", "missing in the"),
+        ({"method": "simsiam"}, "method rsa in the checkpoint, simsiam now", " now)"),
+        ({"optimizer": "adamw"}, "optimizer sgd in the checkpoint, adamw now", "optimiser's state"),
+    ],
+)
+def test_force_refuses_in_a_line_what_cannot_fit(data, tmp_path, fields, sides, part):
+    train(tiny(), data, tmp_path, stop_at_step=1)
+    method = fields.pop("method", "rsa")
+    changed = build_recipe("cifar10", method, overrides={**TINY, **fields})
+    with pytest.raises(ValueError, match=re.escape(sides)) as error:
+        train(changed, data, tmp_path, resume=True, force=True)
+    message = str(error.value)
+    assert part in message and message.endswith("start a new run in another --out")
+    assert "\n" not in message and len(message) < 500
+    with pytest.raises(ValueError, match="--force does not help, because the"):
+        train(changed, data, tmp_path, resume=True)
+    assert saved(tmp_path) == [1]
+
+
+def test_force_changes_the_settings_of_the_optimiser(data, tmp_path):
+    train(tiny(), data, tmp_path, stop_at_step=1)
+    changed = {"weight_decay": 0.0, "momentum": 0.5}
+    train(tiny(**changed), data, tmp_path, resume=True, force=True, stop_at_step=2)
+    (path,) = checkpoint.paths_in(tmp_path / "checkpoints")[1:]
+    (group,) = checkpoint.load(path)["optimizer"]["param_groups"]
+    assert {name: group[name] for name in changed} == changed
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(data, tmp_path):
+    train(tiny(), data, tmp_path, stop_at_step=1)
+    (path,) = checkpoint.paths_in(tmp_path / "checkpoints")
+    state = checkpoint.load(path)
+    state["method"]["predictor.0.weight"][0, 0] = math.inf
+    bad = checkpoint.save(tmp_path / "checkpoints", state | {"step": 2}, 2)
+    with pytest.raises(
+        ValueError, match=r"predictor\.0\.weight has values that are NaN or infinite"
+    ):
+        checkpoint.load(bad)
+    with pytest.warns(UserWarning, match=r"predictor.*; trying the one before"):
+        assert checkpoint.load_latest(tmp_path / "checkpoints")["step"] == 1
+
+
+def test_one_image_for_batchnorm_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(
+        ValueError, match="batch_size = 1, which is global gives BatchNorm less than"
+    ):
+        train(tiny(batch_size=1), tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp16_that_overflows_in_every_step_stops_after_max_skips(data, tmp_path, monkeypatch):
     monkeypatch.setattr(step_module, "GradScaler", partial(GradScaler, init_scale=2.0**120))
     with pytest.raises(
@@ -125,9 +184,7 @@ def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_resuming_in_no_folder_or_one_that_holds_no_run_is_refused(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        train(tiny(), data, tmp_path / "mistyped", resume=True)
+def test_resuming_in_a_folder_that_holds_no_run_is_refused(data, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "summer.jpg").write_bytes(b"")
     with pytest.raises(FileExistsError, match=r"photos holds no run but summer\.jpg"):

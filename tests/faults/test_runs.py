@@ -7,18 +7,33 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from conftest import write_folder
-from jobs import EPOCH_STEPS, Job, assert_same_run, finish, fork, losses, newest, state, until
+from jobs import (
+    EPOCH_STEPS,
+    Job,
+    arguments,
+    assert_same_run,
+    finish,
+    fork,
+    losses,
+    newest,
+    state,
+    until,
+)
 
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import Evaluation
@@ -26,7 +41,8 @@ from rsa_fast.training import checkpoint
 
 LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
 STOPPED = 75
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+HEEDS_HUP = ("env", "--default-signal=HUP")  # also where the tests were started with nohup
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +89,7 @@ def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, w
 def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, whole, tmp_path):
     for number in SIGNALS:
         step = newest(tmp_path)
-        with Job(data, tmp_path, "--epochs", LONG, "--resume") as job:
+        with Job(data, tmp_path, "--epochs", LONG, "--resume", prefix=HEEDS_HUP) as job:
             job.wait_for(f"step {step // EPOCH_STEPS * EPOCH_STEPS + 2 * EPOCH_STEPS}/")
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
@@ -97,9 +113,8 @@ def test_signals_to_the_launcher_stop_all_ranks_at_one_step(data, whole_2, tmp_p
     out = tmp_path / "run"
     for number in SIGNALS:
         step = newest(out)
-        with Job(
-            data, out, "--epochs", SHORT, "--nproc", 2, *(["--resume"] if step else [])
-        ) as job:
+        resume = ["--resume"] if step else []
+        with Job(data, out, "--epochs", SHORT, "--nproc", 2, *resume, prefix=HEEDS_HUP) as job:
             until(lambda step=step: newest(out) > step)
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
@@ -110,6 +125,43 @@ def test_signals_to_the_launcher_stop_all_ranks_at_one_step(data, whole_2, tmp_p
     with Job(data, out, "--epochs", SHORT, "--nproc", 2, "--resume") as job:
         assert job.end() == 0, job.said
     assert_same_run(whole_2, out)
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored_by_the_launcher_and_its_ranks(data, tmp_path):
+    for processes in (1, 2):
+        out, options = tmp_path / str(processes), ["--epochs", 4]
+        if processes > 1:
+            options += ["--nproc", processes]
+        with Job(data, out, *options, prefix=("nohup",)) as job:
+            job.wait_for("step 5/")
+            for pid in (job.process.pid, *job.ranks()):
+                os.kill(pid, signal.SIGHUP)
+            assert job.end() == 0, job.said
+        assert newest(out) == 4 * EPOCH_STEPS
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(data, tmp_path):
+    """The kernel then sends SIGHUP, and whatever is written to the terminal fails."""
+    command = [sys.executable, "-m", "rsa_fast", *arguments(data, tmp_path, "--epochs", 1000)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(HEEDS_HUP[0], [*HEEDS_HUP, *command], os.environ | {"OMP_NUM_THREADS": "1"})
+    reader = threading.Thread(target=read_until_closed, args=(terminal,), daemon=True)
+    reader.start()
+    until(lambda: newest(tmp_path) > 0)
+    step = newest(tmp_path)
+    os.kill(pid, signal.SIGSTOP)  # the last thing that it writes is read
+    os.close(terminal)
+    os.kill(pid, signal.SIGCONT)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == STOPPED
+    assert newest(tmp_path) > step and state(tmp_path)["step"] == newest(tmp_path)
+
+
+def read_until_closed(terminal: int) -> None:
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 def test_ranks_that_are_killed_come_back_and_end_as_if_never_killed(data, whole_2, tmp_path):
@@ -351,3 +403,29 @@ def test_an_out_that_cannot_be_written_is_refused_before_training(data, tmp_path
                 assert job.end() == 1
                 assert fault in job.said and str(out) in job.said, job.said
                 assert "Traceback" not in job.said and "step 5/" not in job.said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_without_a_name_a_home_or_a_writable_installation_trains_and_exports(data):
+    number = "23456"
+    become = ("setpriv", "--reuid", number, "--regid", number, "--clear-groups")
+    if not shutil.which("setpriv"):
+        pytest.skip("the command setpriv (util-linux) is missing")
+    look = subprocess.run([*become, sys.executable, "-c", "import rsa_fast"])
+    if look.returncode:
+        pytest.skip("the installation is not readable for other users")
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o777)
+        shutil.copytree(data, place / "data")
+        (place / "data").chmod(0o755)
+        names = {"HOME": "/nonexistent/home", "LOGNAME": "", "USER": "", "USERNAME": ""}
+        env = {"PYTHONDONTWRITEBYTECODE": "1", **names}
+        with Job(place / "data", place / "run", "--epochs", 2, prefix=become, **env) as job:
+            assert job.end() == 0, job.said
+            assert "every start compiles them again" in job.said
+        path = checkpoint.paths_in(place / "run" / "checkpoints")[-1]
+        command = [*become, sys.executable, "-m", "rsa_fast", "export", "--checkpoint", path]
+        command += ["--format", "safetensors", "--out", place / "encoder.safetensors"]
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

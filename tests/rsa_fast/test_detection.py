@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from conftest import natural_image
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torchvision.ops import masks_to_boxes
 
 from pipelines.coco import CocoImages, reading_plan
@@ -27,10 +29,12 @@ from rsa_fast.evaluation.detection import (
     find_objects,
     learning_rate,
     precise_bn,
+    restore,
 )
 from rsa_fast.networks import Encoder
 from rsa_fast.training import checkpoint
 from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.run_folder import hold_folder
 
 encode = pytest.importorskip("pycocotools.mask", reason="transfer needs pycocotools").encode
 
@@ -389,7 +393,41 @@ def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
         main, ["detect", *options, "--device", "cpu", "--precision", "fp32", "--resume"]
     )
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == result  # Only the evaluation was left.
+    assert json.loads(done.stdout) == result
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(whole_run, weights, coco):
+    out, result = whole_run
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")}
+    assert detect(weights, coco, out, **OPTIONS, resume=True) == result
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")}
+
+
+def test_a_folder_in_use_is_refused(whole_run, weights, coco):
+    out, _ = whole_run
+    with hold_folder(out, resume=True, overwrite=False):
+        before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")}
+        with pytest.raises(BlockingIOError, match=f"is in use by process {os.getpid()} on"):
+            detect(weights, coco, out, **OPTIONS, overwrite=True)
+        assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")}
+
+
+def parts(dtype: torch.dtype) -> dict:
+    """A small model with an optimiser and a scaler for the compute type."""
+    model = nn.Linear(2, 2)
+    scaler = GradScaler("cpu", enabled=dtype == torch.float16)
+    return {"method": model, "optimizer": build_sgd(model), "scaler": scaler}
+
+
+def test_a_run_may_be_resumed_in_another_precision_and_starts_where_there_is_none(tmp_path, caplog):
+    assert restore(parts(torch.float16), {"steps": 4}, tmp_path, torch.float16) == 0
+    for step, (first, second) in enumerate([("bfloat16", "float16"), ("float16", "bfloat16")], 1):
+        saved, now = getattr(torch, first), getattr(torch, second)
+        state = {name: part.state_dict() for name, part in parts(saved).items()}
+        state |= {"step": step, "recipe": {"steps": 4}, "dtype": first}
+        checkpoint.save(tmp_path / "checkpoints", state, keep_last=1)
+        assert restore(parts(now), {"steps": 4}, tmp_path, now) == step
+        assert f"computed in {first}, and the run goes on in {second}" in caplog.text
 
 
 # --- data

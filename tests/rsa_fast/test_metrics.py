@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -53,7 +54,7 @@ def resumed(folder, tmp_path_factory):
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     go_on()
-    go_on()  # It is finished: it is scored again and recorded once.
+    go_on()  # It is finished: nothing is recorded twice.
     return out
 
 
@@ -194,6 +195,17 @@ def test_a_run_that_is_replaced_leaves_no_records_behind(tmp_path):
     (tmp_path / "report.html").write_text("old")
     run_folder.prepare_folder(tmp_path, resume=False, overwrite=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null_in_a_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')  # of an older version
+    with Metrics(tmp_path, 3, 1) as sink:
+        sink.write({"step": 2, "loss": math.nan, "parts": [math.inf, 2.0]})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "parts": [None, 2.0]},
+    ]
 
 
 def test_without_a_terminal_each_record_is_a_line(tmp_path, caplog):
