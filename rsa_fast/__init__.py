@@ -29,8 +29,17 @@ torch.Size([32, 3, 32, 32])
 torch.Size([32, 64])
 """
 
+import getpass
+import os
 from importlib import import_module
 from typing import Any
+
+# torch names a folder of its compiler after the user. A container may run under a number that has
+# no name (docker run --user, OpenShift): Python then raises a KeyError.
+try:
+    getpass.getuser()
+except KeyError:
+    os.environ["USER"] = str(os.getuid())
 
 EXPORTS = {
     "Callback": "training.callbacks",

@@ -25,15 +25,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.machine import cores
+
 log = logging.getLogger("rsa_fast")
 
-# SLURM sends the first two to a job that it pre-empts.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SLURM sends the first two to a job that it pre-empts. The last one says that the terminal is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A signal stopped the run, and --resume continues it. EX_TEMPFAIL of sysexits.
 STOPPED_EXIT_CODE = 75
 BEAT_S = 1.0  # between two heartbeats
 ANSWER_S = 5.0  # the time given to the store for an answer; it may be in the process of rank 0
 SILENT_S = 30.0  # a rank without a heartbeat for this long is reported
+MEET_S = 10.0  # a rank that has waited for this long for the others to start says so
+ALONE = "a shell of srun --pty has only one process; several start with srun, torchrun or --gpus"
+# Where MPI and SLURM give a process its number among those of its machine.
+LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def world_size() -> int:
@@ -46,22 +52,44 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def local_rank() -> int:
-    """The index of the GPU of this machine that this process uses."""
-    return int(launcher_variables(os.environ).get("LOCAL_RANK", 0))
+def gpu_index() -> int:
+    """The index of the GPU, among those that this process sees, that this process uses.
+
+    SLURM's --gpus-per-task=1 shows each process one GPU only, which then has the index 0. Raises
+    ValueError if there are fewer GPUs than processes on this machine.
+    """
+    index = int(launcher_variables(os.environ).get("LOCAL_RANK", 0))
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return 0
+    if index >= visible:
+        raise ValueError(
+            f"process {index} of this machine, counted from 0, finds {visible} GPUs: "
+            "start one process per GPU"
+        )
+    return index
 
 
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """torchrun's five variables, read from `env` or derived from those of a SLURM step.
 
     A SLURM step is started by srun with one task per GPU. The result is empty for a single process.
+    Where only LOCAL_RANK is missing, it is SLURM's or MPI's, or else the rank modulo the number of
+    GPUs.
 
-    Raises ValueError if some of torchrun's variables are missing, or if torchrun is configured such
+    Raises ValueError if other variables of torchrun are missing, or if torchrun is configured such
     that restarted ranks would hang.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env:
-        if missing := [name for name in names if name not in env]:
+        missing = [name for name in names if name not in env]
+        if missing and env.get("WORLD_SIZE") == "1":
+            return {}  # some platforms give a single process its rank, and nothing else
+        if missing == ["LOCAL_RANK"]:
+            by_gpu = int(env["RANK"]) % max(1, torch.cuda.device_count())
+            found = (env[name] for name in LOCAL_RANKS if name in env)
+            env = {**env, "LOCAL_RANK": next(found, str(by_gpu))}
+        elif missing:
             raise ValueError(
                 "the environment has RANK or WORLD_SIZE but not "
                 f"{', '.join(missing)}: start with torchrun"
@@ -75,9 +103,11 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
                 "else a restart hangs"
             )
         return {name: env[name] for name in names}
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        # The port is the same on all machines of a job, and differs between jobs.
-        port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not in_interactive_shell(env):
+        # The port is the same on all machines of a step, and differs between steps and between
+        # jobs. Jobs have consecutive numbers, so the steps of a job are 101 ports apart.
+        step = int(env["SLURM_JOB_ID"]) + 101 * int(env.get("SLURM_STEP_ID", 0))
+        port = 20_000 + step % 10_000
         return {
             "RANK": env["SLURM_PROCID"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
@@ -86,6 +116,19 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
             "MASTER_PORT": env.get("MASTER_PORT", str(port)),
         }
     return {}
+
+
+def in_interactive_shell(env: Mapping[str, str]) -> bool:
+    """Whether this command was typed in a shell that `srun --pty` opened.
+
+    The shell has the variables of a task, but the other tasks of its step have ended at once.
+    """
+    return (
+        ("SLURM_PTY_PORT" in env or "SLURM_PTY_WIN_COL" in env)
+        # A step that was started in the shell inherits these variables, but not the terminal.
+        and any(map(os.isatty, (0, 1, 2)))
+        and env.get("SLURM_TASK_PID") != str(os.getpid())
+    )
 
 
 def first_host(nodes: str) -> str:
@@ -103,18 +146,21 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
     """
     env = {} if dist.is_initialized() else launcher_variables(os.environ)
     if env:
+        if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+            log.info(f"LOCAL_RANK is not set: rank {env['RANK']} takes {env['LOCAL_RANK']}")
         os.environ.update(env)
         cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(local_rank())
+            torch.cuda.set_device(gpu_index())
         backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        meeting = f"all {env['WORLD_SIZE']} at {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            with say_after(MEET_S, f"rank {env['RANK']} waits to meet {meeting}: {ALONE}"):
+                dist.init_process_group(backend, timeout=timeout)
         except RuntimeError as error:
-            address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-            raise ConnectionError(
-                f"rank {env['RANK']} did not meet all {env['WORLD_SIZE']} at {address}: {error}"
-            ) from error
+            raise ConnectionError(f"rank {env['RANK']} did not meet {meeting}: {error}") from error
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not dist.is_initialized():
+        log.info(f"this shell is one task of a SLURM step: training in one process. {ALONE}")
     try:
         with Heartbeat(timeout_s) as heartbeat:
             try:
@@ -128,6 +174,46 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
     finally:
         if env:
             dist.destroy_process_group()
+
+
+@contextmanager
+def say_after(wait_s: float, text: str) -> Iterator[None]:
+    """Log `text` if the block takes longer than `wait_s` seconds."""
+    timer = threading.Timer(wait_s, log.warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_launched(env: Mapping[str, str], processes: int) -> bool:
+    """Whether this process is one of the `processes` that torch's launcher has started.
+
+    A single process, of which a platform may have set the rank, still has to start them. Raises
+    ValueError if it is one of several, of which each would start as many.
+    """
+    size = int(launcher_variables(env).get("WORLD_SIZE", 1))
+    if size == processes and "TORCHELASTIC_RUN_ID" in env:
+        return True
+    if size > 1:
+        where = "WORLD_SIZE" if "WORLD_SIZE" in env else "SLURM_STEP_NUM_TASKS"
+        raise ValueError(
+            f"--gpus and --nproc start the processes of one machine, here {processes}, but this is "
+            f"one of {size} processes already ({where}={size}): leave the option out to train "
+            f"in these {size}, or unset {where} and RANK"
+        )
+    return False
+
+
+def check_gpus(wanted: int) -> None:
+    """Raise ValueError if this machine has fewer GPUs than wanted."""
+    if (visible := torch.cuda.device_count()) < wanted:
+        advice = f"use at most --gpus {visible}" if visible else "--nproc trains on the CPU"
+        raise ValueError(
+            f"--gpus {wanted}: torch finds {visible or 'no'} GPUs; {advice}, or see rsa-fast doctor"
+        )
 
 
 def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
@@ -148,9 +234,9 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
-        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join([*(number.name for number in handled_signals()), "SIGQUIT"]),
     )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     # Without this a restart would hang: see `launcher_variables`.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
@@ -163,6 +249,12 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
     return 0
+
+
+def handled_signals() -> list[signal.Signals]:
+    """The signals that stop a run: `STOP_SIGNALS`, except for a SIGHUP that nohup made ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (ignored and number == signal.SIGHUP)]
 
 
 def restarted() -> bool:

@@ -15,6 +15,8 @@ a single process would return.
 from __future__ import annotations
 
 import copy
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,15 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import Loading, Order, open_source, open_views
-from pipelines.layouts import Data, described, log_held_out
+from pipelines import Loading, Order, Source, open_views
+from pipelines.layouts import Data, described, inventory
 from pipelines.plain import PlainImages
-from rsa_fast.distributed import gather, rank, world_size
+from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.encoders import load_encoder
-from rsa_fast.evaluation.linear import Batches, LabelledFeatures
+from rsa_fast.evaluation.features import (
+    BLOCK_ROWS,
+    LabelledFeatures,
+    blocks,
+    gather_features,
+    gather_rows,
+)
+from rsa_fast.evaluation.linear import Batches
 from rsa_fast.recipes import Recipe, build_recipe, parse
-from rsa_fast.training.step import choose_device, choose_dtype
+from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
+
+log = logging.getLogger("rsa_fast")
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
 # The options of `evaluate` that a protocol reads; the others read none.
@@ -45,7 +56,7 @@ PROTOCOL_OPTIONS = {
 # k and temperature: the first as in InstDis, MoCo and the RSA code, the second as in DINO and
 # solo-learn.
 KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}
-KNN_CHUNK = 1024  # queries at a time: 1024 x 1.28M similarities are 5 GiB
+KNN_CHUNK = 1024  # queries at a time, each compared with `BLOCK_ROWS` images: 64 MiB
 
 
 def evaluate(
@@ -61,6 +72,7 @@ def evaluate(
     nesterov: bool | None = None,
     val_fraction: float | None = None,
     encoder: nn.Module | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Score the encoder of a checkpoint on the labelled train and test images under `data`.
 
@@ -70,14 +82,15 @@ def evaluate(
     are in percent.
 
     `checkpoint` is a file of this project or an encoder from elsewhere (see `load_encoder`), and
-    `encoder` is the network for its weights, if it was passed to training in Python. The
-    checkpoint's recipe says how images are sized and normalised, on which device and in which
-    precision the encoder runs, and which seed the linear classifiers use. `dataset`, the name of a
-    dataset in `rsa_fast.datasets`, replaces that recipe by the dataset's own. `resize_px` replaces
-    the length in pixels to which the short side of test images is resized before the centre crop;
-    "native" leaves the images as they are. `val_fraction` replaces the fraction of the training
-    images that is held out where there are no test images: with the checkpoint's own fraction,
-    they are those that it was not trained on.
+    `encoder` is the network for its weights, if it was passed to training in Python. `key` chooses
+    among several networks in the file, such as `teacher`. The checkpoint's recipe says how images
+    are sized and normalised, on which device and in which precision the encoder runs, and which
+    seed the linear classifiers use. `dataset`, the name of a dataset in `rsa_fast.datasets`,
+    replaces that recipe by the dataset's own. `resize_px` replaces the length in pixels to which
+    the short side of test images is resized before the centre crop; "native" leaves the images as
+    they are. `val_fraction` replaces the fraction of the training images that is held out where
+    there are no test images: with the checkpoint's own fraction, they are those that it was not
+    trained on.
 
     `variant` is the linear classifier (see `rsa_fast.evaluation.linear`), `fast` by default.
     `epochs` is read by rsa-small (default 100) and rsa-large (40). `bn` and `nesterov` are read by
@@ -98,7 +111,7 @@ def evaluate(
         raise ValueError(f"{name} has no --{', --'.join(sorted(unread))}")
     if bn not in (None, "eval", "recalibrate"):
         raise ValueError(f"no bn {bn!r}: choose from eval, recalibrate")
-    network, recipe = load_encoder(checkpoint, encoder)
+    network, recipe = load_encoder(checkpoint, encoder, key)
     if val_fraction is None and recipe:
         val_fraction = recipe.val_fraction
     if dataset:
@@ -109,23 +122,26 @@ def evaluate(
         raise ValueError(
             f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
         )
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"unlabelled": False}
     if resize_px:
         changes["eval_resize_px"] = None if resize_px == "native" else resize_px
     if val_fraction is not None:
         changes["val_fraction"] = val_fraction
-    recipe = parse(recipe.model_dump() | changes, type(recipe))
-    device = choose_device(recipe.device)
-    evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
-    log_held_out(evaluation.train.source, data)
-    scores = evaluation.score(
-        network.to(device),
-        (name,),
-        recalibrate=bn == "recalibrate",
-        epochs=epochs,
-        nesterov=nesterov,
-    )
-    return {"checkpoint": str(checkpoint), **scores}
+    recipe = for_any_device(parse(recipe.model_dump() | changes, type(recipe)))
+    with process_group(recipe.device, recipe.timeout_s):
+        device = choose_device(recipe.device)
+        evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
+        if rank() == 0:
+            log.info(inventory(evaluation.train.source, evaluation.test.source))
+        scores = evaluation.score(
+            network.to(device),
+            (name,),
+            recalibrate=bn == "recalibrate",
+            epochs=epochs,
+            nesterov=nesterov,
+        )
+    chosen = {"key": key} if key else {}
+    return {"checkpoint": str(checkpoint), **chosen, **scores}
 
 
 def check_protocols(names: tuple[str, ...]) -> None:
@@ -135,39 +151,34 @@ def check_protocols(names: tuple[str, ...]) -> None:
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Float32 features `(B, D)` of images `(B, 3, H, W)`, computed in the images' dtype."""
+def embed_in_own_dtype(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Features `(B, D)` of images `(B, 3, H, W)`, computed in the images' dtype."""
     with torch.autocast(images.device.type, images.dtype, enabled=images.dtype != torch.float32):
         features: Tensor = encoder(images)
-        return features.float()
+        return features
+
+
+def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Float32 features `(B, D)` of images `(B, 3, H, W)`, computed in the images' dtype."""
+    return embed_in_own_dtype(encoder, images).float()
 
 
 def extract_features(encoder: nn.Module, images: PlainImages) -> LabelledFeatures:
-    """This rank's features `(n, D)`, computed in eval mode, and labels `(n,)`.
+    """This rank's features `(n, D)`, computed in eval mode, and labels `(n,)`, in host memory.
 
     Afterwards the encoder is in the mode it was in before.
     """
     training = encoder.training
     encoder.eval()
-    batches = [(embed(encoder, batch), labels) for batch, labels in images]
+    rows, labels, done = torch.empty(0), torch.empty(len(images.ids), dtype=torch.int64), 0
+    for batch, batch_labels in images:
+        features = embed_in_own_dtype(encoder, batch)
+        if done == 0:  # one table for all: to join batches at the end would take twice the memory
+            rows = torch.empty(len(labels), features.shape[1], dtype=features.dtype)
+        end = done + len(features)
+        rows[done:end], labels[done:end], done = features, batch_labels, end
     encoder.train(training)
-    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, `(N, ...)`, in their original order.
-
-    Each rank passes every `world_size`-th row, `(n, ...)`; the ranks' n differ by 1 at most.
-    """
-    counts = gather(torch.tensor([len(x)], device=x.device))
-    padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, int(counts.max()) - len(x)])
-    by_rank = torch.unflatten(gather(padded), 0, (world_size(), -1))
-    return by_rank.transpose(0, 1).flatten(0, 1)[: int(counts.sum())]
-
-
-def gather_features(part: LabelledFeatures) -> LabelledFeatures:
-    """Features and labels of all ranks, in the order of the images."""
-    return gather_rows(part[0]), gather_rows(part[1])
+    return rows, labels
 
 
 def knn(
@@ -180,24 +191,59 @@ def knn(
 
     Each rank passes its own rows of `bank` `(N, D)` and of `queries` `(M, D)`. A rank compares all
     queries with its own part of the bank, so only the nearest neighbours of each part are gathered.
+    The bank may be in host memory: the search runs on the device of the queries.
     """
-    queries, labels = F.normalize(gather_rows(queries), dim=1), gather_rows(labels)
-    lengths = bank.norm(dim=1).clamp(min=1e-12)
+    device = queries.device
+    queries, labels = gather_features((queries, labels), device)
+    queries = F.normalize(queries, dim=1)
+    bank_labels = bank_labels.to(device)
     most = min(max(k for k, _ in KNN_SETTINGS.values()), len(gather_rows(bank_labels)))
+    chunks = [slice(first, first + KNN_CHUNK) for first in range(0, len(queries), KNN_CHUNK)]
+
+    # The nearest neighbours so far. The bank passes once, and all queries meet each of its blocks.
+    cosines = queries.new_full((len(queries), most), -torch.inf)
+    owners = labels.new_zeros(len(queries), most)
+    block_labels = torch.split(bank_labels, BLOCK_ROWS)
+    for block, own_labels in zip(blocks(bank, device), block_labels, strict=True):
+        lengths = block.norm(dim=1).clamp(min=1e-12)
+        for chunk in chunks:
+            # An image that could not be read, with the label -1, is nobody's neighbour.
+            cosine = (queries[chunk] @ block.T).div_(lengths)
+            cosine.masked_fill_(own_labels < 0, -torch.inf)
+            cosine, index = cosine.topk(min(most, len(block)))
+            cosine = torch.cat([cosines[chunk], cosine], 1)
+            owner = torch.cat([owners[chunk], own_labels[index].clamp_(min=0)], 1)
+            cosines[chunk], index = cosine.topk(most)
+            owners[chunk] = owner.gather(1, index)
+
     correct = dict.fromkeys(KNN_SETTINGS, 0)
-    for first in range(0, len(queries), KNN_CHUNK):
-        chunk = slice(first, first + KNN_CHUNK)
-        cosine, index = (queries[chunk] @ bank.T).div_(lengths).topk(min(most, len(bank)))
-        missing = (0, most - cosine.shape[1])
-        parts = F.pad(cosine, missing, value=-torch.inf).T, F.pad(bank_labels[index], missing).T
-        cosine, owner = (gather(part).T for part in parts)  # (chunk, world_size most)
+    for chunk in chunks:
+        # Those of all ranks, (chunk, world_size most).
+        cosine, owner = (gather(part[chunk].T.contiguous()).T for part in (cosines, owners))
         cosine, index = cosine.topk(most)
         owner = owner.gather(1, index)
         for name, (k, temperature) in KNN_SETTINGS.items():
-            votes = torch.zeros(len(cosine), classes, device=bank.device)
+            votes = torch.zeros(len(cosine), classes, device=device)
             votes.scatter_add_(1, owner[:, :k], (cosine[:, :k] / temperature).exp())
             correct[name] += int((votes.argmax(1) == labels[chunk]).sum())
     return {name: 100 * hits / len(queries) for name, hits in correct.items()}
+
+
+class NoLabelsError(ValueError):
+    """The data have no labels, so that nothing can be evaluated."""
+
+
+def refuse_shared(train: Source, test: Source) -> None:
+    """Raise ValueError if a file is among the training and among the test images."""
+    if not (train.file and test.file and train.manifest.paths and test.manifest.paths):
+        return
+    tested = {os.path.abspath(path) for path in map(test.file, range(len(test.manifest)))}
+    trained = map(train.file, range(len(train.manifest)))
+    if shared := [path for path in map(os.path.abspath, trained) if path in tested]:
+        raise ValueError(
+            f"{len(shared)} images are among the training and the test images, such as "
+            f"{shared[0]}: give each in one place"
+        )
 
 
 class Evaluation:
@@ -206,7 +252,8 @@ class Evaluation:
     `recipe` says how images are sized and normalised, `device` and `dtype` where and in which
     precision encoders run, and `cache` is a folder for the scan of the images (see `open_source`).
 
-    Raises FileNotFoundError or ValueError if there is no labelled train and test split.
+    Raises FileNotFoundError or ValueError if there is no labelled train and test split, and
+    NoLabelsError if neither has labels.
     """
 
     def __init__(
@@ -217,16 +264,22 @@ class Evaluation:
         dtype: torch.dtype,
         cache: Path | None = None,
     ) -> None:
-        sources = [
-            open_source(data, split, cache, recipe.val_fraction) for split in ("train", "test")
-        ]
+        sources = [recipe.open_source(data, split, cache) for split in ("train", "test")]
+        refuse_shared(*sources)
         train, test = (source.manifest for source in sources)
         if not (train.labelled and test.labelled):
+            fault = f"{described(data)} has no labels for both train and test images"
+            if not (train.labelled or test.labelled):
+                raise NoLabelsError(f"{fault}: nothing to evaluate on")
+            place = sources[train.labelled].where  # of the split without labels
             raise ValueError(
-                f"{described(data)} has no labels for both train and test images: "
-                "nothing to evaluate on"
+                f"{fault}: {place} holds no class folders. Sort its images into them, or put "
+                "ImageNet's table of Kaggle there, LOC_val_solution.csv"
             )
-        if train.classes != test.classes:
+        # Where no names are given, the classes are numbered up to the largest label in the split.
+        numbers = tuple(map(str, range(len(test.classes))))
+        lacks_last = test.classes == numbers == train.classes[: len(numbers)]
+        if train.classes != test.classes and not lacks_last:
             differ = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:10])
             raise ValueError(
                 f"train and test under {described(data)} do not have the same classes; "
@@ -244,8 +297,10 @@ class Evaluation:
                 threads=recipe.threads,
                 rank=rank(),
                 world_size=world_size(),
+                on_bad_image=policy,
             )
-            for source in sources
+            # A bad test image is not scored, whatever happens to training images.
+            for source, policy in zip(sources, (recipe.on_bad_image, "skip"), strict=True)
         )
 
     def score(
@@ -257,6 +312,10 @@ class Evaluation:
         nesterov: bool | None = None,
     ) -> dict[str, Any]:
         """The results of the named protocols (of `PROTOCOLS`) in one dict.
+
+        Their keys begin with the kind of the protocol: `linear_top1`. Where several linear
+        protocols are named, they begin with the protocol: `linear_fast_top1`,
+        `linear_rsa_small_top1`.
 
         With several ranks, every rank must call this. The encoder is in eval mode meanwhile and is
         returned unchanged. linear-rsa-small and linear-rsa-large use `epochs`, and linear-rsa-small
@@ -274,23 +333,27 @@ class Evaluation:
             raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
         encoder.eval()
-        test = extract_features(encoder, self.test)
+        test, device = extract_features(encoder, self.test), self.test.device
         # A function, because linear-rsa-small needs no features of plain training images.
         train = cache(lambda: extract_features(encoder, self.train))
         results: dict[str, Any] = {"test_transform": self.test.transform}
+        unreadable = int((gather_rows(test[1].to(device)) < 0).sum())
+        if skipped := unreadable + len(self.test.source.bad):
+            results["test_images_skipped"] = skipped
         scores: dict[str, Any]
-        for protocol in protocols:
+        distinct = tuple(dict.fromkeys(protocols))
+        kinds = [protocol.partition("-")[0] for protocol in distinct]
+        for protocol in distinct:
             match protocol:
                 case "knn":
-                    scores = knn(*train(), *test, self.classes)
+                    rows, labels = test
+                    scores = knn(*train(), rows.to(device), labels.to(device), self.classes)
                 case "linear-fast":
-                    scores = linear.fast(
-                        gather_features(train()), gather_features(test), self.classes
-                    )
+                    scores = linear.fast(train(), gather_features(test, device), self.classes)
                 case "linear-rsa-small":
                     scores = self.rsa_small(
                         encoder,
-                        gather_features(test),
+                        gather_features(test, device),
                         recalibrate=recalibrate,
                         epochs=epochs or linear.SMALL_EPOCHS,
                         nesterov=nesterov is not False,
@@ -299,13 +362,18 @@ class Evaluation:
                     with self.augmented(encoder) as batches:
                         scores = linear.rsa_large(
                             batches,
-                            train=gather_features(train()),
-                            test=gather_features(test),
+                            train=train(),
+                            test=gather_features(test, device),
                             classes=self.classes,
                             seed=self.recipe.seed,
                             epochs=epochs or linear.LARGE_EPOCHS,
                         )
-            results |= {f"{protocol.partition('-')[0]}_protocol": f"{protocol}/1", **scores}
+            kind = protocol.partition("-")[0]
+            scores = {f"{kind}_protocol": f"{protocol}/1", **scores}
+            if kinds.count(kind) > 1:
+                own = protocol.replace("-", "_")
+                scores = {own + key.removeprefix(kind): value for key, value in scores.items()}
+            results |= scores
         encoder.train(training)
         # MoCo's main_lincls.py makes the same check: a frozen network must not have changed.
         after = encoder.state_dict()
@@ -324,10 +392,16 @@ class Evaluation:
     ) -> dict[str, Any]:
         """linear-rsa-small; `test` are the test set's features by the encoder in eval mode."""
         learner = copy.deepcopy(encoder).train() if recalibrate else encoder
+
+        def test_features() -> LabelledFeatures:
+            if not recalibrate:
+                return test
+            return gather_features(extract_features(learner, self.test), self.test.device)
+
         with self.augmented(learner) as batches:
             scores = linear.rsa_small(
                 batches,
-                test=lambda: extract_features(learner, self.test) if recalibrate else test,
+                test=test_features,
                 classes=self.classes,
                 seed=self.recipe.seed,
                 epochs=epochs,
@@ -366,7 +440,9 @@ class Evaluation:
             order,
             device=self.train.device,
             dtype=self.train.dtype,
-            loading=Loading(threads=self.train.threads),
+            loading=Loading(
+                threads=self.train.threads, on_bad_image=self.recipe.on_bad_image
+            ),
         ) as loader:
 
             def batches(epoch: int) -> Iterator[LabelledFeatures]:

@@ -1,9 +1,11 @@
 """Linear classifiers on a frozen encoder: the two protocols of the RSA paper, and a fast one.
 
 Features are `(N, D)` float32, labels are `(N,)`, and accuracies are top-1 in percent. `fast` trains
-on features of plain images, which are computed once. `rsa_small` and `rsa_large` train on features
-of randomly cropped and flipped images: `batches(epoch)` yields those of one epoch. Every rank
-receives the global batch, so that all ranks train the same classifier.
+on features of plain images, which are computed once: each rank passes its own rows, which may be in
+host memory and in half precision (see `features`). The test set's are all on the device of every
+rank. `rsa_small` and `rsa_large` train on features of randomly cropped and flipped images:
+`batches(epoch)` yields those of one epoch. Every rank receives the global batch, so that all ranks
+train the same classifier.
 
 `rsa_small` and `rsa_large` report two test accuracies: `linear_top1` is that after the last epoch,
 and `linear_best_top1` the best of all epochs, which is what the reference codes report.
@@ -20,9 +22,14 @@ from torch import Tensor, nn
 
 from pipelines.order import epoch_order
 from rsa_fast.distributed import rank
+from rsa_fast.evaluation.features import (
+    LabelledFeatures,
+    gather_rows,
+    mean_and_variance,
+    take_rows,
+)
 from rsa_fast.schedules import cosine_ramp
 
-LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,)
 Batches = Callable[[int], Iterable[LabelledFeatures]]
 
 BATCH_SIZE = 256  # eval_single.py, eval_multi.py in github.com/tmllab/RSA
@@ -30,6 +37,8 @@ FAST_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 FAST_EPOCHS = 100
 SMALL_EPOCHS = 100
 LARGE_EPOCHS = 40
+TEST_ROWS = 2048  # rows at a time whose logits are computed, for all `FAST_LRS` at once
+HOST = torch.device("cpu")
 
 log = logging.getLogger("rsa_fast")
 
@@ -76,9 +85,9 @@ def rsa_large(
 
     The mean and the variance are those of plain training images, as in Mean Shift. The RSA code
     takes them from cropped images when it reads image files. Features that are all zero keep the
-    length zero here, while the RSA code divides by it.
+    length zero here, while the RSA code divides by it. Of `train`, each rank passes its own rows.
     """
-    variance, mean = torch.var_mean(F.normalize(train[0], dim=1), dim=0)
+    mean, variance = mean_and_variance(train, test[0].device, prepare=F.normalize)
 
     def standardise(batch: LabelledFeatures) -> LabelledFeatures:
         return (F.normalize(batch[0], dim=1) - mean) / (variance + 1e-5).sqrt(), batch[1]
@@ -141,28 +150,35 @@ def fast(train: LabelledFeatures, test: LabelledFeatures, classes: int) -> dict[
 
     The learning rate is the one of `FAST_LRS` whose classifier is best on a tenth of the training
     images, after training on the others. Features are standardised by the training set's mean and
-    deviation.
+    deviation. Of `train`, each rank passes its own rows.
     """
-    mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
+    device = test[0].device
+    mean, variance = mean_and_variance(train, device)
+    std = variance.sqrt().clamp(min=1e-6)
+    train_labels = gather_rows(train[1].to(device))
 
     def standardise(features: Tensor) -> Tensor:
         return F.pad((features - mean) / std, (0, 1), value=1)  # the last column is the bias's
 
-    # One batch at a time is standardised: a second copy of ImageNet's features would take 10 GB.
+    # One batch at a time is moved to the device and standardised: all of ImageNet's take 10 GB.
     def batch(ids: Tensor) -> LabelledFeatures:
-        return standardise(train[0][ids]), train[1][ids]
+        return standardise(take_rows(train[0], ids, device)), train_labels[ids.to(device)]
 
-    dim, device = len(mean) + 1, mean.device
-    order = torch.from_numpy(epoch_order(len(train[0]), 0, 0)).to(device)
-    held_out = order % 10 == 0
-    validation_ids, training_ids = held_out.nonzero()[:, 0], (~held_out).nonzero()[:, 0]
-    features, labels = batch(validation_ids)
-    weights = fit(batch, training_ids, dim=dim, classes=classes, lrs=FAST_LRS)
-    scores = [top1(features @ weight, labels) for weight in weights]
+    ids = (train_labels.cpu() >= 0).nonzero()[:, 0]  # of the images that could be read
+    held_out = torch.from_numpy(epoch_order(len(ids), 0, 0)) % 10 == 0
+    validation_ids, training_ids = ids[held_out], ids[~held_out]
+
+    def fit_on(some_ids: Tensor, lrs: tuple[float, ...]) -> Tensor:
+        return fit(batch, some_ids, len(mean) + 1, classes, lrs, device)
+
+    weights = fit_on(training_ids, FAST_LRS)
+    scores = top1_of_each(weights, map(batch, torch.split(validation_ids, TEST_ROWS)))
     best_lr = FAST_LRS[scores.index(max(scores))]
-    all_ids = torch.arange(len(order), device=device)
-    (weight,) = fit(batch, all_ids, dim=dim, classes=classes, lrs=(best_lr,))
-    return {"linear_top1": top1(standardise(test[0]) @ weight, test[1]), "linear_lr": best_lr}
+    weight = fit_on(ids, (best_lr,))
+    test_rows, test_labels = (torch.split(part, TEST_ROWS) for part in test)
+    test_parts = zip(map(standardise, test_rows), test_labels, strict=True)
+    (score,) = top1_of_each(weight, test_parts)
+    return {"linear_top1": score, "linear_lr": best_lr}
 
 
 def fit(
@@ -171,18 +187,20 @@ def fit(
     dim: int,
     classes: int,
     lrs: tuple[float, ...],
+    device: torch.device = HOST,
 ) -> Tensor:
     """Train one softmax regression per learning rate, all at the same time and on the same batches.
 
-    `batch` returns the features and labels of given ids; the classifiers are trained on `ids`. SGD
-    with momentum 0.9 and a cosine schedule starts from zero weights. Returns weights `(L, D, C)`.
+    `batch` returns the features and labels of given ids, which are in host memory; the classifiers
+    are trained on `ids`. SGD with momentum 0.9 and a cosine schedule starts from zero weights.
+    Returns weights `(L, D, C)`.
     """
-    weight = torch.zeros(len(lrs), dim, classes, device=ids.device)
+    weight = torch.zeros(len(lrs), dim, classes, device=device)
     momentum = torch.zeros_like(weight)
-    lr = torch.tensor(lrs, device=ids.device)[:, None, None]
+    lr = torch.tensor(lrs, device=device)[:, None, None]
     steps = -(-len(ids) // BATCH_SIZE)
     for epoch in range(FAST_EPOCHS):
-        order = torch.from_numpy(epoch_order(len(ids), 1, epoch)).to(ids.device)
+        order = torch.from_numpy(epoch_order(len(ids), 1, epoch))
         for step, positions in enumerate(torch.split(order, BATCH_SIZE)):
             ramp = cosine_ramp(epoch + step / steps, FAST_EPOCHS)
             features, labels = batch(ids[positions])
@@ -190,6 +208,15 @@ def fit(
             momentum.mul_(0.9).add_(features.T @ error / len(features))
             weight.sub_(momentum * lr * ramp)
     return weight
+
+
+def top1_of_each(weights: Tensor, batches: Iterable[LabelledFeatures]) -> list[float]:
+    """The top-1 accuracy in percent of each of the classifiers `(L, D, C)` on all batches."""
+    hits, count = [0] * len(weights), 0
+    for features, labels in batches:
+        right = ((features @ weights).argmax(-1) == labels).sum(1).tolist()
+        hits, count = [a + b for a, b in zip(hits, right, strict=True)], count + len(labels)
+    return [100 * hit / count for hit in hits]
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

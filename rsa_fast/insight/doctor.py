@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import platform
+import pwd
 import re
 import resource
 import shutil
@@ -31,6 +32,8 @@ from packaging.version import Version
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
+
+from pipelines.machine import read_cgroups
 
 GIB = 2**30
 PIP = f"{sys.executable} -m pip"
@@ -197,9 +200,23 @@ def check_ffcv(version: str | None, error: str, missing: list[str]) -> Check:
 
 
 def check_numba_cache(folder: str, error: str) -> Check:
-    """`folder` is where numba caches compiled kernels; `error` says why it found no such folder."""
+    """`folder` is where numba keeps compiled kernels, empty if it found none; `error` is fatal."""
     fix = "export NUMBA_CACHE_DIR=/a/writable/folder"
-    return make_check("numba cache", error or folder, (error, "fail", fix))
+    found = error or folder or "no writable folder: every start compiles the kernels again"
+    return make_check("numba cache", found, (error, "fail", fix), (not folder, "warning", fix))
+
+
+def check_user(user_id: int, name: str, home: str, writable: bool) -> Check:
+    """`name` is the user's in the password database, or empty; `home` is "~" where none is known.
+
+    matplotlib, wandb and torch.hub keep settings and caches in the home.
+    """
+    return make_check(
+        "user",
+        f"{name or f'number {user_id}, which has no name'}; "
+        f"home {home}{'' if writable else ', not writable'}",
+        (not writable, "warning", "export HOME=/a/writable/folder"),
+    )
 
 
 def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
@@ -348,29 +365,6 @@ def read_cards(bus: Path = Path("/sys/bus/pci/devices")) -> int:
     return sum(vendor.startswith("0x10de") and kind.startswith("0x03") for vendor, kind in devices)
 
 
-def read_cgroups(groups: str, root: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
-    """The cores and the bytes of memory that cgroups leave to this process.
-
-    `groups` is the text of /proc/self/cgroup, v1 or v2. The limits of parent groups count too.
-    """
-
-    def read_limits(folder: Path, *files: str) -> list[float]:
-        """The numbers in those of the files that exist; "max", -1 and 0 mean no limit."""
-        paths = [folder / file for file in files]
-        words = " ".join(path.read_text() for path in paths if path.is_file()).split()
-        return [float(word) if word.isdigit() and word != "0" else math.inf for word in words]
-
-    cores = memory = math.inf
-    for _, controllers, group in (line.split(":", 2) for line in groups.splitlines()):
-        for path in (Path(group), *Path(group).parents):
-            folder = root / controllers / path.relative_to("/")
-            if cpu := read_limits(folder, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-                quota_us, period_us = cpu
-                cores = min(cores, quota_us / period_us)
-            memory = min([memory, *read_limits(folder, "memory.max", "memory.limit_in_bytes")])
-    return cores, memory
-
-
 def read_memory_bytes() -> float:
     """The memory that this process may use: the machine's, or less if a cgroup limits it."""
     _, limit = read_cgroups(Path("/proc/self/cgroup").read_text())
@@ -430,6 +424,11 @@ def diagnose(data: str | Path, out: str | Path) -> list[Check]:
     allowed = len(os.sched_getaffinity(0))
     uncached = import_error("pipelines.host_ops")
     cache = "" if uncached else sys.modules["pipelines.host_ops"].sample_views.stats.cache_path
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = ""
+    home = os.path.expanduser("~")
     soft, hard = (
         math.inf if limit == resource.RLIM_INFINITY else limit
         for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -441,7 +440,8 @@ def diagnose(data: str | Path, out: str | Path) -> list[Check]:
         check_cpu(cpu, torch.cpu._is_avx512_bf16_supported(), len(gpus)),
         check_threads(torch.get_num_threads(), os.cpu_count() or 1, allowed, cores),
         *diagnose_gpu_libraries(packages, driver, gpus),
-        check_numba_cache(cache, uncached),
+        check_numba_cache(cache or "", uncached),
+        check_user(os.getuid(), user, home, os.path.isabs(home) and os.access(home, os.W_OK)),
         check_shared_memory(read_free_gib(Path("/dev/shm")), len(gpus)),
         check_open_files(soft, hard, workers=allowed),
         check_out_disk(read_free_gib(out_place), os.access(out_place, os.W_OK)),

@@ -13,12 +13,13 @@ Table 7) trained STL-10 in fp32 as fast as predicted, CIFAR-100 in fp32 at 83% o
 and ImageNet-100 in fp16 at 42%, waiting for its images.
 
 Not modelled: the time that `compile` saves, cuDNN's choice of algorithms, what ranks gather from
-each other, evaluation, and other work of the host.
+each other in training, the time of evaluation, and other work of the host.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 import weakref
@@ -46,7 +47,10 @@ from pipelines.layouts import Data
 from pipelines.named import nearest
 from rsa_fast.archs import RESNETS
 from rsa_fast.datasets import DATASETS
-from rsa_fast.methods import short_name
+from rsa_fast.evaluation import linear
+from rsa_fast.evaluation.evaluate import KNN_CHUNK, KNN_SETTINGS, embed_in_own_dtype
+from rsa_fast.evaluation.features import BLOCK_ROWS
+from rsa_fast.methods import method_class, short_name
 from rsa_fast.methods.method import Method, build_method
 from rsa_fast.recipes import Recipe, build_recipe, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer
@@ -307,6 +311,43 @@ def trace(
     return ledger, method
 
 
+@cache
+def trace_evaluation(
+    recipe: Recipe, precision: str, encoder: nn.Module | None = None
+) -> tuple[int, int]:
+    """The peak in bytes of computing the features of a batch, and the number of the features.
+
+    Nothing is computed. The peak includes the networks.
+    """
+    device = torch.device("cpu")
+    dtype, size_px = choose_dtype(precision, device), recipe.views.size_px
+    with torch.device("meta"):
+        method = build_method(recipe, encoder)
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+        method.to_empty(device=device).eval()
+        pixels = torch.empty(linear.BATCH_SIZE, size_px, size_px, 3, dtype=torch.uint8)
+        images = pixels.permute(0, 3, 1, 2) / 255
+        batch = images.to(dtype, memory_format=torch.channels_last)
+        features = embed_in_own_dtype(method.encoder, batch)
+    return ledger.peak_bytes, features.shape[1]
+
+
+def feature_bytes(dim: int, classes: int, test_images: int) -> int:
+    """The most that kNN and the fast linear classifier keep on the device, for `dim` features."""
+    test, block = 4 * dim * test_images, 4 * dim * BLOCK_ROWS
+    # The cosines and labels of the nearest, of all queries and, several times, of a chunk of them.
+    nearest = 12 * (test_images + 5 * KNN_CHUNK) * max(k for k, _ in KNN_SETTINGS.values())
+    # The test set's features with a copy for their unit lengths, and a block of the training set's.
+    knn = 3 * test + 2 * block + nearest + 3 * 4 * KNN_CHUNK * BLOCK_ROWS
+    # The weights and momenta of all learning rates with temporary copies, and logits with theirs.
+    weights = 4 * len(linear.FAST_LRS) * (dim + 1) * classes
+    batch = max(linear.TEST_ROWS, linear.BATCH_SIZE)
+    logits = 4 * len(linear.FAST_LRS) * batch * classes
+    moments = 5 * block  # the squares are summed in double precision
+    fast = 2 * test + max(moments, 5 * weights + 3 * logits + 12 * dim * batch)
+    return max(knn, fast)
+
+
 def efficiency(gpu: GpuSpec, precision: str) -> tuple[float, str]:
     """The share of the roofline that training ResNet-50 reached, and who measured it.
 
@@ -389,6 +430,23 @@ def dataset_size(recipe: Recipe, source: Source | None) -> tuple[int, float, flo
     return images, file_gib, pixel_bytes / GIB if resident else 0.0
 
 
+def scored_images(recipe: Recipe, data: Data | None) -> tuple[int, int, int]:
+    """The number of training and of test images that scores are computed on, and of classes.
+
+    Without data, the dataset counts as published. Where the data allow no scores, all are 0.
+    """
+    published = DATASETS[recipe.dataset]
+    if data is None:
+        return published.images, published.test_images, published.classes
+    try:
+        train, test = (recipe.open_source(data, split).manifest for split in ("train", "test"))
+    except (FileNotFoundError, ValueError):
+        return 0, 0, 0
+    if not (train.labelled and test.labelled):
+        return 0, 0, 0
+    return len(train), len(test), len(train.classes)
+
+
 @dataclass(frozen=True)
 class GpuStep:
     """A training step as each GPU does it. Memory is in GiB."""
@@ -428,6 +486,15 @@ class GpuStep:
         view_values = self.images * 3 * self.recipe.views.size_px**2
         return self.peak_gib + OVERHEAD_GIB + LOADER_BYTES * view_values / GIB
 
+    def evaluation_gib(self, classes: int, test_images: int) -> float:
+        """The memory that the GPU must have for the scores, while it keeps the run's state."""
+        batch_bytes, dim = trace_evaluation(self.recipe, self.precision, self.encoder)
+        model_bytes: int = sum(t.nbytes for t in self.method.state_dict().values())
+        optimizer_bytes = 4 * self.trained_parameters * (1 + (self.recipe.optimizer == "adamw"))
+        peak_bytes = max(batch_bytes, model_bytes + feature_bytes(dim, classes, test_images))
+        training_gib = self.needed_gib - self.ledger.peak_bytes / GIB
+        return (peak_bytes + optimizer_bytes) / GIB + training_gib
+
     def fits(self, card: GpuSpec) -> bool:
         return self.needed_gib <= card.memory_gib
 
@@ -459,20 +526,83 @@ def choose_precision(precision: str, gpu: str) -> str:
     return precision
 
 
-def find_remedy(step: GpuStep, card: GpuSpec) -> str | None:
-    """The setting with which a step that is too large would fit, and its cost, or None."""
-    if step.recipe.arch not in RESNETS:
-        return None
-    for stages in range(step.recipe.recompute_stages + 1, 5):
-        recipe = step.recipe.model_copy(update={"recompute_stages": stages})
-        smaller = replace(step, recipe=recipe)
+def find_remedy(step: GpuStep, card: GpuSpec, whole: Recipe) -> str | None:
+    """The setting with which a step that is too large would fit, and its cost, or None.
+
+    `whole` is the recipe of the run, of which the step is one rank's.
+    """
+    recipe = step.recipe
+    for stages in range(recipe.recompute_stages + 1, 5 if recipe.arch in RESNETS else 0):
+        smaller = replace(step, recipe=recipe.model_copy(update={"recompute_stages": stages}))
         if smaller.fits(card):
             more = sum(smaller.roofline_ms(card)) / sum(step.roofline_ms(card)) - 1
             return (
                 f"--set recompute_stages={stages} takes {smaller.needed_gib:.1f} GiB "
                 f"and {more:.0%} more time"
             )
+    passes = 2
+    while (
+        can_accumulate(whole, step.world_size * whole.accumulate * passes)
+        and step.images % passes == 0
+        and step.images >= 2 * passes
+    ):
+        in_passes = whole.model_copy(update={"accumulate": whole.accumulate * passes})
+        of_rank = of_one_rank(in_passes, step.world_size)
+        smaller = replace(step, recipe=of_rank, images=step.images // passes)
+        if smaller.fits(card):
+            return (
+                f"--set accumulate={in_passes.accumulate} takes {smaller.needed_gib:.1f} GiB "
+                f"in {passes} passes of {smaller.images} images"
+            )
+        passes *= 2
     return None
+
+
+def can_accumulate(recipe: Recipe, parts: int) -> bool:
+    """Whether a batch may be cut into so many parts, by all ranks and their passes together."""
+    groups = recipe.bn.removeprefix("split:")
+    fits_bn = recipe.bn == "local" or (groups.isdigit() and int(groups) % parts == 0)
+    return method_class(recipe.method).mean_over_images and fits_bn
+
+
+def memory_advice(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    world_size: int,
+    memory_gib: float | None,
+    encoder: nn.Module | None = None,
+) -> str:
+    """What a step takes by the plan, and which settings take less, for a run out of GPU memory.
+
+    `memory_gib` is the GPU's, or None where it is not known.
+    """
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    images = recipe.batch_size // (world_size * recipe.accumulate)
+    step = GpuStep(
+        recipe=of_one_rank(recipe, world_size),
+        images=images,
+        precision=names[dtype],
+        world_size=world_size,
+        resident_gib=0.0,
+        encoder=encoder,
+    )
+    # A step that should fit by the plan may share the GPU with another program.
+    most_gib = min(memory_gib or math.inf, 0.99 * step.needed_gib)
+    card = replace(GPUS["v100-32g"], memory_gib=most_gib)
+    of_gpu = f" of this GPU's {memory_gib:.1f} GiB" if memory_gib else ""
+    settings = [f"--batch-size {recipe.batch_size // 2}"]
+    stages, remedy = recipe.recompute_stages + 1, find_remedy(step, card, recipe)
+    passes = 2 * recipe.accumulate
+    if can_accumulate(recipe, world_size * passes) and "accumulate" not in (remedy or ""):
+        settings = [f"--set accumulate={passes} trains the same batch in {passes} passes"]
+    if remedy:
+        settings.insert(0, remedy)
+    elif recipe.arch in RESNETS and stages <= 4:
+        settings.insert(0, f"--set recompute_stages={stages}")
+    return (
+        f"The plan for {images} images a GPU in {step.precision} is {step.needed_gib:.1f} GiB"
+        f"{of_gpu} (rsa-fast plan). Less memory: {'; or '.join(settings)}"
+    )
 
 
 def plan(
@@ -510,7 +640,7 @@ def plan(
     cores = cores or CORES_PER_GPU * gpus
     source = None
     if data:
-        source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+        source = recipe.open_source(data, "pretrain")
     images, file_gib, resident_gib = dataset_size(recipe, source)
     order = Order(
         images,
@@ -532,6 +662,10 @@ def plan(
         encoder=encoder,
     )
     ledger = step.ledger
+    scored, tested, classes = scored_images(recipe, data)
+    evaluation_gib = step.evaluation_gib(classes, tested) if tested else 0.0
+    _, dim = trace_evaluation(step.recipe, precision, encoder)
+    feature_gib = (2 if precision != "fp32" else 4) * dim * (scored + tested) / nodes / GIB
     fits = step.fits(card)
     # Memory is taken to grow linearly with the batch: two batches give the slope.
     growth_gib = replace(step, images=2 * batch).needed_gib - step.needed_gib
@@ -573,9 +707,11 @@ def plan(
         "tflop_per_step": ledger.flop() / 1e12,
         "peak_gib_per_gpu": step.peak_gib,
         "needed_gib_per_gpu": step.needed_gib,
+        "evaluation_gib_per_gpu": evaluation_gib if tested else None,
+        "features_host_gib_per_node": feature_gib if tested else None,
         "gpu_memory_gib": card.memory_gib,
         "fits": fits,
-        "remedy": None if fits else find_remedy(step, card),
+        "remedy": None if fits else find_remedy(step, card, recipe),
         "largest_batch_per_gpu": max(0, int(batch * (1 + spare_batches))),
         "allreduce_mib_per_step": step.gradient_bytes / 2**20,
         "memory_bound_pct": 100 * memory_ms / (arithmetic_ms + memory_ms),
@@ -603,7 +739,7 @@ def show(prediction: dict[str, Any]) -> None:
     limits = ", ".join(f"{name} {ms:.0f}" for name, ms in p["limits_ms"].items())
     passes = f"{p['accumulate']} x " if p["accumulate"] > 1 else ""
     gflop = ", ".join(f"{part} {gflop:.1f}" for part, gflop in p["gflop_per_image"].items())
-    fits = "fits" if p["fits"] else f"DOES NOT FIT; {p['remedy'] or 'no recompute_stages helps'}"
+    fits = "fits" if p["fits"] else f"DOES NOT FIT; {p['remedy'] or 'no setting helps'}"
     decoding = "none, the images stay in the GPU's memory"
     if p["decode_cores_needed"]:
         share = "for this GPU no figure found"
@@ -615,9 +751,16 @@ def show(prediction: dict[str, Any]) -> None:
             f"{p['decode_images_per_s_per_core_measured_here']:,.0f} a core, "
             f"MEASURED on this machine; {share}"
         )
+    scores = "none: the data allow none"
+    if p["evaluation_gib_per_gpu"]:
+        scores = (
+            f"{p['evaluation_gib_per_gpu']:.1f} GiB a GPU, and the features take "
+            f"{p['features_host_gib_per_node']:.1f} GiB of a node's memory"
+        )
     rows = {
         "memory": f"{p['needed_gib_per_gpu']:.1f} of {p['gpu_memory_gib']} GiB a GPU: {fits}; "
         f"{p['peak_gib_per_gpu']:.2f} in tensors",
+        "evaluation": scores,
         "batch": f"{passes}{p['batch_per_gpu']} images a GPU in {p['precision']}; "
         f"at most {p['largest_batch_per_gpu']}",
         "arithmetic": f"{p['tflop_per_step']:.2f} TFLOP a step and GPU; GFLOP an image: {gflop}",

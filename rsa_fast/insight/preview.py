@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pipelines import VIEWS, Order, Source, choose_backend, open_views
 from pipelines.draws import draw
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.step import choose_device
+from rsa_fast.training.step import choose_device, for_any_device
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # by the operation numbers of draws.py
 TILE_PX = 192  # the least width of a tile: the widest label fits below
@@ -50,6 +50,7 @@ def preview(
     in 8-bit levels. Raises ValueError when there are fewer images, when `out` is no .png, and when
     a backend does not exist or cannot read the source.
     """
+    recipe = for_any_device(recipe)
     out, manifest, spec = Path(out), source.manifest, recipe.views
     if images > len(manifest):
         raise ValueError(f"{images} images wanted, the data has {len(manifest)}: lower --images")

@@ -25,18 +25,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from pipelines import (
-    BACKENDS,
-    VIEWS,
-    Batch,
-    Loader,
-    Loading,
-    Order,
-    Source,
-    open_source,
-    open_views,
-)
+from pipelines import BACKENDS, VIEWS, Batch, Loader, Loading, Order, Source, open_views
 from pipelines.layouts import Data
+from pipelines.machine import cores
 from rsa_fast.insight.doctor import read_memory_bytes
 from rsa_fast.insight.measure import (
     by_step,
@@ -54,7 +45,14 @@ from rsa_fast.insight.timeline import (
     used_bytes,
 )
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.step import Run, build_run, choose_device, train_step, train_steps
+from rsa_fast.training.step import (
+    Run,
+    build_run,
+    choose_device,
+    for_any_device,
+    train_step,
+    train_steps,
+)
 
 log = logging.getLogger("rsa_fast")
 
@@ -206,7 +204,7 @@ class Subject:
         cold_views_ms = medians.get("cold_views")
         median_turn = 1 + times["step"].index(medians["step"])
         parts_ms = self.parts_ms["step"][median_turn]
-        threads = min(recipe.threads, len(os.sched_getaffinity(0)))
+        threads = min(recipe.threads, cores())
         # From microseconds an image on one thread to milliseconds a batch on all threads.
         decodes = not BACKENDS[self.loading.backend].resident
         batch_ms_per_us = 1e-3 * recipe.batch_size / threads if decodes else 0
@@ -280,8 +278,9 @@ def profile(
 
     Raises the errors of `open_source`, `build_run` and `open_views`.
     """
+    recipes = {name: for_any_device(recipe) for name, recipe in recipes.items()}
     recipe = next(iter(recipes.values()))
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    source = recipe.open_source(data, "pretrain")
     with ExitStack() as stack:
         subjects = {
             name: stack.enter_context(open_subject(recipe, source))

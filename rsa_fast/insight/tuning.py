@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import time
 from collections import defaultdict
@@ -20,14 +19,15 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines import BACKENDS, Loading, Source, choose_backend, open_source
+from pipelines import BACKENDS, Loading, Source, choose_backend
 from pipelines.files import write_text
 from pipelines.layouts import Data
 from pipelines.loading import AggressiveOn, DecodeOn
+from pipelines.machine import cores
 from rsa_fast.insight.measure import open_loader, skip_prefetched
 from rsa_fast.insight.timeline import Timeline
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.step import Run, build_run, train_steps
+from rsa_fast.training.step import Run, build_run, for_any_device, train_steps
 
 log = logging.getLogger("rsa_fast")
 
@@ -47,7 +47,8 @@ def tune(recipe: Recipe, data: Data, out: str | Path, budget_s: float = 300.0) -
     `open_views`.
     """
     out, deadline = Path(out), time.perf_counter() + budget_s
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    recipe = for_any_device(recipe)
+    source = recipe.open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
     own, _ = recipe.loading.resolved(source, run.device)
     others = candidates(own, source, run.device)
@@ -121,8 +122,8 @@ def candidates(own: Loading, source: Source, device: torch.device) -> list[Loadi
         "dali": source.encoded is not None,
     }
     backends = [name for name, suits in suitable.items() if suits and BACKENDS[name].installed()]
-    cores = len(os.sched_getaffinity(0))
-    thread_counts = sorted({2**power for power in range(cores.bit_length())} | {cores})
+    most = cores()
+    thread_counts = sorted({2**power for power in range(most.bit_length())} | {most})
     places: tuple[AggressiveOn, ...] = ("host", "device")
     decoders: tuple[DecodeOn, ...] = ("gpu", "cpu")
     variants: list[Loading] = []

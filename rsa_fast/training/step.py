@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from torch.optim import Optimizer
 
 from pipelines import Batch
 from pipelines.draws import hash_keys
-from rsa_fast.distributed import local_rank, rank, world_size
+from rsa_fast.distributed import gpu_index, rank, world_size
 from rsa_fast.methods.method import Loss, Method, build_method
 from rsa_fast.recipes import Derived, Recipe, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer, set_learning_rate
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 NETWORK_DRAWS = 0x6E6574776F726B  # these draws are not those of the views
 
@@ -195,6 +198,15 @@ def update(run: Run) -> None:
     run.method.after_step(run.schedule(run.step))
 
 
+def for_any_device(recipe: RecipeT) -> RecipeT:
+    """The recipe with the device `auto` if it demands a GPU.
+
+    It names the device that a run was trained on. What else is done with the run, such as scoring
+    its encoder, may be done on another machine.
+    """
+    return recipe.model_copy(update={"device": "auto"}) if recipe.device == "cuda" else recipe
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `auto`, `cuda` or `cpu`; `auto` is the GPU if there is one.
 
@@ -208,7 +220,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = True
-    return torch.device("cuda", local_rank())
+    return torch.device("cuda", gpu_index())
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
 
 import pytest
 import torch
 from ranks import batchnorm_cases, run_ranks, steps_of_every_method
 from torch import nn
 
-from rsa_fast.distributed import first_host, launcher_variables
+from rsa_fast import distributed
+from rsa_fast.distributed import first_host, gpu_index, is_launched, launcher_variables
 from rsa_fast.syncbn import SplitBatchNorm, SyncBatchNorm, bn_groups, convert_batchnorm
 
 
@@ -64,6 +67,117 @@ def test_the_variables_are_torchrun_s_or_else_those_of_a_slurm_step():
     message = "--max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     with pytest.raises(ValueError, match=message):
         launcher_variables(shared | {"TORCHELASTIC_MAX_RESTARTS": "2"})
+
+
+MEETING = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+STEP = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu03",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_steps_of_a_job_and_jobs_meet_at_different_ports():
+    ports = {
+        launcher_variables(STEP | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step})["MASTER_PORT"]
+        for job in ("123456", "123457", "123458")
+        for step in ("0", "1", "2")
+    }
+    assert len(ports) == 9 and all(20_000 <= int(port) < 30_000 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("found", "local_rank"),
+    [
+        ({}, "1"),  # of 8 GPUs, rank 9
+        ({"SLURM_LOCALID": "3"}, "3"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2"}, "2"),
+        ({"LOCAL_RANK": "5", "SLURM_LOCALID": "3"}, "5"),
+    ],
+)
+def test_a_missing_local_rank_is_slurm_s_or_mpi_s_or_follows_from_the_rank(
+    monkeypatch, found, local_rank
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    env = {"RANK": "9", "WORLD_SIZE": "16", **MEETING, **found}
+    assert launcher_variables(env)["LOCAL_RANK"] == local_rank
+
+
+def test_a_rank_of_one_without_more_variables_trains_alone():
+    assert launcher_variables({"RANK": "0", "WORLD_SIZE": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "index"), [(3, 1, 0), (3, 8, 3), (0, 1, 0), (4, 4, None)]
+)
+def test_the_gpu_of_a_process_is_the_only_one_it_sees_or_that_of_its_number(
+    monkeypatch, local_rank, visible, index
+):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(key, str(value))
+    for key, value in MEETING.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    if index is None:
+        with pytest.raises(ValueError, match=r"process 4 of this machine.* finds 4 GPUs"):
+            gpu_index()
+    else:
+        assert gpu_index() == index
+
+
+TORCHRUN = {"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x", **MEETING}
+
+
+@pytest.mark.parametrize(
+    ("env", "launched"),
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, False),  # set by a platform
+        ({"RANK": "0", "WORLD_SIZE": "1", **TORCHRUN}, False),
+        ({"RANK": "3", "WORLD_SIZE": "8", **TORCHRUN}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING}, "WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **TORCHRUN}, "WORLD_SIZE=2"),
+        (STEP, "SLURM_STEP_NUM_TASKS=4"),
+    ],
+)
+def test_gpus_start_processes_unless_they_have_started_this_one(env, launched):
+    if isinstance(launched, str):
+        with pytest.raises(ValueError, match=rf"processes already \({launched}\): leave"):
+            is_launched(env, 8)
+    else:
+        assert is_launched(env, 8) == launched
+
+
+def test_a_shell_of_srun_pty_trains_alone_and_a_step_that_it_starts_does_not(monkeypatch):
+    shell = STEP | {"SLURM_PTY_PORT": "40000", "SLURM_TASK_PID": "1"}
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    assert launcher_variables(shell) == {}
+    assert launcher_variables(shell | {"SLURM_TASK_PID": str(os.getpid())})  # srun --pty rsa-fast
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    assert launcher_variables(shell)["WORLD_SIZE"] == "4"
+
+
+def test_a_rank_that_waits_for_the_others_says_for_whom(monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "MEET_S", 0.2)
+    for key, value in STEP.items():
+        monkeypatch.setenv(key, value)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    for key, value in meeting.items():
+        monkeypatch.setenv(key, value)
+    # `process_group` sets these.
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    with (
+        pytest.raises(ConnectionError, match="rank 0 did not meet all 4 at localhost"),
+        distributed.process_group("cpu", timeout_s=2),
+    ):
+        pytest.fail("the other ranks are missing")
+    assert "rank 0 waits to meet all 4 at localhost" in caplog.text and "srun --pty" in caplog.text
 
 
 def test_synchronised_batchnorm_equals_batchnorm_of_the_whole_batch(tmp_path):

@@ -119,6 +119,10 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
             "fail",
             "export NUMBA_CACHE_DIR=",
         ),
+        ("numba_cache", ("", ""), "warning", "export NUMBA_CACHE_DIR="),
+        ("user", (1000, "me", "/home/me", True), "ok", ""),
+        ("user", (1000, "", "/home/me", True), "ok", ""),
+        ("user", (1000, "", "/", False), "warning", "export HOME="),
         ("cpu", ("AVX512", True, 0), "ok", ""),
         ("cpu", ("AVX2", False, 0), "warning", "avx512_bf16"),
         ("cpu", ("AVX2", False, 8), "ok", ""),
@@ -330,7 +334,7 @@ def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder
     )
     by_name = {check["name"]: check for check in found["checks"]}
     assert by_name["Python"]["status"] == by_name["numba cache"]["status"] == "ok"
-    assert len(by_name) == 15 and not (tmp_path / "not").exists()
+    assert len(by_name) == 16 and not (tmp_path / "not").exists()
 
 
 def test_json_prints_the_object_alone(monkeypatch):

@@ -3,6 +3,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +19,17 @@ from PIL import Image
 from torchvision import transforms
 
 import rsa_fast
+from pipelines.beton import BetonWriter
 from pipelines.draws import draw
 from pipelines.layouts import open_source
 from pipelines.order import epoch_order
+from pipelines.packed import ENTRY
 from pipelines.plain import PlainImages, plain_image
 from pipelines.torchvision_views import weak_view
 from pipelines.views import ViewSpec
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
-from rsa_fast.evaluation import evaluate, linear
+from rsa_fast.evaluation import evaluate, features, linear
 from rsa_fast.evaluation.evaluate import Evaluation, extract_features, gather_rows, knn
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
@@ -71,6 +77,58 @@ def test_knn_of_a_bank_smaller_than_k_uses_all_of_it():
     assert knn(*bank, *queries, 3) == {"knn_top1": 100.0, "knn20_top1": 100.0}
 
 
+def test_a_bank_that_passes_in_blocks_gives_the_same_neighbours(monkeypatch):
+    bank, queries = clusters(300, 1.6, 0), clusters(40, 1.6, 1)
+    whole = knn(*bank, *queries, 3)
+    monkeypatch.setattr(features, "BLOCK_ROWS", 37)
+    monkeypatch.setattr(evaluate, "BLOCK_ROWS", 37)
+    assert knn(*bank, *queries, 3) == whole
+    # Images that could not be read are neither neighbours nor queries.
+    unread = [
+        (torch.cat([rows[:5], rows]), torch.cat([torch.full((5,), -1), labels]))
+        for rows, labels in (bank, queries)
+    ]
+    assert knn(*unread[0], *unread[1], 3) == whole
+
+
+def test_images_that_were_not_read_do_not_count_for_the_classifier(monkeypatch):
+    monkeypatch.setattr(linear, "FAST_EPOCHS", 5)
+    train, test = clusters(300, 1.6, 0), clusters(40, 1.6, 1)
+    rows, labels = clusters(20, 9.0, 2)
+    more = torch.cat([train[0], rows]), torch.cat([train[1], torch.full_like(labels, -1)])
+    assert linear.fast(more, test, 3) == linear.fast(train, test, 3)
+
+
+class Halving(torch.nn.Flatten):
+    """An encoder whose features are in half precision."""
+
+    def forward(self, images):
+        return super().forward(images).bfloat16()
+
+
+def test_features_are_kept_in_host_memory_in_the_type_of_the_encoder(folder, monkeypatch):
+    evaluation = Evaluation(folder, tiny(), CPU, torch.float32)
+    rows, labels = extract_features(Halving(), evaluation.train)
+    assert rows.dtype == torch.bfloat16 and rows.device == labels.device == CPU
+    exact, _ = extract_features(torch.nn.Flatten(), evaluation.train)
+    assert torch.equal(rows, exact.bfloat16())
+    # No rank has all of the training features as float32: they pass in blocks and batches.
+    sizes = []
+    to_float = torch.Tensor.float
+    monkeypatch.setattr(linear, "FAST_EPOCHS", 2)
+    monkeypatch.setattr(linear, "BATCH_SIZE", 8)
+    monkeypatch.setattr(linear, "TEST_ROWS", 8)
+    for module in (features, evaluate):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "float",
+        lambda x: (sizes.append(len(x)) if x.ndim == 2 else None) or to_float(x),
+    )
+    evaluation.score(Halving())
+    assert max(sizes) == len(evaluation.test.ids) < len(rows)
+
+
 def test_features_come_from_eval_mode_and_change_no_buffer(folder):
     torch.manual_seed(0)
     encoder = Encoder("resnet18", "cifar", width=4).train()
@@ -109,6 +167,32 @@ def test_plain_images_equal_torchvision_s_transform(size, resize_px, reference):
     assert (plain_image(image, expected.shape[0], resize_px) == expected).all()
 
 
+def test_a_very_long_image_is_cropped_without_resizing_all_of_it(monkeypatch):
+    for size in ((20, 901), (901, 20)):
+        image = natural_image(0, *size)
+        expected = np.asarray(
+            transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(
+                Image.fromarray(image)
+            )
+        )
+        assert np.abs(plain_image(image, 224, 256) - expected.astype(int)).max() <= 1
+    image = natural_image(0, 2, 30_000)
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda self, size, *args, **kwargs: (
+            resized.append(size) or resize(self, size, *args, **kwargs)
+        ),
+    )
+    crop = plain_image(image, 224, 256)
+    assert resized == [(224, 224)]
+    # Its scale is a whole number, so that its centre alone is resized to the same pixels.
+    centre = plain_image(np.ascontiguousarray(image[:, 14_990:15_010]), 224, 256)
+    assert np.abs(crop - centre.astype(int)).max() <= 1
+
+
 def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
     recipe = build_recipe("cifar10", "rsa")
     write_folder(tmp_path / "a", {"train": 2})
@@ -118,6 +202,28 @@ def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
     write_folder(tmp_path / "b", {"test": 2}, classes=2)
     with pytest.raises(ValueError, match="only one has class_2"):
         Evaluation(tmp_path / "b", recipe, CPU, torch.float32)
+
+
+def write_unnamed(path: Path, labels: list[int]) -> None:
+    """A .beton file of one image for each label. No description beside it names the classes."""
+    writer = BetonWriter(path, len(labels), 2**21, np.zeros(0, ENTRY))
+    entries = np.zeros(len(labels), ENTRY)
+    for i, label in enumerate(labels):
+        pixels = natural_image(i, 20, 20).tobytes()
+        entries[i] = (*writer.append(pixels, label), len(pixels), label, 20, 20, True)
+    writer.finish(entries)
+    writer.close()
+
+
+def test_unnamed_classes_are_those_of_the_training_images(tmp_path):
+    write_unnamed(tmp_path / "train.beton", [0, 1, 2, 11])
+    write_unnamed(tmp_path / "val.beton", [0, 2])
+    evaluation = Evaluation(tmp_path, tiny(), CPU, torch.float32)
+    assert evaluation.classes == 12
+    assert evaluation.score(torch.nn.Flatten(), ("knn",))["knn_top1"] >= 0
+    write_unnamed(tmp_path / "val.beton", [0, 12])
+    with pytest.raises(ValueError, match="only one has 12"):
+        Evaluation(tmp_path, tiny(), CPU, torch.float32)
 
 
 def test_a_crop_larger_than_the_resized_image_is_refused(folder):
@@ -220,6 +326,24 @@ def test_an_encoder_that_changes_in_evaluation_is_noticed(folder):
 def test_an_unknown_protocol_is_refused(folder):
     with pytest.raises(ValueError, match="no protocol linear: choose from knn, linear-fast"):
         Evaluation(folder, tiny(), CPU, torch.float32).score(torch.nn.Flatten(), ("linear",))
+
+
+def test_several_linear_protocols_have_keys_of_their_own(folder, monkeypatch):
+    monkeypatch.setattr(linear, "FAST_EPOCHS", 5)
+    evaluation, names = Evaluation(folder, tiny(), CPU, torch.float32), evaluate.PROTOCOLS
+
+    def score(*protocols: str) -> dict:
+        return evaluation.score(torch.nn.Flatten(), protocols, epochs=2)
+
+    alone, together = {name: score(name) for name in names}, score(*names)
+    assert {"linear_protocol", "linear_top1"} < alone["linear-fast"].keys()
+    expected = dict(alone["knn"])
+    for name in names[1:]:
+        own = name.replace("-", "_")
+        expected |= {key.replace("linear", own, 1): value for key, value in alone[name].items()}
+    assert together == expected and together["linear_rsa_small_protocol"] == "linear-rsa-small/1"
+    # One of each kind, even if it is named twice, has the keys that it has alone.
+    assert score("knn", "linear-fast", "linear-fast") == alone["knn"] | alone["linear-fast"]
 
 
 def results(data) -> dict:
@@ -370,3 +494,42 @@ def test_the_function_refuses_names_that_do_not_exist(
 ):
     with pytest.raises(ValueError, match=message):
         rsa_fast.evaluate(untrained, folder, protocol, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without a GPU")
+def test_the_encoder_of_a_gpu_s_run_is_scored_and_exported_on_a_cpu(folder, untrained, tmp_path):
+    state = torch.load(untrained, weights_only=True)
+    path = checkpoint.save(
+        tmp_path / "gpu", state | {"recipe": state["recipe"] | {"device": "cuda"}}, 1
+    )
+    done, expected = (run_eval("knn", place, folder) for place in (path, untrained))
+    assert done.exit_code == 0, done.output
+    scores, others = (json.loads(one.stdout.splitlines()[-1]) for one in (done, expected))
+    assert scores == others | {"checkpoint": str(path)}
+    exported = ["--format", "safetensors", "--out", str(tmp_path / "encoder.safetensors")]
+    done = CliRunner().invoke(main, ["export", "--checkpoint", str(path), *exported])
+    assert done.exit_code == 0, done.output
+
+
+def test_two_processes_score_together_and_one_of_them_prints(folder, untrained):
+    words = ["eval", "linear", "--checkpoint", str(untrained), "--data", str(folder)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    env |= {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "rsa_fast", *words],
+            env=env | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    printed = [process.communicate(timeout=200) for process in processes]
+    assert not any(process.returncode for process in processes), printed
+    assert "{" not in printed[1][0]  # gloo itself prints that the ranks are connected
+    alone = run_eval("linear", untrained, folder)
+    assert json.loads(printed[0][0].splitlines()[-1]) == json.loads(alone.stdout.splitlines()[-1])

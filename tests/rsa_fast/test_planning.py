@@ -1,12 +1,14 @@
 """The planner against closed forms, a real step, the caching allocator and published figures."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from conftest import write_folder
 from fake_gpu import on_fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +16,7 @@ from torchvision.models import ResNet50_Weights
 
 from pipelines import VIEWS, Batch, open_source
 from rsa_fast.cli import main
+from rsa_fast.evaluation import evaluate, features, linear
 from rsa_fast.insight import planning
 from rsa_fast.insight.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
 from rsa_fast.recipes import Recipe, build_recipe
@@ -234,7 +237,14 @@ def test_a_batch_too_large_is_offered_the_setting_with_which_it_fits():
         and eased["needed_gib_per_gpu"] == pytest.approx(15.7, abs=0.05)
     )
     assert eased["step_ms"] / found["step_ms"] == pytest.approx(1.11, abs=0.005)
-    assert plan(RSA, "v100-16g", gpus=2)["remedy"] is None  # 1024 images per GPU
+    assert plan(RSA, "v100-16g", gpus=2)["remedy"] is None  # 1024 images per GPU, and bn is sync
+    split = RSA.model_copy(update={"bn": "split:8"})  # 16 parts are more than its 8
+    assert plan(split, "v100-16g", gpus=2)["remedy"] is None
+    local = RSA.model_copy(update={"bn": "local"})
+    passes = plan(local, "v100-16g", gpus=2)["remedy"]
+    assert re.fullmatch(r"--set accumulate=8 takes [\d.]+ GiB in 8 passes of 128 images", passes)
+    eased = plan(local.model_copy(update={"accumulate": 8}), "v100-16g", gpus=2)
+    assert eased["fits"] and f"takes {eased['needed_gib_per_gpu']:.1f} GiB" in passes
 
 
 def test_rates_that_others_measured_are_met_as_well_as_the_planner_says():
@@ -492,3 +502,46 @@ def test_the_command_ends_with_one_json_line_and_calls_nothing_measured_but_deco
         and table.count("MEASURED") == 1
         and f"{found['decode_gpu_share']:.0%} of each" in table
     )
+
+
+@pytest.mark.parametrize("classes", [3, 200])
+def test_the_memory_of_an_evaluation_is_at_most_what_the_plan_says_and_near_it(
+    monkeypatch, classes
+):
+    monkeypatch.setattr(linear, "FAST_EPOCHS", 1)
+    for name, rows in (("BLOCK_ROWS", 256), ("KNN_CHUNK", 64)):
+        for module in (planning, evaluate, features):
+            monkeypatch.setattr(module, name, rows, raising=False)
+    monkeypatch.setattr(linear, "TEST_ROWS", 128)
+    bank, queries = (torch.randn(count, 128, dtype=torch.bfloat16) for count in (3000, 500))
+    labels, others = torch.arange(3000) % classes, torch.arange(500) % classes
+    with Ledger() as ledger:
+        evaluate.knn(bank, labels, queries, others, classes)
+        linear.fast((bank, labels), (queries.float(), others), classes)
+    planned = planning.feature_bytes(128, classes, 500)
+    assert 0.6 * planned < ledger.peak_bytes < planned
+
+
+def test_imagenet_s_features_fit_a_small_gpu_and_take_the_host_s_memory_once():
+    found = plan(build_recipe("imagenet1k", "rsa", recompute_stages=1), "v100-16g", gpus=8)
+    assert found["fits"] and found["evaluation_gib_per_gpu"] < found["needed_gib_per_gpu"]
+    assert found["features_host_gib_per_node"] == pytest.approx(
+        2 * 2048 * (1_281_167 + 50_000) / GIB
+    )
+    two = plan(build_recipe("imagenet1k", "rsa", recompute_stages=1), "v100-16g", gpus=8, nodes=2)
+    assert two["features_host_gib_per_node"] == found["features_host_gib_per_node"] / 2
+
+
+def test_data_without_scores_have_no_evaluation_to_plan(tmp_path):
+    write_folder(tmp_path, {"train": 20})
+    found = plan(tiny(val_fraction=0), "v100-32g", data=tmp_path)
+    assert found["evaluation_gib_per_gpu"] is found["features_host_gib_per_node"] is None
+
+
+def test_what_helps_when_memory_runs_out_are_settings_that_the_recipe_allows():
+    sync, local = build_recipe("imagenet1k", "rsa"), build_recipe("imagenet100", "byol")
+    advice = planning.memory_advice(sync, torch.float16, 8, 15.77)
+    needed = plan(sync, "v100-16g", gpus=8)
+    assert f"is {needed['needed_gib_per_gpu']:.1f} GiB of this GPU's 15.8 GiB" in advice
+    assert needed["remedy"] in advice and advice.endswith("--batch-size 1024")
+    assert "accumulate=2" in planning.memory_advice(local, torch.float16, 1, None)
