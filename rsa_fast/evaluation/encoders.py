@@ -6,16 +6,25 @@
 | from | keys |
 |---|---|
 | this project | `online.encoder.*` or `encoder.*` under `method` |
-| RSA, MoCo | `module.encoder_q.*` |
+| RSA, MoCo | `module.encoder_q.*`, MoCo v3 `module.base_encoder.*` |
 | SimSiam | `module.encoder.*` |
-| solo-learn, lightly | `backbone.*`, in a Sequential `backbone.0.weight` |
+| solo-learn, lightly, Barlow Twins, VICReg | `backbone.*`, in a Sequential `backbone.0.weight` |
 | MoCo's CIFAR demo | `encoder_q.net.0.weight` |
-| torchvision, timm | `conv1.weight` |
+| SwAV | `module.conv1.weight` beside `module.prototypes` |
+| byol-pytorch | `net.*`, the same under `online_encoder.net.*`, and `target_encoder.net.*` |
+| DINO | `module.backbone.*` under `student`, `backbone.*` under `teacher` |
+| VISSL | `_feature_blocks.*` under `classy_state_dict`, `base_model`, `model`, `trunk` |
+| torchvision, timm, SimCLR converters | `conv1.weight` |
 
-All are torchvision's keys behind a prefix. The file holds them directly, or under `state_dict` or
-`model`. A Sequential numbers the layers that torchvision names. A 3x3 first convolution means the
-CIFAR stem. Two properties cannot be seen from the keys and are assumed to be as in torchvision: the
-max-pool after a 7x7 convolution, and the stride in the 3x3 convolution of a bottleneck.
+All are torchvision's keys behind a prefix. Nested dictionaries are searched, and their names become
+parts of the prefix. A Sequential numbers the layers that torchvision names. A 3x3 first convolution
+means the CIFAR stem. Two properties cannot be seen from the keys and are assumed to be as in
+torchvision: the max-pool after a 7x7 convolution, and the stride in the 3x3 convolution of a
+bottleneck.
+
+If a file has several networks, the one that is trained by gradient is read, such as `student` or
+`encoder_q`, and not the one that follows it, such as `teacher`, `encoder_k` or `momentum_encoder`.
+A `key` chooses another one: `load_encoder(path, key="teacher")`. What is left out is logged.
 
 Other networks are built by the `arch` in the checkpoint's recipe: by timm, or by the function of a
 file or module that it names, which is called. One may also pass a network, which the file's weights
@@ -24,9 +33,14 @@ fill: `load_encoder(path, encoder=module)`.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import logging
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -40,54 +54,76 @@ from rsa_fast.networks import Encoder, build_encoder
 from rsa_fast.recipes import Recipe, checkpoint_recipe
 from rsa_fast.training import checkpoint
 
+log = logging.getLogger("rsa_fast")
+
 # The first weight of a stage: the prefix, and the name or the number of the stage.
 STAGE = re.compile(r"((?:.*\.)?)(layer1|\d+)\.0\.conv1\.weight")
 # A word in the prefix of a network that follows another one.
-FOLLOWER = re.compile(r"(^|[._])(k|momentum|target|teacher|ema)[._]")
-HEADS = (
-    "fc",
-    "linear",
-    "classifier",
-    "head",
-    "projector",
-    "projection_head",
-    "predictor",
-    "prediction_head",
+FOLLOWER = re.compile(r"(^|[._])(k|key|momentum|target|teacher|ema)[._]", re.IGNORECASE)
+# A word in the name of what lies behind the encoder, but beside its layers.
+HEAD = re.compile(
+    r"fc|linear|head|classif|proj|predict|proto|mlp|logit|queue|memory|center|(top|last)_layer"
 )
+# solo-learn's encoder and momentum encoder, which lie beside a classifier.
+SOLO_LEARN = re.compile(r"((?:state_dict\.)?)(?:momentum_)?backbone\.")
 STEMS = {3: "cifar", 7: "imagenet"}  # by the side of the first convolution
+LISTED = 5  # names in a message
+
+Names = dict[str, str]  # the keys of tensors in a file, by the network's own keys
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network in a file."""
+
+    prefix: str  # of its keys
+    weights: dict[str, Tensor]  # under the network's own keys
+    left_out: str  # for the log; empty if the file has nothing else
 
 
 def load_encoder(
-    path: str | Path, encoder: nn.Module | None = None
+    path: str | Path, encoder: nn.Module | None = None, key: str | None = None
 ) -> tuple[Encoder, Recipe | None]:
     """The online encoder of a checkpoint, channels_last on the CPU, and its training recipe.
 
-    If `encoder` is given, the encoder is a copy of it with the weights of the checkpoint.
+    If `encoder` is given, the encoder is a copy of it with the weights of the checkpoint. `key`
+    chooses among several networks in the file. It is one or more whole parts, between dots, of the
+    path to the weights: `teacher`, `target_encoder`, `state_dict_ema`.
 
     The recipe is None if the checkpoint has none. Of a method that is not part of this package only
-    the recipe's fields are read, without the method. Raises FileNotFoundError if there is no file.
-    Raises ValueError if the file contains code, no encoder or several, or one with missing or
-    unknown keys; the message lists these keys.
+    the recipe's fields are read, without the method. Nothing in the file is executed. Raises
+    FileNotFoundError if there is no file. Raises ValueError if the file contains code, no encoder
+    or several, or one with missing, unknown or non-finite weights; the message names the first
+    ones.
     """
     path = Path(path)
     content = read_file(path)
-    recipe = checkpoint_recipe(content["recipe"]) if "recipe" in content else None
-    state = weights_in(content)
+    recipe = checkpoint_recipe(content["recipe"]) if is_own(content) else None
+    leaves = leaves_in(content)
     try:
         if encoder is None and (recipe is None or recipe.arch in RESNETS):
-            network = build_resnet(state)
-        elif recipe is None:
-            network = fill(cast(Encoder, copy.deepcopy(encoder)), state)
+            network, found = build_resnet(leaves, key)
         else:
-            arch = recipe.arch if encoder is None else OWN
-            network = fill(build_encoder(recipe.model_copy(update={"arch": arch}), encoder), state)
-        return network.to(memory_format=torch.channels_last), recipe
-    except (ValueError, RuntimeError) as error:
+            if recipe is None:
+                network = cast(Encoder, copy.deepcopy(encoder))
+            else:
+                arch = recipe.arch if encoder is None else OWN
+                network = build_encoder(recipe.model_copy(update={"arch": arch}), encoder)
+            found = find_weights(network, leaves, key)
+            fill(network, found.weights, type(network).__name__)
+    except ValueError as error:
         raise ValueError(f"{path} holds no encoder that can be used: {error}") from error
+    if recipe is None or key:
+        log_left_out(path, found)
+    return network.to(memory_format=torch.channels_last), recipe
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The content of a file written by torch.save or by safetensors, on the CPU."""
+    """The content of a file written by torch.save or by safetensors, on the CPU.
+
+    Nothing in the file is executed. Many training scripts save their arguments too: a Namespace of
+    argparse is read, because it only holds values.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors" and find_spec("safetensors") is None:
@@ -97,114 +133,237 @@ def read_file(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        if is_zipfile(path):  # torch before 1.6 wrote another format
-            checkpoint.check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if is_zipfile(path):  # torch before 1.6 wrote another format
+                checkpoint.check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files and files with code raise many types
+        # torch's own message has many lines, and recommends executing the code.
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = text.partition("\n")[0][:300]
+        if code := re.search(r"GLOBAL (\S+)", text):
+            reason = f"it holds calls of {code[1]}; wanted tensors and plain values"
         advice = "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         raise ValueError(
-            f"{path} is damaged or holds more than tensors; if you trust it, {advice}\n{error}"
+            f"{path} is damaged or holds more than tensors; if you trust it, {advice}\n{reason}"
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds {type(state).__name__}, wanted a dictionary of tensors")
     return state
 
 
-def weights_in(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in the content of a file, under the keys that they have there."""
-    groups = (content.get(key) for key in ("method", "state_dict", "model"))
-    return next((group for group in groups if isinstance(group, dict)), content)
+def is_own(content: dict[str, Any]) -> bool:
+    """Whether this is the content of a checkpoint of this project."""
+    return isinstance(content.get("recipe"), dict) and isinstance(content.get("method"), dict)
 
 
-def fill(network: Encoder, state: dict[str, Tensor]) -> Encoder:
-    """The network with the weights that are in `state` under its own keys, behind some prefix."""
-    network.load_state_dict(own_weights(network, state))
-    return network
+def leaves_in(content: dict[str, Any]) -> dict[str, Any]:
+    """What is in nested dictionaries, under their keys joined by dots.
+
+    Of a checkpoint of this project, only what the method has.
+    """
+    leaves: dict[str, Any] = {}
+    start = ("method.", content["method"]) if is_own(content) else ("", content)
+    groups: list[tuple[str, dict[str, Any]]] = [start]
+    seen = {id(start[1])}  # a dictionary may contain itself
+    for prefix, group in groups:  # which grows meanwhile
+        for name, value in group.items():
+            if not isinstance(value, dict):
+                leaves[f"{prefix}{name}"] = value
+            elif id(value) not in seen:
+                seen.add(id(value))
+                groups.append((f"{prefix}{name}.", value))
+    return leaves
 
 
-def own_weights(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in `state` under the network's own keys, behind some prefix.
+def tensors_of(leaves: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in leaves.items() if isinstance(value, Tensor)}
+
+
+def choose(
+    candidates: dict[str, Names], tensors: dict[str, Tensor], key: str | None, kind: str
+) -> Found:
+    """The one of the networks `candidates`, by their prefixes, that `load_encoder` reads.
+
+    Networks with equal weights count as one. Raises ValueError if several are left, or none, and
+    for weights that are not finite.
+    """
+    inside = [prefix for prefix in candidates if key is None or f".{key}." in f".{prefix}"]
+    if not inside:
+        raise ValueError(f"found no {kind} under the key {key!r}, but under {listed(candidates)}")
+    leaders = [prefix for prefix in inside if not FOLLOWER.search(prefix)] or inside
+    networks = {
+        prefix: {own: tensors[name] for own, name in candidates[prefix].items()}
+        for prefix in leaders
+    }
+    prefix, *copies = leaders
+    weights = networks[prefix]
+    checkpoint.check_finite({candidates[prefix][own]: value for own, value in weights.items()})
+    if different := [other for other in copies if not are_equal(networks[other], weights)]:
+        keys = [branch(prefix, different[0]), *(branch(other, prefix) for other in different)]
+        raise ValueError(
+            f"found {kind}s under {listed(leaders)}; wanted one: choose it by --key "
+            f"{' or '.join(dict.fromkeys(filter(None, keys[:LISTED])))}"
+        )
+    read = {name for leader in leaders for name in candidates[leader].values()}
+    counts = Counter(branch(name, prefix) for name in tensors if name not in read)
+    where = f" under {prefix!r}" if prefix else ""
+    notes = [f"{len(weights)} tensors{where} are read"] if copies or counts else []
+    if copies:
+        notes.append(f"those under {listed(copies)} are the same")
+    if counts:
+        parts = [f"{name} ({number})" for name, number in counts.items()]
+        notes.append(f"left out, with the number of tensors: {few(parts)}")
+    others = (branch(other, prefix) for other in candidates if other not in leaders)
+    if name := next(filter(None, others), ""):
+        notes.append(f"--key {name} reads the network there")
+    return Found(prefix, weights, "; ".join(notes))
+
+
+def are_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    same_keys = weights.keys() == others.keys()
+    return same_keys and all(torch.equal(value, others[key]) for key, value in weights.items())
+
+
+def branch(key: str, prefix: str) -> str:
+    """The first part of a key, between dots, in which it is not like `prefix`."""
+    pairs = zip(key.split("."), prefix.split("."), strict=False)
+    return next((part for part, common in pairs if part != common), key)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    first = list(names)
+    more = f" and {len(first) - LISTED:,} more" if len(first) > LISTED else ""
+    return ", ".join(first[:LISTED]) + more
+
+
+def listed(names: Iterable[str]) -> str:
+    return few(map(repr, names))
+
+
+def log_left_out(path: Path, found: Found) -> None:
+    """Log what a file has besides the network, once if there are several ranks."""
+    if found.left_out and os.environ.get("RANK", "0") == "0":
+        log.info(f"{path.name}: {found.left_out}")
+
+
+def fill(network: nn.Module, weights: dict[str, Tensor], kind: str) -> None:
+    """Load the weights into a network, which messages call `kind`.
+
+    Raises ValueError, in a line, if one is missing or unknown, or has another shape.
+    """
+    expected = network.state_dict()
+    of = f"of the {len(expected)} weights of a {kind}"
+    differ = [k for k in weights if k in expected and weights[k].shape != expected[k].shape]
+    if differ:
+        there, here = (tuple(state[differ[0]].shape) for state in (weights, expected))
+        raise ValueError(
+            f"{of}, {len(differ)} have other shapes: {differ[0]} is {there} in the file, wanted "
+            f"{here}"
+        )
+    missing, unknown = network.load_state_dict(weights, strict=False)
+    faults = [
+        f"{title} {len(keys)}: " + few(f'"{key}"' for key in keys)
+        for title, keys in (("Missing", missing), ("Unexpected", unknown))
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"{of}: {'; '.join(faults)}")
+
+
+def find_weights(network: nn.Module, leaves: dict[str, Any], key: str | None = None) -> Found:
+    """The weights among `leaves` that are under the network's own keys, behind some prefix.
 
     Raises ValueError, which names missing keys, if there is no such prefix, or several.
     """
-    keys = network.state_dict().keys()
-    ends = {key: [0, *(dot.end() for dot in re.finditer(r"\.", key))] for key in state}
-    prefixes = {key[:end] for key in state for end in ends[key] if key[end:] in keys}
-    lacks = {
-        prefix: [key for key in keys if prefix + key not in state]
-        for prefix in prefixes
-        if not FOLLOWER.search(prefix)
-    }
-    whole = [prefix for prefix, lack in lacks.items() if not lack]
-    if len(whole) != 1:
-        kind = type(network).__name__
-        if whole:
-            raise ValueError(f"found a {kind} under {', '.join(map(repr, sorted(whole)))}")
+    kind, keys, tensors = type(network).__name__, network.state_dict().keys(), tensors_of(leaves)
+    ends = {name: [0, *(dot.end() for dot in re.finditer(r"\.", name))] for name in tensors}
+    prefixes = dict.fromkeys(
+        name[:end] for name in tensors for end in ends[name] if name[end:] in keys
+    )
+    lacks = {prefix: [k for k in keys if prefix + k not in tensors] for prefix in prefixes}
+    whole = {p: {k: p + k for k in keys} for p, lack in lacks.items() if not lack}
+    if not whole:
         lack = min(lacks.values(), key=len, default=list(keys))
         raise ValueError(
-            f"of the {len(keys)} weights of a {kind}, {len(lack)} are not there: "
-            f"{', '.join(lack[:5])}"
+            f"of the {len(keys)} weights of a {kind}, {len(lack)} are not there: {few(lack)}"
         )
-    return {key: state[whole[0] + key] for key in keys}
+    return choose(whole, tensors, key, kind)
 
 
-def build_resnet(state: dict[str, Tensor]) -> Encoder:
-    """The ResNet whose weights are in `state` behind some prefix.
+def build_resnet(leaves: dict[str, Any], key: str | None = None) -> tuple[Encoder, Found]:
+    """The ResNet whose weights are among `leaves` behind some prefix.
 
-    Raises ValueError if there is none or several, and, from torch, RuntimeError for missing or
-    unknown keys.
+    Raises ValueError if there is none or several, for missing or unknown keys, and for a ResNet
+    that this project cannot build.
     """
-    stages = defaultdict(list)
-    for key in state:
-        if match := STAGE.fullmatch(key):
+    stages, tensors = defaultdict(list), tensors_of(leaves)
+    for name in tensors:
+        if match := STAGE.fullmatch(name):
             stages[match[1]].append(match[2])
-    prefixes = [prefix for prefix in stages if not FOLLOWER.search(prefix)]
-    if len(prefixes) != 1:
-        networks = f"ResNets under {', '.join(map(repr, prefixes))}"
-        found = networks if prefixes else f"no ResNet among {list(state)[:5]}"
+    if not stages:
+        names = list(tensors | leaves)[:LISTED]
         raise ValueError(
-            f"found {found}; wanted one, conv1.weight and layer1.0.conv1.weight, behind any prefix"
+            f"found no ResNet among {names}; wanted one, conv1.weight and "
+            "layer1.0.conv1.weight, behind any prefix (of another network, "
+            "load_encoder(path, encoder=module) reads the weights)"
         )
-    (prefix,) = prefixes
-    numbers = [] if "layer1" in stages[prefix] else sorted(map(int, stages[prefix]))
-    own_weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    weights = torchvision_weights(own_weights, numbers)
+    numbers = {
+        prefix: [] if "layer1" in layers else sorted(map(int, layers))
+        for prefix, layers in stages.items()
+    }
+    candidates = {
+        prefix: torchvision_names(names_under(prefix, tensors, stages), prefix, numbers[prefix])
+        for prefix in stages
+    }
+    found = choose(candidates, tensors, key, "ResNet")
+    prefix, weights = found.prefix, found.weights
     if "conv1.weight" not in weights:
-        raise ValueError(f"there is no {prefix}{'0' if numbers else 'conv1'}.weight")
+        raise ValueError(f"there is no {prefix}{'0' if numbers[prefix] else 'conv1'}.weight")
     first = weights["conv1.weight"]
-    stem = STEMS.get(first.shape[-1], "imagenet")
-    encoder = Encoder(arch_of(weights), stem, width=len(first), in_channels=first.shape[1])
-    encoder.load_state_dict(weights)
+    if first.ndim != 4:
+        raise ValueError(f"{prefix}conv1.weight is {tuple(first.shape)}, wanted 4 dimensions")
+    stem, arch = STEMS.get(first.shape[-1], "imagenet"), arch_of(weights)
+    encoder = Encoder(arch, stem, width=len(first), in_channels=first.shape[1])
+    fill(encoder, weights, f"{arch} of width {len(first)} with the {stem} stem")
     # Stages that follow the convolution and BatchNorm at once: lightly's own ResNet loses the ReLU
     # between them when it is put into a Sequential.
-    if numbers and numbers[0] == 2:
+    if numbers[prefix] and numbers[prefix][0] == 2:
         encoder.relu = nn.Identity()
     # solo-learn's CIFAR stem pads by 2 (solo/methods/base.py).
-    if prefix == "backbone." and "classifier.weight" in state and stem == "cifar":
+    solo_learn = SOLO_LEARN.fullmatch(prefix)
+    if solo_learn and f"{solo_learn[1]}classifier.weight" in tensors and stem == "cifar":
         encoder.conv1.padding = (2, 2)
-    return encoder
+    return encoder, found
 
 
-def torchvision_weights(weights: dict[str, Tensor], numbers: list[int]) -> dict[str, Tensor]:
-    """The weights under torchvision's keys, without heads.
+def names_under(prefix: str, tensors: Iterable[str], prefixes: Iterable[str]) -> list[str]:
+    """The keys that begin with `prefix`, without those of other networks further below."""
+    below = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+    return [name for name in tensors if name.startswith(prefix) and not name.startswith(below)]
+
+
+def torchvision_names(keys: list[str], prefix: str, numbers: list[int]) -> Names:
+    """The keys behind `prefix` by those of torchvision, without heads.
 
     `numbers` are the positions of the stages in a Sequential; it is empty if the layers have names.
     In a Sequential, the first two layers are conv1 and bn1, and a layer with weights after the
     stages is a classifier.
     """
-    names: dict[str, str] = {}
+    layers: dict[str, str] = {}
     if numbers:
-        names = {"0": "conv1", "1": "bn1"}
-        names |= {str(number): f"layer{i}" for i, number in enumerate(numbers, 1)}
-    renamed = {}
-    for key, value in weights.items():
+        layers = {"0": "conv1", "1": "bn1"}
+        layers |= {str(number): f"layer{i}" for i, number in enumerate(numbers, 1)}
+    names = {}
+    for key in keys:
         # lightly's own ResNet has `shortcut` for `downsample`.
-        layer, dot, rest = key.replace(".shortcut.", ".downsample.").partition(".")
+        own = key.removeprefix(prefix).replace(".shortcut.", ".downsample.")
+        layer, dot, rest = own.partition(".")
         is_classifier = bool(numbers) and layer.isdigit() and int(layer) > numbers[-1]
-        name = names.get(layer, "fc" if is_classifier else layer)
-        if name not in HEADS:
-            renamed[name + dot + rest] = value
-    return renamed
+        if not (is_classifier or HEAD.search(layer)):
+            names[layers.get(layer, layer) + dot + rest] = key
+    return names
 
 
 def arch_of(weights: dict[str, Tensor]) -> str:
@@ -217,6 +376,8 @@ def arch_of(weights: dict[str, Tensor]) -> str:
     if "layer1.0.conv2.weight" not in weights:
         raise ValueError("there is no layer1.0.conv2.weight")
     shape = weights["layer1.0.conv2.weight"].shape  # (channels, channels of a group, 3, 3)
+    if len(shape) != 4:
+        raise ValueError(f"layer1.0.conv2.weight is {tuple(shape)}, wanted 4 dimensions")
     planes = len(weights["layer1.0.conv3.weight"]) // 4 if bottleneck else shape[0]
     for arch, layers in RESNETS.items():
         of_a_group = planes * layers.width_per_group // 64

@@ -120,10 +120,12 @@ def export(
     out: str | Path,
     overwrite: bool = False,
     encoder: nn.Module | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Write the encoder of checkpoint `path` to `out` and a model card `README.md` beside it.
 
-    `encoder` is the network, if it was passed to training in Python.
+    `encoder` is the network, if it was passed to training in Python. `key` chooses among several
+    networks in the file, such as `teacher` (see `load_encoder`).
 
     If there is a card of the same checkpoint already, a section for `out` is added to it. Returns
     `out`, `format` and the number of `parameters`.
@@ -145,7 +147,7 @@ def export(
         raise FileExistsError(
             f"{out} is there already: choose another --out, or replace it with --overwrite"
         )
-    network, card_values = open_encoder(path, encoder)
+    network, card_values = open_encoder(path, encoder, key)
     if not supports(format, network, card_values):
         begins = f" that begins with {beginning(network)}" if isinstance(network, Encoder) else ""
         able = ", ".join(other for other in SUFFIXES if supports(other, network, card_values))
@@ -153,9 +155,9 @@ def export(
 
     card, head = out.with_name("README.md"), CARD.format(**card_values)
     others = other_sections(card, head, out.name, overwrite)
-    command = shlex.join(
-        ["rsa-fast", "export", "--checkpoint", str(path), "--format", format, "--out", str(out)]
-    )
+    chosen = ["--key", key] if key else []
+    words = ["--checkpoint", str(path), *chosen, "--format", format, "--out", str(out)]
+    command = shlex.join(["rsa-fast", "export", *words])
     code = SNIPPETS[format].format(file=out.name, **card_values)
     language = "yaml" if format == "detectron2" else "python"
     section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
@@ -184,9 +186,11 @@ def other_sections(card: Path, head: str, name: str, overwrite: bool) -> list[st
     return []
 
 
-def open_encoder(path: Path, own: nn.Module | None) -> tuple[Encoder, dict[str, Any]]:
+def open_encoder(
+    path: Path, own: nn.Module | None, key: str | None
+) -> tuple[Encoder, dict[str, Any]]:
     """The encoder in eval mode, and the values for the card and its code."""
-    encoder, recipe = load_encoder(path, own) if own is not None else load_encoder(path)
+    encoder, recipe = load_encoder(path, own, key)
     state = checkpoint.load(path) if recipe else {}
     arch, stem = OWN if own is not None or recipe is None else recipe.arch, "imagenet"
     if isinstance(encoder, Encoder):
@@ -201,6 +205,8 @@ def open_encoder(path: Path, own: nn.Module | None) -> tuple[Encoder, dict[str, 
     else:
         name = path.name
         recipe_text = "# not in the checkpoint: size, mean and std of the images are assumed\n"
+    if key:
+        name += f", {key}"
     card_values = {
         "name": name,
         **building(encoder, arch, recipe.in_channels if recipe else 3, views.size_px),
@@ -211,7 +217,8 @@ def open_encoder(path: Path, own: nn.Module | None) -> tuple[Encoder, dict[str, 
         "std": views.std,
         "pixel_mean": [round(255 * value, 3) for value in views.mean],
         "pixel_std": [round(255 * value, 3) for value in views.std],
-        "accuracy": accuracy(path, state),
+        # The run's scores are those of its online encoder.
+        "accuracy": accuracy(path, {} if key else state),
         "data": state.get("data", "not in the checkpoint"),
         "recipe": recipe_text,
     }

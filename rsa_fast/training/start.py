@@ -1,9 +1,9 @@
 """The weights that a run starts from: `--init-from`.
 
-    log.info(take_weights(run.method, recipe, Path("moco_v2_800ep_pretrain.pth.tar")))
+    print(take_weights(run.method, recipe, Path("moco_v2_800ep_pretrain.pth.tar")))
 
 A checkpoint of the same method whose networks have the same shapes gives all of its weights. From
-everything else that `load_encoder` reads, the encoder is taken.
+everything else that `load_encoder` reads, the encoder is taken, and what is left out is logged.
 """
 
 from __future__ import annotations
@@ -15,51 +15,77 @@ from torch import Tensor
 
 from rsa_fast.archs import RESNETS
 from rsa_fast.evaluation.encoders import (
+    Found,
     beginning,
     build_resnet,
-    own_weights,
+    find_weights,
+    is_own,
+    leaves_in,
+    log_left_out,
     read_file,
     traits,
-    weights_in,
 )
 from rsa_fast.methods import short_name
 from rsa_fast.methods.method import Method
 from rsa_fast.networks import Encoder, Projected
 from rsa_fast.recipes import Recipe
+from rsa_fast.training.checkpoint import check_finite
 
 
-def take_weights(method: Method, recipe: Recipe, path: Path) -> str:
+def take_weights(method: Method, recipe: Recipe, path: Path, key: str | None = None) -> str:
     """Load weights of the file at `path` into `method`. Returns what was taken, in a line.
 
-    The encoder goes into the online network and into a target network. Raises ValueError, with both
-    sides, for what does not fit, and as `load_encoder` does.
+    The encoder goes into the online network and into a target network. `key` chooses it among
+    several networks in the file. Raises ValueError, with both sides, for what does not fit, and as
+    `load_encoder` does.
     """
     content = read_file(path)
-    state, saved = weights_in(content), content.get("recipe", {})
-    if saved.get("method") == recipe.method and shapes(state) == shapes(method.state_dict()):
-        method.load_state_dict(state)
-        return f"{short_name(recipe.method)} ({path.name}): {len(state)} tensors taken, heads too"
+    saved = content["recipe"] if is_own(content) else {}
+    why = ""
     try:
-        weights, note = fitting_encoder(method.encoder, recipe.arch, state, saved)
-    except (ValueError, RuntimeError) as error:
+        if saved.get("method") == recipe.method and not key:
+            state = content["method"]
+            check_finite(state)
+            if not (why := first_difference(state, method.state_dict())):
+                method.load_state_dict(state)
+                name = short_name(recipe.method)
+                return f"{name} ({path.name}): {len(state)} tensors taken, heads too"
+            why = f": {why}"
+        elif saved and not key:
+            theirs = short_name(str(saved.get("method")))
+            why = f": method {theirs} in the checkpoint, {short_name(recipe.method)} now"
+        found, note = fitting_encoder(method.encoder, recipe.arch, leaves_in(content), saved, key)
+    except ValueError as error:
         raise ValueError(f"{path} cannot start this run: {error}") from error
+    if not saved or key:
+        log_left_out(path, found)
     projected = [module for module in method.modules() if isinstance(module, Projected)]
     for encoder in (method.encoder, *(network.encoder for network in projected)):
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(found.weights)
     return (
-        f"encoder of {recipe.arch} ({path.name}): {len(weights)} tensors taken; "
-        f"heads start from scratch{note}"
+        f"encoder of {recipe.arch} ({path.name}): {len(found.weights)} tensors taken; "
+        f"heads start from scratch{why}{note}"
     )
 
 
-def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
+def shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first weight whose shape is not the same in a checkpoint and now; empty if all are."""
+    there, here = shapes(saved), shapes(now)
+    for key in here | there:
+        if here.get(key) != there.get(key):
+            sides = [shape or "missing" for shape in (there.get(key), here.get(key))]
+            return f"{key} {sides[0]} in the checkpoint, {sides[1]} now"
+    return ""
 
 
 def fitting_encoder(
-    encoder: Encoder, arch: str, state: dict[str, Tensor], saved: dict[str, Any]
-) -> tuple[dict[str, Tensor], str]:
-    """The weights in `state` for an encoder of this `arch`, and what else differs, for the log.
+    encoder: Encoder, arch: str, leaves: dict[str, Any], saved: dict[str, Any], key: str | None
+) -> tuple[Found, str]:
+    """The weights among `leaves` for an encoder of this `arch`, and what else differs, for the log.
 
     `saved` is the recipe in the checkpoint, or empty. Raises ValueError unless they fit.
     """
@@ -67,7 +93,7 @@ def fitting_encoder(
     if saved_arch != arch and {saved_arch, arch} - RESNETS.keys():
         raise ValueError(f"{saved_arch} in the checkpoint, {arch} now")
     if arch in RESNETS:
-        saved_encoder = build_resnet(state)
+        saved_encoder, found = build_resnet(leaves, key)
         here, there = traits(encoder), traits(saved_encoder)
         if differ := [name for name in here if here[name] != there[name]]:
             sides = [f"{name} {there[name]} in the checkpoint, {here[name]} now" for name in differ]
@@ -78,9 +104,8 @@ def fitting_encoder(
             note = (
                 f"; there it begins with {beginning(saved_encoder)}, here with {beginning(encoder)}"
             )
-        return saved_encoder.state_dict(), note
-    weights, expected = own_weights(encoder, state), shapes(encoder.state_dict())
-    for key, shape in shapes(weights).items():
-        if shape != expected[key]:
-            raise ValueError(f"{key} {shape} in the checkpoint, {expected[key]} now")
-    return weights, ""
+        return found, note
+    found = find_weights(encoder, leaves, key)
+    if difference := first_difference(found.weights, encoder.state_dict()):
+        raise ValueError(difference)
+    return found, ""

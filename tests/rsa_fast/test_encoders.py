@@ -3,6 +3,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torchvision.models import resnet18
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.evaluate import evaluate
+from rsa_fast.evaluation.export import export
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
@@ -110,7 +115,8 @@ def of_lightly_s_own_resnet():
     models = pytest.importorskip(
         "lightly.models", reason="lightly is not installed: pip install rsa-fast[dev]"
     )
-    network = lived_in(models.ResNetGenerator("resnet-18", width=0.125))
+    # From 16 channels on, both networks call the same operations of oneDNN.
+    network = lived_in(models.ResNetGenerator("resnet-18", width=0.25))
     state = holder(backbone=network)
     network.linear = nn.Identity()
     return network, state
@@ -131,8 +137,86 @@ def of_torchvision():
     return with_head(network, nn.Identity()), state
 
 
+def of_swav():
+    head = {"projection_head": nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16))}
+    online = lived_in(small(stem="imagenet"))
+    state = online.state_dict() | holder(**head, prototypes=nn.Linear(16, 30, bias=False))
+    return online, {"epoch": 800, "state_dict": wrapped(state), "amp": {"loss_scaler0": {}}}
+
+
+def of_byol_pytorch():
+    """A learner has its network twice, in itself and in the online encoder."""
+    online = lived_in(small(stem="imagenet"))
+    net = with_head(copy.deepcopy(online), nn.Linear(64, 10))
+    encoder = nn.ModuleDict({"net": net, "projector": nn.Linear(64, 8)})
+    target = nn.ModuleDict({"net": small(stem="imagenet"), "projector": nn.Linear(64, 8)})
+    parts = {"net": net, "online_encoder": encoder, "target_encoder": target}
+    return online, holder(**parts, online_predictor=nn.Linear(8, 8))
+
+
+def of_dino(chosen: str = "student"):
+    """The full file of a training, with its arguments, of which the student is read."""
+    networks = {name: lived_in(small(stem="imagenet")) for name in ("student", "teacher")}
+    student, teacher = (
+        holder(backbone=network, head=nn.Linear(64, 8)) for network in networks.values()
+    )
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(8)}}, "param_groups": [{"lr": 0.3}]}
+    args = argparse.Namespace(arch="resnet50", lr=0.3, output_dir="/there", local_crops=(0.05, 0.4))
+    return networks[chosen], {
+        "student": wrapped(student),
+        "teacher": teacher,
+        "optimizer": optimizer,
+        "epoch": 800,
+        "args": args,
+        "dino_loss": {"center": torch.zeros(1, 8)},
+    }
+
+
+def of_vissl():
+    online = lived_in(small(stem="imagenet"))
+    model = {
+        "trunk": holder(_feature_blocks=online),
+        "heads": {"0.clf.0.weight": torch.ones(9, 64)},
+    }
+    return online, {"phase_idx": 9, "classy_state_dict": {"base_model": {"model": model}}}
+
+
+def of_moco_v3():
+    head = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32))
+    online = with_head(lived_in(small(stem="imagenet")), head)
+    state = holder(base_encoder=online, momentum_encoder=small(), predictor=nn.Linear(32, 32))
+    return with_head(online, nn.Identity()), {"arch": "resnet18", "state_dict": wrapped(state)}
+
+
+def of_barlow_twins():
+    online = lived_in(small(stem="imagenet"))
+    state = holder(backbone=online, projector=nn.Linear(64, 8), bn=nn.BatchNorm1d(8))
+    return online, {"epoch": 1000, "model": wrapped(state), "optimizer": {"param_groups": []}}
+
+
+def of_lightning():
+    online = lived_in(small())
+    state = holder(model=nn.ModuleDict({"encoder": online, "projection": nn.Linear(64, 8)}))
+    callbacks = {"ModelCheckpoint": {"best_model_score": torch.tensor(3.0)}}
+    return online, {
+        "pytorch-lightning_version": "2.1.0",
+        "state_dict": state,
+        "callbacks": callbacks,
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(8)}}}],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+def of_timm_s_training():
+    online = lived_in(small(stem="imagenet"))
+    states = {"state_dict": holder(m=online), "state_dict_ema": holder(m=lived_in(small()))}
+    return online, {"arch": "resnet18", "args": argparse.Namespace(lr=0.1), **states}
+
+
 SPELLINGS = [of_rsa, of_moco, of_moco_s_cifar_demo, of_simsiam, of_solo_learn, of_torchvision]
 SPELLINGS += [of_lightly, of_lightly_s_own_resnet, of_lightly_s_own_resnet_in_a_sequential]
+SPELLINGS += [of_swav, of_byol_pytorch, of_dino, of_vissl, of_moco_v3, of_barlow_twins]
+SPELLINGS += [of_lightning, of_timm_s_training]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -228,14 +312,171 @@ def test_what_is_no_encoder_says_what_it_is(tmp_path):
         key: value for key, value in small().state_dict().items() if not key.startswith("layer4.1")
     }
     assert "[2, 2, 2, 1] basic blocks are none of resnet18, resnet34" in failure(tmp_path, short)
-    assert "holds more than tensors; if you trust it" in failure(
-        tmp_path, {"args": argparse.Namespace(lr=1)}
-    )
+    assert "holds more than tensors; if you trust it" in failure(tmp_path, {"args": Path("/there")})
     (tmp_path / "cut.pth").write_bytes((tmp_path / "there.pth").read_bytes()[:99])
     with pytest.raises(ValueError, match="is damaged"):
         load_encoder(tmp_path / "cut.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_encoder(tmp_path / "nowhere.pth")
+
+
+# ---- Several networks in a file
+
+
+def save(path: Path, state) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def test_a_line_says_what_of_a_file_is_read_and_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    load_encoder(save(tmp_path / "swav.pth", of_swav()[1]))
+    assert caplog.messages == [
+        "swav.pth: 120 tensors under 'state_dict.module.' are read; left out, with the number of "
+        "tensors: projection_head (7), prototypes (1)"
+    ]
+    caplog.clear()
+    load_encoder(save(tmp_path / "byol.pth", of_byol_pytorch()[1]))
+    (line,) = caplog.messages
+    assert "120 tensors under 'net.' are read; those under 'online_encoder.net.' are the" in line
+    assert "fc (2), online_encoder (4), target_encoder (122), online_predictor (2)" in line
+    assert line.endswith("--key target_encoder reads the network there")
+    caplog.clear()
+    load_encoder(save(tmp_path / "plain.pth", small().state_dict()))
+    assert not caplog.messages  # all of it is read
+
+
+@pytest.mark.parametrize("key", ["student", "teacher", "student.module"])
+def test_a_key_chooses_among_the_networks_of_a_file(tmp_path, key, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    torch.manual_seed(0)
+    source, state = of_dino(key.partition(".")[0])
+    encoder, _ = load_encoder(save(tmp_path / "dino.pth", state), key=key)
+    expected = source.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
+    other = {"student": "teacher", "teacher": "student"}[key.partition(".")[0]]
+    assert f"{other} (122)" in caplog.text and f"--key {other} reads the network" in caplog.text
+
+
+def test_a_file_whose_only_network_is_a_teacher_gives_it(tmp_path):
+    source, state = of_dino("teacher")
+    encoder, _ = load_encoder(save(tmp_path / "t.pth", {"teacher": state["teacher"]}))
+    assert torch.equal(encoder.conv1.weight, source.conv1.weight)
+
+
+def test_a_key_that_is_missing_or_wrong_is_said(tmp_path):
+    path = save(tmp_path / "two.pth", holder(left=small(), right=small(), far=small()))
+    with pytest.raises(ValueError, match="wanted one: choose it by --key left or right or far"):
+        load_encoder(path)
+    with pytest.raises(ValueError, match=r"no ResNet under the key 'righ', but under 'left"):
+        load_encoder(path, key="righ")
+
+
+def test_eval_export_and_init_from_take_the_key(folder, tmp_path):
+    path = save(tmp_path / "dino.pth", of_dino()[1])
+    arguments = ["eval", "knn", "--checkpoint", str(path), "--data", str(folder)]
+    scores = {}
+    for key in ("student", "teacher"):
+        extra = ["--dataset", "stl10", "--key", key]
+        result = CliRunner().invoke(main, [*arguments, *extra])
+        assert result.exit_code == 0, result.output
+        scores[key] = json.loads(result.stdout.splitlines()[-1])
+        assert scores[key] == evaluate(path, folder, "knn", dataset="stl10", key=key)
+    assert scores["teacher"]["key"] == "teacher"
+
+    arguments = ["export", "--checkpoint", str(path), "--key", "teacher"]
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    out = tmp_path / "teacher.safetensors"
+    result = CliRunner().invoke(main, [*arguments, "--format", "safetensors", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    (teacher, _), (exported, _) = load_encoder(path, key="teacher"), load_encoder(out)
+    assert torch.equal(exported.conv1.weight, teacher.conv1.weight)
+    assert "--key teacher" in (tmp_path / "README.md").read_text()
+    refused = CliRunner().invoke(main, ["train", str(folder), "--key", "teacher"])
+    assert "--key is only valid with --init-from" in refused.output
+
+
+def test_the_card_of_another_network_than_the_scored_one_has_no_scores(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    recipe = build_recipe("cifar10", "byol", overrides={"width": 8, "hidden_dim": 8, "out_dim": 8})
+    built = build_method(recipe)
+    state = {"step": 1, "recipe": recipe.model_dump(mode="json"), "method": built.state_dict()}
+    path = checkpoint.save(tmp_path / "run/checkpoints", state, 1)
+    (tmp_path / "run/result.json").write_text('{"step": 1, "knn_top1": 91.5}')
+    cards = []
+    for name, key in (("online", None), ("target", "target")):
+        out = tmp_path / name / "encoder.safetensors"
+        export(path, "safetensors", out, key=key)
+        cards.append(out.with_name("README.md").read_text())
+    assert "91.5" in cards[0] and "91.5" not in cards[1]
+
+
+# ---- Files that cannot be used
+
+
+class Touch:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_file_is_executed_and_what_it_wants_is_named(tmp_path, zipped):
+    marker = tmp_path / "executed"
+    for content in (Touch(marker), {"args": argparse.Namespace(hook=Touch(marker))}):
+        state = {"state_dict": small().state_dict(), "more": content}
+        path = tmp_path / "there.pth"
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=r"it holds calls of .*posix\.mkdir") as error:
+            load_encoder(path)
+        assert len(str(error.value).splitlines()) == 2 and len(str(error.value)) < 500
+    assert not marker.exists()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_a_namespace_is_read_from_a_file_of_an_old_version_too(tmp_path):
+    source, state = of_dino()
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    encoder, _ = load_encoder(tmp_path / "old.pth")
+    assert torch.equal(encoder.conv1.weight, source.conv1.weight)
+
+
+def test_a_dictionary_that_contains_itself_is_read_once(tmp_path):
+    state = {"state_dict": small().state_dict()}
+    state["again"] = state
+    encoder, _ = load_encoder(save(tmp_path / "there.pth", state))
+    assert torch.equal(encoder.conv1.weight, state["state_dict"]["conv1.weight"])
+
+
+def test_a_resnet_that_cannot_be_built_is_described_in_a_line(tmp_path):
+    wide = Encoder("resnet50", width=16).state_dict()
+    wide["conv1.weight"] = torch.zeros(8, 3, 7, 7)  # a stem that is not as wide as the stages
+    message = failure(tmp_path, {"state_dict": wide})
+    assert (
+        "of the 318 weights of a resnet50 of width 8 with the imagenet stem, " in message
+        and "bn1.weight is (16,) in the file, wanted (8,)" in message
+    )
+    assert "\n" not in message and len(message) < 400
+    other = {f"block1.layer.{i}.conv.weight": torch.zeros(1) for i in range(100)}
+    assert len(failure(tmp_path, {"state_dict": other})) < 500
+    assert "wanted 4 dimensions" in failure(
+        tmp_path, small().state_dict() | {"conv1.weight": torch.zeros(8)}
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused_with_the_first_name(tmp_path, value):
+    state = of_dino()[1]
+    state["teacher"]["backbone.layer2.0.bn1.running_var"][3] = value
+    load_encoder(save(tmp_path / "there.pth", state))  # which reads the student
+    with pytest.raises(
+        ValueError, match=r"teacher\.backbone\.layer2\.0\.bn1\.running_var has values that are NaN"
+    ):
+        load_encoder(tmp_path / "there.pth", key="teacher")
 
 
 def test_one_flipped_bit_of_an_encoder_is_found(tmp_path):

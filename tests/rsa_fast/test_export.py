@@ -232,7 +232,7 @@ def test_a_format_that_cannot_hold_the_network_says_which_can(trained, tmp_path,
 def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkeypatch):
     encoder = Encoder("resnet18")
     encoder.relu = nn.Identity()  # Keys and shapes stay the same.
-    monkeypatch.setattr(module, "load_encoder", lambda path: (encoder, None))
+    monkeypatch.setattr(module, "load_encoder", lambda *_: (encoder, None))
     for format in ("torchvision", "timm", "detectron2", "safetensors"):
         with pytest.raises(
             ValueError,
@@ -297,7 +297,7 @@ def test_the_card_holds_the_accuracy_of_its_own_step_only(tmp_path, step, measur
 
 
 def test_a_checkpoint_without_a_recipe_says_that_its_images_are_assumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_encoder", lambda path: (Encoder("resnet18"), None))
+    monkeypatch.setattr(module, "load_encoder", lambda *_: (Encoder("resnet18"), None))
     export(tmp_path / "foreign" / "model.pth", "torchvision", tmp_path / "encoder.pth")
     card = (tmp_path / "README.md").read_text()
     assert (

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ from rsa_fast.networks import Encoder, build_encoder
 from rsa_fast.recipes import build_recipe
 from rsa_fast.syncbn import convert_batchnorm
 from rsa_fast.training import checkpoint
+from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.start import take_weights
 from rsa_fast.training.step import build_run
@@ -216,19 +221,44 @@ def test_a_network_without_features_says_what_it_has_instead(nets):
 # ---- From training to a released file
 
 
+class Kill(Callback):
+    """Kills its own process in the second epoch, once the checkpoint of the first is there."""
+
+    def __init__(self, out: Path) -> None:
+        self.checkpoints = out / "checkpoints"
+
+    def on_record(self, run, record):
+        if run.step > run.derived.steps_per_epoch:
+            while not checkpoint.paths_in(self.checkpoints):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(recipe, data: Path, out: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=train, args=(recipe, data, out), kwargs={"callbacks": [Kill(out)]}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (out / "result.json").exists()
+
+
 @pytest.mark.parametrize("arch", ["timm/test_efficientnet", "timm/test_vit", "Net"])
 def test_a_network_trains_resumes_bit_for_bit_is_scored_and_exported(
     folder, nets, tmp_path, monkeypatch, arch
 ):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    recipe = own_recipe(f"{nets}:{arch}" if arch == "Net" else arch, bn="split:2")
+    fields = {"bn": "split:2", "epochs": 2, "log_every_steps": 2}
+    recipe = own_recipe(f"{nets}:{arch}" if arch == "Net" else arch, **fields)
     result = train(recipe, folder, tmp_path / "whole")
-    train(recipe, folder, tmp_path / "parts", stop_at_step=3)
+    train_until_killed(recipe, folder, tmp_path / "parts")
     train(recipe, folder, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
-    (path,) = checkpoint.paths_in(tmp_path / "whole" / "checkpoints")
-    assert evaluate(path, folder, "knn")["knn_top1"] == result["knn_top1"]
+    path = checkpoint.paths_in(tmp_path / "whole" / "checkpoints")[-1]
+    for protocol in ("knn", "linear"):
+        score = f"{protocol}_top1"
+        assert evaluate(path, folder, protocol)[score] == result[score]
     encoder, found = load_encoder(path)
     assert found == recipe
     monkeypatch.chdir(tmp_path)  # The card names the file without its folder.
@@ -408,6 +438,29 @@ def test_init_from_says_both_sides_of_what_does_not_fit(tmp_path):
         take_weights(build_method(vit), vit, save(tmp_path / "other.pth", eight))
 
 
+def test_init_from_takes_the_network_that_the_key_names(tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    networks = {name: Encoder("resnet18", "cifar", 4) for name in ("student", "teacher")}
+    state = {
+        name: {f"backbone.{k}": v for k, v in network.state_dict().items()}
+        for name, network in networks.items()
+    }
+    recipe, built, heads = methods()
+    take_weights(built, recipe, save(tmp_path / "dino.pth", state), key="teacher")
+    assert_only_the_encoder_was_taken(built, heads, networks["teacher"].state_dict())
+    assert "left out, with the number of tensors: student (120)" in caplog.text
+
+
+def test_init_from_refuses_weights_that_are_not_finite(tmp_path):
+    recipe, built, _ = methods()
+    built.predictor[0].weight.data[0, 0] = float("nan")
+    saved = {"step": 1, "recipe": recipe.model_dump(), "method": built.state_dict()}
+    with pytest.raises(
+        ValueError, match=r"a\.pt cannot start this run: predictor\.0\.weight has val"
+    ):
+        take_weights(methods()[1], recipe, save(tmp_path / "a.pt", saved))
+
+
 def test_the_same_method_with_other_heads_gives_its_encoder(tmp_path):
     recipe, built, _ = methods()
     saved = {"step": 1, "recipe": recipe.model_dump(), "method": built.state_dict()}
@@ -415,5 +468,9 @@ def test_the_same_method_with_other_heads_gives_its_encoder(tmp_path):
     line = take_weights(methods()[1], recipe, path)
     assert re.fullmatch(r"byol \(a\.pt\): \d+ tensors taken, heads too", line)
     wider, other, heads = methods(out_dim=9)
-    assert "heads start from scratch" in take_weights(other, wider, path)
+    assert take_weights(other, wider, path).endswith(
+        "heads start from scratch: online.projector.3.weight (8, 16) in the checkpoint, (9, 16) now"
+    )
     assert_only_the_encoder_was_taken(other, heads, built.encoder.state_dict())
+    line = take_weights(methods("simsiam")[1], tiny("simsiam"), path)
+    assert line.endswith("heads start from scratch: method byol in the checkpoint, simsiam now")
