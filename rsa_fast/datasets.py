@@ -34,6 +34,7 @@ class Dataset:
     scales: tuple[str, ...]
     classes: int
     images: int  # for pre-training
+    test_images: int
     file_gib: float
     side_px: int | None  # None: the images have different sizes
     binary_layout: str | None = None
@@ -49,12 +50,16 @@ IMAGENET_MEAN_STD = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)
 SMALL = (
     cite("PAPER 4.1", arch="resnet18", optimizer="sgd", base_lr=0.1, batch_size=256, epochs=200)
     | cite("PAPER 4.1; on all parameters: CODE train_single.py", weight_decay=5e-4)
+    | cite("CODE train_single.py main", lr_per="epoch")
     | cite("CODE methods/BYOL.py, at 64 px too", stem="cifar")
+    | cite("CODE: read by PIL, which ignores it", exif_orientation=False)
 )
 LARGE = (
     cite("PAPER 4.1", arch="resnet50", stem="imagenet", epochs=200)
+    | cite("CODE train_multi.py adjust_learning_rate", lr_per="step")
     | cite("CODE eval_multi.py", eval_resize_px=256)
     | cite("PAPER 4.1; CODE train_multi.py getAugs", views={"size_px": 224, **IMAGENET_MEAN_STD})
+    | cite("CODE: read by PIL, which ignores it", exif_orientation=False)
 )
 IMAGENET_1K = (
     LARGE
@@ -70,6 +75,7 @@ DATASETS = {
         scales=("32px",),
         classes=10,
         images=50_000,
+        test_images=10_000,
         file_gib=0.15,
         side_px=32,
         binary_layout="CIFAR10",
@@ -80,6 +86,7 @@ DATASETS = {
         scales=("32px",),
         classes=100,
         images=50_000,
+        test_images=10_000,
         file_gib=0.15,
         side_px=32,
         binary_layout="CIFAR100",
@@ -90,6 +97,7 @@ DATASETS = {
         scales=("64px",),
         classes=10,
         images=105_000,
+        test_images=8_000,
         file_gib=2.7,
         side_px=96,
         binary_layout="STL10",
@@ -99,15 +107,22 @@ DATASETS = {
         scales=("64px",),
         classes=200,
         images=100_000,
+        test_images=10_000,
         file_gib=0.22,
         side_px=64,
     ),
     "imagenet100": Dataset(
         fields=LARGE
-        | cite("PAPER 4.1", optimizer="sgd", base_lr=0.2, weight_decay=1e-4, batch_size=256),
+        | cite("PAPER 4.1", optimizer="sgd", base_lr=0.2, weight_decay=1e-4, batch_size=256)
+        | cite(
+            "CODE train_multi.py: of each GPU, with 64 images on 4 GPUs (PAPER Table 7); split:4 "
+            "restores these parts on one GPU",
+            bn="local",
+        ),
         scales=("224px", "imagenet100"),
         classes=100,
         images=126_689,
+        test_images=5_000,
         file_gib=13.6,
         side_px=None,
     ),
@@ -116,6 +131,7 @@ DATASETS = {
         scales=("224px", "imagenet1k"),
         classes=1000,
         images=1_281_167,
+        test_images=50_000,
         file_gib=137.7,
         side_px=None,
     ),
@@ -124,6 +140,7 @@ DATASETS = {
         scales=("224px", "imagenet1k"),
         classes=1000,
         images=1_281_167,
+        test_images=50_000,
         file_gib=137.7,
         side_px=None,
     ),
@@ -150,22 +167,26 @@ DATASETS = {
             width=24,
             batch_size=32,
             peak_lr=0.06,
+            lr_per="step",
             epochs=20,
             knn_every_epochs=4,
         ),
         scales=("32px", "short"),
         classes=10,
         images=2_400,
+        test_images=600,
         file_gib=0.01,
         side_px=64,
     ),
     # One's own images: these fields are the same for all, `own_dataset` chooses the others.
     "auto": Dataset(
         fields=cite("ImageNet's, as usual for photographs", views=IMAGENET_MEAN_STD)
-        | cite("chosen: held out for scores where there is no val/ or test/", val_fraction=0.2),
+        | cite("chosen: held out for scores where there is no val/ or test/", val_fraction=0.2)
+        | cite("chosen: telephones store photographs lying", exif_orientation=True),
         scales=(),
         classes=0,
         images=0,
+        test_images=0,
         file_gib=0.0,
         side_px=None,
     ),
@@ -278,6 +299,7 @@ def own_dataset(
         scales=(own.scale, *(["short"] if steps_per_epoch * epochs < SHORT_STEPS else [])),
         classes=classes,
         images=images,
+        test_images=0,
         file_gib=0.0,
         side_px=None,
         run_length=cite(
@@ -345,7 +367,7 @@ def own_rules() -> list[tuple[str, str, str]]:
             "chosen: as batch_size; PAPER 4.1 for more images",
         ),
         *map(by_field, ("optimizer", "base_lr", "weight_decay")),
-        ("val_fraction", str(same["val_fraction"].value), same["val_fraction"].source),
+        *((name, str(same[name].value), same[name].source) for name in same if name != "views"),
         ("knn_every_epochs", f"{KNN_SCORES} scores, about", "chosen: enough for a curve"),
         (
             "checkpoint_every_epochs",

@@ -22,8 +22,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from rsa_fast.recipes import Recipe
 
 STANDARD_WIDTH = 64  # channels of the first stage
+ONEDNN_CHANNELS = 16  # with fewer, oneDNN fails: see `StridedPointwise`
 
 
 class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
@@ -113,10 +116,33 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
             self.inplanes = self.width
         planes = planes * self.width // STANDARD_WIDTH
         layer: nn.Sequential = super()._make_layer(block, planes, blocks, stride, dilate)
+        if stride > 1:
+            shortcut = cast(Any, layer[0]).downsample
+            channels = shortcut[0].in_channels, shortcut[0].out_channels
+            if channels[0] < ONEDNN_CHANNELS:
+                # skip_init draws nothing, so the seed gives every layer the weights that it had.
+                # torchvision initialises the weights once all stages are built.
+                shortcut[0] = skip_init(  # type: ignore[no-untyped-call]
+                    StridedPointwise, *channels, 1, stride, bias=False
+                )
         return layer
 
     def forward(self, images: Tensor) -> Tensor:
         return (compiled_features() if self.compiled and self.training else features)(self, images)
+
+
+class StridedPointwise(nn.Conv2d):
+    """A 1x1 convolution with a stride, computed as one without on the pixels that it reads.
+
+    On a CPU, the backward pass of oneDNN's strided one writes past its buffer if the images are
+    channels_last and have fewer channels than a vector register has numbers: 8 with AVX2, 16 with
+    AVX-512 (github.com/uxlfoundation/oneDNN, issue 6035). On a CPU with AVX2, ResNet-18 of width 1
+    to 7 hung, died or got gradients that were ten times too large. AVX-512 was not measured.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(input[..., ::rows, ::columns], self.weight, self.bias)
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:

@@ -31,14 +31,23 @@ def beta(k: int, total_steps: int, beta_base: float, schedule: str) -> float:
 
 
 def learning_rate(
-    step: int, total_steps: int, warmup_steps: int, peak_lr: float, min_lr: float = 0
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    peak_lr: float,
+    min_lr: float = 0,
+    held_steps: int = 1,
 ) -> float:
     """Linear from 0 to `peak_lr` during the warm-up, then a cosine to `min_lr`.
+
+    The cosine is held for `held_steps` at a time: with the steps of an epoch, it moves at the start
+    of every epoch. The warm-up moves at every step.
 
     Source: adjust_learning_rate in train_multi.py of github.com/tmllab/RSA. A run that is shorter
     than its warm-up, such as one epoch to try things out, ends before the peak.
     """
     if step < warmup_steps:
         return peak_lr * step / warmup_steps
-    ramp = cosine_ramp(step - warmup_steps, max(total_steps - warmup_steps, 1))
+    since = step - warmup_steps
+    ramp = cosine_ramp(since - since % held_steps, max(total_steps - warmup_steps, 1))
     return min_lr + (peak_lr - min_lr) * ramp

@@ -28,10 +28,20 @@ def cite(source: str, **fields: Any) -> Fields:
     return {name: Sourced(value, source) for name, value in fields.items()}
 
 
+def updated(fields: Fields, changes: Fields) -> Fields:
+    """`fields` with those of `changes` in their place. Of the views, the named numbers change."""
+    both = fields | changes
+    if "views" in fields and "views" in changes:
+        old, new = fields["views"], changes["views"]
+        source = f"{old.source}; {', '.join(new.value)}: {new.source}"
+        both["views"] = Sourced(old.value | new.value, source)
+    return both
+
+
 def merged_rows(*tables: Rows) -> Rows:
     """The rows of several tables, merged by scale. Later tables replace fields of earlier ones."""
     merged: Rows = {}
     for table in tables:
         for scale, fields in table.items():
-            merged[scale] = merged.get(scale, {}) | fields
+            merged[scale] = updated(merged.get(scale, {}), fields)
     return merged

@@ -15,7 +15,7 @@ AA), or an aggressive and a weak one (AW).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from torch import Tensor
 from pipelines.views import Batch
 from rsa_fast.methods.method import PAIRS, Loss, Now, TargetMethod, TargetRecipe, mlp, unit
 from rsa_fast.networks import Encoder, Projected
-from rsa_fast.sourced import cite
+from rsa_fast.sourced import Rows, cite
 
 BOOTSTRAP_ROWS = {
     "all": cite("PAPER 4.1", hidden_dim=1024, out_dim=128, tau_base=0.99),
@@ -70,7 +70,15 @@ class Byol(BootstrapMethod):
     """BYOL on the two views that `pairs` names."""
 
     recipe_type = ByolRecipe
-    rows = BOOTSTRAP_ROWS
+    rows: ClassVar[Rows] = BOOTSTRAP_ROWS | {
+        "imagenet1k": cite(
+            "chosen: RSA's (PAPER 4.1), and its base_lr, to compare both; no source trained BYOL "
+            "so: in PAPER Table 4 it has 4096 images for 100 and 200 epochs, or 2048 for 300",
+            optimizer="lars",
+            batch_size=2048,
+            weight_decay=1e-6,
+        )
+    }
 
     def __init__(self, recipe: ByolRecipe, encoder: Encoder) -> None:
         super().__init__(recipe, encoder)

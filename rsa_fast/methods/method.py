@@ -31,6 +31,12 @@ QUEUE_FIELDS = {
     **cite("MoCo builder.py, ReSSL backbone.py", zero_init_residual=False),
     **cite("MoCo v2", tau_schedule="fixed"),
 }
+# Parts of 32 images on 1, 2, 4 or 8 GPUs. One part on one GPU leaves ShuffleBN nothing to shuffle.
+EIGHT_GPUS = cite(
+    "MoCo, ReSSL ressl.py: 256 images on 8 GPUs; on ImageNet-100, split:4 restores the 4 GPUs of "
+    "PAPER Table 7 with 64 images each",
+    bn="split:8",
+)
 # The values of a recipe's schedule at one step, by name: "lr" and, if the method has them, "tau"
 # and "beta".
 Now = Mapping[str, float]

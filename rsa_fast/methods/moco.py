@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.views import Batch
-from rsa_fast.methods.method import PAIRS, QUEUE_FIELDS, Loss, Now, QueueMethod, QueueRecipe, unit
+from rsa_fast.methods.method import (
+    EIGHT_GPUS,
+    PAIRS,
+    QUEUE_FIELDS,
+    Loss,
+    Now,
+    QueueMethod,
+    QueueRecipe,
+    unit,
+)
 from rsa_fast.networks import Encoder
 from rsa_fast.sourced import Rows, cite
 
@@ -40,7 +49,7 @@ class MoCo(QueueMethod):
         | cite("MoCo v2", out_dim=128)
         | cite("MoCo's CIFAR-10 demo", temperature=0.1, bn="split:8", queue_size=4096),
         "64px": cite("chosen: between the CIFAR demo's and ImageNet's", queue_size=16_384),
-        "224px": cite("MoCo v2", temperature=0.2, queue_size=65_536, bn="local"),
+        "224px": cite("MoCo v2", temperature=0.2, queue_size=65_536) | EIGHT_GPUS,
         "imagenet1k": cite(
             "MoCo v2",
             optimizer="sgd",
@@ -49,6 +58,7 @@ class MoCo(QueueMethod):
             weight_decay=1e-4,
             warmup_epochs=0,
         )
+        | cite("MoCo main_moco.py", lr_per="epoch")
         | cite("MoCo v1", tau_base=0.999),
     }
     reads = frozenset(PAIRS["AA"])

@@ -22,7 +22,16 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.views import Batch
-from rsa_fast.methods.method import PAIRS, QUEUE_FIELDS, Loss, Now, QueueMethod, QueueRecipe, unit
+from rsa_fast.methods.method import (
+    EIGHT_GPUS,
+    PAIRS,
+    QUEUE_FIELDS,
+    Loss,
+    Now,
+    QueueMethod,
+    QueueRecipe,
+    unit,
+)
 from rsa_fast.networks import Encoder
 from rsa_fast.sourced import Rows, cite
 
@@ -38,30 +47,45 @@ class ReSsl(QueueMethod):
     """ReSSL: one direction, no predictor."""
 
     recipe_type = ReSslRecipe
-    # The official settings for small datasets are not public. Third-party ports agree on these.
+    # RSA's authors did not train ReSSL: no row takes its optimiser from PAPER 4.1. ReSSL's code for
+    # small datasets is an archive outside its repository, which was read in copies only.
     rows: ClassVar[Rows] = {
         "all": QUEUE_FIELDS
         | cite("ReSSL 3", temperature=0.1, teacher_temperature=0.04)
         | cite(
-            "chosen: third-party ports (sslic)",
+            "ReSSL's code for small datasets (its issues 5 and 7)",
             tau_base=0.99,
             out_dim=128,
             hidden_dim=2048,
             queue_size=4096,
+            base_lr=0.06,
+            lr_per="step",
+            warmup_epochs=5,
+            bn="split:8",
         )
-        | cite("ReSSL's CIFAR scripts in solo-learn", base_lr=0.05),
+        | cite(
+            "ReSSL's code for small datasets (its issues 5 and 7): on all parameters",
+            weight_decay=5e-4,
+            decay_exclude="none",
+        ),
         "64px": cite("chosen: third-party ports (sslic)", tau_base=0.996, queue_size=16_384),
         "224px": cite(
             "ReSSL ressl.py",
             tau_base=0.999,
             out_dim=512,
             hidden_dim=4096,
-            bn="local",
             optimizer="sgd",
+            base_lr=0.05,
+            lr_per="step",
             weight_decay=1e-4,
             warmup_epochs=5,
             batch_size=256,
-        ),
+        )
+        | cite(
+            "ReSSL ressl.py, by the parameters' names, by which the BatchNorms of downsample decay",
+            decay_exclude="norm_and_bias",
+        )
+        | EIGHT_GPUS,
         "imagenet100": cite("chosen: half of ImageNet-1K's", queue_size=65_536),
         "imagenet1k": cite("ReSSL ressl.py", queue_size=131_072),
     }

@@ -38,14 +38,31 @@ class SimClr(Method):
     """SimCLR, whose projector has one hidden layer as wide as the encoder's features."""
 
     recipe_type = SimClrRecipe
-    # The RSA paper names neither temperature nor head. The temperatures are those of SimCLR's CIFAR
-    # command and of others' 224 px runs.
+    # Up to ImageNet-100, the rows are those of RSA's own runs of SimCLR: MoCo v2's augmentation and
+    # PAPER 4.1's optimiser. The RSA paper names neither temperature nor head. The temperatures are
+    # those of SimCLR's CIFAR command and of others' 224 px runs. ImageNet-1K's row is SimCLR's own.
     rows: ClassVar[Rows] = {
         "all": cite("SimCLR 3", out_dim=128)
         | cite("SimCLR README: the CIFAR-10 command", temperature=0.5),
         "224px": cite("solo-learn's choice for batches of 256", temperature=0.2),
         "imagenet1k": cite(
-            "SimCLR README", temperature=0.1, batch_size=4096, base_lr=0.3, weight_decay=1e-4
+            "SimCLR README",
+            temperature=0.1,
+            batch_size=4096,
+            optimizer="lars",
+            base_lr=0.3,
+            weight_decay=1e-4,
+        )
+        | cite("SimCLR run.py, model.py", warmup_epochs=10, lr_per="step")
+        | cite(
+            "SimCLR data_util.py, with a jitter strength of 1",
+            views={
+                "crop_area": (0.08, 1.0),
+                "brightness": 0.8,
+                "contrast": 0.8,
+                "saturation": 0.8,
+                "hue": 0.2,
+            },
         ),
     }
     reads = frozenset(PAIRS["AA"])

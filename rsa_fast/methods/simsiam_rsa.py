@@ -11,7 +11,7 @@ The gradient reaches the network through the predictions p only. All four views 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from pipelines.views import VIEWS, Batch
 from rsa_fast.methods.method import BETA_ROWS, BetaRecipe, Loss, Now, unit
 from rsa_fast.methods.simsiam import SimSiam, SimSiamRecipe, negative_cosine
 from rsa_fast.networks import Encoder
-from rsa_fast.sourced import merged_rows
+from rsa_fast.sourced import Rows, cite, merged_rows
 
 
 class SimSiamRsaRecipe(SimSiamRecipe, BetaRecipe):
@@ -32,7 +32,11 @@ class SimSiamRsa(SimSiam):
     """SimSiam on all four views, with RSA's decaying weight of aggressive pairs."""
 
     recipe_type = SimSiamRsaRecipe
-    rows = merged_rows(SimSiam.rows, BETA_ROWS)
+    rows: ClassVar[Rows] = merged_rows(
+        SimSiam.rows,
+        BETA_ROWS,
+        {"imagenet1k": cite("chosen: SimSiam's; PAPER Table 8 has no ImageNet-1K", batch_size=256)},
+    )
     reads = frozenset(VIEWS)
 
     def __init__(self, recipe: SimSiamRsaRecipe, encoder: Encoder) -> None:

@@ -7,6 +7,7 @@ the gradients overflowed, it is the fused kernel that leaves weights and momentu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -78,8 +79,10 @@ class Lars(Sgd):
         matrices = [p for p in params if p.ndim > 1]
         grads = [p.grad for p in matrices]
         torch._foreach_add_(grads, matrices, alpha=self.decay)
-        weight_norm = torch.stack(torch._foreach_norm(matrices, dtype=torch.float32))
-        grad_norm = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        # Norms are computed in float32, or in float64 if one of the parameters is.
+        dtype = reduce(torch.promote_types, {p.dtype for p in matrices}, torch.float32)
+        weight_norm = torch.stack(torch._foreach_norm(matrices, dtype=dtype))
+        grad_norm = torch.stack(torch._foreach_norm(grads, dtype=dtype))
         ratio = torch.where(
             (weight_norm > 0) & (grad_norm > 0),
             self.trust_coefficient * weight_norm / grad_norm,

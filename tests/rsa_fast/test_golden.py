@@ -28,6 +28,7 @@ from rsa_fast.training.step import build_run, train_step
 
 PLACE = Path(__file__).with_name("golden.json")
 TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu"}
+TINY |= {"lr_per": "step"}  # as it was for every row when the losses were recorded
 OWN = {"out_dim": 8, "hidden_dim": 16, "queue_size": 16, "bn": "local", "classes": 3}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 COUNT, BATCH = 12, 4

@@ -66,6 +66,28 @@ def test_steps_equal_those_by_hand(name, layout):
         torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("all_double", [True, False])
+def test_lars_steps_on_float64_equal_those_by_hand(all_double):
+    """All parameters in float64 agree to its precision; the others may be in float32."""
+    params = [nn.Parameter(p.detach().double()) for p in parameters()]
+    if not all_double:
+        params[0] = nn.Parameter(params[0].detach().float())
+    weight = [p.detach().double().clone() for p in params]
+    momentum = [torch.zeros_like(p) for p in weight]
+    optimizer = Lars(params, 4.8, 0.9, 1e-2, 0.001)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        scale = scaler.scale(torch.ones(())).item()
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = g.to(p.dtype) * scale
+        scaler.step(optimizer)
+        scaler.update()
+        by_hand(weight, momentum, gradients(step), 4.8, 1e-2, 0.001)
+    for p, expected in zip(params, weight, strict=True):
+        rtol = 1e-12 if p.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(p.double(), expected, rtol=rtol, atol=rtol)
+
+
 def test_lars_leaves_a_weight_without_gradient_or_decay_and_moves_a_bias_at_the_full_rate():
     weight, bias = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.zeros(3))
     optimizer = Lars([weight, bias], 4.8, 0.9, 0.0, 0.001)

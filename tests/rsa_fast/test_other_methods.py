@@ -342,7 +342,7 @@ def test_heads_have_the_published_shapes():
     def shapes(module: torch.nn.Module) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for name, p in module.named_parameters() if p.ndim > 1]
 
-    assert shapes(projector(512, 2, 2048)) == [(2048, 512), (2048, 2048)]
+    assert shapes(projector(512, 2, 2048)) == [(512, 512), (2048, 512)]
     assert shapes(projector(2048, 3, 2048)) == [(2048, 2048)] * 3
     last = projector(2048, 3, 2048)[-1]
     assert not last.affine and not list(last.parameters())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipelines import Loading
@@ -12,7 +14,10 @@ from rsa_fast.recipes import (
     parse_set,
     resolve,
     row,
+    stored_recipe,
 )
+from rsa_fast.sourced import cite, merged_rows
+from rsa_fast.syncbn import bn_groups
 
 # dataset: images, px, batch, steps per epoch, peak lr, beta, epochs (RSA section 4.1)
 PAPER = {
@@ -78,6 +83,7 @@ MATRIX = {
         "optimizer": "lars",
         "warmup_epochs": 10,
         "bn": "sync",
+        "batch_size": 2048,
     },
     ("simsiam", "cifar10"): {
         "projector_layers": 2,
@@ -96,16 +102,18 @@ MATRIX = {
     ("simsiam", "imagenet1k"): {
         "optimizer": "sgd",
         "base_lr": 0.05,
-        "batch_size": 512,
+        "batch_size": 256,
         "weight_decay": 1e-4,
         "bn": "sync",
     },
+    ("simsiam-rsa", "imagenet1k"): {"optimizer": "sgd", "batch_size": 256, "beta_base": 0.4},
     ("simclr", "stl10"): {"temperature": 0.5, "out_dim": 128},
     ("simclr", "imagenet1k"): {
         "temperature": 0.1,
         "batch_size": 4096,
         "base_lr": 0.3,
         "optimizer": "lars",
+        "warmup_epochs": 10,
     },
     ("moco", "cifar10"): {
         "tau_base": 0.99,
@@ -118,7 +126,7 @@ MATRIX = {
     ("moco", "imagenet100"): {
         "queue_size": 65_536,
         "temperature": 0.2,
-        "bn": "local",
+        "bn": "split:8",
         "tau_base": 0.99,
     },
     ("moco", "imagenet1k"): {
@@ -132,19 +140,40 @@ MATRIX = {
         "queue_size": 4096,
         "out_dim": 128,
         "hidden_dim": 2048,
-        "base_lr": 0.05,
+        "optimizer": "sgd",
+        "base_lr": 0.06,
+        "warmup_epochs": 5,
+        "bn": "split:8",
+        "weight_decay": 5e-4,
+        "decay_exclude": "none",
     },
     ("ressl", "stl10"): {
         "tau_base": 0.996,
         "queue_size": 16_384,
         "temperature": 0.1,
         "teacher_temperature": 0.04,
+        "base_lr": 0.06,
+        "warmup_epochs": 5,
+        "bn": "split:8",
+    },
+    ("ressl", "imagenet100"): {
+        "optimizer": "sgd",
+        "base_lr": 0.05,
+        "warmup_epochs": 5,
+        "weight_decay": 1e-4,
+        "decay_exclude": "norm_and_bias",
     },
     ("ressl", "imagenet1k"): {
         "tau_base": 0.999,
         "queue_size": 131_072,
         "out_dim": 512,
         "hidden_dim": 4096,
+        "optimizer": "sgd",
+        "base_lr": 0.05,
+        "batch_size": 256,
+        "warmup_epochs": 5,
+        "weight_decay": 1e-4,
+        "decay_exclude": "norm_and_bias",
     },
     ("supervised", "cifar100"): {"classes": 100, "zero_init_residual": False},
     ("supervised", "imagenet1k"): {
@@ -161,6 +190,75 @@ MATRIX = {
 def test_methods_have_their_published_numbers(method, dataset):
     recipe, expected = build_recipe(dataset, method), MATRIX[method, dataset]
     assert {field: getattr(recipe, field) for field in expected} == expected
+
+
+SIMCLR = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "changed"),
+    [
+        ("simclr", "imagenet1k", {"crop_area": (0.08, 1.0)} | SIMCLR),
+        ("simclr", "imagenet1k-100ep", {"crop_area": (0.08, 1.0)} | SIMCLR),
+        ("supervised", "imagenet1k", {"crop_area": (0.08, 1.0)}),
+        # These are RSA's own runs, with one augmentation for all methods.
+        ("simclr", "imagenet100", {}),
+        ("simclr", "cifar10", {}),
+        ("rsa", "imagenet1k", {}),
+    ],
+)
+def test_a_method_s_own_augmentation_replaces_those_numbers_only(method, dataset, changed):
+    usual = build_recipe(dataset, "byol").views
+    assert build_recipe(dataset, method).views == replace(usual, **changed)
+    source = row(dataset, method)["views"].source
+    assert source.startswith(row(dataset, "byol")["views"].source)
+    assert all(name in source for name in changed)
+
+
+def test_merged_rows_keep_the_views_that_a_later_table_does_not_name():
+    one = {"224px": cite("one", views={"blur_p": 0, "hue": 0.2}, epochs=1)}
+    merged = merged_rows(one, {"224px": cite("two", views={"hue": 0.1})})["224px"]
+    assert merged["views"].value == {"blur_p": 0, "hue": 0.1}
+    assert merged["views"].source == "one; hue: two" and merged["epochs"] == one["224px"]["epochs"]
+    assert one["224px"]["views"].value == {"blur_p": 0, "hue": 0.2}
+
+
+PER_EPOCH = {
+    "cifar10": set(METHODS) - {"ressl"},
+    "cifar100": set(METHODS) - {"ressl"},
+    "stl10": set(METHODS) - {"ressl"},
+    "tinyimagenet": set(METHODS) - {"ressl"},
+    "imagenet100": set(),
+    "imagenet1k": {"moco", "simsiam", "simsiam-rsa"},
+    "imagenet1k-100ep": {"moco", "simsiam", "simsiam-rsa"},
+    "demo": set(),
+}
+
+
+@pytest.mark.parametrize("dataset", PER_EPOCH)
+def test_the_learning_rate_moves_per_epoch_where_the_source_does(dataset):
+    for method in METHODS:
+        recipe = build_recipe(dataset, method)
+        expected = "epoch" if method in PER_EPOCH[dataset] else "step"
+        assert recipe.lr_per == expected, method
+        assert row(dataset, method)["lr_per"].source
+        derived = resolve(recipe, DATASETS[dataset].images)
+        steps, first = derived.steps_per_epoch, derived.warmup_steps
+        rates = {recipe.schedule(first + step, derived)["lr"] for step in range(steps)}
+        assert len(rates) == (1 if expected == "epoch" else steps), method
+
+
+def test_a_run_stored_before_the_field_moved_its_learning_rate_at_every_step():
+    fields = build_recipe("cifar10", "rsa").model_dump()
+    assert fields.pop("lr_per") == "epoch"
+    assert stored_recipe(fields).lr_per == "step"
+
+
+def test_a_recipe_that_no_source_trained_is_cited_as_chosen():
+    for dataset in ("imagenet1k", "imagenet1k-100ep"):
+        assert row(dataset, "byol")["batch_size"].source.startswith("chosen: RSA's")
+        assert row(dataset, "simsiam-rsa")["batch_size"].source.startswith("chosen: SimSiam's")
+        assert row(dataset, "rsa")["batch_size"].source == "PAPER 4.1"
 
 
 def test_every_number_of_a_row_has_a_source():
@@ -277,6 +375,56 @@ def test_all_faults_are_named_at_once():
         build_recipe("cifar10", "rsa", overrides={"epochs": -1, "momentun": 0.9})
 
 
+def test_the_size_of_test_images_follows_that_of_the_views_in_proportion(tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    assert build_recipe("imagenet1k", "rsa").eval_resize_px == 256
+    assert not caplog.messages
+    recipe = build_recipe("imagenet1k", "rsa", overrides={"views.size_px": 288})
+    assert recipe.eval_resize_px == 329 == round(288 * 256 / 224)
+    assert caplog.messages == [
+        "eval_resize_px is 329, in proportion to views.size_px = 288 (256 for 224)"
+    ]
+    assert build_recipe("imagenet1k", "rsa", views={"size_px": 112}).eval_resize_px == 128
+    assert build_recipe("cifar10", "rsa", views={"size_px": 64}).eval_resize_px is None
+    # What a user has chosen stays, in a file too.
+    chosen = {"views.size_px": 288, "eval_resize_px": None}
+    assert build_recipe("imagenet1k", "rsa", overrides=chosen).eval_resize_px is None
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
+    assert build_recipe("imagenet1k", "rsa", tmp_path / "recipe.yaml") == recipe
+
+
+def test_test_images_smaller_than_the_crop_are_refused_before_training():
+    fields = {"views.size_px": 288, "eval_resize_px": 256}
+    with pytest.raises(ValueError, match=r"eval_resize_px = 256 is less than views.size_px = 288"):
+        build_recipe("imagenet1k", "rsa", overrides=fields)
+    build_recipe("imagenet1k", "rsa", overrides={**fields, "evaluate": False})  # without scores
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fields", "message"),
+    [
+        (8, {"batch_size": 8}, r"global, on 8 ranks, .*: it takes at least 16, or bn=sync"),
+        (2, {"batch_size": 8, "accumulate": 4}, r"on 2 ranks and accumulate = 4, .*least 16$"),
+        (
+            1,
+            {"batch_size": 1},
+            r"which is global gives BatchNorm less than 2 .*: it takes at least 2$",
+        ),
+        (1, {"batch_size": 1, "bn": "sync"}, r"it takes at least 2$"),
+        (8, {"batch_size": 8, "bn": "sync"}, ""),
+        (8, {"batch_size": 8, "bn": "split:4"}, ""),
+        (4, {"batch_size": 8}, ""),
+    ],
+)
+def test_less_than_two_images_for_batchnorm_are_refused(ranks, fields, message):
+    recipe = build_recipe("cifar10", "byol", overrides=fields)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            resolve(recipe, 50_000, ranks)
+    else:
+        assert resolve(recipe, 50_000, ranks).total_steps > 0
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(ValueError, match=r"no dataset 'cifar1000' \(did you mean 'cifar100'\?\)"):
         build_recipe("cifar1000", "rsa")
@@ -290,3 +438,22 @@ def test_a_queue_shorter_than_a_step_is_an_error():
     message = "queue_size = 256 is less than the two views of 256 images"
     with pytest.raises(ValueError, match=message):
         build_recipe("cifar10", "moco", overrides={"queue_size": 256})
+
+
+@pytest.mark.parametrize("method", ["moco", "ressl"])
+@pytest.mark.parametrize("dataset", ["imagenet100", "imagenet1k", "imagenet1k-100ep"])
+def test_shuffle_bn_has_the_parts_of_8_gpus_on_any_number_of_them(monkeypatch, dataset, method):
+    recipe = build_recipe(dataset, method)
+    parts = {}
+    for ranks in (1, 2, 4, 8):
+        monkeypatch.setattr("rsa_fast.syncbn.world_size", lambda ranks=ranks: ranks)
+        parts[ranks] = recipe.batch_size // bn_groups(recipe.bn)
+        local = bn_groups("local")
+    assert set(parts.values()) == {32} and bn_groups(recipe.bn) == local
+    assert "split:4" in row(dataset, method)["bn"].source
+
+
+def test_imagenet_100_says_how_one_gpu_gets_the_statistics_of_four():
+    bn = row("imagenet100", "rsa")["bn"]
+    assert bn.value == "local" and "split:4" in bn.source
+    assert build_recipe("imagenet100", "rsa", bn="split:4").bn == "split:4"

@@ -47,6 +47,32 @@ def test_the_learning_rate_ends_at_its_minimum():
         assert learning_rate(step, 110, 10, 0.5) == 0.5 * cosine_ramp(step - 10, 100)
 
 
+def test_a_held_cosine_moves_at_the_start_of_every_epoch():
+    """CIFAR at 200 epochs of 195 steps, as in the loop over epochs of RSA's train_single.py."""
+    peak_lr, epochs, steps = 0.1, 200, 195
+    total = epochs * steps
+    held = [learning_rate(step, total, 0, peak_lr, held_steps=steps) for step in range(total)]
+    for epoch in range(epochs):
+        rate = peak_lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        assert held[epoch * steps : (epoch + 1) * steps] == pytest.approx([rate] * steps)
+    assert held[-1] == pytest.approx(6.17e-6, rel=1e-3)
+    moving = [learning_rate(step, total, 0, peak_lr) for step in range(total)]
+    assert moving[::steps] == held[::steps]
+    gaps = [one - other for one, other in zip(held, moving, strict=True)]
+    assert max(gaps) / peak_lr == pytest.approx(0.0078, abs=1e-4)
+    assert sum(gaps) / sum(held) == pytest.approx(0.005, abs=1e-4)
+    assert learning_rate(total, total, 0, peak_lr, held_steps=steps) == 0
+
+
+def test_the_warm_up_moves_at_every_step_also_before_a_held_cosine():
+    rates = [learning_rate(step, 40, 10, 0.5, 0.1, held_steps=10) for step in range(41)]
+    assert rates[:10] == pytest.approx([0.05 * step for step in range(10)])
+    for epoch in range(3):
+        rate = 0.1 + 0.4 * (1 + math.cos(math.pi * epoch / 3)) / 2
+        assert rates[10 + 10 * epoch : 20 + 10 * epoch] == pytest.approx([rate] * 10)
+    assert rates[40] == pytest.approx(0.1)
+
+
 def test_ramps_stay_at_their_end():
     assert cosine_ramp(150, 100) == 0
     assert tau(101, 100, 0.99) == 1 and beta(200, 100, 0.4, "cosine") == 0
