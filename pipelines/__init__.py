@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipelines.loading import Loading as Loading
     from pipelines.loading import open_views as open_views
     from pipelines.order import Order as Order
+    from pipelines.scan import OnBadImage as OnBadImage
     from pipelines.sources import Source as Source
     from pipelines.views import VIEWS as VIEWS
     from pipelines.views import Batch as Batch
@@ -33,6 +34,7 @@ EXPORTS = {
     "layouts": ("open_source",),
     "loading": ("AggressiveOn", "DecodeOn", "Loader", "Loading", "open_views"),
     "order": ("Order",),
+    "scan": ("OnBadImage",),
     "sources": ("Source",),
     "views": ("VIEWS", "Batch", "ViewSpec"),
 }

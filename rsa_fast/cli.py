@@ -5,13 +5,13 @@ Results go to stdout, whose last line is one JSON object. Progress and messages 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pipelines.backends import BACKENDS
+from pipelines.files import json_text
 from pipelines.named import nearest
 from rsa_fast.datasets import DATASETS, own_rules
 from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
@@ -87,6 +88,22 @@ class MethodName(Name):
         return names or [CompletionItem(incomplete, type="file")]
 
 
+class GpuCount(click.IntRange):
+    """A number of GPUs, or `auto` for all of this machine's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value != "auto":
+            return int(super().convert(value, param, ctx))
+        from torch.cuda import device_count
+
+        if visible := device_count():
+            return visible
+        raise ValueError(
+            "--gpus auto: torch finds no GPU; leave it out to train on the CPU, or see "
+            "rsa-fast doctor"
+        )
+
+
 class Command(click.Command):
     """A command whose help shows the options in the sections made by `section`."""
 
@@ -129,7 +146,7 @@ class Group(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            if isinstance(error, ValueError | OSError | FloatingPointError):
+            if isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
                 raise click.ClickException(str(error)) from error
             with NamedTemporaryFile("w", prefix="rsa-fast-", suffix=".txt", delete=False) as file:
                 traceback.print_exc(file=file)
@@ -149,7 +166,9 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         several_ranks = int(os.environ.get("WORLD_SIZE", 1)) > 1
         rank = f"[rank {os.environ.get('RANK')}] " if several_ranks else ""
-        click.echo(f"{rank}{self.format(record)}", err=True)
+        # Of a run whose terminal was closed, the rest is saved all the same.
+        with suppress(OSError):
+            click.echo(f"{rank}{self.format(record)}", err=True)
 
 
 STDERR_HANDLER = StderrHandler()  # one for all invocations, so that no message is printed twice
@@ -200,6 +219,12 @@ BACKEND = click.option(
     type=Name("backend", "auto", *BACKENDS),
     metavar="NAME",
     help=f"Backend that loads the images: auto, {', '.join(BACKENDS)}.",
+)
+KEY = click.option(
+    "--key",
+    metavar="NAME",
+    help="Which network of a file with several, by a part of its keys, such as teacher. Default: "
+    "the one that is trained by gradient.",
 )
 JSON = click.option("--json", "plain", is_flag=True, help="Print only the JSON object, no table.")
 
@@ -266,8 +291,15 @@ def main(debug: bool) -> None:
     click.option(
         "--on-bad-image",
         type=Name("policy", "stop", "skip"),
-        help="What to do with an image that can no longer be read: stop (default) or skip.",
+        help="What to do with an image that cannot be read: stop (default) or skip.",
     ),
+    click.option(
+        "--unlabelled",
+        is_flag=True,
+        default=None,
+        help="Train on all images below DATA as one set without classes.",
+    ),
+    click.option("--no-eval", is_flag=True, help="Train without scores."),
 )
 @section(
     "Run",
@@ -285,7 +317,8 @@ def main(debug: bool) -> None:
         "--resume",
         is_flag=True,
         help="Continue exactly from the newest checkpoint in --out, or start if there is none. "
-        "Without --dataset and --config, the recipe is that of the run.",
+        "Without --dataset and --config, the recipe is that of the run, and without DATA, its "
+        "images. A larger --epochs lengthens the run.",
     ),
     click.option(
         "--force",
@@ -299,6 +332,7 @@ def main(debug: bool) -> None:
         help="Start from the encoder in a file that eval reads. The heads are taken too if the "
         "file is a checkpoint of the same method and shapes. Ignored when a run is resumed.",
     ),
+    KEY,
     click.option(
         "--wandb", is_flag=True, default=None, help="Also send the records to Weights & Biases."
     ),
@@ -307,8 +341,9 @@ def main(debug: bool) -> None:
     "Processes",
     click.option(
         "--gpus",
-        type=click.IntRange(1),
-        help="Number of this machine's GPUs to use, with one process each.",
+        type=GpuCount(1),
+        metavar="N|auto",
+        help="Number of this machine's GPUs to use, with one process each; auto: all of them.",
     ),
     click.option(
         "--nproc", type=click.IntRange(1), help="Train on the CPU with this number of processes."
@@ -342,12 +377,15 @@ def train(
     backend: str | None,
     threads: int | None,
     on_bad_image: str | None,
+    unlabelled: bool | None,
+    no_eval: bool,
     out: Path | None,
     dry_run: bool,
     resume: bool,
     force: bool,
     overwrite: bool,
     init_from: Path | None,
+    key: str | None,
     wandb: bool | None,
     gpus: int | None,
     nproc: int | None,
@@ -366,27 +404,44 @@ def train(
     refuse_both("DATA", folders, "--data", data)
     if force and not resume:
         raise click.UsageError("--force is only valid with --resume")
+    if key and not init_from:
+        raise click.UsageError("--key is only valid with --init-from")
     if overwrite and not out:
         raise click.UsageError("--overwrite wants --out, which says what to replace")
     places = folders or data
+    if resume and out and not places:
+        from rsa_fast.training.run_folder import stored_places
+
+        places = tuple(stored_places(out))
     if not places:
         raise click.UsageError("give the folder with the images: rsa-fast train my_photos")
     if download and len(places) > 1:
         raise click.UsageError("--download wants one folder, which the images go to")
     images: Data = places[0] if len(places) == 1 else places
     from pipelines import layouts
-    from rsa_fast.distributed import STOPPED_EXIT_CODE, launch, launcher_variables
+    from rsa_fast.distributed import (
+        STOPPED_EXIT_CODE,
+        check_gpus,
+        is_launched,
+        launch,
+        launcher_variables,
+    )
 
+    processes = gpus or nproc
+    to_launch = processes and not dry_run and not is_launched(os.environ, processes)
+    if gpus and to_launch:
+        check_gpus(gpus)
     chosen_dataset, chosen_method, _ = chosen_names(dataset, method, config, ablation)
     layout = binary_layout(chosen_dataset, places[0]) if download else ""
     arguments = sys.argv[1:]
     if out is None:
-        if launcher_variables(os.environ):
+        if int(launcher_variables(os.environ).get("WORLD_SIZE", 1)) > 1:
             raise click.UsageError("several processes want --out: they write to one folder")
         out = default_out(name, images, chosen_dataset, chosen_method, resume=resume)
         arguments += ["--out", str(out)]
+    stored = None
     if resume and not (dataset or config) and (out / "recipe.yaml").is_file():
-        config = out / "recipe.yaml"
+        stored = out / "recipe.yaml"
     overrides = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -399,6 +454,8 @@ def train(
         "backend": backend,
         "threads": threads,
         "on_bad_image": on_bad_image,
+        "unlabelled": unlabelled,
+        "evaluate": False if no_eval else None,
         "wandb": wandb,
         "device": "cuda" if gpus else "cpu" if nproc else None,
     }
@@ -410,16 +467,17 @@ def train(
         overrides=overrides,
         ablation=ablation,
         data=images,
+        stored=stored,
     )
     if download:
         layouts.download(places[0], layout)
-    processes = gpus or nproc
     if dry_run:
-        source = layouts.open_source(images, "pretrain", val_fraction=recipe.val_fraction)
-        layouts.log_held_out(source, images)
+        source = recipe.open_source(images, "pretrain")
+        logging.getLogger("rsa_fast").info(layouts.inventory(source))
         print_dry_run(recipe, source.manifest, processes or 1)
         return
-    if processes and "RANK" not in os.environ:
+    if processes and to_launch:
+        recipe.check_batch(processes)
         ctx.exit(launch(processes, max_restarts, arguments))
     from rsa_fast.training import engine
 
@@ -431,13 +489,14 @@ def train(
             resume=resume,
             overwrite=overwrite,
             init_from=init_from,
+            key=key,
             force=force,
         )
     except engine.StoppedError as stopped:
-        click.echo(str(stopped), err=True)
+        logging.getLogger("rsa_fast").warning(str(stopped))
         ctx.exit(STOPPED_EXIT_CODE)
     if result:
-        click.echo(json.dumps(result))
+        click.echo(json_text(result))
 
 
 def default_out(name: str | None, data: Data, dataset: str, method: str, *, resume: bool) -> Path:
@@ -491,7 +550,7 @@ def print_dry_run(recipe: Recipe, manifest: Manifest, processes: int) -> None:
         accumulate=recipe.accumulate,
     )
     click.echo(dump_yaml(recipe))
-    click.echo(json.dumps({"images": images, **asdict(resolve(recipe, images, processes))}))
+    click.echo(json_text({"images": images, **asdict(resolve(recipe, images, processes))}))
 
 
 def recipe_of(
@@ -503,17 +562,22 @@ def recipe_of(
     overrides: Mapping[str, object],
     ablation: str | None = None,
     data: Data | None = None,
+    stored: Path | None = None,
 ) -> Recipe:
     """The recipe of a command line.
 
     It comes from dataset and method, --config, --ablation, --set, and options such as --epochs;
     later ones replace earlier ones. `overrides` maps the names of recipe fields to the values of
     those options, None for an option that is not given. The dataset auto chooses from `data`.
+    `stored` is a run's recipe.yaml, which is read in place of dataset, method and --config.
     """
-    from rsa_fast.recipes import build_recipe, parse_set
+    from rsa_fast.recipes import build_recipe, flatten, parse_set, read_yaml, stored_recipe
 
-    dataset, method, ablation_fields = chosen_names(dataset, method, config, ablation)
-    fields = {"dataset": dataset, "method": method, **ablation_fields, **parse_set(sets)}
+    dataset, method, ablation_fields = chosen_names(dataset, method, config or stored, ablation)
+    fields: dict[str, Any] = {}
+    if stored:
+        fields = dict(flatten(stored_recipe(read_yaml(stored), str(stored)).model_dump()))
+    fields |= {"dataset": dataset, "method": method, **ablation_fields, **parse_set(sets)}
     fields |= {key: value for key, value in overrides.items() if value is not None}
     return build_recipe(dataset, method, config, fields, data=data)
 
@@ -555,7 +619,7 @@ def recipes(name: str | None, data: Path | None) -> None:
     if not name:
         methods = [*METHODS, *installed_methods()]
         click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}")
-        click.echo(json.dumps({"datasets": list(DATASETS), "methods": methods}))
+        click.echo(json_text({"datasets": list(DATASETS), "methods": methods}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -569,7 +633,7 @@ def recipes(name: str | None, data: Path | None) -> None:
         for rule in rules:
             table.add_row(*rule)
         Console().print(table)
-        click.echo(json.dumps({"auto": {field: rule for field, rule, _ in rules}}))
+        click.echo(json_text({"auto": {field: rule for field, rule, _ in rules}}))
         return
     recipe = build_recipe(dataset, method or "rsa", data=data)
     sources = row(dataset, recipe.method, own_row(data) if data else None)
@@ -591,6 +655,7 @@ def recipes(name: str | None, data: Path | None) -> None:
     type=FILE,
     help="A run's checkpoints/step_*.pt, or another project's encoder.",
 )
+@KEY
 @click.option(
     "--data",
     required=True,
@@ -639,6 +704,7 @@ def recipes(name: str | None, data: Path | None) -> None:
 def evaluate(
     protocol: Literal["knn", "linear"],
     checkpoint: Path,
+    key: str | None,
     data: tuple[Path, ...],
     val_fraction: float | None,
     dataset: str | None,
@@ -654,6 +720,7 @@ def evaluate(
     features that are computed once. rsa-small and rsa-large are trained on augmented images: they
     are the paper's protocols for small datasets and for ImageNet.
     """
+    from rsa_fast.distributed import launcher_variables
     from rsa_fast.evaluation.evaluate import evaluate as run
 
     scores = run(
@@ -667,8 +734,10 @@ def evaluate(
         bn=bn,
         nesterov=nesterov,
         val_fraction=val_fraction,
+        key=key,
     )
-    click.echo(json.dumps(scores))
+    if launcher_variables(os.environ).get("RANK", "0") == "0":
+        click.echo(json_text(scores))
 
 
 @main.command()
@@ -678,6 +747,7 @@ def evaluate(
     type=FILE,
     help="A ResNet-50: a run's checkpoints/step_*.pt, or another project's encoder.",
 )
+@KEY
 @click.option(
     "--data",
     required=True,
@@ -723,10 +793,15 @@ def evaluate(
     default="auto",
     help="Precision of the computation.",
 )
-@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint in --out.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue from the newest checkpoint in --out, or start if there is none.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def detect(
     checkpoint: Path,
+    key: str | None,
     data: Path,
     out: Path,
     schedule: str,
@@ -759,8 +834,9 @@ def detect(
         precision=precision,
         resume=resume,
         overwrite=overwrite,
+        key=key,
     )
-    click.echo(json.dumps(result))
+    click.echo(json_text(result))
 
 
 @main.command()
@@ -807,11 +883,12 @@ def preview(
     recipe = recipe_of(
         dataset=dataset, method=None, config=config, sets=sets, overrides=overrides, data=data
     )
-    from pipelines import open_source
+    from pipelines.layouts import inventory
     from rsa_fast.insight.preview import preview as run
 
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
-    click.echo(json.dumps(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
+    source = recipe.open_source(data, "pretrain")
+    logging.getLogger("rsa_fast").info(inventory(source))
+    click.echo(json_text(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
 
 
 @main.command()
@@ -821,6 +898,7 @@ def preview(
     type=FILE,
     help="A run's checkpoints/step_*.pt, or another project's encoder.",
 )
+@KEY
 @click.option(
     "--format",
     required=True,
@@ -838,11 +916,11 @@ def preview(
     is_flag=True,
     help="Replace the file, and a README.md that is not this checkpoint's model card.",
 )
-def export(checkpoint: Path, format: str, out: Path, overwrite: bool) -> None:
+def export(checkpoint: Path, key: str | None, format: str, out: Path, overwrite: bool) -> None:
     """Write an encoder for another library, with a model card."""
     from rsa_fast.evaluation.export import export as run
 
-    click.echo(json.dumps(run(checkpoint, format, out, overwrite)))
+    click.echo(json_text(run(checkpoint, format, out, overwrite, key=key)))
 
 
 @main.command()
@@ -861,7 +939,7 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
     if not plain:
         doctor.show(checks)
     result = doctor.summary(checks)
-    click.echo(json.dumps(result))
+    click.echo(json_text(result))
     ctx.exit(0 if result["ok"] else 1)
 
 
@@ -876,7 +954,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw the curves of one or more runs on a web page."""
     from rsa_fast.insight.report import report as run
 
-    click.echo(json.dumps({"out": str(run(list(runs), out))}))
+    click.echo(json_text({"out": str(run(list(runs), out))}))
 
 
 @main.command()
@@ -978,7 +1056,7 @@ def profile(
     if tune:
         from rsa_fast.insight import tuning
 
-        click.echo(json.dumps(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
+        click.echo(json_text(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
         return
     from pipelines.files import write_text
     from rsa_fast.insight import profiling
@@ -992,7 +1070,7 @@ def profile(
         from rich.console import Console
 
         Console().print(text_table(report))
-    click.echo(json.dumps(report))
+    click.echo(json_text(report))
 
 
 @main.command()
@@ -1059,7 +1137,7 @@ def plan(
         recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=images
     )
     planning.show(prediction)
-    click.echo(json.dumps(prediction))
+    click.echo(json_text(prediction))
 
 
 if __name__ == "__main__":

@@ -23,17 +23,22 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.layouts import Data, open_source
-from pipelines.loading import AggressiveOn, DecodeOn, Loading, OnBadImage
+from pipelines.loading import AggressiveOn, DecodeOn, Loading
 from pipelines.named import absolute, is_file, nearest
+from pipelines.scan import OnBadImage
+from pipelines.sources import Source
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
 from rsa_fast.datasets import DATASETS, Dataset, own_dataset
 from rsa_fast.methods import METHODS, method_class, short_name
-from rsa_fast.sourced import Fields, cite
+from rsa_fast.sourced import Fields, cite, updated
 
 log = logging.getLogger("rsa_fast")
 
+VIEWS_WITHOUT_DEFAULT = {
+    field.name for field in dataclasses.fields(ViewSpec) if field.default is dataclasses.MISSING
+}
 LOADING_FIELDS = tuple(field.name for field in dataclasses.fields(Loading))
 # The fields that a resumed run may change. `on_bad_image` is one of them: a bad image ends the run
 # unless it is skipped, so until then the setting has not changed what the run has seen.
@@ -45,6 +50,7 @@ FREE_FIELDS = (
     "max_skips",
     "keep_last",
     "log_every_steps",
+    "evaluate",
     "knn_every_epochs",
     "checkpoint_every_epochs",
     "wandb",
@@ -71,6 +77,10 @@ class Recipe(BaseModel):
     # Where the data have no val/ or test/, this fraction of the labelled training images, the same
     # of each class, is kept for scores: it is not trained on.
     val_fraction: float = Field(0, ge=0, lt=1)
+    # All images below the folder are training images without labels, and there are no scores.
+    unlabelled: bool = False
+    # Image files are turned upright, as their EXIF tags say. Packed images are read as stored.
+    exif_orientation: bool = False
     # The encoder: a ResNet, timm/NAME, path/to/file.py:function, or own, which is passed in Python.
     # stem, width, zero_init_residual, recompute_stages and compile are for ResNets.
     arch: str
@@ -93,6 +103,9 @@ class Recipe(BaseModel):
     peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
     # The cosine of the learning rate ends here. Its default is that of PAPER 4.1.
     min_lr: float = Field(0, ge=0)
+    # The cosine moves at every step, or at the start of every epoch. The warm-up moves at every
+    # step.
+    lr_per: Literal["step", "epoch"] = "step"
     # Of the optimiser (PAPER 4.1). For AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(ge=0)
@@ -128,11 +141,13 @@ class Recipe(BaseModel):
     # Where the dali backend decodes if the device is a GPU: on the GPU (mixed) or on the host.
     decode_on: DecodeOn = "gpu"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # What happens when an image can no longer be read: stop the run, or skip to the next readable.
+    # What happens to an image that cannot be read: stop; or skip, which leaves it out, or later
+    # replaces it by the next that can be read.
     on_bad_image: OnBadImage = "stop"
 
     # --- Fields that change only what is recorded, and when a run stops
     log_every_steps: int = Field(20, ge=1)
+    evaluate: bool = True  # score the encoder, if the data have a test split
     knn_every_epochs: int = Field(10, ge=0)  # 0: only at the end
     checkpoint_every_epochs: int = Field(1, ge=1)
     keep_last: int = Field(2, ge=1)  # checkpoints that are not deleted
@@ -164,6 +179,21 @@ class Recipe(BaseModel):
     def loading(self) -> Loading:
         """The settings of loading, for `open_views`."""
         return Loading(**{name: getattr(self, name) for name in LOADING_FIELDS})
+
+    def open_source(self, data: Data, split: str, cache: str | Path | None = None) -> Source:
+        """The images of a split of `data`, read as the recipe says (`pipelines.open_source`).
+
+        Bad test images are left out, whatever happens to training images: they are not scored.
+        """
+        return open_source(
+            data,
+            split,
+            cache,
+            self.val_fraction,
+            unlabelled=self.unlabelled,
+            on_bad_image="skip" if split == "test" else self.on_bad_image,
+            exif_orientation=self.exif_orientation,
+        )
 
     @field_validator("method")
     @classmethod
@@ -200,7 +230,7 @@ class Recipe(BaseModel):
             if self.batch_size % groups or self.batch_size // groups < 2:
                 raise ValueError(
                     f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts "
-                    "of 2 or more"
+                    "of 2 or more: use a larger batch or bn=local"
                 )
         return self
 
@@ -247,7 +277,22 @@ class Recipe(BaseModel):
         These are the learning rate, `lr`, and what the method's recipe adds, such as `tau`.
         """
         total, warmup, peak = derived.total_steps, derived.warmup_steps, derived.peak_lr
-        return {"lr": schedules.learning_rate(step, total, warmup, peak, self.min_lr)}
+        held = derived.steps_per_epoch if self.lr_per == "epoch" else 1
+        return {"lr": schedules.learning_rate(step, total, warmup, peak, self.min_lr, held)}
+
+    def check_batch(self, world_size: int) -> None:
+        """Raise ValueError if BatchNorm would get less than 2 images, which have no variance."""
+        parts = 1 if self.bn == "sync" else world_size * self.accumulate
+        if self.bn.startswith("split:") or self.batch_size >= 2 * parts:
+            return  # `split_fits` has checked the other
+        shared = [f"{world_size} ranks"] if world_size > 1 else []
+        shared += [f"accumulate = {self.accumulate}"] if self.accumulate > 1 else []
+        among = f", on {' and '.join(shared)}," if shared else ""
+        sync = ", or bn=sync" if self.accumulate == 1 < self.batch_size else ""
+        raise ValueError(
+            f"batch_size = {self.batch_size}, which is global{among} gives BatchNorm less than 2 "
+            f"images at once: it takes at least {2 * parts}{sync}"
+        )
 
     def check_labels(self, labelled: bool, classes: int) -> None:
         """Raise ValueError if the method cannot train with these labels.
@@ -273,8 +318,9 @@ class Derived:
 def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
     """The derived numbers for `count` training images on `world_size` ranks.
 
-    An incomplete last batch of an epoch is dropped.
+    An incomplete last batch of an epoch is dropped. Raises ValueError as `Recipe.check_batch` does.
     """
+    recipe.check_batch(world_size)
     steps = count // recipe.batch_size
     return Derived(
         steps_per_epoch=steps,
@@ -316,7 +362,7 @@ def row(dataset: str, method: str, own: Dataset | None = None) -> Fields:
     numbers = own or DATASETS[dataset]
     fields = dict(numbers.fields)
     for scale in ("all", *numbers.scales):
-        fields |= method_class(method).rows.get(scale, {})
+        fields = updated(fields, method_class(method).rows.get(scale, {}))
     if "classes" in recipe_type(method).model_fields:
         fields |= cite("the dataset's", classes=numbers.classes)
     if own and "queue_size" in fields:
@@ -348,7 +394,13 @@ def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
     val_fraction = given.get("val_fraction")
     if not (isinstance(val_fraction, int | float) and 0 <= val_fraction < 1):
         val_fraction = DATASETS["auto"].fields["val_fraction"].value
-    manifest = open_source(data, "pretrain", val_fraction=val_fraction).manifest
+    manifest = open_source(
+        data,
+        "pretrain",
+        val_fraction=val_fraction,
+        unlabelled=given.get("unlabelled") is True,
+        on_bad_image="skip",  # the run that follows decides what happens to bad images
+    ).manifest
     row = own_dataset(
         manifest.sizes,
         len(manifest.classes),
@@ -386,6 +438,8 @@ def build_recipe(
     ValueError, which names every value out of range and every unknown key, with the nearest known
     one.
 
+    Where only the size of the views is changed, `eval_resize_px` follows in proportion.
+
     The dataset `auto` chooses its row from the images in `data`; no other dataset reads them.
     `data` is not needed if file and overrides have all fields, as a run's recipe.yaml has.
     """
@@ -394,6 +448,7 @@ def build_recipe(
     own = own_row(data, dict(given)) if dataset == "auto" and data else None
     fields = {name: sourced.value for name, sourced in row(dataset, method, own).items()}
     fields |= {"dataset": dataset, "method": method, "views": dict(fields["views"])}
+    usual_px = fields["views"].get("size_px")
     arch = dict(given).get("arch", fields.get("arch"))
     if not (isinstance(arch, str) and arch in RESNETS):
         # The rows' values of these fields are meant for the rows' ResNets.
@@ -407,7 +462,24 @@ def build_recipe(
     known = recipe_type(method).model_fields.items()
     if not own and dataset == "auto" and any(f.is_required() and k not in fields for k, f in known):
         raise ValueError("auto chooses from the images: name their folder with --data, or data=")
-    return validate(fields)
+    views, resize_px = fields["views"], fields.get("eval_resize_px")
+    size_px = views.get("size_px") if isinstance(views, dict) else None
+    if resize_px and isinstance(size_px, int) and "eval_resize_px" not in dict(given):
+        fields["eval_resize_px"] = (2 * size_px * resize_px + usual_px) // (2 * usual_px)
+        if size_px != usual_px:
+            log.info(
+                f"eval_resize_px is {fields['eval_resize_px']}, in proportion to views.size_px = "
+                f"{size_px} ({resize_px} for {usual_px})"
+            )
+    recipe = validate(fields)
+    resize_px, size_px = recipe.eval_resize_px, recipe.views.size_px
+    if recipe.evaluate and resize_px and resize_px < size_px:
+        raise ValueError(
+            f"eval_resize_px = {resize_px} is less than views.size_px = {size_px}: test images "
+            f"resized to {resize_px} px do not fill the centre crop of {size_px} px; set "
+            f"eval_resize_px={size_px} or more, or leave it out"
+        )
+    return recipe
 
 
 def validate(fields: dict[str, Any]) -> Recipe:
@@ -447,13 +519,55 @@ def checkpoint_recipe(fields: dict[str, Any]) -> Recipe:
     """The recipe in a checkpoint, whose encoder can be used without the method.
 
     A checkpoint may name a file, and reading it must not execute code. Therefore a method that is
-    not part of this package is not loaded: it need not be there. Raises ValueError like `validate`.
+    not part of this package is not loaded: it need not be there. Otherwise like `stored_recipe`.
     """
     method = fields.get("method")
     if not isinstance(method, str) or method in METHODS:
-        return validate(fields)
+        return stored_recipe(fields, "the checkpoint")
     log.info(f"{method} is no method of this package: only its encoder is read, without the method")
-    return parse(fields, ForeignRecipe)
+    return parse(known_fields(fields, ForeignRecipe, "the checkpoint"), ForeignRecipe)
+
+
+def stored_recipe(fields: dict[str, Any], origin: str | None = None) -> Recipe:
+    """The recipe that a run of this or another version stored in a checkpoint or in recipe.yaml.
+
+    A missing field has its default or, where it has none, the value of its row. A field that this
+    version does not know is ignored, and a line says so that begins with `origin`, if that is
+    given. Raises ValueError like `validate`.
+    """
+    method, dataset = fields.get("method"), fields.get("dataset")
+    if not isinstance(method, str):
+        return validate(fields)  # refuses it
+    kind = recipe_type(method)
+    fields = known_fields(fields, kind, origin)
+    if isinstance(dataset, str) and dataset in DATASETS:
+        for name, sourced in row(dataset, method).items():
+            if kind.model_fields[name].is_required():
+                fields.setdefault(name, sourced.value)
+                if name == "views" and isinstance(fields[name], dict):
+                    needed = sourced.value.keys() & VIEWS_WITHOUT_DEFAULT
+                    fields[name] = {key: sourced.value[key] for key in needed} | fields[name]
+    return parse(fields, kind)
+
+
+def known_fields(fields: dict[str, Any], kind: type[Recipe], origin: str | None) -> dict[str, Any]:
+    """The fields of a stored recipe that `kind` has. The others are reported: see `stored_recipe`.
+
+    `ForeignRecipe` keeps those that may be its method's.
+    """
+    known: dict[str, Any] = {key: value for key, value in fields.items() if key != "views"}
+    if kind is not ForeignRecipe:
+        known = {key: value for key, value in known.items() if key in kind.model_fields}
+    if "views" in fields:
+        known["views"] = views = fields["views"]
+        if isinstance(views, dict):
+            names = ViewSpec.__dataclass_fields__
+            known["views"] = {key: value for key, value in views.items() if key in names}
+    unknown = {key: value for key, value in flatten(fields) if key not in dict(flatten(known))}
+    if unknown and origin:
+        listed = ", ".join(f"{key} = {reprlib.repr(value)}" for key, value in unknown.items())
+        log.info(f"{origin} has recipe fields that this version does not know: {listed} (ignored)")
+    return known
 
 
 def parse(fields: dict[str, Any], kind: type[Recipe]) -> Recipe:

@@ -1,11 +1,11 @@
 """Measure the speed of the views and of the training step.
 
-    python -m tools.bench views     # the resident backend and torchvision/PIL, four views at 32 px
-    python -m tools.bench backends  # every backend at 224 px from files, and the limit of decoding
-    python -m tools.bench step      # loop and step, RSA and BYOL, bf16 channels_last and fp32
-    python -m tools.bench training  # the loop on files at 224 px, RSA and BYOL, wait for views
-    python -m tools.bench all       # all of these, each in a process of its own
-    python -m tools.bench learn     # the accuracy of every method at the same small budget
+    python -m tools.bench views                          # resident and torchvision/PIL, 32 px
+    python -m tools.bench backends --data data/imagenet  # every backend and decoding, 224 px
+    python -m tools.bench step                           # RSA and BYOL, bf16 and fp32
+    python -m tools.bench training --data data/imagenet  # the loop on files, waits for views
+    python -m tools.bench all --data data/imagenet       # all of these, each in its own process
+    python -m tools.bench learn --data data/cifar10      # every method's accuracy, small budget
 
 Each command prints a table and, on the last line, one JSON object. The speeds of one run are
 compared as ratios, because ratios differ less between machines than the speeds do. Variants take
@@ -443,7 +443,7 @@ def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
 
 def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
     """The scores of a network before training."""
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    source = recipe.open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
     return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 

@@ -59,7 +59,7 @@ def main(out: Path, data: Path) -> None:
 
 def baselines(recipe: Recipe, data: Path) -> dict[str, dict[str, Any]]:
     """Scores of raw pixels and of the network before training."""
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    source = recipe.open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
     evaluation = Evaluation(data, recipe, run.device, run.dtype)
     chance = 100 / evaluation.classes

@@ -1,6 +1,6 @@
 """Training: the loop over steps, with its records, checkpoints and evaluations.
 
-    result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/a"))
+    result = train(build_recipe("cifar10", "rsa"), data=Path("data/cifar10"), out=Path("runs/b"))
 
 `train` prepares a run and `Loop.run_until` is the loop. What a step does is in `step.train_on`.
 The step number is the only state of the data: the sample order and all augmentations are functions
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +24,47 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines import Loader, Order, Source, open_source, open_views
-from pipelines.files import write_text
-from pipelines.layouts import Data
+from pipelines import Loader, Order, Source, open_views
+from pipelines.files import json_text, write_text
+from pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.distributed import (
-    STOP_SIGNALS,
     Heartbeat,
     barrier,
+    handled_signals,
     max_over_ranks,
     process_group,
     rank,
     restarted,
     world_size,
 )
-from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.evaluation.evaluate import Evaluation, NoLabelsError
 from rsa_fast.evaluation.feature_stats import feature_stats
 from rsa_fast.methods import short_name
 from rsa_fast.networks import check_arch
-from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml, recipe_of_own_encoder, validate
+from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml, recipe_of_own_encoder, stored_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.meter import Meter, warn_of_collapse
-from rsa_fast.training.metrics import Metrics, versions_and_hardware
+from rsa_fast.training.metrics import Metrics, check_wandb, read_metrics, versions_and_hardware
 from rsa_fast.training.run_folder import (
-    check_folder,
+    add_start,
     explain_full_disk,
+    hold_folder,
     launcher_job_id,
     prepare_folder,
     started_by_this_job,
+    this_process,
     try_to_report,
 )
-from rsa_fast.training.start import take_weights
-from rsa_fast.training.step import Run, build_run, train_on
+from rsa_fast.training.start import first_difference, take_weights
+from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, train_on
 
 log = logging.getLogger("rsa_fast")
 
+FEW_IMAGES = 1_000  # as in `auto`: fewer have the shortest budget
 ADAMW_PEAK_LR = 0.01  # chosen: AdamW is rarely trained at a higher one
 
-# How ranks tell each other that a callback asked to stop. The numbers of signals are greater.
+# How ranks tell each other that a callback asked to stop. A signal is its number more than this.
 CALLBACK_STOP = 1
 
 
@@ -76,6 +80,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     init_from: str | Path | None = None,
+    key: str | None = None,
     force: bool = False,
     stop_at_step: int | None = None,
     encoder: nn.Module | None = None,
@@ -91,11 +96,14 @@ def train(
 
     Args:
         resume: Continue from the newest undamaged checkpoint in `out`, bit for bit as if the run
-            had never stopped. If there is no checkpoint yet, start at step 0.
+            had never stopped. If there is no checkpoint yet, start at step 0. A recipe with more
+            epochs lengthens the run. Of a run that is finished the stored result is returned, and
+            nothing is changed.
         overwrite: Delete the run in `out`, but only when the new run is ready to start.
         init_from: A file with an encoder, of this project or another (see `load_encoder`), from
             which the run starts. The heads are taken too if the file is a checkpoint of a run of
             the same method whose networks have the same shapes.
+        key: The network in `init_from` if it has several, such as `teacher` (see `load_encoder`).
         force: Resume although the recipe or the data changed. The differences are logged.
         stop_at_step: Write a checkpoint after this many steps and return.
         encoder: A module with the attribute `feature_dim`, a copy of which is trained instead of
@@ -103,10 +111,12 @@ def train(
         callbacks: What is called after records and epochs, and at the end: see `Callback`.
 
     Raises:
+        BlockingIOError: Another process trains in `out`.
         FileExistsError: `out` is not empty, and neither `resume` nor `overwrite` is given.
         ValueError: The recipe or the data of a resumed run changed.
         FloatingPointError: The loss or a weight is not finite.
         OSError: A checkpoint cannot be written.
+        MemoryError: The GPU's memory does not suffice. The message says what helps.
         ConnectionError: A rank stopped answering.
         StoppedError: A signal stopped the run.
     """
@@ -116,23 +126,39 @@ def train(
     if encoder is not None:
         recipe = recipe_of_own_encoder(recipe)
     check_arch(recipe, encoder)
-    with process_group(recipe.device, recipe.timeout_s) as heartbeat, explain_full_disk(out):
+    if recipe.wandb:
+        check_wandb()
+    with (
+        process_group(recipe.device, recipe.timeout_s) as heartbeat,
+        explain_full_disk(out),
+        explain_out_of_memory(recipe, encoder),
+        ExitStack() as held,
+    ):
+        recipe.check_batch(world_size())
         # ---- The run folder ----------------------------------------------------------------------
-        # Rank 0 refuses an unsuitable folder before any image is read. When torchrun restarts the
-        # ranks, the folder already contains this very run, which is then resumed.
+        # Rank 0 refuses an unsuitable folder before any image is read, and holds the other one for
+        # as long as the run lives. When torchrun restarts the ranks, the folder already contains
+        # this very run, which is then resumed.
         if restarted() and started_by_this_job(out):
             resume, overwrite = True, False
+        if resume and (stored := finished_result(recipe, out)):
+            if rank() == 0:
+                log.info(
+                    f"the run in {out} is finished, after step {stored['step']:,}: nothing is "
+                    "changed, and its result is the stored one (more epochs lengthen it)"
+                )
+            return stored if rank() == 0 else None
         if rank() == 0:
-            check_folder(out, resume, overwrite)
+            held.enter_context(hold_folder(out, resume, overwrite))
         barrier()
 
         # ---- The data and the networks -----------------------------------------------------------
         # The networks start from random parameters, from a checkpoint or from given weights.
-        source = open_source(data, "pretrain", cache=out, val_fraction=recipe.val_fraction)
+        source = recipe.open_source(data, "pretrain", cache=out)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
         run = build_run(recipe, len(source.manifest), encoder)
         fingerprint = source.manifest.fingerprint
-        load_start(run, out, fingerprint, resume=resume, init_from=init_from, force=force)
+        load_start(run, out, fingerprint, resume=resume, init_from=init_from, key=key, force=force)
         evaluation = open_evaluation(data, recipe, run, out)
         if rank() == 0:
             announce(run, source, evaluation, out, init_from)
@@ -145,6 +171,7 @@ def train(
             source,
             evaluation,
             out,
+            places=[str(place.absolute()) for place in places_of(data)],
             heartbeat=heartbeat,
             resume=resume,
             overwrite=overwrite,
@@ -160,6 +187,7 @@ def run_loop(
     evaluation: Evaluation | None,
     out: Path,
     *,
+    places: list[str],
     heartbeat: Heartbeat,
     resume: bool,
     overwrite: bool,
@@ -167,6 +195,8 @@ def run_loop(
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Open what the loop reads and writes, and train up to step `end`. Returns the result.
+
+    `places` are the absolute paths of the data, which `env.json` records.
 
     Raises StoppedError if a signal stopped the run before its last step.
     """
@@ -195,8 +225,8 @@ def run_loop(
         barrier()
         if rank() == 0:
             prepare_folder(out, resume, overwrite)
-            environment = versions_and_hardware() | {"job": launcher_job_id()}
-            write_text(out / "env.json", json.dumps(environment, indent=1))
+            start = {"job": launcher_job_id(), "data": places, "step": run.step}
+            add_start(out, this_process() | versions_and_hardware() | start)
             write_text(out / "recipe.yaml", dump_yaml(recipe))
 
         # Leaving this block waits for the checkpoint that is being written.
@@ -211,6 +241,7 @@ def run_loop(
                 evaluation=evaluation,
                 writer=writer,
                 out=out,
+                places=places,
                 fingerprint=source.manifest.fingerprint,
                 signals_received=signals_received,
                 heartbeat=heartbeat,
@@ -236,6 +267,7 @@ class Loop:
     evaluation: Evaluation | None  # None if the data cannot be evaluated
     writer: checkpoint.Writer | None  # None on all ranks but rank 0
     out: Path
+    places: list[str]  # the absolute paths of the data
     fingerprint: str  # of the training images
     signals_received: list[signal.Signals]  # filled by `stop_signals`
     heartbeat: Heartbeat
@@ -303,9 +335,14 @@ class Loop:
         """Evaluate the encoder if training is complete, and write and return the result."""
         run, recipe = self.run, self.run.recipe
         complete = run.step == run.derived.total_steps
-        scores = {}
+        if self.writer and not meter.reads:
+            # All steps were trained before this start. The result is that of their records.
+            meter.reads = [record for record in read_metrics(self.out) if "step_ms" in record]
+            if meter.reads:
+                meter.embedding_std = meter.reads[-1]["embedding_std"]
+        scores: dict[str, Any] = {}
         if self.evaluation and complete:
-            scores = self.evaluate(self.evaluation, "knn", "linear-fast")
+            scores = self.final_scores(self.evaluation)
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
         if complete:
             self.ask(callback.on_epoch(run, recipe.epochs, scores) for callback in self.callbacks)
@@ -324,13 +361,34 @@ class Loop:
         if self.writer:
             # The result is written last: once it is there, so is the checkpoint of its step.
             self.writer.wait()
-            write_text(self.out / "result.json", json.dumps(result))
+            write_text(self.out / "result.json", json_text(result))
             # A run stopped by a signal has no time for the report.
             if complete:
                 try_to_report(self.out)
         for callback in self.callbacks:
             callback.on_end(run, result)
         return result
+
+    def final_scores(self, evaluation: Evaluation) -> dict[str, Any]:
+        """The scores of the trained encoder. Empty, with a message, if the evaluation fails."""
+        try:
+            return self.evaluate(evaluation, "knn", "linear-fast")
+        except (RuntimeError, MemoryError, OSError) as error:
+            # The training is complete: its result is written without scores.
+            path = self.out / "checkpoints" / checkpoint.PATTERN.format(self.run.step)
+            places = [word for place in self.places for word in ("--data", place)]
+            words = ["--checkpoint", str(path), *places]
+            commands = [
+                shlex.join(["rsa-fast", "eval", protocol, *words]) for protocol in ("knn", "linear")
+            ]
+            reason = str(error).partition("\n")[0]
+            if rank() == 0:
+                log.error(
+                    f"the run is complete, but its evaluation failed: {reason}\n"
+                    "The result is written without scores. To score the encoder:\n"
+                    + "\n".join(commands)
+                )
+            return {}
 
     def record(self, meter: Meter) -> None:
         """Write the means since the last record; waits for the device.
@@ -402,7 +460,7 @@ class Loop:
                 "checkpoint": last_good,
                 "sample_ids": order.ids(epoch, step_of_epoch).tolist(),
             }
-            write_text(report_path, json.dumps(report))
+            write_text(report_path, json_text(report))
         raise FloatingPointError(
             f"{fault}: lower the learning rate or add warm-up epochs. "
             f"Last good checkpoint: {last_good}; the batch's sample ids: {report_path}"
@@ -420,10 +478,10 @@ class Loop:
             return False
         number = CALLBACK_STOP if self.callback_stops else 0
         if self.signals_received:
-            number = self.signals_received[0]
+            number = CALLBACK_STOP + self.signals_received[0]
         number = max_over_ranks(number)
         if number > CALLBACK_STOP:
-            self.signals_received.append(signal.Signals(number))
+            self.signals_received.append(signal.Signals(number - CALLBACK_STOP))
         elif number and rank() == 0:
             log.info(f"a callback asked to stop: the run ends after step {self.run.step}")
         return bool(number)
@@ -463,7 +521,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     """Yields a list to which every signal that asks to stop is appended.
 
     The current step can thus be completed and saved. A second signal of the same kind takes effect
-    at once.
+    at once, but for SIGHUP, which both the shell and the kernel send when a terminal closes.
     """
     signals_received: list[signal.Signals] = []
 
@@ -475,16 +533,36 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     def receive(number: int, _: Any) -> None:
         signals_received.append(signal.Signals(number))
         log.warning(f"{signals_received[0].name}: finishing the step, then saving")
-        signal.signal(number, previous[number])
+        if number != signal.SIGHUP:
+            signal.signal(number, previous[number])
 
-    previous = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
+    previous = {int(number): signal.getsignal(number) for number in handled_signals()}
+    for number in previous:
         signal.signal(number, receive)
     try:
         yield signals_received
     finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, previous[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def explain_out_of_memory(recipe: Recipe, encoder: nn.Module | None) -> Iterator[None]:
+    """Raise MemoryError where torch is out of device memory, with what the planner advises."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # Imported here, because only this rare case needs it.
+        from rsa_fast.insight.planning import memory_advice
+
+        device = choose_device(recipe.device)
+        gib = None
+        if device.type == "cuda":
+            gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+        dtype = choose_dtype(recipe.precision, device)
+        asked = ". ".join(str(error).split(". ")[:3])  # more is about the allocator
+        advice = memory_advice(recipe, dtype, world_size(), gib, encoder)
+        raise MemoryError(f"{asked}.\n{advice}") from error
 
 
 def open_writer(out: Path, recipe: Recipe) -> AbstractContextManager[checkpoint.Writer | None]:
@@ -494,6 +572,45 @@ def open_writer(out: Path, recipe: Recipe) -> AbstractContextManager[checkpoint.
     return checkpoint.Writer(out / "checkpoints", recipe.keep_last)
 
 
+def finished_result(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """The stored result if the run in `out` has this recipe and has trained all of its epochs.
+
+    Rank 0 reads the folder. Every rank has to call this and gets the same answer.
+    """
+    answer: list[dict[str, Any] | None] = [None]
+    paths = checkpoint.paths_in(out / "checkpoints")
+    # Where a file is missing or damaged, the run goes on from what there is.
+    with suppress(OSError, ValueError, KeyError):
+        if rank() == 0 and paths:
+            result = json.loads((out / "result.json").read_text())
+            complete = {"epoch": recipe.epochs, "step": result["step"]}
+            if any(complete.items() <= record.items() for record in read_metrics(out)):
+                state = checkpoint.load(paths[-1])
+                if state["step"] == result["step"] and not changes(recipe, state["recipe"]):
+                    answer = [result]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def changes(recipe: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between a checkpoint's recipe and that of this run, in this order.
+
+    Those in `FREE_FIELDS` do not count.
+    """
+    now = recipe.model_dump(mode="json")
+    # Another method's fields are left as they are: its file may be one that this run does not load.
+    with suppress(ValueError):
+        if saved["method"] == now["method"]:
+            origin = "the checkpoint" if rank() == 0 else None
+            saved = stored_recipe(saved, origin).model_dump(mode="json")
+    return {
+        key: (saved.get(key), now.get(key))
+        for key in now | saved
+        if key not in FREE_FIELDS and now.get(key) != saved.get(key)
+    }
+
+
 def load_start(
     run: Run,
     out: Path,
@@ -501,6 +618,7 @@ def load_start(
     *,
     resume: bool,
     init_from: Path | None,
+    key: str | None,
     force: bool,
 ) -> None:
     """Load the checkpoint to resume from, or else the weights in `init_from`, if either is there.
@@ -512,7 +630,7 @@ def load_start(
     if resume and checkpoint.paths_in(folder):
         restore(run, checkpoint.load_latest(folder), fingerprint, force)
     elif init_from:
-        taken = take_weights(run.method, run.recipe, init_from)
+        taken = take_weights(run.method, run.recipe, init_from, key)
         if rank() == 0:
             log.info(taken)
     # On a network disk a new file may become visible to some machines later than to others.
@@ -535,6 +653,7 @@ def checkpoint_state(run: Run, fingerprint: str) -> dict[str, Any]:
         "method": run.method.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
+        "dtype": checkpoint.name_of(run.dtype),
         "world_size": world_size(),
     }
 
@@ -543,18 +662,18 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     """Load the content of a checkpoint into a new run.
 
     Raises ValueError with the differences if the recipe or the training images are not the same.
-    With `force` the differences are only logged. Fields in `FREE_FIELDS` may always differ.
+    With `force` the differences are only logged, unless the networks or the optimiser's state have
+    other shapes, which is always a ValueError. The optimiser's settings are those of the run.
+    Fields in `FREE_FIELDS` may always differ, and
+    there may be more epochs; that there are fewer than are trained is always a ValueError.
     """
-    now, saved = run.recipe.model_dump(mode="json"), state["recipe"]
-    # Fields that the checkpoint was written without count as their defaults. Another method's are
-    # left as they are: its file may be one that this run does not load.
-    with suppress(ValueError):
-        if saved["method"] == now["method"]:
-            saved = validate(saved).model_dump(mode="json")
+    fields = changes(run.recipe, state["recipe"])
+    epochs_then, epochs_now = fields.get("epochs", (0, 0))
+    lengthened = isinstance(epochs_then, int) and epochs_now > epochs_then
+    if lengthened:
+        del fields["epochs"]
     differences = [
-        f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        for key in now | saved
-        if key not in FREE_FIELDS and now.get(key) != saved.get(key)
+        f"  {key}: {then!r} in the checkpoint, {now!r} now" for key, (then, now) in fields.items()
     ]
     if state["data"] != fingerprint:
         differences.append(
@@ -562,12 +681,29 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
             "(names, labels, bytes or sizes)"
         )
     rows = "\n".join(differences)
-    if differences and not force:
+    if state["step"] > run.derived.total_steps:
         raise ValueError(
-            f"this is not the run that was started; --force goes on all the same:\n{rows}"
+            f"{state['step']:,} steps are trained, which cannot become the "
+            f"{run.derived.total_steps:,} of {run.recipe.epochs} epochs: choose another --out for "
+            f"a shorter run\n{rows}"
+        )
+    misfit = what_does_not_fit(run, state)
+    if differences and not force:
+        advice = "--force does not help, because" if misfit else "--force goes on all the same"
+        raise ValueError(
+            f"this is not the run that was started; {advice}"
+            f"{f' {misfit}' if misfit else ''}:\n{rows}"
+        )
+    if misfit:
+        sides = [f"{k} {then} in the checkpoint, {now} now" for k, (then, now) in fields.items()]
+        raise ValueError(
+            f"{'; '.join(sides[:3]) or 'the same recipe'}: this run cannot go on, because "
+            f"{misfit}. Set back what changed, or start a new run in another --out"
         )
     if differences and rank() == 0:
         log.warning(f"going on with another run's checkpoint:\n{rows}")
+    if lengthened and rank() == 0:
+        log.info(lengthening(run, state["step"], epochs_then))
     if state["world_size"] != world_size() and rank() == 0:
         log.info(
             f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on: "
@@ -576,18 +712,63 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
         if run.recipe.bn == "local":
             log.warning("bn is local: BatchNorm now normalises parts of another size")
     run.method.load_state_dict(state["method"])
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups_of(run)]
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    for group, own_settings in zip(groups_of(run), settings, strict=True):
+        group.update(own_settings)  # what `force` changed, such as the weight decay
+    changed_type = checkpoint.restore_scaler(run.scaler, state, run.dtype)
+    if changed_type and rank() == 0:
+        log.warning(changed_type)
     run.step = state["step"]
 
 
+def what_does_not_fit(run: Run, state: dict[str, Any]) -> str:
+    """What of a checkpoint cannot be loaded into this run, for a message; empty if all can."""
+    if difference := first_difference(state["method"], run.method.state_dict()):
+        return f"the networks do not fit ({difference})"
+    saved_groups, groups = state["optimizer"]["param_groups"], groups_of(run)
+    # Only the state of AdamW has betas.
+    layouts = [[(len(g["params"]), "betas" in g) for g in part] for part in (saved_groups, groups)]
+    return "" if layouts[0] == layouts[1] else "the optimiser's state does not fit"
+
+
+def groups_of(run: Run) -> list[dict[str, Any]]:
+    """The groups of parameters of the optimiser, with their settings."""
+    return run.optimizer.param_groups
+
+
+def lengthening(run: Run, step: int, epochs: int) -> str:
+    """What it means to lengthen a run of `epochs` epochs, of which `step` steps are done."""
+    before = replace(run.derived, total_steps=run.derived.steps_per_epoch * epochs)
+    rates = [run.recipe.schedule(max(step - 1, 0), before)["lr"], run.schedule(step)["lr"]]
+    change = "rises again" if rates[1] > rates[0] else "goes on"
+    return (
+        f"the run is lengthened from {epochs} to {run.recipe.epochs} epochs: the schedule is now "
+        f"that of {run.recipe.epochs} epochs, so the learning rate {change}, from {rates[0]:.3g} "
+        f"to {rates[1]:.3g}"
+    )
+
+
 def open_evaluation(data: Data, recipe: Recipe, run: Run, out: Path) -> Evaluation | None:
-    """The evaluation during and after training; None, with a warning, if the data allow none."""
+    """The evaluation during and after training; None, with a warning, if the data allow none.
+
+    Raises ValueError if there are test images which cannot be used: the scores that the user
+    expects would be missing at the end.
+    """
+    if not recipe.evaluate:
+        return None
     try:
         return Evaluation(data, recipe, run.device, run.dtype, out)
     except (FileNotFoundError, ValueError) as error:
+        if not isinstance(error, NoLabelsError) and has_test_images(data, recipe):
+            advice = "To train without scores: --no-eval"
+            raise ValueError(f"the test images cannot be used: {error}. {advice}") from error
         log.warning(f"no kNN or linear evaluation in this run: {error}")
         return None
+
+
+def has_test_images(data: Data, recipe: Recipe) -> bool:
+    return not recipe.unlabelled and any(map(has_test_split, places_of(data)))
 
 
 def images_on_each(run: Run) -> str:
@@ -596,39 +777,42 @@ def images_on_each(run: Run) -> str:
     return f"{passes} x {images}" if passes > 1 else str(images)
 
 
+def unused_gpus(run: Run) -> str:
+    """A remark for a run in one process on a machine with several GPUs."""
+    visible = torch.cuda.device_count()
+    if world_size() > 1 or run.device.type == "cpu" or visible == 1:
+        return ""
+    return f"; one of {visible} GPUs is used (--gpus auto uses all)"
+
+
 def announce(
     run: Run, source: Source, evaluation: Evaluation | None, out: Path, init_from: Path | None
 ) -> None:
     """Log what was found, chosen and derived, a line each, before the first step."""
     recipe, derived = run.recipe, run.derived
-    found = ", ".join(map(str.strip, repr(source).removeprefix("pretrain: ").splitlines()))
-    scores = "none: these data allow none"
-    if evaluation:
-        tested = f"{len(evaluation.test.source.manifest):,}"
-        scores = f"on {tested} test images"
-        if source.held_out:
-            share = f"{recipe.val_fraction:.0%} of each class"
-            scores = f"on {tested} held-out images, {share}: no val/ or test/ found"
     why = " (rsa-fast recipes auto shows why)" if recipe.dataset == "auto" else ""
     start = f"from the weights in {init_from}" if init_from else "from scratch"
+    if not init_from and (count := len(source.manifest)) < FEW_IMAGES:
+        start += f"; {count:,} images are few: --init-from starts from trained weights"
     numbers = {
         **asdict(derived),
         "batch_per_gpu": images_on_each(run),
         "parameters": sum(p.numel() for p in run.method.parameters() if p.requires_grad),
     }
     lines = {
-        "images": found,
-        "scores": scores,
+        "images": inventory(source, evaluation.test.source if evaluation else None),
+        "scores": "" if evaluation else "none",
         "recipe": f"{recipe.dataset}: {recipe.arch}, {recipe.views.size_px} px, "
         f"batch {recipe.batch_size}, {recipe.epochs} epochs = {derived.total_steps:,} steps{why}",
         "numbers": "  ".join(f"{key} {value}" for key, value in numbers.items()),
         "start": f"at step {run.step:,} of the run in {out}" if run.step else start,
-        "device": f"{run.device}, {str(run.dtype).removeprefix('torch.')}",
+        "device": f"{run.device}, {str(run.dtype).removeprefix('torch.')}{unused_gpus(run)}",
         "out": str(out),
     }
     log.info(f"{short_name(recipe.method)} on {recipe.data_name}")
     for title, text in lines.items():
-        log.info(f"  {title:9} {text}")
+        if text:
+            log.info(f"  {title:9} {text}")
     if run.derived.warmup_steps >= run.derived.total_steps:
         epochs = run.recipe.warmup_epochs
         log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")

@@ -35,7 +35,7 @@ from pipelines.beton import BetonWriter
 from pipelines.loading import Job, Loader, Loading
 from pipelines.packed import ENTRY
 from pipelines.transfer import Transfer
-from rsa_fast.recipes import build_recipe
+from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
@@ -99,9 +99,10 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
     order = Order(COUNT, PER_RANK * RANKS, 0, 0, RANKS)
     bad = int(order.ids(0, BAD_STEP)[3])
 
-    def open_damaged(*arguments, **options) -> Source:
-        source = open_source(*arguments, **options)
-        damage(source, data, bad)
+    def open_damaged(*arguments, open=Recipe.open_source, **options) -> Source:
+        source = open(*arguments, **options)
+        if "pretrain" in arguments:
+            damage(source, data, bad)
         return source
 
     def open_kept(*arguments, **options) -> Loader:
@@ -127,14 +128,14 @@ def run_case(folder: Path, name: str, loading: dict[str, str]) -> dict[str, obje
     fields = {"batch_size": PER_RANK * RANKS, "device": "cuda", "precision": "fp16", "width": 8}
     fields |= {"on_bad_image": "skip", "arch": "resnet18", "keep_last": 1, **loading}
     recipe = build_recipe("imagenet1k", "rsa", overrides=fields)
-    patched = engine.open_source, engine.open_views, Transfer.on_device, Meter.add
-    engine.open_source, engine.open_views = open_damaged, open_kept
+    patched = Recipe.open_source, engine.open_views, Transfer.on_device, Meter.add
+    Recipe.open_source, engine.open_views = open_damaged, open_kept
     Transfer.on_device, Meter.add = finish, add
     try:
         engine.train(recipe, data, folder / "run", stop_at_step=STEPS)
         engine.train(recipe, data, folder / "run", resume=True, stop_at_step=STEPS + 1)
     finally:
-        engine.open_source, engine.open_views, Transfer.on_device, Meter.add = patched
+        Recipe.open_source, engine.open_views, Transfer.on_device, Meter.add = patched
     first, resumed = loaders
     in_memory = recipe.backend == "resident" and recipe.aggressive_on == "device"
     pixels = [loader.images for loader in loaders] if in_memory else []

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pipelines.files import write_whole
+from pipelines.files import json_text, write_whole
 
 
 def test_the_name_appears_after_the_bytes_are_on_the_disk_and_then_the_folder_is_synced(
@@ -43,3 +46,12 @@ def test_a_write_that_fails_midway_leaves_what_was_there_and_nothing_beside_it(t
     with pytest.raises(type(error)):
         write_whole(path, half)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_null_for_numbers_that_are_not_finite():
+    numbers = {"a": math.nan, "b": [math.inf, (-math.inf, 1.5)], "c": {"d": np.float64("nan")}}
+    expected = {"a": None, "b": [None, [None, 1.5]], "c": {"d": None}}
+    for indent in (None, 1):
+        text = json_text(numbers, indent)
+        assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert json_text({"e": 1, "f": "NaN", "g": True}) == json.dumps({"e": 1, "f": "NaN", "g": True})

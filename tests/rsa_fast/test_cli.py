@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from rsa_fast import distributed
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import METHODS
@@ -94,7 +96,6 @@ def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message
         (("--set", "bata_base=1"), "did you mean 'beta_base'?"),
         (("--backend", "dahli"), "no backend 'dahli'"),
         (("--batch-size", 1000), "do not fill one batch of 1000"),
-        (("--resume",), "no whole checkpoint"),
         (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
         (("--gpus", 2, "--nproc", 2), "--gpus and --nproc exclude each other"),
         (("--force",), "--force is only valid with --resume"),
@@ -144,3 +145,52 @@ def test_the_module_runs_as_the_command():
         [sys.executable, "-m", "rsa_fast", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert "train" in out and "eval" in out
+
+
+def test_more_gpus_than_there_are_are_refused_before_anything_starts(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("nothing may start"))
+    for visible, advice in ((2, "finds 2 GPUs; use at most --gpus 2"), (0, "finds no GPUs")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        result = train(folder, tmp_path / "run", "--gpus", 8)
+        assert result.exit_code == 1 and f"Error: --gpus 8: torch {advice}" in result.stderr
+    result = train(folder, tmp_path / "run", "--gpus", "auto")
+    assert result.exit_code == 1 and "--gpus auto: torch finds no GPU" in result.stderr
+    result = train(folder, tmp_path / "run", "--gpus", "all")
+    assert result.exit_code == 2 and "'all' is not a valid" in result.stderr
+
+
+def test_gpus_auto_starts_a_process_for_each_gpu_also_with_a_rank_that_a_platform_sets(
+    folder, tmp_path, monkeypatch
+):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(distributed, "launch", lambda count, *_: started.append(count) or 0)
+    assert train(folder, tmp_path / "run", "--gpus", "auto").exit_code == 0
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    assert train(folder, tmp_path / "run", "--gpus", 2).exit_code == 0
+    assert started == [4, 2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    result = train(folder, tmp_path / "run", "--gpus", 2)
+    assert result.exit_code == 1 and "one of 2 processes already (WORLD_SIZE=2)" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without a GPU")
+def test_a_recipe_of_a_gpu_is_previewed_and_profiled_on_a_cpu_and_not_trained(folder, tmp_path):
+    train(folder, tmp_path / "run", "--dry-run")
+    recipe = tmp_path / "recipe.yaml"
+    done = train(folder, tmp_path / "run", "--dry-run", "--gpus", 4)
+    recipe.write_text(done.stdout.rpartition("{")[0])
+    assert "device: cuda" in recipe.read_text()
+    named = ("--config", recipe, "--data", folder)
+    sheet = run("preview", *named, "--out", tmp_path / "sheet.png")
+    assert sheet.exit_code == 0, sheet.output
+    short = ("--repeats", 1, "--seconds", 0, "--methods", "rsa", "--json")
+    profiled = run("profile", *named, *short)
+    assert profiled.exit_code == 0, profiled.output
+    assert json.loads(profiled.stdout)["device"] == "cpu"
+    trained = run("train", *named, "--out", tmp_path / "run")
+    assert trained.exit_code == 1 and "device: cuda is wanted" in trained.stderr

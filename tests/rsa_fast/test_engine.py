@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.util import find_spec
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import write_folder
 
 from pipelines.views import VIEWS, Batch
+from rsa_fast.cli import main
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
-from rsa_fast.training.engine import train
+from rsa_fast.training.engine import train, unused_gpus
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, choose_dtype, train_step
 
@@ -127,7 +130,7 @@ def test_a_run_folder_is_complete(folder, tmp_path):
     assert result["knn_top1"] is not None and 0 <= result["linear_top1"] <= 100
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert build_recipe("cifar10", "rsa", tmp_path / "run" / "recipe.yaml") == recipe
-    assert "torch" in json.loads((tmp_path / "run" / "env.json").read_text())["packages"]
+    assert "torch" in json.loads((tmp_path / "run" / "env.json").read_text())[-1]["packages"]
     assert len(checkpoint.paths_in(tmp_path / "run" / "checkpoints")) == 2  # This is keep_last.
 
 
@@ -256,3 +259,54 @@ def test_precisions_are_chosen_by_name():
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert {name: choose_dtype(name, cpu) for name in dtypes} == dtypes
     assert choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of "
+    "which 1.20 GiB is free. Including non-PyTorch memory, this process has 14.57 GiB in use."
+)
+
+
+def test_an_evaluation_that_fails_leaves_a_result_and_the_commands_to_repeat_it(
+    folder, tmp_path, monkeypatch, caplog
+):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    out = tmp_path / "my run"
+    monkeypatch.setattr("rsa_fast.evaluation.evaluate.linear.fast", fail)
+    result = train(tiny(epochs=1, knn_every_epochs=0), folder, out)
+    assert result == json.loads((out / "result.json").read_text())
+    assert result["step"] > 0 and result["knn_top1"] is result["linear_top1"] is None
+    assert (out / "report.html").is_file() and "Tried to allocate 2.00 GiB" in caplog.text
+    monkeypatch.undo()
+    commands = [line for line in caplog.text.splitlines() if line.startswith("rsa-fast eval")]
+    for command, score in zip(commands, ("knn_top1", "linear_top1"), strict=True):
+        done = CliRunner().invoke(main, shlex.split(command)[1:])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout.splitlines()[-1])[score] >= 0
+
+
+def test_a_gpu_without_enough_memory_is_an_error_that_says_what_helps(
+    folder, tmp_path, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr("rsa_fast.training.engine.train_on", fail)
+    with pytest.raises(MemoryError) as caught:
+        train(tiny(knn_every_epochs=0), folder, tmp_path)
+    message = str(caught.value)
+    assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB" in message
+    assert "The plan for 8 images a GPU in fp32 is" in message
+    assert "--set recompute_stages=" in message and "--set accumulate=2" in message
+
+
+def test_one_of_several_gpus_is_used_and_said(folder, monkeypatch):
+    run = build_run(tiny(), 40)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert unused_gpus(run) == ""  # on the CPU
+    run.device = torch.device("cuda")
+    assert unused_gpus(run) == "; one of 8 GPUs is used (--gpus auto uses all)"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert unused_gpus(run) == ""

@@ -151,12 +151,11 @@ def test_a_run_needs_nothing_but_the_folder(photos, tmp_path, monkeypatch, caplo
     header = "\n".join(caplog.messages[:9])
     for text in (
         "rsa on my_photos",
-        "32 images in 2 classes, 8 more held out",
-        "44x40 px to 45x40 px",
-        "scores    on 8 held-out images, 20% of each class: no val/ or test/ found",
+        "images    train: 32 images in 2 classes (class_0, ...) from ",
+        "my_photos, 40 to 45 px; held out for scores: 8 (20%), as there is no val/ or test/\n",
         "recipe    auto: resnet18, 32 px, batch 16, 1 epochs = 2 steps",
         "peak_lr 0.00625",
-        "start     from scratch",
+        "start     from scratch; 32 images are few: --init-from starts from trained weights",
         "device    c",
         "out       runs/my_photos-rsa",
         "backend resident:",
@@ -171,7 +170,10 @@ def test_a_run_needs_nothing_but_the_folder(photos, tmp_path, monkeypatch, caplo
     assert json.loads(second.stdout.splitlines()[-1])["out"] == "runs/my_photos-rsa-2"
     caplog.clear()
     with caplog.at_level(logging.INFO, "rsa_fast"):
-        resumed = run("train", photos, "--resume")
+        finished = run("train", photos, "--resume")
+        resumed = run("train", photos, "--resume", "--epochs", 2)
+    assert finished.stdout == second.stdout
+    assert "the run in runs/my_photos-rsa-2 is finished" in caplog.text
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout.splitlines()[-1])["out"] == "runs/my_photos-rsa-2"
     assert "start     at step 2 of the run in runs/my_photos-rsa-2" in caplog.text
@@ -208,7 +210,7 @@ def test_all_processes_get_the_folder_that_was_counted_once(photos, tmp_path, mo
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in (ranks | {"MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert "several processes want --out" in run(*words).output
+    assert "several processes want --out" in run("train", photos).output
 
 
 @pytest.mark.parametrize(

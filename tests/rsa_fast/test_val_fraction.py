@@ -88,7 +88,7 @@ def test_eval_holds_out_the_images_that_the_run_held_out(run, photos, monkeypatc
     result = json.loads((run / "result.json").read_text())
     scores = evaluate(checkpoint_of(run), photos, "knn")
     assert scores["knn_top1"] == result["knn_top1"]
-    assert f"train: 16 images in 2 classes from {photos}; held out for scores: 4 (20%), " in (
+    assert f" (class_0, ...) from {photos}/train, 20 px; held out for scores: 4 (20%), " in (
         caplog.text
     )
     names = ("test", "train")

@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipelines import VIEWS, Order, Source, open_source, open_views
 from pipelines.draws import draw
+from pipelines.machine import cores
 from pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.insight.measure import open_loader
 from rsa_fast.insight.planning import GIB, gpu_row
@@ -33,7 +34,6 @@ from tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,
     check_dali,
-    cores,
     gpu,
     imagenet,
     largest_that_fits,

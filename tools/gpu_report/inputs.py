@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from pipelines import Batch, Source, open_source
-from rsa_fast.insight.planning import photograph
+from pipelines.machine import cores
+from rsa_fast.insight.planning import of_one_rank, photograph
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import Run, choose_device, choose_dtype
 from tools.gpu_report.worker import Settings, SkippedError
@@ -57,11 +57,6 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(SMI, map(str.strip, words), strict=True))
 
 
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def free_memory() -> None:
     """Release the memory that earlier measurements have left in torch's and in DALI's pools."""
     gc.collect()
@@ -81,9 +76,10 @@ def build(settings: Settings, dataset: str, method: str, **fields: Any) -> Recip
 
 
 def imagenet(settings: Settings, method: str, **fields: Any) -> Recipe:
-    """A method's ImageNet-1K recipe with the batch size of one GPU of a node."""
-    batch_size = build_recipe("imagenet1k", method).batch_size // NODE_GPUS
-    return build(settings, "imagenet1k", method, **({"batch_size": batch_size} | fields))
+    """A method's ImageNet-1K recipe with the part of the batch that one GPU of a node has."""
+    part = of_one_rank(build_recipe("imagenet1k", method), NODE_GPUS)
+    share = {"batch_size": part.batch_size, "bn": part.bn}
+    return build(settings, "imagenet1k", method, **(share | fields))
 
 
 def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:

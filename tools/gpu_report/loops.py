@@ -281,7 +281,7 @@ def seconds_per_epoch(recipe: Recipe, data: Path, repeats: int) -> float:
 
     Raises SkippedError when there are no labelled training and test images.
     """
-    source = open_source(data, "pretrain", val_fraction=recipe.val_fraction)
+    source = recipe.open_source(data, "pretrain")
     run = build_run(recipe, len(source.manifest))
     try:
         evaluation = Evaluation(data, recipe, run.device, run.dtype)
