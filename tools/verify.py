@@ -33,7 +33,7 @@ from rich.text import Text
 
 from pipelines.files import write_whole
 from pipelines.folders import counts_of, images_below
-from pipelines.layouts import has_test_split, open_source, packed_place
+from pipelines.layouts import has_test_split, has_train_folder, open_source, packed_place
 from pipelines.machine import cores
 from pipelines.manifest import MAX_PIXELS, Paths
 from pipelines.scan import header_size
@@ -165,8 +165,8 @@ def fix(
 ) -> tuple[list[str], list[str]]:
     """Re-encode truncated, non-RGB and over-large images; move away those that cannot be repaired.
 
-    Returns the paths of the repaired images and of those moved away. All originals are in
-    `data/.rsa-fast/replaced/` afterwards. Raises ValueError, before anything is changed, when a
+    Returns the paths of the repaired images and of those moved away. All originals are kept, where
+    `originals_of` says. Raises ValueError, before anything is changed, when a
     file is outside `data`, behind a linked folder.
     """
     to_fix = (paths for kind, paths in findings.items() if kind != "duplicate")
@@ -181,10 +181,13 @@ def fix(
             f"{outside[0]} is {(data / outside[0]).resolve()}. Run --fix where they lie"
         )
     lost = findings["corrupt"].keys() | findings["empty"].keys()
+    kept = originals_of(data, paths)
+    if paths:
+        note(f"the originals are kept in {kept}")
 
     def fix_chunk(samples: np.ndarray) -> list[bool]:
         return [
-            replace(data, paths[sample], paths[sample] not in lost, max_pixels)
+            replace(data, paths[sample], kept, paths[sample] not in lost, max_pixels)
             for sample in samples
         ]
 
@@ -193,18 +196,30 @@ def fix(
     return repaired, sorted(set(paths) - set(repaired))
 
 
-def replace(data: Path, path: str, repairable: bool, max_pixels: int) -> bool:
-    """Replace an image by a repaired one, or move it away if that fails; the original is kept.
+def originals_of(data: Path, paths: list[str]) -> Path:
+    """Where the originals of the images `paths` are kept.
 
-    Returns whether the image was repaired.
+    It is beside a folder of class folders, because torchvision's ImageFolder would take a folder in
+    it for a class, and otherwise inside.
     """
-    image, original = data / path, data / ORIGINALS / path
+    if any("/" in path for path in paths) and not has_train_folder(data):
+        whole = data.resolve()
+        return whole.with_name(f"{whole.name}.replaced")
+    return data / ORIGINALS
+
+
+def replace(data: Path, path: str, kept: Path, repairable: bool, max_pixels: int) -> bool:
+    """Replace an image by a repaired one, or move it away if that fails.
+
+    The original is kept below the folder `kept`. Returns whether the image was repaired.
+    """
+    image, original = data / path, kept / path
     original.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     # An earlier --fix may have kept an original of this name.
     while original.exists() or original.is_symlink():
         number += 1
-        original = data / ORIGINALS / f"{path}.{number}"
+        original = kept / f"{path}.{number}"
     content = repaired_content(image, max_pixels) if repairable else None
     if content is None:
         shutil.move(image, original)
@@ -297,7 +312,8 @@ def main(
 
     --fix encodes non-RGB images, over-large images and the decodable part of truncated images
     again, under the same names. It moves corrupt and empty files away. The originals are kept in
-    PATH/.rsa-fast/replaced/. The exit code is then 0, as nothing bad is left.
+    PATH/.rsa-fast/replaced/, or in PATH.replaced/ if PATH contains class folders. The exit code is
+    then 0, as nothing bad is left.
     """
     try:
         ignored: Counter[str] = Counter()

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import natural_image, write_folder
 from PIL import ExifTags, Image
+from torchvision.datasets import ImageFolder
 
 from pipelines.layouts import open_source
 from pipelines.manifest import array_manifest
@@ -220,6 +221,18 @@ def test_a_second_fix_does_not_overwrite_what_the_first_one_kept(tmp_path):
     assert (first == np.asarray(Image.fromarray(natural_image(0, 20, 20)).convert("L"))).all() and (
         first != second
     ).any()
+
+
+def test_the_originals_of_class_folders_are_kept_beside_them(tmp_path):
+    data = tmp_path / "photos"
+    for number, name in enumerate(("a/1.png", "b/2.png", "b/3.png")):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(natural_image(number, 20, 20)).save(data / name)
+    (data / "b" / "3.png").write_bytes(b"")
+    assert run(data, "--fix")[1]["moved_away"] == 1
+    assert (tmp_path / "photos.replaced" / "b" / "3.png").is_file()
+    assert [Path(path).name for path, _ in ImageFolder(data).samples] == ["1.png", "2.png"]
+    assert run(data)[1]["images"] == 2
 
 
 def test_notes_alone_are_not_bad_and_a_flat_folder_is_read(tmp_path):
