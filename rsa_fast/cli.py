@@ -146,7 +146,7 @@ class Group(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            if isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+            if isinstance(error, ValueError | OSError | FloatingPointError):
                 raise click.ClickException(str(error)) from error
             with NamedTemporaryFile("w", prefix="rsa-fast-", suffix=".txt", delete=False) as file:
                 traceback.print_exc(file=file)

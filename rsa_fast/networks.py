@@ -132,15 +132,17 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
 
 
 class StridedPointwise(nn.Conv2d):
-    """A 1x1 convolution with a stride, computed as one without on the pixels that it reads.
+    """A 1x1 convolution with a stride; on a CPU, one without a stride on the pixels that it reads.
 
-    On a CPU, the backward pass of oneDNN's strided one writes past its buffer if the images are
+    The backward pass of oneDNN's strided one writes past its buffer if the images are
     channels_last and have fewer channels than a vector register has numbers: 8 with AVX2, 16 with
     AVX-512 (github.com/uxlfoundation/oneDNN, issue 6035). On a CPU with AVX2, ResNet-18 of width 1
     to 7 hung, died or got gradients that were ten times too large. AVX-512 was not measured.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
         rows, columns = self.stride
         return F.conv2d(input[..., ::rows, ::columns], self.weight, self.bias)
 

@@ -172,9 +172,9 @@ def load(path: Path) -> dict[str, Any]:
     return fields
 
 
-def check_finite(weights: dict[str, Any]) -> None:
-    """Raise ValueError, which names the first one, if weights are NaN or infinite."""
-    for key, value in weights.items():
+def check_finite(weights: Any) -> None:
+    """Raise ValueError, which names the first one, if weights in a dictionary are not finite."""
+    for key, value in weights.items() if isinstance(weights, dict) else ():
         if isinstance(value, Tensor) and not value.isfinite().all():
             raise ValueError(
                 f"{key} has values that are NaN or infinite: take a checkpoint from before its "

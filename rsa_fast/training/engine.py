@@ -116,7 +116,7 @@ def train(
         ValueError: The recipe or the data of a resumed run changed.
         FloatingPointError: The loss or a weight is not finite.
         OSError: A checkpoint cannot be written.
-        MemoryError: The GPU's memory does not suffice. The message says what helps.
+        GpuMemoryError: The GPU's memory does not suffice. The message says what helps.
         ConnectionError: A rank stopped answering.
         StoppedError: A signal stopped the run.
     """
@@ -546,9 +546,16 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
+class GpuMemoryError(MemoryError, ValueError):
+    """The GPU's memory does not suffice; the message says what helps.
+
+    As a ValueError it is an expected one, whose traceback helps nobody.
+    """
+
+
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, encoder: nn.Module | None) -> Iterator[None]:
-    """Raise MemoryError where torch is out of device memory, with what the planner advises."""
+    """Raise GpuMemoryError where torch is out of device memory, with what the planner advises."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -562,7 +569,7 @@ def explain_out_of_memory(recipe: Recipe, encoder: nn.Module | None) -> Iterator
         dtype = choose_dtype(recipe.precision, device)
         asked = ". ".join(str(error).split(". ")[:3])  # more is about the allocator
         advice = memory_advice(recipe, dtype, world_size(), gib, encoder)
-        raise MemoryError(f"{asked}.\n{advice}") from error
+        raise GpuMemoryError(f"{asked}.\n{advice}") from error
 
 
 def open_writer(out: Path, recipe: Recipe) -> AbstractContextManager[checkpoint.Writer | None]:

@@ -36,7 +36,7 @@ from pipelines.loading import Job, Loader, Loading
 from pipelines.packed import ENTRY
 from pipelines.transfer import Transfer
 from rsa_fast.recipes import Recipe, build_recipe
-from rsa_fast.training import engine
+from rsa_fast.training import checkpoint, engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
 
@@ -181,7 +181,8 @@ def resident_gap(pixels: torch.Tensor, data: Path, bad: int) -> float:
 
 def training(folder: Path) -> dict[str, dict[str, object]]:
     as_rank_0_of_8()
-    engine.Loop.stop_at_fault = lambda *_: None  # Values are garbage here.
+    # Values are garbage here.
+    engine.Loop.stop_at_fault = checkpoint.check_finite = lambda *_: None
     Screen.write = lambda *_: None  # Times mean nothing here.
     if dali:
         dali.install()

@@ -99,6 +99,8 @@ def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message
         (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
         (("--gpus", 2, "--nproc", 2), "--gpus and --nproc exclude each other"),
         (("--force",), "--force is only valid with --resume"),
+        (("--key", "teacher"), "--key is only valid with --init-from"),
+        (("--nproc", 2, "--batch-size", 2), "gives BatchNorm less than 2 images at once"),
         (("--arch", "timm/nosuch", "--set", "width=64", "--dry-run"), "no model 'nosuch'"),
         (("--method", "boyl"), "did you mean 'byol'?"),
         (("--data", "/nowhere"), "no folder /nowhere"),

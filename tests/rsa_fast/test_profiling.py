@@ -48,7 +48,7 @@ OWN = {
     "moco": {"out_dim": 8, "queue_size": 16, "bn": "local"},
     "supervised": {"classes": 2},
 }
-OWN["ressl"] = {**HEADS, "queue_size": 16}
+OWN["ressl"] = {**HEADS, "queue_size": 16, "bn": "local"}
 
 
 def tiny(method: str, **overrides):

@@ -262,22 +262,22 @@ def test_more_epochs_lengthen_a_run_and_say_what_the_learning_rate_does(
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     caplog.set_level("INFO", "rsa_fast")
-    done = run("train", "--resume", "--out", out, "--epochs", 4, "--data", folder)
-    assert done.exit_code == 0 and json.loads(done.stdout)["step"] == 20, done.output
-    # Cosines: the last of 10 steps, and the eleventh of 20, of a peak of 0.5 * 8 / 256.
+    done = run("train", "--resume", "--out", out, "--epochs", 5, "--data", folder)
+    assert done.exit_code == 0 and json.loads(done.stdout)["step"] == 25, done.output
+    # Cosines: the last of 2 epochs, and the third of 5, of a peak of 0.5 * 8 / 256.
     peak = 0.5 * 8 / 256
-    last, following = (0.5 * peak * (1 + math.cos(math.pi * x)) for x in (0.9, 0.5))
+    last, following = (0.5 * peak * (1 + math.cos(math.pi * x)) for x in (1 / 2, 2 / 5))
     sentence = (
-        "the run is lengthened from 2 to 4 epochs: the schedule is now that of 4 epochs, so the "
+        "the run is lengthened from 2 to 5 epochs: the schedule is now that of 5 epochs, so the "
         f"learning rate rises again, from {last:.3g} to {following:.3g}"
     )
     assert caplog.text.count(sentence) == 1, caplog.text
-    assert build_recipe("cifar10", "rsa", out / "recipe.yaml").epochs == 4
-    assert checkpoint.load_latest(out / "checkpoints")["recipe"]["epochs"] == 4
+    assert build_recipe("cifar10", "rsa", out / "recipe.yaml").epochs == 5
+    assert checkpoint.load_latest(out / "checkpoints")["recipe"]["epochs"] == 5
     # It is finished again. Another field is still refused, together with more epochs too.
-    assert json.loads(run("train", "--resume", "--out", out).stdout)["step"] == 20
+    assert json.loads(run("train", "--resume", "--out", out).stdout)["step"] == 25
     with pytest.raises(ValueError, match=r"--force goes on all the same:\n  tau_base: 0\.99 in"):
-        train(tiny(epochs=5, tau_base=0.9), folder, out, resume=True)
+        train(tiny(epochs=6, tau_base=0.9), folder, out, resume=True)
 
 
 # ---- Starts that fail
