@@ -440,9 +440,7 @@ class Evaluation:
             order,
             device=self.train.device,
             dtype=self.train.dtype,
-            loading=Loading(
-                threads=self.train.threads, on_bad_image=self.recipe.on_bad_image
-            ),
+            loading=Loading(threads=self.train.threads, on_bad_image=self.recipe.on_bad_image),
         ) as loader:
 
             def batches(epoch: int) -> Iterator[LabelledFeatures]:
