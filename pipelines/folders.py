@@ -42,11 +42,11 @@ FILLERS = ("images", "image", "imgs", "img", "set", "data", "split")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found"}
 OURS = "written by this program"  # in the counts of what was left out
 FOREIGN = {  # what the images may be in, by suffix
-    ".parquet": "parquet files, as of Hugging Face: save their images to class folders",
-    ".arrow": "arrow files, as of Hugging Face: save their images to class folders",
+    ".parquet": "parquet files, such as Hugging Face's: save their images to class folders",
+    ".arrow": "arrow files, such as Hugging Face's: save their images to class folders",
     ".tfrecord": "TFRecord files: save their images to class folders",
     ".mdb": "an LMDB database: save its images to class folders",
-    ".bin": "binary files; of CIFAR, the Python version is read: use --download",
+    ".bin": "binary files. For CIFAR the Python version is read: use --download",
     ".npz": "NumPy arrays: save their images to class folders",
     ".npy": "NumPy arrays: save their images to class folders",
     ".mat": "MATLAB files: save their images to class folders",
@@ -249,11 +249,23 @@ def labels_of_table(root: Path, data: Path, ignored: Counter[str]) -> Listing | 
 
 
 def read_table(table: Path) -> dict[str, str]:
-    """The class of every image in a table, by the image's name without its suffix."""
-    lines = read_list_text(table).splitlines()
-    rows = (line.replace(",", "\t").split("\t") for line in lines if line.strip())
-    rows = (row for row in rows if row[0] != "ImageId")  # the heading of Kaggle's table
-    return {Path(name).stem: label.split()[0] for name, label, *_ in rows if label.strip()}
+    """The class of every image in a table, by the image's name without its suffix.
+
+    The columns are separated by tabs, by commas or by spaces. The first two are the name and the
+    class. Raises ValueError for a line without a class.
+    """
+    classes: dict[str, str] = {}
+    for number, line in enumerate(read_list_text(table).splitlines(), 1):
+        separator = next((mark for mark in "\t," if mark in line), None)
+        columns = line.strip().split(separator)
+        if not line.strip() or columns[0] == "ImageId":  # the heading of Kaggle's table
+            continue
+        if len(columns) < 2 or not (label := columns[1].split()):
+            raise ValueError(
+                f"{table}, line {number}: found no class. Each line needs an image and its class"
+            )
+        classes[Path(columns[0]).stem] = label[0]
+    return classes
 
 
 def images_below(folder: Path, data: Path, ignored: Counter[str] | None = None) -> list[str]:

@@ -27,6 +27,7 @@ from torch import nn
 from pipelines import Loader, Order, Source, open_views
 from pipelines.files import json_text, write_text
 from pipelines.layouts import Data, has_test_split, inventory, places_of
+from rsa_fast.datasets import OWN_STEPS
 from rsa_fast.distributed import (
     Heartbeat,
     barrier,
@@ -61,7 +62,7 @@ from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, 
 
 log = logging.getLogger("rsa_fast")
 
-FEW_IMAGES = 1_000  # as in `auto`: fewer have the shortest budget
+FEW_IMAGES = OWN_STEPS[0][0]  # up to so many have the shortest budget of `auto`
 ADAMW_PEAK_LR = 0.01  # chosen: AdamW is rarely trained at a higher one
 
 # How ranks tell each other that a callback asked to stop. A signal is its number more than this.
@@ -799,7 +800,7 @@ def announce(
     recipe, derived = run.recipe, run.derived
     why = " (rsa-fast recipes auto shows why)" if recipe.dataset == "auto" else ""
     start = f"from the weights in {init_from}" if init_from else "from scratch"
-    if not init_from and (count := len(source.manifest)) < FEW_IMAGES:
+    if not init_from and (count := len(source.manifest)) <= FEW_IMAGES:
         start += f"; {count:,} images are few: --init-from starts from trained weights"
     numbers = {
         **asdict(derived),

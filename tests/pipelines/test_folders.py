@@ -254,6 +254,17 @@ def test_an_annotation_table_may_have_a_mark_and_blank_lines(tmp_path):
     assert manifest.classes == ("a", "b") and manifest.labels.tolist() == [1, 0]
 
 
+def test_the_columns_of_a_table_may_be_separated_by_spaces_and_each_line_needs_a_class(tmp_path):
+    write_images(tmp_path, "train/a/1.png", "train/b/2.png", "val/images/x.png", "val/images/y.png")
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text("x.png  b 0 0\ny.png a 0 0\n")
+    assert open_source(tmp_path, "test").manifest.labels.tolist() == [1, 0]
+    for line in ("y.png", "y.png\t", "y.png,"):
+        table.write_text(f"x.png\tb\n{line}\n")
+        with pytest.raises(ValueError, match=r"val_annotations\.txt, line 2: found no class"):
+            open_source(tmp_path, "test")
+
+
 def test_the_table_of_kaggle_labels_the_flat_validation_images_of_imagenet(tmp_path):
     names = [f"ILSVRC2012_val_{i:08}.png" for i in range(1, 4)]
     write_images(tmp_path, "train/n01/1.png", "train/n02/2.png", *(f"val/{n}" for n in names))
