@@ -332,7 +332,10 @@ def read_folder(
                 else:
                     images.append(name)
             elif not entry.is_dir():
-                others.append(name)
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    ignored["broken links"] += 1
+                else:
+                    others.append(name)
             elif name.startswith("."):
                 if name == ".rsa-fast":
                     has_cache = True

@@ -197,6 +197,13 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     assert left_out == {"links to a folder above": 3}
 
 
+def test_a_broken_link_to_a_class_folder_is_counted_as_such(tmp_path):
+    write_images(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "c").symlink_to("/nowhere")
+    source = open_source(tmp_path, "train")
+    assert source.manifest.classes == ("a", "b") and source.ignored == {"broken links": 1}
+
+
 def test_all_broken_links_are_named(tmp_path):
     write_images(tmp_path, "a/1.png", "b/2.png")
     for number in range(3):
