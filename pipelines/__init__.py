@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipelines.sources import Source as Source
     from pipelines.views import VIEWS as VIEWS
     from pipelines.views import Batch as Batch
+    from pipelines.views import CropGroup as CropGroup
     from pipelines.views import ViewSpec as ViewSpec
 
 EXPORTS = {
@@ -36,7 +37,7 @@ EXPORTS = {
     "order": ("Order",),
     "scan": ("OnBadImage",),
     "sources": ("Source",),
-    "views": ("VIEWS", "Batch", "ViewSpec"),
+    "views": ("VIEWS", "Batch", "CropGroup", "ViewSpec"),
 }
 MODULE_OF = {name: module for module, names in EXPORTS.items() for name in names}
 __all__ = list(MODULE_OF)

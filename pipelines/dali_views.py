@@ -1,4 +1,4 @@
-"""Views by NVIDIA DALI: one decode per image, and two crops of it by region of interest.
+"""Views by NVIDIA DALI: one decode per image, and K crops of it by region of interest.
 
 This is the default for image files on a GPU. DALI decodes there (`mixed`: the host's threads read
 the Huffman codes, the GPU does the rest), or on the host with `decode_on=cpu`. Its outputs are the
@@ -47,14 +47,14 @@ from pipelines import device_ops
 from pipelines.draws import VIEW_PARAMS, mirrors
 from pipelines.host_ops import finish_views
 from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import Transfer
-from pipelines.views import VIEWS, Batch
+from pipelines.transfer import Transfer, rows_of
+from pipelines.views import Batch, view_name
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 INSTALL = "pip install nvidia-dali-cuda120 (for CUDA 12; nvidia-dali-cuda130 for CUDA 13)"
-# A batch inside DALI: the sample ids `(B,)`, the parameters `(B, 2)` and the bytes of each file.
+# A batch inside DALI: the sample ids `(B,)`, the parameters `(B, K)` and the bytes of each file.
 Encoded = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 # A batch whose files are still being read. Each future returns a sample id and the file's bytes.
 Reading = list[Future[tuple[int, np.ndarray]]]
@@ -80,7 +80,10 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
         prefetch_queue_depth=job.loading.prefetch_batches,
     )
     tallest, widest = (int(px) for px in job.source.manifest.sizes.max(0))
-    size = [job.spec.size_px, job.spec.size_px]
+    interpolations = {
+        "bilinear": DALIInterpType.INTERP_LINEAR,
+        "bicubic": DALIInterpType.INTERP_CUBIC,
+    }
     with pipe:
         image = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
         # EXIF rotation is not applied here: images that are turned come as PNGs of upright pixels.
@@ -102,6 +105,7 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
             image = image.gpu() if device == "gpu" else image
         crops = []
         for crop in job.crops:
+            spec = job.spec.crops[crop]
             start = fn.external_source(name=f"start_{crop}", dtype=DALIDataType.INT32, ndim=1)
             end = fn.external_source(name=f"end_{crop}", dtype=DALIDataType.INT32, ndim=1)
             first = fn.external_source(name=f"from_{crop}", dtype=DALIDataType.FLOAT, ndim=1)
@@ -111,11 +115,11 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
                 fn.resize(
                     window,
                     device=device,
-                    size=size,
+                    size=[spec.size_px, spec.size_px],
                     roi_start=first,
                     roi_end=1.0 - first,
                     roi_relative=True,
-                    interp_type=DALIInterpType.INTERP_LINEAR,
+                    interp_type=interpolations[spec.interpolation],
                     antialias=True,
                 )
             )
@@ -168,7 +172,7 @@ class DaliViews(Loader):
         # The first `schedule_run` runs DALI once for each place of its queue. Here these runs get
         # blank images, and their outputs are thrown away. Every later call then runs one batch.
         blank = np.frombuffer(png(np.zeros((8, 8, 3), np.uint8)), np.uint8)
-        params = np.zeros((batch_size, 2), VIEW_PARAMS)
+        params = np.zeros((batch_size, len(job.spec.crops)), VIEW_PARAMS)
         params["height"] = params["width"] = 8
         for _ in range(job.loading.prefetch_batches):
             self.feed(pipe, [blank] * batch_size, params)
@@ -263,7 +267,7 @@ class DaliViews(Loader):
         return batch
 
     def feed(self, pipe: Pipeline, files: list[np.ndarray], params: np.ndarray) -> None:
-        """Queue one batch of inputs: B files and the windows of `params` `(B, 2)`."""
+        """Queue one batch of inputs: B files and the windows of `params` `(B, K)`."""
         pipe.feed_input("encoded", files)
         for crop in self.job.crops:
             for name, values in regions(params[:, crop]).items():
@@ -301,11 +305,13 @@ class DaliViews(Loader):
             # is enqueued, although the GPU has not executed it yet: `feed_ndarray` also makes the
             # stream on which DALI reuses that memory wait for the copy (CopyToExternalImplGPU in
             # DALI's backend_impl.cc).
-            shape = (len(ids), self.job.spec.size_px, self.job.spec.size_px, 3)
             levels = {}
             for crop, output in crops.items():
+                name = view_name("weak", crop)
+                side = self.job.size_px(name)
+                shape = (len(ids), side, side, 3)
                 level = torch.empty(shape, dtype=torch.uint8, device=self.job.device)
-                levels[VIEWS[crop]] = feed_ndarray(output.as_tensor(), level, cuda_stream=stream)
+                levels[name] = feed_ndarray(output.as_tensor(), level, cuda_stream=stream)
                 device_ops.transpose_(level.permute(0, 3, 1, 2), params[:, crop])
             return levels
 
@@ -321,21 +327,21 @@ class DaliViews(Loader):
         memory = self.transfer.take(len(ids))
         if self.job.loading.aggressive_on == "device":
             for crop, pixels in levels.items():
-                level = memory.views[VIEWS[crop]]  # (B, S, S, 3)
+                level = memory.views[view_name("weak", crop)]  # (B, S, S, 3)
                 level.numpy()[:] = pixels
                 device_ops.transpose_(level.permute(0, 3, 1, 2), params[:, crop])
             return self.transfer.batch(memory, ids, params)
-        views = self.transfer.arrays(memory)
+        weak, aggressive = self.transfer.arrays(memory)
         unread = np.empty((len(ids), 0, 0, 3), np.uint8)
-        first, second = (levels.get(crop, unread) for crop in (0, 1))
+        every = tuple(levels.get(crop, unread) for crop in range(len(weak)))
 
         def work(part: slice) -> None:
             finish_views(
-                first=first[part],
-                second=second[part],
+                crops=rows_of(every, part),
                 params=params[part],
                 table=self.transfer.table,
-                **{name: view[part] for name, view in views.items()},
+                weak=rows_of(weak, part),
+                aggressive=rows_of(aggressive, part),
             )
 
         in_parts(self.pool, self.job.loading.threads, len(ids), work)

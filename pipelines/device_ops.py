@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, mirrors
-from pipelines.views import ViewSpec
+from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, RAND_FILL, RandOp, mirrors
+from pipelines.views import ViewSpec, patch_px
 
 BLUR_PASSES = 3  # PIL's GaussianBlur
 
@@ -29,23 +30,25 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
     """Crop, resize, flip and turn `images` `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)` float32.
 
-    The resize is antialiased like PIL's bilinear one. `params` `(B,)` are rows of
-    `draws.VIEW_PARAMS`.
+    The resize is antialiased like PIL's, bilinear or bicubic as the first of `params` says for all.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
     """
     window = [params[name] for name in ("top", "left", "height", "width")]
     fields = np.stack([*window, *mirrors(params)[:2]]).astype(np.float32)  # (6, B)
     top, left, height, width, flip_x, flip_y = send(fields, images.device)  # (B,) each
     image_h, image_w = images.shape[2:]
     # The weights across are (B, S, W), those down (B, S, H).
-    across = triangle_weights(
-        start=left, length=width, size_in=image_w, size_out=size_px, flip=flip_x
+    bicubic = bool(params["bicubic"][0])
+    across = filter_weights(
+        start=left, length=width, size_in=image_w, size_out=size_px, flip=flip_x, bicubic=bicubic
     )
-    down = triangle_weights(
-        start=top, length=height, size_in=image_h, size_out=size_px, flip=flip_y
+    down = filter_weights(
+        start=top, length=height, size_in=image_h, size_out=size_px, flip=flip_y, bicubic=bicubic
     )
     rows = round_level(images.float().flatten(1, 2).bmm(across.mT))  # (B, 3 H, S)
-    rows = rows.view(-1, 3, image_h, size_px)  # (B, 3, H, S)
-    return transpose_(round_level(down[:, None] @ rows), params)  # (B, 3, S, S)
+    rows = (rows.clamp_(0, 255) if bicubic else rows).view(-1, 3, image_h, size_px)  # (B, 3, H, S)
+    levels = round_level(down[:, None] @ rows)  # (B, 3, S, S)
+    return transpose_(levels.clamp_(0, 255) if bicubic else levels, params)
 
 
 def transpose_(levels: Tensor, params: np.ndarray) -> Tensor:
@@ -60,8 +63,8 @@ def transpose_(levels: Tensor, params: np.ndarray) -> Tensor:
     return levels
 
 
-def triangle_weights(
-    start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor
+def filter_weights(
+    start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor, bicubic: bool
 ) -> Tensor:
     """The weights `(B, size_out, size_in)` that make each output pixel of one axis.
 
@@ -73,14 +76,20 @@ def triangle_weights(
     scale = (length / size_out)[:, None]  # (B, 1)
     centre = (start[:, None] + (out + 0.5) * scale)[..., None]  # (B, size_out, 1)
     pixel = torch.arange(size_in, device=start.device, dtype=torch.float32)  # (size_in,)
-    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)[..., None]).clamp(min=0)
+    distance = (pixel + 0.5 - centre).abs() / scale.clamp(min=1)[..., None]
+    if bicubic:  # the cubic of Keys (1981) with a = -0.5; it can be negative
+        near = (1.5 * distance - 2.5) * distance.square() + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    else:
+        weight = (1 - distance).clamp(min=0)
     inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # (B, size_in)
     weight = weight * inside[:, None]  # (B, size_out, size_in)
     return weight / weight.sum(-1, keepdim=True)
 
 
 def aggressive_stage(levels: Tensor, params: np.ndarray) -> Tensor:
-    """Jitter, grayscale and blur of `levels` `(B, 3, S, S)`, which are not modified.
+    """Jitter, grayscale, blur, solarize and RandAugment of `levels` `(B, 3, S, S)`, in a copy.
 
     The four jitter operations run in each sample's own order: step k applies the k-th operation of
     every sample. Brightness, contrast and saturation are one blend with different weights. Hue runs
@@ -106,6 +115,13 @@ def aggressive_stage(levels: Tensor, params: np.ndarray) -> Tensor:
     if len(blur_rows):
         index, sigma_px = send(blur_rows, device), params["blur_sigma_px"][blur_rows]
         levels.index_copy_(0, index, blur(levels.index_select(0, index), sigma_px))
+    solarize_rows = np.flatnonzero(params["solarize"])  # (n,)
+    if len(solarize_rows):
+        index = send(solarize_rows, device)
+        bright = levels.index_select(0, index)
+        levels.index_copy_(0, index, torch.minimum(bright, 255 - bright))
+    if params["rand_op"].any():
+        rand_augment_(levels, params)
     return levels
 
 
@@ -204,6 +220,21 @@ def box_matrices(sigma_px: np.ndarray, size: int) -> np.ndarray:
     return matrices
 
 
+def patches(weak: Tensor, offsets: np.ndarray) -> Tensor:
+    """The jigsaw's patches `(B, 9, 3, P, P)` of weak views `(B, 3, S, S)`: pure slices of them.
+
+    A view is cut into 3 x 3 cells, which are counted row by row. Each patch lies in its cell at
+    `offsets` `(B, 9, 2)`, (y, x) in pixels.
+    """
+    cell_px = weak.shape[-1] // 3
+    cells = np.stack(np.divmod(np.arange(9), 3), 1) * cell_px  # (9, 2)
+    pixel = np.arange(patch_px(weak.shape[-1]))  # (P,)
+    places = send((cells + offsets)[..., None] + pixel, weak.device)  # (B, 9, 2, P)
+    y, x = places[:, :, 0, :, None], places[:, :, 1, None, :]  # (B, 9, P, 1), (B, 9, 1, P)
+    image = torch.arange(len(weak), device=weak.device)[:, None, None, None]  # (B, 1, 1, 1)
+    return weak[image, :, y, x].permute(0, 1, 4, 2, 3)
+
+
 def round_level(levels: Tensor) -> Tensor:
     """Round to whole levels, in place."""
     return levels.add_(0.5).floor_()
@@ -226,3 +257,130 @@ def normalise(levels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -
         levels.shape, dtype=dtype, device=levels.device, memory_format=torch.channels_last
     )
     return torch.addcmul(bias, levels, scale, out=out)
+
+
+def rand_augment_(levels: Tensor, params: np.ndarray) -> None:
+    """The operations of RandAugment in `params` on `levels` `(B, 3, S, S)`, in place.
+
+    Each step runs the tables, the blends and the affine maps on the samples that have one of them.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
+    """
+    for k in range(2):
+        operation = params["rand_op"][:, k]
+        for first, last, apply in (
+            (RandOp.AUTO_CONTRAST, RandOp.SOLARIZE_ADD, change_levels),
+            (RandOp.COLOR, RandOp.SHARPNESS, enhance),
+            (RandOp.ROTATE, RandOp.TRANSLATE_Y, transform),
+        ):
+            rows = np.flatnonzero((operation >= first) & (operation <= last))  # (n,)
+            if len(rows):
+                index = send(rows, levels.device)
+                levels.index_copy_(0, index, apply(levels.index_select(0, index), params[rows], k))
+
+
+def change_levels(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
+    """ImageOps' tables of `levels` `(n, 3, S, S)`, whose k-th operation they are."""
+    device, pixels = levels.device, levels[0, 0].numel()
+    flat = levels.long().flatten(2)  # (n, 3, S * S)
+    value = send(params["rand_value"][:, k].astype(np.int64), device)[:, None, None]  # (n, 1, 1)
+    level = torch.arange(256, device=device)
+    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)  # (n, 3, 1)
+    # A number divided by a tensor would be rounded twice.
+    scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
+    stretched = (level * scale - low * scale).long()  # (n, 3, 256), as all tables
+    count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=device)
+    count.scatter_add_(2, flat, torch.ones_like(flat))
+    step = (pixels - count.gather(2, high)) // 255  # (n, 3, 1)
+    equalized = (step // 2 + count.cumsum(2) - count) // step.clamp(min=1)
+    step_of_level = 2 ** (8 - value).clamp(0, 8)
+    tables = (
+        torch.where(high > low, stretched, level),
+        torch.where(step > 0, equalized, level),
+        255 - level,
+        level // step_of_level * step_of_level,
+        torch.where(level < value, level, 255 - level),
+        torch.where(level < 128, level + value, level),
+    )
+    chosen = send(params["rand_op"][:, k] - RandOp.AUTO_CONTRAST, device)
+    image = torch.arange(len(flat), device=device)
+    stacked = torch.stack([table.expand_as(stretched) for table in tables])  # (6, n, 3, 256)
+    table = stacked[chosen.long(), image].clamp(0, 255)
+    return table.gather(2, flat).view_as(levels).to(levels.dtype)
+
+
+def enhance(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
+    """ImageEnhance's blends of `levels` `(n, 3, S, S)`, whose k-th operation they are.
+
+    The centre of the blend is the pixel's gray, the mean gray, black or the smoothed image.
+    """
+    operation = params["rand_op"][:, k]
+    blends = np.stack([operation == op for op in (RandOp.COLOR, RandOp.CONTRAST, RandOp.SHARPNESS)])
+    weights = np.stack([*blends, params["rand_value"][:, k]]).astype(np.float32)  # (4, n)
+    weight = send(weights, levels.device)[..., None, None, None]  # (4, n, 1, 1, 1)
+    color, contrast, sharpness, factor = weight.unbind()
+    gray = gray_level(levels)
+    mean = (gray.mean((1, 2, 3), keepdim=True) + 0.5).floor_()
+    smooth = levels.clone()  # ImageFilter.SMOOTH keeps the border
+    inner = levels[..., 1:-1, 1:-1]
+    smooth[..., 1:-1, 1:-1] = round_level((F.avg_pool2d(levels, 3, 1) * 9 + inner * 4) / 13)
+    centre = gray * color + mean * contrast + smooth * sharpness
+    return (levels - centre).mul_(factor).add_(centre).clamp_(0, 255).floor_()
+
+
+def transform(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
+    """PIL's affine maps of `levels` `(n, 3, S, S)`, whose k-th operation they are.
+
+    This computes in float64, as Geometry.c does. In float32, 1% of the levels of a sheared image
+    would differ by one, and single pixels at the image's border would be filled or not.
+    """
+    device, size = levels.device, levels.shape[-1]
+    matrices = affine_matrices(params["rand_op"][:, k], params["rand_value"][:, k], size)
+    a, b, c, d, e, f = send(matrices, device)[..., None, None].unbind()  # (n, 1, 1) each
+    x = torch.arange(size, device=device).double() + 0.5
+    y = x[:, None]
+    across, down = a * x + b * y + c, d * x + e * y + f  # (n, S, S) each, in pixels of the input
+    inside = (across >= 0) & (across < size) & (down >= 0) & (down < size)
+    left, top = (across - 0.5).floor(), (down - 0.5).floor()
+    taps = torch.arange(-1, 3, device=device)[:, None, None, None]
+    columns = (left.long() + taps).clamp(0, size - 1)  # (4, n, S, S)
+    rows = (top.long() + taps).clamp(0, size - 1)
+    bicubic = send(params["rand_bicubic"][:, k] > 0, device)[:, None, None, None]
+    flat = levels.double().flatten(2)  # (n, 3, S * S)
+
+    def pixels(row: Tensor, column: Tensor) -> Tensor:
+        place = (row * size + column).flatten(1)[:, None].expand_as(flat)
+        return flat.gather(2, place).view_as(levels)
+
+    part_x, part_y = (across - 0.5 - left)[:, None], (down - 0.5 - top)[:, None]  # (n, 1, S, S)
+    lines = [
+        interpolate([pixels(row, column) for column in columns], part_x, bicubic) for row in rows
+    ]
+    result = interpolate(lines, part_y, bicubic).clamp_(0, 255).floor_().float()
+    fill = send(np.array(RAND_FILL, np.float32), device)[:, None, None]
+    return torch.where(inside[:, None], result, fill)
+
+
+def affine_matrices(operation: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
+    """The matrices `(6, n)` of Image.transform or rotate, from a place in the output to the input.
+
+    `operation` and `value` are `(n,)`, and an image has `size` by `size` pixels.
+    """
+    value = value.astype(np.float64)
+    turn = np.where(operation == RandOp.ROTATE, -(value % 360) * (np.pi / 180), 0)
+    cos, sin = np.cos(turn).round(15), np.sin(turn).round(15)  # as PIL rounds them
+    shear_x, shear_y, across, down = (
+        value * (operation == op)
+        for op in (RandOp.SHEAR_X, RandOp.SHEAR_Y, RandOp.TRANSLATE_X, RandOp.TRANSLATE_Y)
+    )
+    centre = size / 2
+    c = cos * -centre + sin * -centre + centre + across * size
+    f = -sin * -centre + cos * -centre + centre + down * size
+    return np.stack([cos, sin + shear_x, c, -sin + shear_y, cos, f])
+
+
+def interpolate(values: list[Tensor], part: Tensor, bicubic: Tensor) -> Tensor:
+    """The value at `part` of the way from the second to the third of four equally spaced values."""
+    before, low, high, after = values
+    square = 2 * (before - low) + high - after
+    cubic = low + part * (high - before + part * (square + part * (low - before - high + after)))
+    return torch.where(bicubic, cubic, low + (high - low) * part)

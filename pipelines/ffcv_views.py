@@ -38,7 +38,7 @@ import torch
 from pipelines.beton import image_field, read_fields
 from pipelines.host_ops import jpeg_header, sample_views
 from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import HostViews, Transfer
+from pipelines.transfer import HostViews, Transfer, rows_of
 from pipelines.views import Batch
 
 INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
@@ -76,16 +76,14 @@ def decode_views(
     params: np.ndarray,
     table: np.ndarray,
     failed: np.ndarray,
-    weak_1: np.ndarray,
-    weak_2: np.ndarray,
-    aggressive_1: np.ndarray,
-    aggressive_2: np.ndarray,
+    weak: tuple[np.ndarray, ...],
+    aggressive: tuple[np.ndarray, ...],
 ) -> None:
     """Decode the images `ids` `(B,)` and write their views, as `sample_views` does.
 
-    `metadata` is FFCV's record for every image of the file. `params` are `(B, 2)`, `table`
-    `(3, 256)`, and the outputs `(B, S, S, 3)`, or empty where a view is not read. `failed` `(B,)`
-    is True for the images to leave out, and is set for those that could not be decoded.
+    `metadata` is FFCV's record for every image of the file. `params` are `(B, K)`, and `table` and
+    the outputs as in `sample_views`. `failed` `(B,)` is True for the images to leave out, and is
+    set for those that could not be decoded.
     """
     data, starts, sizes = storage
     for i in range(len(ids)):
@@ -111,9 +109,7 @@ def decode_views(
         else:
             failed[i] = True
         if not failed[i]:
-            sample_views(
-                image, params[i], table, weak_1[i], weak_2[i], aggressive_1[i], aggressive_2[i]
-            )
+            sample_views(image, params[i], table, weak, aggressive, i)
 
 
 class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
@@ -195,7 +191,7 @@ class FfcvViews(Loader):
         """
         try:
             params, memory = self.job.params(self.epoch, ids), self.transfer.take(len(ids))
-            views = self.transfer.arrays(memory)
+            weak, aggressive = self.transfer.arrays(memory)
             table = self.transfer.table
             # If the file was truncated since it was opened, reading one of its missing pages would
             # kill the process. All images of the batch are then left to PIL, which finds those that
@@ -213,14 +209,15 @@ class FfcvViews(Loader):
                     params=params[part],
                     table=table,
                     failed=failed[part],
-                    **{name: view[part] for name, view in views.items()},
+                    weak=rows_of(weak, part),
+                    aggressive=rows_of(aggressive, part),
                 )
 
             in_parts(self.pool, self.job.loading.threads, len(ids), work)
-            for i in np.flatnonzero(failed):
+            for i in np.flatnonzero(failed).tolist():
                 ids[i], image = self.readable(int(ids[i]), self.job.read)
                 params[i] = self.job.params(self.epoch, ids[i : i + 1])[0]
-                sample_views(image, params[i], table, *(view[i] for view in views.values()))
+                sample_views(image, params[i], table, weak, aggressive, i)
             return memory, ids, params
         except Exception as error:
             return error

@@ -3,7 +3,8 @@
 Each kernel does the integer and float arithmetic of a PIL operation, in the same order. A view
 therefore equals the one that torchvision makes from a PIL image with the same parameters. The
 operations are crop and resize (Resample.c), the four jitter operations (Blend.c, Convert.c),
-grayscale, and PIL's Gaussian blur, which is three box blurs along each axis (BoxBlur.c). Flips and
+grayscale, and PIL's Gaussian blur, which is three box blurs along each axis (BoxBlur.c). Those of
+RandAugment are ImageOps' tables, ImageEnhance's blends and affine maps (Geometry.c). Flips and
 quarter turns only move pixels.
 
 Images are `(H, W, 3)` uint8. Between the operations, a view is three planes `(3, S, S)` uint8, in a
@@ -18,7 +19,7 @@ import math
 import numpy as np
 from numba import njit
 
-from pipelines.draws import BRIGHTNESS, CONTRAST, SATURATION
+from pipelines.draws import BRIGHTNESS, CONTRAST, RAND_FILL, SATURATION, RandOp
 
 log = logging.getLogger("rsa_fast")
 
@@ -54,32 +55,40 @@ def sample_views(
     image: np.ndarray,
     params: np.ndarray,
     table: np.ndarray,
-    weak_1: np.ndarray,
-    weak_2: np.ndarray,
-    aggressive_1: np.ndarray,
-    aggressive_2: np.ndarray,
+    weak: tuple[np.ndarray, ...],
+    aggressive: tuple[np.ndarray, ...],
+    b: int,
 ) -> None:
-    """All views of one decoded image `(H, W, 3)` uint8.
+    """All views of one decoded image `(H, W, 3)` uint8, which is the image `b` of a batch.
 
-    `params` are `(2,)` of `draws.VIEW_PARAMS`. `table` `(3, 256)` maps the 8-bit levels of each
-    channel to normalised values. Each output is `(S, S, 3)` of the table's dtype, or empty when the
-    view is not read.
+    `params` are `(K,)` of `draws.VIEW_PARAMS`. `table` `(3, 256)` maps the 8-bit levels of each
+    channel to normalised values. `weak` and `aggressive` are the outputs of the K crops: each is
+    `(B, S, S, 3)` of the table's dtype, or `(B, 0, 0, 3)` when the view is not read. S may differ
+    from crop to crop. Numba compiles this once for every K.
     """
-    size = max(
-        max(weak_1.shape[0], weak_2.shape[0]), max(aggressive_1.shape[0], aggressive_2.shape[0])
-    )
-    planes = np.empty((3, size, size), np.uint8)
-    for crop in range(2):
-        weak, aggressive = (weak_1, aggressive_1) if crop == 0 else (weak_2, aggressive_2)
-        if weak.shape[0] == 0 and aggressive.shape[0] == 0:
-            continue
-        p = params[crop]
-        weak_stage(image, p, planes)
-        if weak.shape[0] > 0:
-            normalise(planes, table, weak)
-        if aggressive.shape[0] > 0:
-            aggressive_stage(planes, p)
-            normalise(planes, table, aggressive)
+    planes = np.empty((3, 0, 0), np.uint8)
+    for crop in range(len(weak)):
+        size = max(weak[crop].shape[1], aggressive[crop].shape[1])
+        if size > 0:
+            if size != planes.shape[1]:
+                planes = np.empty((3, size, size), np.uint8)
+            weak_stage(image, params[crop], planes)
+            finish_crop(planes, params[crop], table, weak[crop][b], aggressive[crop][b])
+
+
+@kernel
+def finish_crop(
+    planes: np.ndarray, p: np.void, table: np.ndarray, weak: np.ndarray, aggressive: np.ndarray
+) -> None:
+    """The views of a crop whose weak stage is done: `planes` `(3, S, S)` uint8, which is changed.
+
+    The outputs are `(S, S, 3)`, or empty when the view is not read.
+    """
+    if weak.shape[0] > 0:
+        normalise(planes, table, weak)
+    if aggressive.shape[0] > 0:
+        aggressive_stage(planes, p)
+        normalise(planes, table, aggressive)
 
 
 @kernel
@@ -90,23 +99,19 @@ def batch_views(
     ids: np.ndarray,
     params: np.ndarray,
     table: np.ndarray,
-    weak_1: np.ndarray,
-    weak_2: np.ndarray,
-    aggressive_1: np.ndarray,
-    aggressive_2: np.ndarray,
+    weak: tuple[np.ndarray, ...],
+    aggressive: tuple[np.ndarray, ...],
 ) -> None:
     """`sample_views` for a batch of images of a dataset that is one flat array `pixels` uint8.
 
     Image `i` starts at `offsets[i]` and has height and width `sizes[i]`. `offsets` is `(N,)`,
-    `sizes` `(N, 2)`, `ids` `(B,)` and `params` `(B, 2)`. Each output is `(B, S, S, 3)` or empty.
+    `sizes` `(N, 2)`, `ids` `(B,)` and `params` `(B, K)`.
     """
     for b in range(len(ids)):
         height, width = sizes[ids[b]]
         first = offsets[ids[b]]
         image = pixels[first : first + height * width * 3].reshape(height, width, 3)
-        sample_views(
-            image, params[b], table, weak_1[b], weak_2[b], aggressive_1[b], aggressive_2[b]
-        )
+        sample_views(image, params[b], table, weak, aggressive, b)
 
 
 @kernel
@@ -140,7 +145,7 @@ def jpeg_header(data: np.ndarray) -> tuple[int, int, bool]:
 
 @kernel
 def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
-    """Jitter, grayscale and blur of `planes` `(3, S, S)` uint8, in place.
+    """Jitter, grayscale, blur, solarize and RandAugment of `planes` `(3, S, S)` uint8, in place.
 
     `p` is one row of `draws.VIEW_PARAMS`.
     """
@@ -159,6 +164,11 @@ def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
         blend_gray(planes, np.float32(0))
     if p["blur_sigma_px"] > 0:
         blur(planes, p["blur_sigma_px"])
+    if p["solarize"]:
+        flat = planes.reshape(-1)
+        for i in range(flat.size):
+            flat[i] = min(flat[i], 255 - flat[i])
+    rand_augment(planes, p)
 
 
 @kernel
@@ -172,15 +182,16 @@ def normalise(planes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
-def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """PIL's antialiased bilinear filter in fixed point.
+def filter_taps(size_in: int, size_out: int, bicubic: bool) -> tuple[np.ndarray, np.ndarray]:
+    """PIL's antialiased bilinear or bicubic filter in fixed point.
 
     Returns each output's first tap `(size_out,)` and the weights `(taps, size_out)`. Every output
     has the same number of taps, some of them with weight 0, so a loop over the outputs needs no
     branch.
     """
     scale = size_in / size_out
-    support = max(scale, 1.0)  # the triangle is wider when the image is made smaller
+    stretch = max(scale, 1.0)  # the filter is wider when the image is made smaller
+    support = 2 * stretch if bicubic else stretch
     taps = min(math.ceil(2 * support), size_in)
     first = np.empty(size_out, np.int64)
     fixed = np.zeros((taps, size_out), np.int32)
@@ -192,12 +203,19 @@ def bilinear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
         first[out] = min(low, size_in - taps)
         total = 0.0
         for i in range(low, high):
-            weights[i - low] = max(1.0 - abs((i - centre + 0.5) / support), 0.0)
+            distance = abs((i - centre + 0.5) * (1 / stretch))
+            if not bicubic:
+                weights[i - low] = max(1.0 - distance, 0.0)
+            elif distance < 1:  # the cubic of Keys (1981) with a = -0.5
+                weights[i - low] = (1.5 * distance - 2.5) * distance * distance + 1
+            else:
+                weights[i - low] = (
+                    (((distance - 5) * distance + 8) * distance - 4) * -0.5 if distance < 2 else 0.0
+                )
             total += weights[i - low]
         for i in range(low, high):
-            fixed[i - first[out], out] = np.int32(
-                0.5 + weights[i - low] / total * (1 << RESIZE_BITS)
-            )
+            share = weights[i - low] * (1 / total) * (1 << RESIZE_BITS)
+            fixed[i - first[out], out] = np.int32(share + (0.5 if share >= 0 else -0.5))
     return first, fixed
 
 
@@ -209,17 +227,17 @@ def weak_stage(image: np.ndarray, p: np.void, planes: np.ndarray) -> None:
     `draws.mirrors`), and the flips cost nothing.
     """
     top, left, height, width = p["top"], p["left"], p["height"], p["width"]
-    turns = p["quarter_turns"]
+    turns, bicubic = p["quarter_turns"], p["bicubic"]
     flip_x = p["flip"] != (turns == 1 or turns == 2)
     flip_y = p["vertical_flip"] != (turns >= 2)
     size = planes.shape[1]
     pixels = image.reshape(image.shape[0], image.shape[1] * 3)
     if height > size and 2 * width < height + size:
         # Pillow 13 resizes such a window along y first. Older versions never do.
-        pixels = resize_down(pixels, top, 3 * left, height, 3 * width, size)
+        pixels = resize_down(pixels, top, 3 * left, height, 3 * width, size, bicubic)
         top, left, height = 0, 0, size
-    rows = resize_across(pixels, top, left, height, width, flip_x, size)
-    resized = resize_down(rows, 0, 0, height, 3 * size, size)
+    rows = resize_across(pixels, top, left, height, width, flip_x, size, bicubic)
+    resized = resize_down(rows, 0, 0, height, 3 * size, size, bicubic)
     for c in range(3):
         for y in range(size):
             row, out = resized[size - 1 - y if flip_y else y][c * size :][:size], planes[c, y]
@@ -233,14 +251,21 @@ def weak_stage(image: np.ndarray, p: np.void, planes: np.ndarray) -> None:
 
 @kernel
 def resize_across(
-    pixels: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int
+    pixels: np.ndarray,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    flip: bool,
+    size: int,
+    bicubic: bool,
 ) -> np.ndarray:
     """Resize a window of interleaved rows `(H, 3 * W)` uint8 along x, mirrored if `flip`.
 
     Returns `(height, 3 * size)` uint8. Each row contains first all red, then all green, then all
     blue levels.
     """
-    first, weights = bilinear_taps(width, size)
+    first, weights = filter_taps(width, size, bicubic)
     # The place of each output's first tap. Numba does not check whether an unsigned index is
     # negative.
     place = np.empty(size, np.uint32)
@@ -275,19 +300,30 @@ def resize_across(
                 red[x] += w * (rgb & 255)
                 green[x] += w * ((rgb >> 8) & 255)
                 blue[x] += w * (rgb >> 16)
+        if bicubic:
+            clip(total)
         row = rows[y]
         for i in range(3 * size):
-            # The weights are positive and their sum is one, so the result is in 0..255 unclipped.
             row[i] = total[i] >> RESIZE_BITS
     return rows
 
 
 @kernel
+def clip(total: np.ndarray) -> None:
+    """Clip levels in fixed point to 0..255, in place.
+
+    Bicubic weights can be negative. Bilinear ones are not, so that their results need no clipping.
+    """
+    for i in range(total.size):
+        total[i] = min(max(total[i], np.int32(0)), np.int32((256 << RESIZE_BITS) - 1))
+
+
+@kernel
 def resize_down(
-    pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int
+    pixels: np.ndarray, top: int, left: int, height: int, width: int, size: int, bicubic: bool
 ) -> np.ndarray:
     """Resize a window of `pixels` `(H, W)` uint8 along y. Returns `(size, width)` uint8."""
-    first, weights = bilinear_taps(height, size)
+    first, weights = filter_taps(height, size, bicubic)
     out = np.empty((size, width), np.uint8)
     total = np.empty(width, np.int32)
     for y in range(size):
@@ -296,6 +332,8 @@ def resize_down(
             weight, row = weights[t, y], pixels[top + first[y] + t][left:][:width]
             for x in range(width):
                 total[x] += weight * np.int32(row[x])
+        if bicubic:
+            clip(total)
         line = out[y]
         for x in range(width):
             line[x] = total[x] >> RESIZE_BITS
@@ -439,7 +477,8 @@ def blur(planes: np.ndarray, sigma_px: np.float32) -> None:
     size = planes.shape[1]
     radius = box_radius(sigma_px)
     inner_radius = int(radius)
-    weight = np.uint32(np.float32(1 << 24) / (radius * 2 + 1))
+    # Also this is in float32. An integer of numba's would make the sum a float64.
+    weight = np.uint32(np.float32(1 << 24) / (radius * np.float32(2) + np.float32(1)))
     far_weight = np.uint32(((1 << 24) - (inner_radius * 2 + 1) * np.int64(weight)) // 2)
     edge = inner_radius + 1
     side = size + 2 * edge
@@ -506,25 +545,20 @@ def box_pass(
 
 @kernel
 def finish_views(
-    first: np.ndarray,
-    second: np.ndarray,
+    crops: tuple[np.ndarray, ...],
     params: np.ndarray,
     table: np.ndarray,
-    weak_1: np.ndarray,
-    weak_2: np.ndarray,
-    aggressive_1: np.ndarray,
-    aggressive_2: np.ndarray,
+    weak: tuple[np.ndarray, ...],
+    aggressive: tuple[np.ndarray, ...],
 ) -> None:
     """All views of a batch whose weak crops are made, except that they are not transposed yet.
 
-    `first` and `second` are the crops `(B, S, S, 3)` uint8, or empty when not read. `params` are
-    `(B, 2)`, `table` `(3, 256)`, and the outputs as in `batch_views`.
+    `crops` are `(B, S, S, 3)` uint8 each, or `(B, 0, 0, 3)` when not read. `params` are `(B, K)`,
+    `table` `(3, 256)`, and the outputs as in `sample_views`.
     """
     for b in range(len(params)):
-        for crop in range(2):
-            levels, weak, aggressive = (
-                (first, weak_1, aggressive_1) if crop == 0 else (second, weak_2, aggressive_2)
-            )
+        for crop in range(len(crops)):
+            levels = crops[crop]
             size = levels.shape[1]
             if size == 0:
                 continue
@@ -539,8 +573,153 @@ def finish_views(
                     else:
                         for x in range(size):
                             out[x] = row[x, c]
-            if weak.shape[1] > 0:
-                normalise(planes, table, weak[b])
-            if aggressive.shape[1] > 0:
-                aggressive_stage(planes, params[b, crop])
-                normalise(planes, table, aggressive[b])
+            finish_crop(planes, params[b, crop], table, weak[crop][b], aggressive[crop][b])
+
+
+@kernel
+def rand_augment(planes: np.ndarray, p: np.void) -> None:
+    """The operations of RandAugment in `p` on `planes` `(3, S, S)` uint8, in place.
+
+    `p` is one row of `draws.VIEW_PARAMS`.
+    """
+    for k in range(2):
+        operation, value = p["rand_op"][k], p["rand_value"][k]
+        if operation == RandOp.NONE:
+            continue
+        if operation <= RandOp.SOLARIZE_ADD:
+            for c in range(3):
+                change_levels(planes[c], operation, value)
+        elif operation == RandOp.COLOR:
+            blend_gray(planes, value)
+        elif operation == RandOp.CONTRAST:
+            blend_constant(planes, mean_gray(planes), value)
+        elif operation == RandOp.BRIGHTNESS:
+            blend_constant(planes, 0, value)
+        elif operation == RandOp.SHARPNESS:
+            blend_smooth(planes, value)
+        else:
+            matrix = affine_matrix(operation, value, planes.shape[1])
+            transform(planes, matrix, p["rand_bicubic"][k])
+
+
+@kernel
+def change_levels(plane: np.ndarray, operation: int, value: np.float32) -> None:
+    """Map the levels of one channel `(S, S)` uint8 by a table, in place, as ImageOps does."""
+    count = np.zeros(256, np.int64)
+    for row in plane:
+        for level in row:
+            count[level] += 1
+    low, high = 0, 255
+    while count[low] == 0:
+        low += 1
+    while count[high] == 0:
+        high -= 1
+    scale = 255.0 / max(high - low, 1)
+    step = (plane.size - count[high]) // 255
+    darker = step // 2  # the number of darker pixels, rounded to steps
+    whole = int(value)
+    table = np.arange(256)
+    for level in range(256):
+        if operation == RandOp.AUTO_CONTRAST and high > low:
+            table[level] = int(level * scale + -low * scale)
+        elif operation == RandOp.EQUALIZE and step > 0:
+            table[level] = darker // step
+        elif operation == RandOp.INVERT or (operation == RandOp.SOLARIZE and level >= whole):
+            table[level] = 255 - level
+        elif operation == RandOp.POSTERIZE:
+            table[level] = level >> (8 - whole) << (8 - whole)
+        elif operation == RandOp.SOLARIZE_ADD and level < 128:
+            table[level] = level + whole
+        darker += count[level]
+    for row in plane:
+        for x in range(len(row)):
+            row[x] = min(max(table[row[x]], 0), 255)
+
+
+@kernel
+def blend_smooth(planes: np.ndarray, factor: np.float32) -> None:
+    """Sharpness of `planes` `(3, S, S)` uint8, in place: a blend with ImageFilter.SMOOTH.
+
+    The pixels of the border keep their level.
+    """
+    source, last = planes.astype(np.int32), planes.shape[1] - 1
+    for c in range(3):
+        for y in range(1, last):
+            above, row, below = source[c, y - 1], source[c, y], source[c, y + 1]
+            for x in range(1, last):
+                total = 4 * row[x]
+                for t in range(x - 1, x + 2):
+                    total += above[t] + row[t] + below[t]
+                smooth = np.int32((2 * total + 13) // 26)  # total / 13, rounded
+                planes[c, y, x] = blend_level(planes[c, y, x], smooth, factor)
+
+
+@kernel
+def affine_matrix(
+    operation: int, value: np.float32, size: int
+) -> tuple[float, float, float, float, float, float]:
+    """The matrix of Image.transform or rotate, from a place in the output to one in the input."""
+    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    if operation == RandOp.ROTATE:
+        turn = -(np.float64(value) % 360.0) * (math.pi / 180.0)
+        a = e = np.rint(math.cos(turn) * 1e15) / 1e15  # PIL rounds them to 15 digits
+        b = np.rint(math.sin(turn) * 1e15) / 1e15
+        d = -b
+        centre = size / 2
+        c, f = a * -centre + b * -centre + centre, d * -centre + e * -centre + centre
+    elif operation == RandOp.SHEAR_X:
+        b = np.float64(value)
+    elif operation == RandOp.SHEAR_Y:
+        d = np.float64(value)
+    elif operation == RandOp.TRANSLATE_X:
+        c = np.float64(value) * size
+    else:
+        f = np.float64(value) * size
+    return a, b, c, d, e, f
+
+
+@kernel
+def transform(
+    planes: np.ndarray, matrix: tuple[float, float, float, float, float, float], bicubic: int
+) -> None:
+    """PIL's affine map of `planes` `(3, S, S)` uint8, in place (Geometry.c, in float64)."""
+    a, b, c, d, e, f = matrix
+    size = planes.shape[1]
+    source = planes.copy()
+    column, line = np.empty(4, np.int64), np.empty(4, np.float64)
+    for y in range(size):
+        for x in range(size):
+            across = a * (x + 0.5) + b * (y + 0.5) + c
+            down = d * (x + 0.5) + e * (y + 0.5) + f
+            if across < 0 or across >= size or down < 0 or down >= size:
+                for channel in range(3):
+                    planes[channel, y, x] = RAND_FILL[channel]
+                continue
+            left, top = math.floor(across - 0.5), math.floor(down - 0.5)
+            part_x, part_y = across - 0.5 - left, down - 0.5 - top
+            for t in range(4):
+                column[t] = min(max(left - 1 + t, 0), size - 1)
+            for channel in range(3):
+                for t in range(4):
+                    row = source[channel, min(max(top - 1 + t, 0), size - 1)]
+                    line[t] = interpolate(
+                        float(row[column[0]]),
+                        float(row[column[1]]),
+                        float(row[column[2]]),
+                        float(row[column[3]]),
+                        part_x,
+                        bicubic,
+                    )
+                level = interpolate(line[0], line[1], line[2], line[3], part_y, bicubic)
+                planes[channel, y, x] = np.uint8(min(max(level, 0.0), 255.0))
+
+
+@kernel
+def interpolate(
+    before: float, low: float, high: float, after: float, part: float, bicubic: int
+) -> float:
+    """The value at `part` of the way from `low` to `high`, four equally spaced values in a row."""
+    if not bicubic:
+        return low + (high - low) * part
+    square = 2 * (before - low) + high - after
+    return low + part * (high - before + part * (square + part * (low - before - high + after)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Literal, TypeVar, get_args
 
@@ -27,7 +28,7 @@ from pipelines.extra import Extra
 from pipelines.order import Order
 from pipelines.scan import OnBadImage
 from pipelines.sources import Source
-from pipelines.views import VIEWS, Batch, ViewSpec
+from pipelines.views import Batch, ViewSpec, stage_and_crop, view_name
 
 AggressiveOn = Literal["auto", "host", "device"]
 DecodeOn = Literal["gpu", "cpu"]
@@ -82,7 +83,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Job:
-    """What one loader makes: the views named in `reads` (of `VIEWS`), on `device` in `dtype`."""
+    """What one loader makes: the views named in `reads`, on `device` in `dtype`."""
 
     source: Source
     spec: ViewSpec
@@ -92,17 +93,52 @@ class Job:
     dtype: torch.dtype
     loading: Loading  # resolved: nothing in it is "auto"
 
-    @property
+    @cached_property
     def crops(self) -> list[int]:
-        """Which of the two crops, 0 and 1, the views need."""
-        return [crop for crop in (0, 1) if {VIEWS[crop], VIEWS[2 + crop]} & self.reads]
+        """Which of the K crops the views need. No others are made."""
+        return sorted({stage_and_crop(view)[1] for view in self.reads})
+
+    @cached_property
+    def crops_alike(self) -> list[list[int]]:
+        """The needed crops, those of one size and interpolation together."""
+        alike: dict[tuple[int, str], list[int]] = {}
+        for crop in self.crops:
+            spec = self.spec.crops[crop]
+            alike.setdefault((spec.size_px, spec.interpolation), []).append(crop)
+        return list(alike.values())
+
+    @cached_property
+    def whole_views(self) -> frozenset[str]:
+        """The views that are made to get those that are read: patches are cut from weak views."""
+        made = set()
+        for view in self.reads:
+            stage, crop = stage_and_crop(view)
+            made.add(view_name("weak", crop) if stage == "patches" else view)
+        return frozenset(made)
+
+    def size_px(self, view: str) -> int:
+        """The side of a view."""
+        return self.spec.crops[stage_and_crop(view)[1]].size_px
 
     def params(self, epoch: int, ids: np.ndarray) -> np.ndarray:
-        """The random parameters of both crops, `(B, 2)` of `draws.VIEW_PARAMS`."""
+        """The random parameters of all crops, `(B, K)` of `draws.VIEW_PARAMS`."""
         return draw(self.order.seed, epoch, ids, self.spec, self.source.manifest.sizes[ids])
 
-    def labels(self, ids: np.ndarray) -> Tensor:
-        return device_ops.send(self.source.manifest.labels[ids], self.device)
+    def batch(self, views: dict[str, Tensor], ids: np.ndarray, params: np.ndarray) -> Batch:
+        """The batch of the images `ids` `(B,)`, from its `whole_views`."""
+        labels = self.source.manifest.labels[ids]
+        label, sample = device_ops.send(np.stack([labels, ids]), self.device)
+        read = {}
+        for name in self.spec.views:
+            stage, crop = stage_and_crop(name)
+            if name not in self.reads:
+                continue
+            if stage == "patches":
+                weak, offsets = views[view_name("weak", crop)], params["patch_offset"][:, crop]
+                read[name] = device_ops.patches(weak, offsets)
+            else:
+                read[name] = views[name]
+        return Batch(label, read, sample)
 
     def jpeg(self, sample: int) -> bytes | None:
         """The stored bytes of a JPEG with usual sampling and the manifest's size. Otherwise None.
@@ -223,7 +259,7 @@ def open_views(
     dtype: torch.dtype = torch.float32,
     loading: Loading | None = None,
 ) -> Loader:
-    """A loader of the views named in `reads` (of `VIEWS`) on `device` in `dtype`.
+    """A loader of the views named in `reads` (of `spec.views`) on `device` in `dtype`.
 
     The loader is a context manager. `len()` is the number of batches per epoch, and
     `batches(epoch, step)` yields those from number `step` on. The backend that "auto" chose is
@@ -234,8 +270,8 @@ def open_views(
     manifest's (unless `loading.on_bad_image` is "skip").
     """
     device = torch.device(device)
-    if not reads or not reads <= set(VIEWS):
-        raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(VIEWS)}")
+    if not reads or not reads <= set(spec.views):
+        raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(spec.views)}")
     resolved, reason = (loading or Loading()).resolved(source, device)
     if reason:
         log.info(f"backend {resolved.backend}: {reason}")

@@ -1,4 +1,4 @@
-"""Views of image files and tar shards by a pool of threads: one decode, two crops per image.
+"""Views of image files and tar shards by a pool of threads: one decode, K crops per image.
 
 This is the default on a CPU. JPEGs are decoded by libjpeg-turbo through torchvision.io, which gives
 the same pixels as PIL and releases the interpreter lock. All other images are decoded by PIL. When
@@ -29,7 +29,7 @@ from pipelines.views import Batch
 # This makes the decoder 4% faster, because its code, tables and branch history stay in the core.
 CHUNK = 4
 
-# A batch in work: its tasks, and the memory, the ids `(B,)` and the parameters `(B, 2)` they write.
+# A batch in work: its tasks, and the memory, the ids `(B,)` and the parameters `(B, K)` they write.
 Submitted = tuple[list[Future[None]], HostViews, np.ndarray, np.ndarray]
 
 
@@ -66,7 +66,7 @@ class NativeViews(Loader):
         """Start the tasks of one batch. Returns at once."""
         ids, params = ids.copy(), self.job.params(epoch, ids)
         memory = self.transfer.take(len(ids))
-        views = self.transfer.arrays(memory).values()
+        views = self.transfer.arrays(memory)
 
         def work(first: int) -> None:
             chunk = ids[first : first + CHUNK].tolist()
@@ -76,7 +76,7 @@ class NativeViews(Loader):
                 if sample != ids[i]:  # A bad image was replaced by another.
                     ids[i] = sample
                     params[i] = self.job.params(epoch, ids[i : i + 1])[0]
-                sample_views(image, params[i], self.transfer.table, *(view[i] for view in views))
+                sample_views(image, params[i], self.transfer.table, *views, i)
 
         tasks = [self.pool.submit(work, first) for first in range(0, len(ids), CHUNK)]
         return tasks, memory, ids, params

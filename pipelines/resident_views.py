@@ -15,7 +15,7 @@ import torch
 from pipelines import device_ops
 from pipelines.backends import free_bytes
 from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import Transfer, views_from_weak
+from pipelines.transfer import Transfer, rows_of, views_from_weak
 from pipelines.views import Batch
 
 
@@ -59,7 +59,7 @@ class ResidentViews(Loader):
 
         params = self.job.params(epoch, ids)
         memory = self.transfer.take(len(ids))
-        views = self.transfer.arrays(memory)
+        weak, aggressive = self.transfer.arrays(memory)
 
         def work(part: slice) -> None:
             batch_views(
@@ -69,20 +69,24 @@ class ResidentViews(Loader):
                 ids=ids[part],
                 params=params[part],
                 table=self.transfer.table,
-                **{name: view[part] for name, view in views.items()},
+                weak=rows_of(weak, part),
+                aggressive=rows_of(aggressive, part),
             )
 
         in_parts(self.pool, self.job.loading.threads, len(ids), work)
         return self.transfer.batch(memory, ids, params)
 
     def device_views(self, epoch: int, ids: np.ndarray) -> Batch:
-        job = self.job
-        # All C crops of the batch are made in one go, as C * B views.
-        params = np.concatenate([job.params(epoch, ids)[:, crop] for crop in job.crops])  # (C * B,)
-        index = device_ops.send(np.tile(ids, len(job.crops)), job.device)
-        images = self.images.index_select(0, index)  # (C * B, 3, H, W)
-        weak = device_ops.weak_stage(images, params, job.spec.size_px)
-        return Batch(job.labels(ids), views_from_weak(job, weak, params, self.affine))
+        job, params = self.job, self.job.params(epoch, ids)
+        views: dict[str, torch.Tensor] = {}
+        for crops in job.crops_alike:
+            # The C crops of one size are made in one go, as C * B views.
+            crop_params = np.concatenate([params[:, crop] for crop in crops])  # (C * B,)
+            index = device_ops.send(np.tile(ids, len(crops)), job.device)
+            images = self.images.index_select(0, index)  # (C * B, 3, H, W)
+            weak = device_ops.weak_stage(images, crop_params, job.spec.crops[crops[0]].size_px)
+            views |= views_from_weak(job, crops, weak, crop_params, self.affine)
+        return job.batch(views, ids, params)
 
     def load(self) -> np.ndarray:
         """All images in one flat uint8 array, decoded by PIL.

@@ -7,20 +7,25 @@ with it.
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from pipelines.draws import RAND_FILL, RandOp
 from pipelines.loading import Loader
-from pipelines.views import VIEWS, Batch
+from pipelines.views import Batch, Interpolation, patch_px, view_name
 from pipelines.workers import Parcel
 
 # The rotations by one, two and three quarters, counter-clockwise.
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+INTERPOLATIONS: dict[Interpolation, F.InterpolationMode] = {
+    "bilinear": F.InterpolationMode.BILINEAR,
+    "bicubic": F.InterpolationMode.BICUBIC,
+}
 # The jitter operations in the order of their numbers in `draws`.
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
@@ -28,7 +33,8 @@ JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
     """The weak stage: the crop, flips and turn of `p`, a row of `draws.VIEW_PARAMS`."""
     window = (int(p[name]) for name in ("top", "left", "height", "width"))
-    view: Image.Image = F.resized_crop(image, *window, [size_px, size_px])
+    interpolation = INTERPOLATIONS["bicubic" if p["bicubic"] else "bilinear"]
+    view: Image.Image = F.resized_crop(image, *window, [size_px, size_px], interpolation)
     if p["flip"]:
         view = F.hflip(view)
     if p["vertical_flip"]:
@@ -39,7 +45,7 @@ def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
 
 
 def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
-    """The aggressive stage: jitter, grayscale and blur of the 8-bit weak view."""
+    """The aggressive stage of the 8-bit weak view: jitter and all that follows it."""
     if p["jitter"]:
         for operation in p["order"]:
             weak = JITTER[operation](weak, float(p["factor"][operation]))
@@ -47,7 +53,63 @@ def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
         weak = F.rgb_to_grayscale(weak, num_output_channels=3)
     if p["blur_sigma_px"] > 0:
         weak = weak.filter(ImageFilter.GaussianBlur(float(p["blur_sigma_px"])))
-    return weak
+    if p["solarize"]:
+        weak = F.solarize(weak, 128)
+    return rand_augment(weak, p)
+
+
+def affine(view: Image.Image, how: Image.Resampling, *matrix: float) -> Image.Image:
+    """Take each pixel from the place in `view` to which the matrix maps its own place."""
+    return view.transform(view.size, Image.Transform.AFFINE, matrix, how, fillcolor=RAND_FILL)
+
+
+# Each makes a view of another one, the operation's value and the interpolation.
+RAND_AUGMENT: dict[RandOp, Callable[[Image.Image, float, Image.Resampling], Image.Image]] = {
+    RandOp.AUTO_CONTRAST: lambda view, _, __: ImageOps.autocontrast(view),
+    RandOp.EQUALIZE: lambda view, _, __: ImageOps.equalize(view),
+    RandOp.INVERT: lambda view, _, __: ImageOps.invert(view),
+    RandOp.POSTERIZE: lambda view, bits, _: ImageOps.posterize(view, int(bits)),
+    RandOp.SOLARIZE: lambda view, threshold, _: ImageOps.solarize(view, int(threshold)),
+    RandOp.SOLARIZE_ADD: lambda view, added, _: view.point(
+        [min(level + int(added), 255) if level < 128 else level for level in range(256)] * 3
+    ),
+    RandOp.COLOR: lambda view, factor, _: ImageEnhance.Color(view).enhance(factor),
+    RandOp.CONTRAST: lambda view, factor, _: ImageEnhance.Contrast(view).enhance(factor),
+    RandOp.BRIGHTNESS: lambda view, factor, _: ImageEnhance.Brightness(view).enhance(factor),
+    RandOp.SHARPNESS: lambda view, factor, _: ImageEnhance.Sharpness(view).enhance(factor),
+    RandOp.ROTATE: lambda view, degrees, how: view.rotate(degrees, how, fillcolor=RAND_FILL),
+    RandOp.SHEAR_X: lambda view, slope, how: affine(view, how, 1, slope, 0, 0, 1, 0),
+    RandOp.SHEAR_Y: lambda view, slope, how: affine(view, how, 1, 0, 0, slope, 1, 0),
+    RandOp.TRANSLATE_X: lambda view, by, how: affine(view, how, 1, 0, by * view.width, 0, 1, 0),
+    RandOp.TRANSLATE_Y: lambda view, by, how: affine(view, how, 1, 0, 0, 0, 1, by * view.height),
+}
+
+
+def rand_augment(view: Image.Image, p: np.void) -> Image.Image:
+    """The operations of RandAugment in `p`, a row of `draws.VIEW_PARAMS`."""
+    for operation, value, bicubic in zip(
+        p["rand_op"], p["rand_value"], p["rand_bicubic"], strict=True
+    ):
+        if operation:
+            how = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+            view = RAND_AUGMENT[RandOp(operation)](view, float(value), how)
+    return view
+
+
+def patches(weak: torch.Tensor, p: np.void) -> torch.Tensor:
+    """The nine patches `(9, 3, P, P)` of a weak view `(3, S, S)`, one of each cell, row by row."""
+    cell_px = weak.shape[1] // 3
+    patch = []
+    for cell, (y, x) in enumerate(p["patch_offset"]):
+        top, left = cell // 3 * cell_px + int(y), cell % 3 * cell_px + int(x)
+        patch.append(F.crop(weak, top, left, *2 * [patch_px(weak.shape[1])]))
+    return torch.stack(patch)
+
+
+def channels_last(views: torch.Tensor) -> torch.Tensor:
+    """Views `(B, 3, S, S)` in channels_last memory format, also each patch of `(B, 9, 3, P, P)`."""
+    whole = views.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    return whole.view_as(views)
 
 
 def ignore_signals(worker: int) -> None:
@@ -82,7 +144,8 @@ class TorchvisionViews(Loader, Dataset[Parcel]):
                 raise batch
             device = self.job.device
             views = {name: view.to(device, non_blocking=True) for name, view in batch.views.items()}
-            yield Batch(batch.label.to(device, non_blocking=True), views)
+            label, ids = batch.label.to(device, non_blocking=True), batch.ids
+            yield Batch(label, views, None if ids is None else ids.to(device, non_blocking=True))
 
     def close(self) -> None:
         """Nothing to do: the worker processes end with their epoch's iterator."""
@@ -94,28 +157,34 @@ class TorchvisionViews(Loader, Dataset[Parcel]):
         """
         try:
             batch = self.make(*epoch_and_ids)
-            return Parcel((batch, dict(self.skipped)), [batch.label, *batch.views.values()])
+            tensors = [batch.label, *batch.views.values()]
+            tensors += [] if batch.ids is None else [batch.ids]
+            return Parcel((batch, dict(self.skipped)), tensors)
         except ValueError as error:
             return Parcel((error, dict(self.skipped)), [])
 
     def make(self, epoch: int, ids: np.ndarray) -> Batch:
         """The batch of the samples `ids`, on the CPU."""
         job = self.job
-        views: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS if name in job.reads}
+        views: dict[str, list[torch.Tensor]] = {n: [] for n in job.spec.views if n in job.reads}
         samples, pixels = zip(*(self.readable(i, job.read) for i in ids.tolist()), strict=True)
         ids = np.array(samples)
-        for image, pair in zip(map(Image.fromarray, pixels), job.params(epoch, ids), strict=True):
+        for image, params in zip(map(Image.fromarray, pixels), job.params(epoch, ids), strict=True):
             for crop in job.crops:
-                weak = weak_view(image, pair[crop], job.spec.size_px)
-                if VIEWS[crop] in views:
-                    views[VIEWS[crop]].append(self.to_tensor(weak))
-                if VIEWS[2 + crop] in views:
-                    views[VIEWS[2 + crop]].append(self.to_tensor(aggressive_view(weak, pair[crop])))
+                p = params[crop]
+                weak = weak_view(image, p, job.spec.crops[crop].size_px)
+                if (name := view_name("weak", crop)) in views:
+                    views[name].append(self.to_tensor(weak))
+                if (name := view_name("aggressive", crop)) in views:
+                    views[name].append(self.to_tensor(aggressive_view(weak, p)))
+                if (name := view_name("patches", crop)) in views:
+                    views[name].append(patches(self.to_tensor(weak), p))
         stacked = {
-            name: torch.stack(tensors).to(job.dtype, memory_format=torch.channels_last)
+            name: channels_last(torch.stack(tensors).to(job.dtype))
             for name, tensors in views.items()
         }
-        return Batch(torch.from_numpy(job.source.manifest.labels[ids]), stacked)
+        label = torch.from_numpy(job.source.manifest.labels[ids])
+        return Batch(label, stacked, torch.from_numpy(ids))
 
     def to_tensor(self, view: Image.Image) -> torch.Tensor:
         spec = self.job.spec

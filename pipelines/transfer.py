@@ -13,6 +13,7 @@ There are three ways, by who makes what:
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from pipelines import device_ops
 from pipelines.loading import Job
-from pipelines.views import VIEWS, Batch, ViewSpec
+from pipelines.views import Batch, Stage, ViewSpec, view_name
 
 
 class HostViews:
-    """Host memory for the views of one batch, `(B, S, S, 3)` each."""
+    """Host memory for the views of one batch, `(B, S, S, 3)` each, where S is the view's side."""
 
     def __init__(self, views: dict[str, Tensor]) -> None:
         self.views = views
@@ -48,20 +49,20 @@ class ReusedMemory:
     Fresh pages for every batch took 6% of the time of `native` at 224 px, and 3% of `ffcv`.
     """
 
-    def __init__(self, names: list[str], size_px: int, dtype: torch.dtype) -> None:
-        self.names, self.size_px, self.dtype = names, size_px, dtype
-        self.idle: list[np.ndarray] = []
+    def __init__(self, sizes_px: dict[str, int], dtype: torch.dtype) -> None:
+        self.sizes_px, self.dtype = sizes_px, dtype
+        self.idle: defaultdict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
 
     def take(self, count: int) -> HostViews:
         """Memory for a batch of `count` samples."""
-        shape = (count, self.size_px, self.size_px, 3)
-        return HostViews({name: self.block(shape) for name in self.names})
+        return HostViews({n: self.block((count, px, px, 3)) for n, px in self.sizes_px.items()})
 
     def block(self, shape: tuple[int, ...]) -> Tensor:
-        memory = self.idle.pop() if self.idle else as_integers(torch.empty(shape, dtype=self.dtype))
+        idle = self.idle[shape]
+        memory = idle.pop() if idle else as_integers(torch.empty(shape, dtype=self.dtype))
         # The tensor keeps this array object alive. When both are gone, the memory is idle again.
         array = memory[:]
-        weakref.finalize(array, self.idle.append, memory).atexit = False
+        weakref.finalize(array, idle.append, memory).atexit = False
         return torch.from_numpy(array).view(self.dtype)
 
 
@@ -72,16 +73,18 @@ class PinnedRing:
     is being written.
     """
 
-    def __init__(self, names: list[str], size_px: int, depth: int) -> None:
-        self.names, self.size_px, self.depth = names, size_px, depth
+    def __init__(self, sizes_px: dict[str, int], depth: int) -> None:
+        self.sizes_px, self.depth = sizes_px, depth
         self.ring: list[HostViews] = []
         self.taken = 0
 
     def take(self, count: int) -> HostViews:
         """The next place in the ring; `HostViews.wait` says when it may be written."""
         if len(self.ring) < self.depth:
-            shape = (count, self.size_px, self.size_px, 3)
-            pinned = {n: torch.empty(shape, dtype=torch.uint8).pin_memory() for n in self.names}
+            pinned = {
+                name: torch.empty((count, px, px, 3), dtype=torch.uint8).pin_memory()
+                for name, px in self.sizes_px.items()
+            }
             self.ring.append(HostViews(pinned))
         self.taken += 1
         return self.ring[(self.taken - 1) % self.depth]
@@ -101,31 +104,36 @@ class Transfer:
             self.table = level_table(job.spec, job.dtype)
         else:
             self.table = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
-        on_host_views = job.reads if on_host else {VIEWS[crop] for crop in job.crops}
-        names = [name for name in VIEWS if name in on_host_views]
+        weak_views = {view_name("weak", crop) for crop in job.crops}
+        on_host_views = job.whole_views if on_host else weak_views
+        sizes_px = {name: job.size_px(name) for name in job.spec.views if name in on_host_views}
         self.affine = device_ops.affine(job.spec, job.device)
         self.stream: torch.cuda.Stream | None = None
         self.memory: PinnedRing | ReusedMemory
         if job.device.type == "cuda":
             self.stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
-            self.memory = PinnedRing(names, job.spec.size_px, job.loading.prefetch_batches + 2)
+            self.memory = PinnedRing(sizes_px, job.loading.prefetch_batches + 2)
         else:
             dtype = job.dtype if self.normalised_by_host else torch.uint8
-            self.memory = ReusedMemory(names, job.spec.size_px, dtype)
+            self.memory = ReusedMemory(sizes_px, dtype)
 
     def take(self, count: int) -> HostViews:
         """Host memory for the views of `count` samples."""
         return self.memory.take(count)
 
-    def arrays(self, host: HostViews) -> dict[str, np.ndarray]:
-        """The memory as the four view arguments of the kernels of `host_ops`, of the table's type.
+    def arrays(self, host: HostViews) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """The memory as the arguments `weak` and `aggressive` of the kernels of `host_ops`.
 
-        They are in the order of `VIEWS`, and empty for a view that the host does not make.
+        Each has one array per crop, which is empty where the host does not make the view.
         """
-        views = dict.fromkeys(
-            VIEWS, np.empty((self.job.order.batch_per_rank, 0, 0, 3), self.table.dtype)
+        made = {name: as_integers(view) for name, view in host.views.items()}
+        unread = np.empty((self.job.order.batch_per_rank, 0, 0, 3), self.table.dtype)
+        spec = self.job.spec
+        weak, aggressive = (
+            tuple(made.get(name, unread) for name in spec.names(stage))
+            for stage in ("weak", "aggressive")
         )
-        return views | {name: as_integers(view) for name, view in host.views.items()}
+        return weak, aggressive
 
     def batch(self, host: HostViews, ids: np.ndarray, params: np.ndarray) -> Batch:
         """The batch of views that are complete in host memory.
@@ -137,7 +145,7 @@ class Transfer:
             views = channels_first(host.views)
             if not self.normalised_by_host:
                 views = self.on_device(views, params)
-            return Batch(self.job.labels(ids), views)
+            return self.job.batch(views, ids, params)
 
         def receive(stream: torch.cuda.Stream) -> dict[str, Tensor]:
             device = self.job.device
@@ -163,20 +171,31 @@ class Transfer:
         training = torch.cuda.current_stream(self.job.device)
         with torch.cuda.stream(self.stream):
             levels = channels_first(receive(self.stream))
-            views, label = self.on_device(levels, params), self.job.labels(ids)
+            batch = self.job.batch(self.on_device(levels, params), ids, params)
         training.wait_stream(self.stream)
-        for tensor in (label, *views.values()):
+        assert batch.ids is not None
+        for tensor in (batch.label, batch.ids, *batch.views.values()):
             tensor.record_stream(training)
-        return Batch(label, views)
+        return batch
 
     def on_device(self, levels: dict[str, Tensor], params: np.ndarray) -> dict[str, Tensor]:
         """What is left to do with 8-bit levels `(B, 3, S, S)` on the device."""
         job = self.job
         if job.loading.aggressive_on == "host":
             return {n: device_ops.normalise(v, *self.affine, job.dtype) for n, v in levels.items()}
-        weak = torch.cat([levels[VIEWS[crop]] for crop in job.crops]).float().contiguous()
-        crop_params = np.concatenate([params[:, crop] for crop in job.crops])
-        return views_from_weak(job, weak, crop_params, self.affine)
+        views: dict[str, Tensor] = {}
+        for crops in job.crops_alike:
+            weak = torch.cat([levels[view_name("weak", crop)] for crop in crops])
+            crop_params = np.concatenate([params[:, crop] for crop in crops])
+            views |= views_from_weak(
+                job, crops, weak.float().contiguous(), crop_params, self.affine
+            )
+        return views
+
+
+def rows_of(views: tuple[np.ndarray, ...], part: slice) -> tuple[np.ndarray, ...]:
+    """A part of a batch, of each of its views `(B, S, S, 3)`."""
+    return tuple(view[part] for view in views)
 
 
 def channels_first(views: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -185,20 +204,20 @@ def channels_first(views: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def views_from_weak(
-    job: Job, weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]
+    job: Job, crops: list[int], weak: Tensor, params: np.ndarray, affine: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """The views that are read, made on the device from the weak levels `(C * B, 3, S, S)`.
+    """The views of `crops`, made on the device from their weak levels `(C * B, 3, S, S)`.
 
-    C is the number of crops that are needed; `params` is `(C * B,)`.
+    C is the number of these crops; `params` is `(C * B,)`.
     """
-    stages = [weak]
-    if job.reads & set(VIEWS[2:]):
-        stages.append(device_ops.aggressive_stage(weak, params))
+    stages: dict[Stage, Tensor] = {"weak": weak}
+    if job.reads & {view_name("aggressive", crop) for crop in crops}:
+        stages["aggressive"] = device_ops.aggressive_stage(weak, params)
     return {
         name: device_ops.normalise(levels, *affine, job.dtype)
-        for stage, crops in enumerate(stages)
-        for crop, levels in zip(job.crops, crops.chunk(len(job.crops)), strict=True)
-        if (name := VIEWS[2 * stage + crop]) in job.reads
+        for stage, made in stages.items()
+        for crop, levels in zip(crops, made.chunk(len(crops)), strict=True)
+        if (name := view_name(stage, crop)) in job.whole_views
     }
 
 

@@ -3,20 +3,87 @@
 RSA augments in two stages (section 4.1 of the paper, with the values of MoCo v2). A *weak* view is
 a crop and a flip. An *aggressive* view is that same crop and flip, followed by colour jitter,
 grayscale and blur. Two crops per image give four views. A vertical flip and a rotation by quarter
-turns can be added to the weak stage, and a function of one's own after both.
+turns can be added to the weak stage, solarize and RandAugment to the aggressive one, and a function
+of one's own after both.
+
+Any number of crops can be made of one decoded image. They come in groups, whose sizes and
+augmentations may differ, as the multi-crop of SwAV:
+
+    groups = (CropGroup("global", 2, crop_area=(0.14, 1)), CropGroup("local", 6, size_px=96))
+    spec = ViewSpec(224, mean, std, groups=groups)
+    spec.names("aggressive", "local")  # aggressive_3 ... aggressive_8
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pipelines.named import absolute_spec
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")
+VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")  # of two crops, as RSA reads them
+Stage = Literal["weak", "aggressive", "patches"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def view_name(stage: Stage, crop: int) -> str:
+    """The name of a view. Crops are counted from 0, and from 1 in names."""
+    return f"{stage}_{crop + 1}"
+
+
+def stage_and_crop(view: str) -> tuple[str, int]:
+    """What `view_name` made the name of."""
+    stage, _, number = view.rpartition("_")
+    return stage, int(number) - 1
+
+
+def patch_px(size_px: int) -> int:
+    """The side of the patches of a crop with a jigsaw: 64 px of cells of 85 px (PIRL's code)."""
+    return size_px // 3 * 64 // 85
+
+
+@dataclass(frozen=True)
+class CropGroup:
+    """Crops of one image that are augmented alike: their name and number, and how they differ.
+
+    Every field but the first two replaces the one of the same name in the `ViewSpec` around it,
+    unless it is None. Crops whose parameters differ from each other are groups of one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    name: str
+    count: int
+    size_px: int | None = None
+    crop_area: tuple[float, float] | None = None
+    crop_aspect: tuple[float, float] | None = None
+    interpolation: Interpolation | None = None
+    flip_p: float | None = None
+    vertical_flip_p: float | None = None
+    quarter_turns: bool | None = None
+    jitter_p: float | None = None
+    brightness: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None
+    grayscale_p: float | None = None
+    blur_p: float | None = None
+    blur_sigma_px: tuple[float, float] | None = None
+    solarize_p: float | None = None
+    rand_augment: bool | None = None
+    jigsaw: bool | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are not as in the `ViewSpec` around the group."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -34,6 +101,7 @@ class ViewSpec:
     std: tuple[float, float, float]
     crop_area: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    interpolation: Interpolation = "bilinear"  # of the crop's resize, antialiased as PIL's
     flip_p: float = 0.5
     # These two belong to the weak stage, for images without an upper side, such as aerial ones.
     vertical_flip_p: float = 0
@@ -46,6 +114,12 @@ class ViewSpec:
     grayscale_p: float = 0.2
     blur_p: float = 0.5
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)  # not scaled with size_px
+    solarize_p: float = 0  # levels of 128 and more are inverted, after the blur
+    rand_augment: bool = False  # InfoMin's RandAugment, rand-n2-m10-mstd0.5, at the end
+    # The weak crop is also cut into the nine patches of a jigsaw, as the views `patches_k`.
+    jigsaw: bool = False
+    # The groups of crops, in their order. All crops are made of one decoded image.
+    groups: tuple[CropGroup, ...] = (CropGroup("crops", 2),)
     # A function of one's own, `my_views.py:function`, which changes a batch's views at the end (see
     # extra.py). The path is made absolute here, so that a resumed run may start in another folder.
     extra: str | None = None
@@ -56,11 +130,15 @@ class ViewSpec:
             object.__setattr__(self, "extra", absolute_spec(self.extra))
         bad = [
             f"{name}={getattr(self, name)}: a probability lies in [0, 1]"
-            for name in ("flip_p", "vertical_flip_p", "jitter_p", "grayscale_p", "blur_p")
+            for name in PROBABILITIES
             if not 0 <= getattr(self, name) <= 1
         ]
         if self.size_px < 1:
             bad.append(f"size_px={self.size_px}: at least 1")
+        if self.interpolation not in get_args(Interpolation):
+            bad.append(f"interpolation={self.interpolation!r}: bilinear or bicubic")
+        if self.jigsaw and self.size_px % 3:
+            bad.append(f"size_px={self.size_px}: a multiple of 3, to be cut into a jigsaw")
         if min(self.std) <= 0:
             bad.append(f"std={self.std}: positive")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
@@ -76,24 +154,92 @@ class ViewSpec:
         ]
         if not 0 <= self.hue <= 0.5:
             bad.append(f"hue={self.hue}: in [0, 0.5] turns")
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) < len(names) or not all(names):
+            bad.append(f"groups={names}: at least one, each with a name of its own")
+        bad += [
+            f"count={group.count} of the group {group.name}: at least 1"
+            for group in self.groups
+            if group.count < 1
+        ]
+        if not bad:
+            try:
+                _ = self.crops
+            except ValueError as error:
+                bad.append(str(error))
         if bad:
             raise ValueError("not an augmentation: " + "; ".join(bad))
+
+    @cached_property
+    def crops(self) -> tuple[ViewSpec, ...]:
+        """The augmentation of every crop, in the order of the groups: `(K,)`."""
+        crops: list[ViewSpec] = []
+        for group in self.groups:
+            crop, changes = self, group.changes
+            if changes:
+                try:
+                    crop = replace(self, groups=(CropGroup(group.name, group.count),), **changes)
+                except ValueError as error:
+                    cause = str(error).removeprefix("not an augmentation: ")
+                    raise ValueError(f"the group {group.name}: {cause}") from error
+            crops += group.count * [crop]
+        return tuple(crops)
+
+    @cached_property
+    def by_crop(self) -> dict[str, np.ndarray]:
+        """Every number of the augmentation for each of the K crops: `(K,)`, or `(2, K)` of a range.
+
+        They are kept, because making them takes a tenth of the time of the draws of 256 images.
+        """
+        import numpy as np
+
+        numbers = [name for name in CropGroup.__dataclass_fields__ if hasattr(self, name)]
+        return {name: np.array([getattr(crop, name) for crop in self.crops]).T for name in numbers}
+
+    def names(self, stage: Stage, group: str | None = None) -> tuple[str, ...]:
+        """The names of a stage's views, of all crops or of those of a group.
+
+        Raises ValueError for a group that there is not.
+        """
+        names = [g.name for g in self.groups for _ in range(g.count)]  # (K,)
+        if group is not None and group not in names:
+            known = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"no group {group!r} of crops: choose from {known}")
+        return tuple(view_name(stage, k) for k, name in enumerate(names) if group in (None, name))
+
+    def shape(self, view: str) -> tuple[int, ...]:
+        """The shape of a view of one image: `(3, S, S)`, or `(9, 3, P, P)` of patches."""
+        stage, crop = stage_and_crop(view)
+        side = self.crops[crop].size_px
+        return (9, 3, *2 * (patch_px(side),)) if stage == "patches" else (3, side, side)
+
+    @cached_property
+    def views(self) -> tuple[str, ...]:
+        """The names of all views, stage by stage. Patches are those of crops with a jigsaw."""
+        patches = [view_name("patches", k) for k, crop in enumerate(self.crops) if crop.jigsaw]
+        return (*self.names("weak"), *self.names("aggressive"), *patches)
+
+
+PROBABILITIES = ("flip_p", "vertical_flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p")
 
 
 @dataclass
 class Batch:
     """The input of one training step.
 
-    `views` contains the views that the method reads, by their names in `VIEWS`. The others were not
-    computed. Each view is `(B, 3, H, W)`, normalised, in channels_last memory format, on the device
-    and in the compute dtype. `aggressive_i` has the same crop, flips and turns as `weak_i`,
-    followed by colour jitter, grayscale and blur. The crops 1 and 2 of an image are independent of
-    each other.
-    `label` is `(B,)` int64, -1 for unlabelled images.
+    `views` contains the views that the method reads, by their names (`ViewSpec.names`), with crops
+    counted from 1. The others were not computed. Each view is `(B, 3, S, S)`, normalised, in
+    channels_last memory format, on the device and in the compute dtype. `aggressive_i` has the same
+    crop, flips and turns as `weak_i`, followed by colour jitter, grayscale, blur and what else the
+    recipe asks for. `patches_i` `(B, 9, 3, P, P)` are parts of `weak_i`. The crops of an image are
+    independent of each other.
+    `label` is `(B,)` int64, -1 for unlabelled images. `ids` is `(B,)` int64, the sample ids of the
+    images whose pixels are in the rows; None where there is no dataset.
     """
 
     label: Tensor
     views: dict[str, Tensor]
+    ids: Tensor | None = None
 
     @property
     def weak_1(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A sheet of what training sees: images with both crop windows, and their four views with labels.
+"""A sheet of what training sees: images with their crop windows, and all views with labels.
 
     preview(recipe, open_source("data/imagenet", "pretrain"), Path("views.png"), images=4)
 
@@ -8,6 +8,7 @@ The pixels of the sheet are those of the views. Small views are enlarged by a wh
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipelines import VIEWS, Order, Source, choose_backend, open_views
+from pipelines import Order, Source, choose_backend, open_views
 from pipelines.draws import draw
+from pipelines.views import ViewSpec, patch_px, stage_and_crop
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import choose_device, for_any_device
 
@@ -28,7 +30,8 @@ FRAME_PX = 3
 FONT = ImageFont.load_default(13)
 HEADING_FONT = ImageFont.load_default(16)
 INK = "#222222"
-CROP_INKS = ("#d62728", "#1f77b4")
+# Of the crops, in their order, and then again from the first.
+CROP_INKS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 # Differences are amplified: a level, the least that 8 bits can differ by, is a quarter of white.
 AMPLIFY = 64
 
@@ -69,24 +72,25 @@ def preview(
         f"{recipe.data_name}, {spec.size_px} px, epoch {epoch}, seed {recipe.seed}, "
         f"by {' and '.join(backends)}"
     )
-    headings = list(VIEWS)
-    rows = [""]
+    names = list(levels[0])
+    headings, rows = names, [""]
     if compare:
-        difference = np.abs(levels[0] - levels[1])
-        means = difference.mean((2, 3, 4), dtype=np.float64)  # (B, 4)
-        by_view = dict(zip(VIEWS, means.mean(0).round(4).tolist(), strict=True))
+        difference = {name: np.abs(levels[0][name] - levels[1][name]) for name in names}
+        means = np.stack(
+            [difference[name].mean((1, 2, 3), dtype=np.float64) for name in names], 1
+        )  # (B, views)
+        by_view = dict(zip(names, means.mean(0).round(4).tolist(), strict=True))
         result |= {"compare": backends[1], "difference_levels": by_view}
         title += ": mean absolute difference in 8-bit levels"
         headings = [f"{name}: {difference_text(mean)}" for name, mean in by_view.items()]
         rows = [*backends, f"difference x {AMPLIFY}"]
-        levels.append(AMPLIFY * difference)
-    scale = -(-TILE_PX // spec.size_px)
-    pixels = np.stack(levels, 1).round().clip(0, 255).astype(np.uint8)  # (B, rows, 4, S, S, 3)
-    tiles = pixels.repeat(scale, 3).repeat(scale, 4)
-    tile_px = tiles.shape[3]
-    sheet = [heading(tile_px, title, headings)]
+        levels.append({name: AMPLIFY * gap for name, gap in difference.items()})
+    # The views of the largest crop fill their tiles. Smaller ones are enlarged as much, or more.
+    tile_px = max(enlarged_px(view.shape[1], TILE_PX) for view in levels[0].values())
+    inks = [CROP_INKS[stage_and_crop(name)[1] % len(CROP_INKS)] for name in names]
+    sheet = [heading(tile_px, title, headings, inks)]
     for i, sample in enumerate(ids):
-        labels = view_labels(params[i], manifest.sizes[sample])
+        labels = view_labels(spec, params[i], manifest.sizes[sample])
         if compare:
             differences = map(difference_text, means[i])
             labels = [f"{a}\n{b}" for a, b in zip(labels, differences, strict=True)]
@@ -94,32 +98,59 @@ def preview(
         text = f"sample {sample}, {image.shape[1]}x{image.shape[0]} px\n"
         text += manifest.classes[label][:40] if 0 <= label < len(manifest.classes) else ""
         fitted = windows(image, params[i], tile_px)
-        sheet.append(block(source=fitted, text=text, names=rows, tiles=tiles[i], labels=labels))
+        tiles = [[tile(view[i], tile_px) for view in row.values()] for row in levels]
+        sheet.append(
+            block(source=fitted, text=text, names=rows, tiles=tiles, labels=labels, inks=inks)
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(sheet)).save(out)
     return result
 
 
+def enlarged_px(side_px: int, least_px: int) -> int:
+    """The least multiple of a side that reaches `least_px`."""
+    return side_px * -(-least_px // side_px)
+
+
+def tile(view: np.ndarray, tile_px: int) -> np.ndarray:
+    """A view of levels `(S, S, 3)` as uint8, enlarged by a whole factor to at most `tile_px`.
+
+    It is in the upper left of a white tile `(tile_px, tile_px, 3)`.
+    """
+    scale = tile_px // view.shape[0]
+    pixels = view.round().clip(0, 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+    page = np.full((tile_px, tile_px, 3), 255, np.uint8)
+    page[: len(pixels), : len(pixels)] = pixels
+    return page
+
+
 def view_levels(
     recipe: Recipe, source: Source, order: Order, epoch: int, backend: str
-) -> np.ndarray:
-    """The 8-bit levels of the epoch's first batch: `(B, 4, S, S, 3)` float32, in `VIEWS`' order.
+) -> dict[str, np.ndarray]:
+    """The 8-bit levels of all views of the epoch's first batch, `(B, S, S, 3)` float32 each.
 
+    The nine patches of a jigsaw are side by side, as one square.
     They are computed in float32, whatever the recipe's precision. They lie between 0 and 255, and
     are whole numbers, up to rounding, where the host makes them.
     """
     with open_views(
         source,
         recipe.views,
-        frozenset(VIEWS),
+        frozenset(recipe.views.views),
         order,
         device=choose_device(recipe.device),
         loading=replace(recipe.loading, backend=backend),
     ) as loader:
         batch = next(loader.batches(epoch))
-    views = torch.stack([batch.views[name] for name in VIEWS], 1).permute(0, 1, 3, 4, 2).cpu()
     mean, std = torch.tensor(recipe.views.mean), torch.tensor(recipe.views.std)
-    return (255 * (views * std + mean)).numpy()
+    levels = {}
+    for name, view in batch.views.items():
+        if view.ndim == 5:  # (B, 9, 3, P, P) to (B, 3, 3 P, 3 P)
+            count, _, _, _, side = view.shape
+            cells = view.reshape(count, 3, 3, 3, side, side)  # image, row, column, channel, y, x
+            view = cells.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 3 * side, 3 * side)
+        levels[name] = (255 * (view.permute(0, 2, 3, 1).cpu() * std + mean)).numpy()
+    return levels
 
 
 def difference_text(levels: float) -> str:
@@ -127,13 +158,13 @@ def difference_text(levels: float) -> str:
     return f"{levels:.2f} levels apart" if round(levels, 4) else "equal"
 
 
-def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
-    """The random parameters of each of `VIEWS` as text.
+def view_labels(spec: ViewSpec, params: np.ndarray, size: np.ndarray) -> list[str]:
+    """The random parameters of each of `spec.views` as text.
 
-    `pair` is `(2,)` of `draws.VIEW_PARAMS`, `size` the image's height and width in px.
+    `params` is `(K,)` of `draws.VIEW_PARAMS`, `size` the image's height and width in px.
     """
-    weak, aggressive = [], []
-    for p in pair:
+    weak, aggressive, patches = [], [], []
+    for p, crop_spec in zip(params, spec.crops, strict=True):
         scale = p["height"] * p["width"] / size.prod()
         crop = f"crop {p['width']}x{p['height']} px, scale {scale:.2f}"
         moves = ["flip" if p["flip"] else "no flip"]
@@ -145,8 +176,12 @@ def view_labels(pair: np.ndarray, size: np.ndarray) -> list[str]:
             first, second, third, fourth = (jitter_text(k, p["factor"][k]) for k in p["order"])
             lines = [f"{first}, {second},", f"{third}, {fourth}"]
         blur = f"blur {p['blur_sigma_px']:.2f} px" if p["blur_sigma_px"] > 0 else "no blur"
-        aggressive.append("\n".join([*lines, f"{'gray' if p['grayscale'] else 'no gray'}, {blur}"]))
-    return weak + aggressive
+        last = f"{'gray' if p['grayscale'] else 'no gray'}, {blur}"
+        aggressive.append("\n".join([*lines, last + ", solarized" * bool(p["solarize"])]))
+        if crop_spec.jigsaw:
+            side_px = patch_px(crop_spec.size_px)
+            patches.append(f"of the weak view:\nnine patches of {side_px} px")
+    return weak + aggressive + patches
 
 
 def jitter_text(operation: int, factor: float) -> str:
@@ -154,13 +189,13 @@ def jitter_text(operation: int, factor: float) -> str:
     return f"{name} {factor:+.3f}" if name == "hue" else f"{name} {factor:.2f}"
 
 
-def windows(image: np.ndarray, pair: np.ndarray, tile_px: int) -> Image.Image:
-    """The image with both crop windows drawn on it, fitted into 4/3 tiles by 1 tile."""
+def windows(image: np.ndarray, params: np.ndarray, tile_px: int) -> Image.Image:
+    """The image with all crop windows drawn on it, fitted into 4/3 tiles by 1 tile."""
     box = (tile_px * 4 // 3, tile_px)
     fitted = ImageOps.contain(Image.fromarray(image), box, Image.Resampling.BOX)
     pen = ImageDraw.Draw(fitted)
     zoom = fitted.height / image.shape[0]
-    for p, ink in zip(pair, CROP_INKS, strict=True):
+    for p, ink in zip(params, cycle(CROP_INKS), strict=False):
         left, top, width, height = (
             zoom * float(p[name]) for name in ("left", "top", "width", "height")
         )
@@ -168,36 +203,45 @@ def windows(image: np.ndarray, pair: np.ndarray, tile_px: int) -> Image.Image:
     return fitted
 
 
-def blank(tile_px: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, list[int]]:
-    """A white band of the sheet, a pen on it, and the left edges of its four columns of views."""
+def blank(
+    tile_px: int, height: int, columns: int
+) -> tuple[Image.Image, ImageDraw.ImageDraw, list[int]]:
+    """A white band of the sheet, a pen on it, and the left edges of its columns of views."""
     first = tile_px * 4 // 3 + 2 * GAP_PX + LINE_PX
-    edges = [first + k * (tile_px + GAP_PX) for k in range(4)]
-    page = Image.new("RGB", (edges[3] + tile_px + GAP_PX, height), "white")
+    edges = [first + k * (tile_px + GAP_PX) for k in range(columns)]
+    page = Image.new("RGB", (edges[-1] + tile_px + GAP_PX, height), "white")
     return page, ImageDraw.Draw(page), edges
 
 
-def heading(tile_px: int, title: str, headings: list[str]) -> np.ndarray:
+def heading(tile_px: int, title: str, headings: list[str], inks: list[str]) -> np.ndarray:
     """The band with the sheet's title and the headings of its columns."""
-    page, pen, edges = blank(tile_px, 3 * GAP_PX + 2 * LINE_PX)
+    page, pen, edges = blank(tile_px, 3 * GAP_PX + 2 * LINE_PX, len(headings))
     pen.text((GAP_PX, GAP_PX), title, INK, HEADING_FONT)
     top = 2 * GAP_PX + LINE_PX
     pen.text((GAP_PX, top), "source", INK, HEADING_FONT)
-    for left, text, ink in zip(edges, headings, 2 * CROP_INKS, strict=True):
+    for left, text, ink in zip(edges, headings, inks, strict=True):
         pen.text((left, top), text, ink, HEADING_FONT)
     return np.asarray(page)
 
 
 def block(
-    source: Image.Image, text: str, names: list[str], tiles: np.ndarray, labels: list[str]
+    source: Image.Image,
+    text: str,
+    names: list[str],
+    tiles: list[list[np.ndarray]],
+    labels: list[str],
+    inks: list[str],
 ) -> np.ndarray:
     """The band of one image: the source with its text, and rows of views with labels below.
 
-    `names` are those of the rows of `tiles`, `(rows, 4, H, W, 3)`; each column has one of `labels`.
+    `names` are those of the rows of `tiles`, of which each is a list of square tiles `(S, S, 3)`.
+    Each column has one of `labels` and of `inks`.
     """
-    tile_px = tiles.shape[2]
+    tile_px = len(tiles[0][0])
     row_px = tile_px + 2 * FRAME_PX + 2
     lines = 1 + max(label.count("\n") for label in labels)
-    page, pen, edges = blank(tile_px, len(names) * row_px + LINE_PX * lines + GAP_PX)
+    height = len(names) * row_px + LINE_PX * lines + GAP_PX
+    page, pen, edges = blank(tile_px, height, len(labels))
     page.paste(source, (GAP_PX, FRAME_PX))
     pen.text((GAP_PX, FRAME_PX + source.height + FRAME_PX), text, INK, FONT)
     for row, name in enumerate(names):
@@ -206,10 +250,10 @@ def block(
         ImageDraw.Draw(row_name).text((tile_px / 2, LINE_PX / 2), name, INK, FONT, anchor="mm")
         left = edges[0] - LINE_PX - 2 * FRAME_PX
         page.paste(row_name.rotate(90, expand=True), (left, top + FRAME_PX))
-        for left, tile, ink in zip(edges, tiles[row], 2 * CROP_INKS, strict=True):
+        for left, pixels, ink in zip(edges, tiles[row], inks, strict=True):
             right, bottom = left + tile_px + FRAME_PX - 1, top + tile_px + 2 * FRAME_PX - 1
             pen.rectangle([left - FRAME_PX, top, right, bottom], outline=ink, width=FRAME_PX)
-            page.paste(Image.fromarray(tile), (left, top + FRAME_PX))
+            page.paste(Image.fromarray(pixels), (left, top + FRAME_PX))
     for left, label in zip(edges, labels, strict=True):
         pen.text((left, len(names) * row_px + FRAME_PX), label, INK, FONT)
     return np.asarray(page)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from pipelines import BACKENDS, VIEWS, Batch, Loader, Loading, Order, Source, open_views
+from pipelines import BACKENDS, Batch, Loader, Loading, Order, Source, open_views
 from pipelines.layouts import Data
 from pipelines.machine import cores
 from rsa_fast.insight.doctor import read_memory_bytes
@@ -317,18 +317,18 @@ def profile(
 def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
     """Microseconds per image of the stages of loading, and the bytes of all images as stored.
 
-    The stages are reading from the page cache, decoding, making both crops, and both aggressive
+    The stages are reading from the page cache, decoding, making all crops, and their aggressive
     stages. All run on one thread.
     """
     from pipelines.host_ops import batch_views  # imports numba, without which a GPU can train
     from pipelines.native_views import NativeViews
 
-    images = len(source.manifest)
+    images, spec = len(source.manifest), run.recipe.views
     order = Order(images, min(STAGE_IMAGES, images), run.recipe.seed)
     with open_views(
         source,
-        run.recipe.views,
-        frozenset(VIEWS),
+        spec,
+        frozenset((*spec.names("weak"), *spec.names("aggressive"))),
         order,
         dtype=run.dtype,
         loading=Loading("native", threads=1),
@@ -344,10 +344,10 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
         places = np.arange(len(ids))
         params = loader.job.params(0, np.array(ids))
         transfer = loader.transfer
-        weak_1, weak_2, *aggressive = transfer.arrays(transfer.take(len(ids))).values()
-        unread = np.empty((len(ids), 0, 0, 3), transfer.table.dtype)
+        weak, aggressive = transfer.arrays(transfer.take(len(ids)))
+        unread = len(weak) * (np.empty((len(ids), 0, 0, 3), transfer.table.dtype),)
 
-        def make_views(aggressive_1: np.ndarray, aggressive_2: np.ndarray) -> None:
+        def make_views(aggressive: tuple[np.ndarray, ...]) -> None:
             batch_views(
                 pixels=pixels,
                 offsets=offsets,
@@ -355,18 +355,16 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
                 ids=places,
                 params=params,
                 table=transfer.table,
-                weak_1=weak_1,
-                weak_2=weak_2,
-                aggressive_1=aggressive_1,
-                aggressive_2=aggressive_2,
+                weak=weak,
+                aggressive=aggressive,
             )
 
         us = fastest_us(
             {
                 "read": lambda: [read_stored(i) for i in ids],
                 "decode": lambda: [decode(i) for i in ids],
-                "crop": lambda: make_views(unread, unread),
-                "aggressive": lambda: make_views(*aggressive),
+                "crop": lambda: make_views(unread),
+                "aggressive": lambda: make_views(aggressive),
             },
             len(ids),
         )

@@ -20,14 +20,13 @@ from pipelines.torchvision_views import aggressive_view, weak_view
 from pipelines.views import ViewSpec
 
 LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # This table does not normalise.
-UNREAD = np.empty((0, 0, 3), np.uint8)
 
 
 def host(images: list[np.ndarray], params: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return weak and aggressive views `(N, S, S, 3)` for `params` `(N,)`."""
     weak, aggressive = (np.empty((len(images), size, size, 3), np.uint8) for _ in range(2))
     for i, image in enumerate(images):
-        sample_views(image, params[[i, i]], LEVELS, weak[i], UNREAD, aggressive[i], UNREAD)
+        sample_views(image, params[[i]], LEVELS, (weak,), (aggressive,), i)
     return weak, aggressive
 
 
@@ -120,6 +119,17 @@ def test_blur_against_pil(stage, mean_levels, largest_sigma_px):
     params["blur_sigma_px"] = np.linspace(0.1, largest_sigma_px, 60)
     ours, theirs = stage(IMAGES_32, params, 32)[1], pil(IMAGES_32, params, 32)[1]
     assert difference(ours, theirs)[0] <= mean_levels
+
+
+@pytest.mark.parametrize(("stage", "most_levels"), [(host, 0), (device, 2)])
+def test_blur_of_2000_random_sigmas_against_pil(stage, most_levels):
+    """The box's weight has to be rounded as PIL does: in float32, and at every sigma."""
+    images = [np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8) for i in range(20)]
+    for i, image in enumerate(images):
+        params = whole_window(100, 24)
+        params["blur_sigma_px"] = np.random.default_rng(100 + i).uniform(0.1, 2, 100)
+        ours, theirs = stage(100 * [image], params, 24)[1], pil(100 * [image], params, 24)[1]
+        assert difference(ours, theirs)[1] <= most_levels
 
 
 @pytest.mark.parametrize("stage", [host, device])

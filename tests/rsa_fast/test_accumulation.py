@@ -24,9 +24,9 @@ from rsa_fast.training.step import Run, build_run, train_step
 
 PARTS, PART_IMAGES, STEPS = 4, 4, 2  # a step has so many parts, of so many images
 MEANS = ("rsa", "byol", "simsiam", "simsiam-rsa", "supervised")
-# By name: the method, and what differs from its row. The cases are computed in float64, but autocast
-# leaves float64 as it is, so that the case of fp16 is in float32. Its scaler starts so high that the
-# first step overflows, and no other.
+# By name: the method, and what differs from its row. All are computed in float64 but the case of
+# fp16, because autocast leaves float64 as it is. Its scaler starts so high that the first step
+# overflows, and no other.
 CASES = {
     "LARS": ("rsa", {"optimizer": "lars", "peak_lr": 0.1}),
     "SGD": ("byol", {"optimizer": "sgd", "clip_grad_norm": 0.5}),
@@ -215,6 +215,11 @@ def test_losses_that_are_no_means_over_images_are_refused_with_the_reason():
         ({"batch_size": 8}, "accumulate = 3 does not cut a batch of 8 into equal parts"),
         ({"batch_size": 3}, "accumulate = 3 does not cut a batch of 3 into equal parts of 2"),
         ({"min_lr": 1.0}, r"min_lr = 1.0 is above the peak learning rate 0\.0"),
+        (
+            {"warmup_start_lr": 1.0},
+            r"warmup_start_lr = 1.0 is above the peak learning rate 0\.0\d+: lower it, or set peak",
+        ),
+        ({"clip_each_grad_norm": 0}, "clip_each_grad_norm = 0: Input should be greater than 0"),
         ({"clip_grad_norm": 0}, "clip_grad_norm = 0: Input should be greater than 0"),
         ({"decay_exclude": "bias"}, "decay_exclude = 'bias'"),
     ],

@@ -58,6 +58,11 @@ def holds(sheet: np.ndarray, tile: np.ndarray) -> bool:
     return any(np.array_equal(sheet[y : y + height, x : x + width], tile) for y, x in corners)
 
 
+def side_by_side(levels: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the four views of each image as `(B, 4, S, S, 3)`."""
+    return np.stack([levels[name] for name in VIEWS], 1)
+
+
 def enlarged(levels: np.ndarray) -> np.ndarray:
     # From 16 to 192 px.
     return np.kron(levels.round().astype(np.uint8), np.ones((12, 12, 1), np.uint8))
@@ -67,7 +72,7 @@ def enlarged(levels: np.ndarray) -> np.ndarray:
 def test_a_weak_view_is_pil_s_crop_and_resize_of_the_drawn_window_bit_for_bit(source, backend):
     order = Order(20, 6, 3)
     ids = order.ids(2, 0)
-    made = view_levels(recipe(backend, seed=3), source, order, 2, backend)
+    made = side_by_side(view_levels(recipe(backend, seed=3), source, order, 2, backend))
     assert np.abs(made - made.round()).max() < 1e-3
     params = draw(3, 2, ids, recipe().views, source.manifest.sizes[ids])
     for sample, pair, views in zip(ids, params, made, strict=True):
@@ -88,8 +93,8 @@ def test_the_views_are_those_training_reads_first_whatever_its_batch_size(source
         batch = next(loader.batches(4))
     shown = view_levels(chosen, source, Order(20, 3, 5), 4, "resident")
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (chosen.views.mean, chosen.views.std))
-    for k, name in enumerate(VIEWS):
-        normalised = (torch.from_numpy(shown[:, k]).permute(0, 3, 1, 2) / 255 - mean) / std
+    for name in VIEWS:
+        normalised = (torch.from_numpy(shown[name]).permute(0, 3, 1, 2) / 255 - mean) / std
         assert torch.allclose(normalised, batch.views[name][:3], atol=1e-5)
 
 
@@ -108,7 +113,7 @@ def test_the_sheet_holds_every_source_and_view_pixel_for_pixel(source, tmp_path)
     for sample, pair, views in zip(
         ids,
         draw(1, 2, ids, recipe().views, source.manifest.sizes[ids]),
-        view_levels(recipe(), source, order, 2, "native"),
+        side_by_side(view_levels(recipe(), source, order, 2, "native")),
         strict=True,
     ):
         assert holds(sheet, np.asarray(windows(source.read(sample), pair, 192)))
@@ -126,7 +131,7 @@ def test_windows_are_drawn_where_they_were_cut():
         pair[name] = values  # The first is inside the second: neither hides the other.
     drawn = np.asarray(windows(np.full((48, 64, 3), 128, np.uint8), pair, 192))
     assert drawn.shape == (192, 256, 3)  # four times the source
-    for p, ink in zip(pair, CROP_INKS, strict=True):
+    for p, ink in zip(pair, CROP_INKS, strict=False):
         rows, columns = np.nonzero((drawn == tuple(bytes.fromhex(ink[1:]))).all(-1))
         assert (rows.min(), rows.max() + 1) == (4 * p["top"], 4 * (p["top"] + p["height"]))
         assert (columns.min(), columns.max() + 1) == (4 * p["left"], 4 * (p["left"] + p["width"]))
@@ -141,7 +146,7 @@ def test_labels_say_what_was_drawn():
         (1.234, 0),
     )
     pair["order"][0], pair["factor"][0] = (3, 1, 0, 2), (0.625, 1.25, 1.375, -0.0625)
-    assert view_labels(pair, np.array([60, 80])) == [
+    assert view_labels(recipe().views, pair, np.array([60, 80])) == [
         "crop 40x30 px, scale 0.25\nflip",
         "crop 10x20 px, scale 0.04\nno flip",
         "hue -0.062, contrast 1.25,\nbrightness 0.62, saturation 1.38\nno gray, blur 1.23 px",
@@ -181,9 +186,9 @@ def test_the_labels_on_the_sheet_are_those_of_its_samples(source, tmp_path, monk
 @pytest.mark.parametrize("backend", ["resident", "native", "torchvision"])
 def test_without_its_stage_an_aggressive_view_is_the_weak_one(source, backend):
     off = {"views.jitter_p": 0, "views.grayscale_p": 0, "views.blur_p": 0}
-    made = view_levels(recipe(backend, **off), source, Order(20, 4, 0), 0, backend)
+    made = side_by_side(view_levels(recipe(backend, **off), source, Order(20, 4, 0), 0, backend))
     assert np.array_equal(made[:, 2:], made[:, :2])
-    on = view_levels(recipe(backend), source, Order(20, 4, 0), 0, backend)
+    on = side_by_side(view_levels(recipe(backend), source, Order(20, 4, 0), 0, backend))
     assert np.array_equal(on[:, :2], made[:, :2]) and not np.array_equal(on[:, 2:], on[:, :2])
 
 
@@ -192,9 +197,8 @@ def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(
 ):
     def apart(recipe, source, order, epoch, backend):
         made = view_levels(recipe, source, order, epoch, "resident")
-        return made + (backend == "native") * np.array([0, 1.5, 0, 3], np.float32).reshape(
-            4, 1, 1, 1
-        )
+        gaps = zip(VIEWS, (0, 1.5, 0, 3), strict=True)
+        return {name: made[name] + (backend == "native") * np.float32(gap) for name, gap in gaps}
 
     said = []
     monkeypatch.setattr(module, "view_levels", apart)
@@ -286,3 +290,27 @@ def test_bad_input_is_one_line_and_draws_nothing(folder, tmp_path, arguments, me
     done = command(folder, tmp_path / "views.png", *arguments)
     assert done.exit_code != 0 and message in done.output and "Traceback" not in done.output
     assert not (tmp_path / "views.png").exists()
+
+
+def test_the_sheet_of_several_groups_shows_every_view_and_the_jigsaw_s_patches(source, tmp_path):
+    groups = [
+        {"name": "global", "count": 2},
+        {"name": "local", "count": 1, "size_px": 8, "crop_area": [0.1, 0.3], "solarize_p": 1},
+        {"name": "jigsaw", "count": 1, "size_px": 24, "jigsaw": True},
+    ]
+    chosen = recipe("native", **{"views.groups": groups})
+    result = preview(chosen, source, tmp_path / "views.png", images=2, compare="torchvision")
+    assert result["difference_levels"] == dict.fromkeys(chosen.views.views, 0)
+    assert list(result["difference_levels"])[-2:] == ["aggressive_4", "patches_4"]
+    preview(chosen, source, tmp_path / "views.png", images=2)
+    sheet = np.asarray(Image.open(tmp_path / "views.png"))
+    levels = view_levels(chosen, source, Order(20, 2, 0), 0, "native")
+    for name, scale in {"weak_2": 12, "aggressive_3": 24, "weak_4": 8, "patches_4": 11}.items():
+        view = levels[name][1].round().astype(np.uint8)
+        assert holds(sheet, np.kron(view, np.ones((scale, scale, 1), np.uint8))), name
+    # The middle patch is the slice of the weak view that was drawn.
+    order = Order(20, 2, 0).ids(0, 0)
+    params = draw(0, 0, order, chosen.views, source.manifest.sizes[order])
+    top, left = 8 + params["patch_offset"][1, 3, 4]
+    middle = levels["weak_4"][1, top : top + 6, left : left + 6]
+    assert np.array_equal(levels["patches_4"][1, 6:12, 6:12].round(), middle.round())

@@ -95,14 +95,14 @@ def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:
 
 
 def ready_batch(run: Run, reads: Iterable[str]) -> Batch:
-    """A batch on the GPU with random views `(B, 3, H, W)`, those named in `reads`."""
-    images, size_px = run.recipe.batch_size, run.recipe.views.size_px
-    shape = (images, 3, size_px, size_px)
-    views = {}
+    """A batch on the GPU with random views, those named in `reads`."""
+    images, views = run.recipe.batch_size, {}
     for name in sorted(reads):
+        shape = (images, *run.recipe.views.shape(name))
         view = torch.randn(shape, device=run.device, dtype=run.dtype)
-        views[name] = view.to(memory_format=torch.channels_last)
-    return Batch(torch.zeros(images, dtype=torch.int64, device=run.device), views)
+        views[name] = view.to(memory_format=torch.channels_last) if view.ndim == 4 else view
+    ids = torch.arange(images, device=run.device)
+    return Batch(torch.zeros_like(ids), views, ids)
 
 
 def photographs(settings: Settings, backend: str = "native") -> Path:

@@ -95,17 +95,16 @@ def mode_name(compiled: bool) -> str:
 
 
 def turns(settings: Settings, methods: tuple[str, ...], compiled: bool, _: float) -> Iterator[Row]:
-    """The step times of several methods, which take turns on one batch."""
+    """The step times of several methods, which take turns."""
 
     def work(batch_size: int) -> list[Row]:
         torch.compiler.reset()
         fields = {"batch_size": batch_size, "compile": compiled}
         recipes = {method: imagenet(settings, method, **fields) for method in methods}
         runs = {method: build_run(recipe, STEPS * batch_size) for method, recipe in recipes.items()}
-        reads = {name for run in runs.values() for name in run.method.reads}
-        batch = ready_batch(runs[methods[0]], reads)
-        warm_up_s = {method: warm_up(run, batch) for method, run in runs.items()}
-        times = step_times(runs, batch, settings.repeats)
+        batches = {method: ready_batch(run, run.method.reads) for method, run in runs.items()}
+        warm_up_s = {method: warm_up(run, batches[method]) for method, run in runs.items()}
+        times = step_times(runs, batches, settings.repeats)
         clock_mhz = nvidia_smi().get("SM clock, MHz")  # read at once, before it falls again
         rows = []
         for method, times_ms in times.items():
@@ -140,13 +139,15 @@ def warm_up(run: Run, batch: Batch) -> float:
     return time.perf_counter() - began
 
 
-def step_times(runs: dict[str, Run], batch: Batch, repeats: int) -> dict[str, list[float]]:
+def step_times(
+    runs: dict[str, Run], batches: dict[str, Batch], repeats: int
+) -> dict[str, list[float]]:
     """The milliseconds of `repeats` steps of each run, measured by events without waits between."""
-    timeline = Timeline(batch.label.device)
+    timeline = Timeline(next(iter(runs.values())).device)
     for _ in range(repeats):
         for name, run in runs.items():
             timeline.begin(name)
-            train_step(run, batch)
+            train_step(run, batches[name])
     timeline.begin("end")
     timeline.wait()
     times: dict[str, list[float]] = {name: [] for name in runs}
