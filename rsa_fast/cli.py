@@ -843,6 +843,7 @@ def detect(
 @DATA
 @click.option("--out", required=True, type=NEW_FILE, help="The PNG to write.")
 @DATASET
+@METHOD
 @CONFIG
 @SET
 @click.option(
@@ -864,6 +865,7 @@ def preview(
     data: tuple[Path, ...],
     out: Path,
     dataset: str | None,
+    method: str | None,
     config: Path | None,
     sets: tuple[str, ...],
     images: int,
@@ -874,14 +876,14 @@ def preview(
 ) -> None:
     """Draw a sheet of what training sees.
 
-    It shows each image with its two crops, and its four views with the random parameters that were
-    drawn.
+    It shows each image with its crops, and all their views with the random parameters that were
+    drawn. These are the four of RSA, unless a method, file or setting has other groups of crops.
     """
     overrides = {"backend": backend, "seed": seed}
-    if not config:
+    if not config and not method:
         overrides["batch_size"] = images  # auto would refuse a folder with few images
     recipe = recipe_of(
-        dataset=dataset, method=None, config=config, sets=sets, overrides=overrides, data=data
+        dataset=dataset, method=method, config=config, sets=sets, overrides=overrides, data=data
     )
     from pipelines.layouts import inventory
     from rsa_fast.insight.preview import preview as run
@@ -977,7 +979,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         "--methods",
         default="rsa,byol",
         metavar="NAME,...",
-        help="Methods to measure in turn. --tune takes the first one.",
+        help="Methods to measure in turn, or all. --tune takes the first one.",
     ),
     click.option(
         "--repeats",
@@ -1041,18 +1043,22 @@ def profile(
     each are measured. The result names the bottleneck and the setting that helps.
     """
     overrides = {"batch_size": batch_size, "backend": backend, "threads": threads}
-    names = [name.strip() for name in methods.split(",")]
-    recipes = {
-        short_name(name): recipe_of(
-            dataset=dataset,
-            method=name,
-            config=config,
-            sets=sets,
-            overrides=overrides,
-            data=data,
-        )
-        for name in names
-    }
+    everything = methods.strip() == "all"
+    recipes = {}
+    for name in METHODS if everything else (name.strip() for name in methods.split(",")):
+        try:
+            recipes[short_name(name)] = recipe_of(
+                dataset=dataset,
+                method=name,
+                config=config,
+                sets=sets,
+                overrides=overrides,
+                data=data,
+            )
+        except ValueError as error:
+            if not everything:
+                raise
+            logging.getLogger("rsa_fast").warning(f"{name} is left out: {error}")
     if tune:
         from rsa_fast.insight import tuning
 

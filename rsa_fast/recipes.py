@@ -98,24 +98,34 @@ class Recipe(BaseModel):
     # Each rank takes its part of the batch in N passes, one after the other, and adds up the
     # gradients. N passes on one rank equal N ranks with bn = local, for about the memory of one.
     accumulate: int = Field(1, ge=1)
-    optimizer: Literal["sgd", "lars", "adamw"]
+    optimizer: Literal["sgd", "lars", "larc", "adam", "adamw"]
     base_lr: float = Field(gt=0)  # per 256 images: peak_lr = base_lr * batch_size / 256
     peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
     # The cosine of the learning rate ends here. Its default is that of PAPER 4.1.
     min_lr: float = Field(0, ge=0)
+    # At the start of these epochs, counted from 0 or, if negative, from the end of the run, the
+    # learning rate is multiplied by `lr_drop`. They replace the cosine. A run that is too short to
+    # reach one of them after its warm-up does without it.
+    lr_drop_epochs: tuple[int, ...] = ()
+    lr_drop: float = Field(0.1, gt=0, lt=1)
+    # The learning rate of gains and biases, which have one dimension, over that of the others.
+    bias_lr_ratio: float = Field(1, gt=0)
     # The cosine moves at every step, or at the start of every epoch. The warm-up moves at every
     # step.
     lr_per: Literal["step", "epoch"] = "step"
-    # Of the optimiser (PAPER 4.1). For AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
+    # Of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(ge=0)
-    # Which parameters SGD and AdamW leave without weight decay: none, or gains and biases, which
-    # have one dimension. LARS always leaves those without.
+    weight_decay: float = Field(ge=0)  # Adam adds it to the gradient; AdamW shrinks the weights
+    # Which parameters SGD, LARC, Adam and AdamW leave without weight decay: none, or gains and
+    # biases, which have one dimension. LARS always leaves those without.
     decay_exclude: Literal["none", "norm_and_bias"] = "none"
     # The gradients of all parameters together are scaled down to this norm where it is larger.
     clip_grad_norm: float | None = Field(None, gt=0)
-    trust_coefficient: float = Field(0.001, gt=0)  # only used by LARS (CODE common/lars.py)
-    warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from 0
+    # The gradient of each parameter alone is scaled down to this norm where it is larger (DINO).
+    clip_each_grad_norm: float | None = Field(None, gt=0)
+    trust_coefficient: float = Field(0.001, gt=0)  # of LARS and LARC (CODE common/lars.py)
+    warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from `warmup_start_lr`
+    warmup_start_lr: float = Field(0, ge=0)
     # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # for the initialisation, the sample order and the views
@@ -235,12 +245,32 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def lowest_lr_is_below_the_peak(self) -> Recipe:
-        if self.min_lr > self.highest_lr:
+    def other_lrs_are_below_the_peak(self) -> Recipe:
+        for name in ("min_lr", "warmup_start_lr"):
+            if (value := getattr(self, name)) > self.highest_lr:
+                raise ValueError(
+                    f"{name} = {value} is above the peak learning rate {self.highest_lr:g}: "
+                    "lower it, or set peak_lr"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def drops_follow_the_warm_up(self) -> Recipe:
+        given = f"lr_drop_epochs = {self.lr_drop_epochs}"
+        if not self.lr_drop_epochs:
+            return self
+        if self.min_lr:
             raise ValueError(
-                f"min_lr = {self.min_lr} is above the peak learning rate {self.highest_lr:g}: "
-                "lower it, or set peak_lr"
+                f"{given} replaces the cosine, which min_lr = {self.min_lr} is the end of: "
+                "set min_lr=0, or lr_drop_epochs=[]"
             )
+        if early := [e for e in self.lr_drop_epochs if 0 <= e <= self.warmup_epochs]:
+            raise ValueError(
+                f"{given}: epoch {early[0]} is not after the warm-up of {self.warmup_epochs} "
+                "epochs: name later ones"
+            )
+        if len(set(self.drop_epochs)) < len(self.drop_epochs):
+            raise ValueError(f"{given} names an epoch twice, of {self.epochs}: name it once")
         return self
 
     @model_validator(mode="after")
@@ -271,6 +301,11 @@ class Recipe(BaseModel):
         """The learning rate at the end of the warm-up."""
         return self.peak_lr or self.base_lr * self.batch_size / 256
 
+    @property
+    def drop_epochs(self) -> list[int]:
+        """`lr_drop_epochs`, all counted from 0. Those before the start of the run are negative."""
+        return [e if e >= 0 else self.epochs + e for e in self.lr_drop_epochs]
+
     def schedule(self, step: int, derived: Derived) -> dict[str, float]:
         """The numbers that change with the step, which is counted from 0.
 
@@ -278,7 +313,19 @@ class Recipe(BaseModel):
         """
         total, warmup, peak = derived.total_steps, derived.warmup_steps, derived.peak_lr
         held = derived.steps_per_epoch if self.lr_per == "epoch" else 1
-        return {"lr": schedules.learning_rate(step, total, warmup, peak, self.min_lr, held)}
+        drop_steps = [epoch * derived.steps_per_epoch for epoch in self.drop_epochs]
+        lr = schedules.learning_rate(
+            step,
+            total,
+            warmup,
+            peak,
+            self.min_lr,
+            held,
+            drop_steps,
+            self.lr_drop,
+            self.warmup_start_lr,
+        )
+        return {"lr": lr}
 
     def check_batch(self, world_size: int) -> None:
         """Raise ValueError if BatchNorm would get less than 2 images, which have no variance."""

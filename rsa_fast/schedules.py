@@ -7,6 +7,7 @@ Beyond K, every schedule stays at its last value.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def cosine_ramp(k: float, total: float) -> float:
@@ -37,17 +38,25 @@ def learning_rate(
     peak_lr: float,
     min_lr: float = 0,
     held_steps: int = 1,
+    drop_steps: Sequence[int] = (),
+    drop: float = 1,
+    start_lr: float = 0,
 ) -> float:
-    """Linear from 0 to `peak_lr` during the warm-up, then a cosine to `min_lr`.
+    """Linear from `start_lr` to `peak_lr` during the warm-up, then a cosine to `min_lr`.
 
     The cosine is held for `held_steps` at a time: with the steps of an epoch, it moves at the start
     of every epoch. The warm-up moves at every step.
+
+    With `drop_steps`, there is no cosine: at each of these steps that comes after the warm-up, the
+    rate is multiplied by `drop`.
 
     Source: adjust_learning_rate in train_multi.py of github.com/tmllab/RSA. A run that is shorter
     than its warm-up, such as one epoch to try things out, ends before the peak.
     """
     if step < warmup_steps:
-        return peak_lr * step / warmup_steps
+        return start_lr + (peak_lr - start_lr) * step / warmup_steps
+    if drop_steps:
+        return peak_lr * drop ** sum(warmup_steps < at <= step for at in drop_steps)
     since = step - warmup_steps
     ramp = cosine_ramp(since - since % held_steps, max(total_steps - warmup_steps, 1))
     return min_lr + (peak_lr - min_lr) * ramp

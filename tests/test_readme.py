@@ -94,7 +94,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     with tarfile.open(place / "data" / "imagenet-wds" / "shard-0.tar", "w") as tar:
         tar.add(place / "data" / "imagenet" / "train")
     (place / "LIST").write_text("class_0\n")
-    (place / "barlow_twins.py").write_text(METHOD)
+    (place / "my_twins.py").write_text(METHOD)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
         patch.syspath_prepend(ROOT / "tests" / "rsa_fast")
         from test_detection import TINY, write_coco
@@ -176,16 +176,16 @@ def test_the_method_in_the_readme_trains_and_is_barlow_twins():
 
 
 @pytest.fixture
-def barlow_twins(tmp_path) -> Path:
+def my_twins(tmp_path) -> Path:
     """The README's method, saved outside of this project."""
-    path = tmp_path / "mine" / "barlow_twins.py"
+    path = tmp_path / "mine" / "my_twins.py"
     path.parent.mkdir()
     path.write_text(METHOD)
     return path
 
 
 def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tree(
-    folder, barlow_twins, tmp_path, monkeypatch
+    folder, my_twins, tmp_path, monkeypatch
 ):
     sets = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
     options = ["--dataset", "cifar10", "--data", str(folder), "--epochs", "20", "--batch-size", "8"]
@@ -197,11 +197,11 @@ def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tr
         return json.loads(done.stdout.splitlines()[-1])
 
     # The uninterrupted run, and one that is killed once it has a checkpoint.
-    monkeypatch.chdir(barlow_twins.parent)
-    whole = rsa_fast("train", "--method", "barlow_twins.py", *options, "--out", tmp_path / "whole")
-    assert (whole["method"], whole["step"]) == ("barlow-twins", 20 * 5)
+    monkeypatch.chdir(my_twins.parent)
+    whole = rsa_fast("train", "--method", "my_twins.py", *options, "--out", tmp_path / "whole")
+    assert (whole["method"], whole["step"]) == ("my-twins", 20 * 5)
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "rsa_fast", "train", "--method", "barlow_twins.py", *options]
+    command = [sys.executable, "-m", "rsa_fast", "train", "--method", "my_twins.py", *options]
     process = subprocess.Popen(
         [*command, "--out", str(run)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -225,13 +225,13 @@ def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tr
     assert any(record.get("diagonal", 0) > 0 for record in records)
 
     # Used where the file is gone.
-    barlow_twins.unlink()
+    my_twins.unlink()
     (path,) = checkpoint.paths_in(run / "checkpoints")[-1:]
     scores = rsa_fast("eval", "knn", "--checkpoint", path, "--data", folder)
     assert scores["knn_top1"] == whole["knn_top1"]
     out = tmp_path / "release" / "encoder.safetensors"
     rsa_fast("export", "--checkpoint", path, "--format", "safetensors", "--out", out)
-    assert "barlow-twins on cifar10" in (out.parent / "README.md").read_text()
+    assert "my-twins on cifar10" in (out.parent / "README.md").read_text()
 
 
 def flat(state: object, name: str = "") -> dict[str, torch.Tensor]:

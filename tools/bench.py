@@ -5,7 +5,6 @@
     python -m tools.bench step                           # RSA and BYOL, bf16 and fp32
     python -m tools.bench training --data data/imagenet  # the loop on files, waits for views
     python -m tools.bench all --data data/imagenet       # all of these, each in its own process
-    python -m tools.bench learn --data data/cifar10      # every method's accuracy, small budget
 
 Each command prints a table and, on the last line, one JSON object. The speeds of one run are
 compared as ratios, because ratios differ less between machines than the speeds do. Variants take
@@ -22,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,26 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines import (
     VIEWS,
     AggressiveOn,
     Batch,
+    CropGroup,
     Loading,
     Order,
     Source,
+    ViewSpec,
     open_source,
     open_views,
 )
 from pipelines.draws import draw
 from pipelines.loading import Loader
 from pipelines.manifest import array_manifest
-from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.insight.measure import EndlessOrder, median_ratio, open_loader
-from rsa_fast.recipes import Recipe, build_recipe, dump_yaml
-from rsa_fast.training.engine import train
+from rsa_fast.recipes import build_recipe
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, train_step
 from tools.to_ffcv import main as to_ffcv
@@ -152,14 +153,19 @@ def batches_per_s(loader: Loader, epoch: int, warm_up: int = 8, seconds: float =
     The first `warm_up` batches are not counted, because the loader prepares some in advance.
     """
     with closing(batch for batch in loader.batches(epoch)) as batches:
-        for _ in range(warm_up):
-            next(batches)
-        began, count = time.perf_counter(), 0
-        for _ in batches:
-            count += 1
-            if time.perf_counter() - began > seconds:
-                break
-        return count / (time.perf_counter() - began)
+        return rate_of(batches, warm_up, seconds)
+
+
+def rate_of(batches: Iterator[object], warm_up: int, seconds: float) -> float:
+    """Batches per second, without the first `warm_up`."""
+    for _ in range(warm_up):
+        next(batches)
+    began, count = time.perf_counter(), 0
+    for _ in batches:
+        count += 1
+        if time.perf_counter() - began > seconds:
+            break
+    return count / (time.perf_counter() - began)
 
 
 @main.command()
@@ -176,13 +182,19 @@ def backends(
 ) -> None:
     """Measure images per second of every backend on 2 CPU threads, decoding included.
 
-    The files are read from the page cache.
+    The files are read from the page cache. Multi-crop is SwAV's 2 x 224 and 6 x 96 px, on `native`,
+    on the torchvision backend, which like solo-learn's transform makes all crops by PIL from one
+    decode, and, where it is installed, by lightly's transform. At another `--size`, the crops are
+    in proportion.
     """
     source = open_source(data, "train")
     if source.encoded is None:
         raise click.UsageError(f"{data} holds pixels: wanted a folder of image files")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
     every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
+    local = CropGroup("local", 6, size_px=round(size * 96 / 224), crop_area=(0.05, 0.14))
+    crops = replace(spec, groups=(CropGroup("global", 2, crop_area=(0.14, 1.0)), local))
+    multi = frozenset(crops.names("aggressive"))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         sources = {"": source}
         for name, mode in (
@@ -191,35 +203,42 @@ def backends(
         ):
             to_ffcv([str(data), f"{folder}/{name}", "--write-mode", *mode], standalone_mode=False)
             sources[name] = open_source(f"{folder}/{name}", "train")
-        rows: dict[str, tuple[str, str, frozenset[str]]] = {
-            "torchvision": ("torchvision", "", every),
-            "native": ("native", "", every),
-            "native_byol": ("native", "", byol),
-            "ffcv500": ("ffcv", "ffcv500", every),
-            "ffcv_passthrough": ("ffcv", "ffcv_passthrough", every),
-            "dali_cpu_weak": ("dali", "", weak),
-            "dali_cpu": ("dali", "", every),
+        rows: dict[str, tuple[str, str, ViewSpec, frozenset[str]]] = {
+            "torchvision": ("torchvision", "", spec, every),
+            "torchvision_multi_crop": ("torchvision", "", crops, multi),
+            "native": ("native", "", spec, every),
+            "native_byol": ("native", "", spec, byol),
+            "native_multi_crop": ("native", "", crops, multi),
+            "ffcv500": ("ffcv", "ffcv500", spec, every),
+            "ffcv_passthrough": ("ffcv", "ffcv_passthrough", spec, every),
+            "dali_cpu_weak": ("dali", "", spec, weak),
+            "dali_cpu": ("dali", "", spec, every),
         }
         order = EndlessOrder(len(source.manifest), min(batch_size, len(source.manifest)), seed=0)
         loaders = {
             name: opened.enter_context(
                 open_views(
                     sources[which],
-                    spec,
+                    row_spec,
                     reads,
                     order,
                     dtype=getattr(torch, dtype),
                     loading=Loading(backend),
                 )
             )
-            for name, (backend, which, reads) in rows.items()
+            for name, (backend, which, row_spec, reads) in rows.items()
         }
         files = [source.encoded(i) for i in range(len(source.manifest))]
-        rates: dict[str, list[float]] = {"decode_limit": [], **{name: [] for name in rows}}
+        lightly = lightly_multi_crop(source, crops, order.batch_size)
+        peers = ["lightly_multi_crop"] if lightly else []
+        rates: dict[str, list[float]] = {name: [] for name in ("decode_limit", *rows, *peers)}
         for turn in range(turns):
             rates["decode_limit"].append(decode_limit_per_s(files, seconds))
             for name, loader in loaders.items():
                 rates[name].append(order.batch_size * batches_per_s(loader, turn, seconds=seconds))
+            if lightly:
+                rate = rate_of(iter(lightly), warm_up=4, seconds=seconds)
+                rates["lightly_multi_crop"].append(order.batch_size * rate)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     result = {f"{name}_images_per_s": value for name, value in medians.items()}
     result |= {
@@ -228,8 +247,45 @@ def backends(
         if name != "torchvision"
     }
     result["native_of_decode_limit"] = medians["native"] / medians["decode_limit"]
+    for peer in ("torchvision_multi_crop", *peers):
+        result[f"native_over_{peer}"] = medians["native_multi_crop"] / medians[peer]
+    # The time of the views alone, for each value of them: of multi-crop over BYOL's two views.
+    pixels = sum(crop.size_px**2 for crop in crops.crops) / (2 * size**2)
+    views_s = {
+        name: 1 / medians[name] - 1 / medians["decode_limit"]
+        for name in ("native_multi_crop", "native_byol")
+    }
+    result["multi_crop_pixel_cost"] = views_s["native_multi_crop"] / views_s["native_byol"] / pixels
     title = f"{size} px, batch {order.batch_size}, {dtype}; 4 views, weak: 2, byol: 2 aggressive"
     show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
+
+
+def lightly_multi_crop(source: Source, spec: ViewSpec, batch_size: int) -> DataLoader[Any] | None:
+    """lightly's multi-crop transform of the source's files in 2 worker processes, as users run it.
+
+    The batches do not end. None where lightly is not installed.
+    """
+    if find_spec("lightly") is None:
+        return None
+    from lightly.transforms.swav_transform import SwaVTransform
+
+    (first, last), groups = (spec.crops[0], spec.crops[-1]), spec.groups
+    transform = SwaVTransform(
+        crop_sizes=(first.size_px, last.size_px),
+        crop_counts=(groups[0].count, groups[1].count),
+        crop_min_scales=(first.crop_area[0], last.crop_area[0]),
+        crop_max_scales=(first.crop_area[1], last.crop_area[1]),
+        cj_strength=0.5,  # lightly's jitter is twice as strong as MoCo v2's
+        normalize={"mean": list(spec.mean), "std": list(spec.std)},
+    )
+
+    class Files(Dataset[Any]):
+        def __getitem__(self, sample: int) -> Any:
+            assert source.file is not None
+            return transform(Image.open(source.file(sample)).convert("RGB"))
+
+    samples = RandomSampler(range(len(source.manifest)), num_samples=10**9, replacement=True)
+    return DataLoader(Files(), batch_size, sampler=samples, num_workers=2)
 
 
 def decode_limit_per_s(files: list[bytes], seconds: float) -> float:
@@ -376,76 +432,6 @@ def everything(data: Path, plain: bool) -> None:
         if not plain:
             click.echo("\n".join(table_lines))
     click.echo(json.dumps(figures))
-
-
-# The budget is for a narrow ResNet-18 on two CPU cores. The targets of BYOL and RSA follow faster
-# than in the paper, as there are few steps. MoCo's split gives BatchNorm batches of 16 images, as
-# the shuffling of its CIFAR demo does, but half as many of them.
-LEARN = {"width": 16, "batch_size": 64, "peak_lr": 0.06, "knn_every_epochs": 0}
-LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "simclr": ("simclr", {}),
-    "moco": ("moco", {"bn": "split:4"}),
-    "simsiam": ("simsiam", {}),
-    "simsiam-rsa": ("simsiam-rsa", {}),
-    "byol-aa": ("byol", {"tau_base": 0.97, "pairs": "AA"}),
-    "byol-aw": ("byol", {"tau_base": 0.97, "pairs": "AW"}),
-    "ressl": ("ressl", {}),
-    "rsa-fixed": ("rsa", {"tau_base": 0.97, "beta_schedule": "fixed"}),
-    "rsa-decay": ("rsa", {"tau_base": 0.97}),
-    "supervised": ("supervised", {}),
-}
-
-
-@main.command()
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True),
-    required=True,
-    help="CIFAR-10, or images like it.",
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/learn"), show_default=True
-)
-@click.option("--epochs", default=12, show_default=True)
-@click.option(
-    "--only", multiple=True, type=click.Choice(list(LEARNERS)), help="Train this one; repeatable."
-)
-def learn(data: Path, out: Path, epochs: int, only: tuple[str, ...]) -> None:
-    """Train every method with the same backbone, epochs and data, and compare their accuracy.
-
-    The accuracies are those of kNN and a linear probe. This is a smoke test, whose accuracies are
-    not the paper's. After a stop, run the same command again: finished runs are read, and an
-    unfinished one is resumed.
-    """
-    recipes = {
-        name: build_recipe("cifar10", method, overrides={**LEARN, "epochs": epochs, **fields})
-        for name, (method, fields) in LEARNERS.items()
-        if not only or name in only
-    }
-    scores = {"random init": random_init(next(iter(recipes.values())), data)}
-    for name, recipe in recipes.items():
-        result = out / name / "result.json"
-        has_checkpoint = any((out / name / "checkpoints").glob("*.pt"))
-        # A finished run with another recipe is resumed too, which is refused with the difference.
-        done = result.is_file() and (out / name / "recipe.yaml").read_text() == dump_yaml(recipe)
-        if not done:
-            train(recipe, data, out / name, resume=has_checkpoint)
-        scores[name] = json.loads(result.read_text())
-    columns = ("knn_top1", "knn20_top1", "linear_top1", "embedding_std", "images_per_s")
-    figures = {name: {key: score.get(key) for key in columns} for name, score in scores.items()}
-    title = f"ResNet-18, width {LEARN['width']}, {epochs} epochs, batch {LEARN['batch_size']}"
-    table = Table("top-1 %", *columns, title=title)
-    for name, row in figures.items():
-        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in row.values()))
-    Console().print(table)
-    click.echo(json.dumps(figures))
-
-
-def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
-    """The scores of a network before training."""
-    source = recipe.open_source(data, "pretrain")
-    run = build_run(recipe, len(source.manifest))
-    return Evaluation(data, recipe, run.device, run.dtype).score(run.method.encoder)
 
 
 def synchronised(work: Callable[[], object], device: torch.device) -> None:

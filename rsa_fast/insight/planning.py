@@ -23,6 +23,7 @@ import math
 import os
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from tempfile import TemporaryDirectory
@@ -41,12 +42,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pipelines import VIEWS, Batch, Loading, Order, Source, open_source, open_views
+from pipelines import Batch, Loading, Order, Source, open_source, open_views
 from pipelines.backends import RESIDENT_BYTES
 from pipelines.layouts import Data
 from pipelines.named import nearest
+from pipelines.views import stage_and_crop, view_name
 from rsa_fast.archs import RESNETS
 from rsa_fast.datasets import DATASETS
+from rsa_fast.distributed import alone
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.evaluate import KNN_CHUNK, KNN_SETTINGS, embed_in_own_dtype
 from rsa_fast.evaluation.features import BLOCK_ROWS
@@ -281,10 +284,11 @@ def trace(
     recipe = recipe.model_copy(update={"accumulate": passes})
     with torch.device("meta"):
         method = build_method(recipe, encoder)
+        method.allocate(DATASETS[recipe.dataset].images or 100 * recipe.batch_size)
     device = torch.device("cpu")  # CUDA's backward needs a driver, even without memory
     dtype = choose_dtype(precision, device)
     derived = resolve(recipe, 100 * recipe.batch_size)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with alone(), FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         method.to_empty(device=device).train()
         run = Run(
             recipe=recipe,
@@ -296,12 +300,13 @@ def trace(
             device=device,
             dtype=dtype,
         )
-        shape = (images, 3, recipe.views.size_px, recipe.views.size_px)
-        views = {
-            name: torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-            for name in sorted(method.reads)
-        }
-        batch = Batch(torch.zeros(images, dtype=torch.int64), views)
+        views = {}
+        for name in sorted(method.reads):
+            shape = (images, *recipe.views.shape(name))
+            layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+            views[name] = torch.empty(shape, dtype=dtype, memory_format=layout)
+        label, ids = (torch.zeros(images, dtype=torch.int64) for _ in range(2))
+        batch = Batch(label, views, ids)
         ledger.operations.clear()
         ends = [0]  # of the passes, in the list of operations
         for _ in range(passes):
@@ -382,7 +387,7 @@ def decode_images_per_s(
     # Without "host" a GPU makes the aggressive views from the weak ones.
     views = reads
     if recipe.aggressive_on != "host":
-        views = frozenset(VIEWS[VIEWS.index(view) % 2] for view in reads)
+        views = frozenset(view_name("weak", stage_and_crop(view)[1]) for view in reads)
     with TemporaryDirectory() as folder:
         if source is None:
             for seed in range(8):
@@ -483,14 +488,19 @@ class GpuStep:
     @property
     def needed_gib(self) -> float:
         """The memory that the GPU must have."""
-        view_values = self.images * 3 * self.recipe.views.size_px**2
+        # The crops of one size pass the aggressive stage together: RSA's two when it was measured.
+        pixels: Counter[int] = Counter()
+        for crop in self.recipe.views.crops:
+            pixels[crop.size_px] += crop.size_px**2
+        view_values = self.images * 3 * max(pixels.values()) / 2
         return self.peak_gib + OVERHEAD_GIB + LOADER_BYTES * view_values / GIB
 
     def evaluation_gib(self, classes: int, test_images: int) -> float:
         """The memory that the GPU must have for the scores, while it keeps the run's state."""
         batch_bytes, dim = trace_evaluation(self.recipe, self.precision, self.encoder)
         model_bytes: int = sum(t.nbytes for t in self.method.state_dict().values())
-        optimizer_bytes = 4 * self.trained_parameters * (1 + (self.recipe.optimizer == "adamw"))
+        values = 2 if self.recipe.optimizer in ("adam", "adamw") else 1  # for each parameter
+        optimizer_bytes = 4 * self.trained_parameters * values
         peak_bytes = max(batch_bytes, model_bytes + feature_bytes(dim, classes, test_images))
         training_gib = self.needed_gib - self.ledger.peak_bytes / GIB
         return (peak_bytes + optimizer_bytes) / GIB + training_gib

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipelines import Order, Source, choose_backend, open_views
-from pipelines.draws import draw
+from pipelines.draws import RandOp, draw
 from pipelines.views import ViewSpec, patch_px, stage_and_crop
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import choose_device, for_any_device
@@ -177,7 +177,9 @@ def view_labels(spec: ViewSpec, params: np.ndarray, size: np.ndarray) -> list[st
             lines = [f"{first}, {second},", f"{third}, {fourth}"]
         blur = f"blur {p['blur_sigma_px']:.2f} px" if p["blur_sigma_px"] > 0 else "no blur"
         last = f"{'gray' if p['grayscale'] else 'no gray'}, {blur}"
-        aggressive.append("\n".join([*lines, last + ", solarized" * bool(p["solarize"])]))
+        lines.append(last + ", solarized" * bool(p["solarize"]))
+        operations = [RandOp(op).name.lower() for op in p["rand_op"] if op]
+        aggressive.append("\n".join([*lines, ", ".join(operations)] if operations else lines))
         if crop_spec.jigsaw:
             side_px = patch_px(crop_spec.size_px)
             patches.append(f"of the weak view:\nnine patches of {side_px} px")

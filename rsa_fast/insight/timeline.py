@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rsa_fast.methods.method import Now
+from rsa_fast.networks import Projected
 from rsa_fast.training.step import Run
 
 # "backward" includes clipping, and GradScaler's check of the gradients. "other" is the schedules,
@@ -104,8 +105,11 @@ def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
         run.method.register_forward_hook(begin("backward")),
     ]
     for child in run.method.children():
-        hooks.append(child.register_forward_pre_hook(begin_network))
-        hooks.append(child.register_forward_hook(begin("loss")))
+        # Some methods call the encoder and the projector of a network one after the other.
+        parts = child.children() if isinstance(child, Projected) else (child,)
+        for network in parts:
+            hooks.append(network.register_forward_pre_hook(begin_network))
+            hooks.append(network.register_forward_hook(begin("loss")))
     hooks.append(run.optimizer.register_step_pre_hook(begin("optimiser")))
     hooks.append(run.optimizer.register_step_post_hook(begin("other")))
     # An attribute of the instance hides the method of its class until it is deleted below.

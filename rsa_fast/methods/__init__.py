@@ -6,7 +6,7 @@ needs no registration. A method of somebody else is a file of the same kind, giv
 an entry point of the group `rsa_fast.methods` of an installed package:
 
     [project.entry-points."rsa_fast.methods"]
-    barlow-twins = "my_package.barlow_twins"
+    my-method = "my_package.my_method"
 
 This module imports nothing heavy, so `rsa-fast --help` lists the names quickly.
 """

@@ -1,25 +1,29 @@
-"""The base class of all methods, and what methods with a target network or a queue share.
+"""The base class of all methods, and what those with a target network, queue, bank or jigsaw share.
 
 In shapes, B is the number of images on this rank, N that on all ranks together (N = B with one
-process), D is `out_dim` and K is `queue_size`.
+process), D is `out_dim`, and K is `queue_size` or the number of `negatives`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from itertools import groupby
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipelines.device_ops import send
+from pipelines.draws import hash_keys
 from pipelines.views import Batch
 from rsa_fast import schedules
 from rsa_fast.distributed import gather, rank, world_size
-from rsa_fast.methods import method_class
+from rsa_fast.methods import method_class, short_name
 from rsa_fast.networks import Encoder, Projected, build_encoder
 from rsa_fast.recipes import Derived, Recipe
 from rsa_fast.sourced import Rows, cite
@@ -37,6 +41,9 @@ EIGHT_GPUS = cite(
     "PAPER Table 7 with 64 images each",
     bn="split:8",
 )
+PATCHES = 9  # of a jigsaw
+# What is drawn in a step has hash seeds of its own: the run's seed with one of these.
+NEGATIVES_SALT, PATCHES_SALT = 0x6E65676174697665, 0x70617463686573
 # The values of a recipe's schedule at one step, by name: "lr" and, if the method has them, "tau"
 # and "beta".
 Now = Mapping[str, float]
@@ -86,6 +93,15 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def allocate(self, images: int) -> None:
+        """Create what depends on the number of training images, such as a memory bank.
+
+        Called once, after the method is built and before it is moved to the device.
+        """
+
+    def after_backward(self, now: Now) -> None:
+        """Called before every optimiser step: a parameter whose `.grad` is set to None stays."""
+
     def after_step(self, now: Now) -> None:
         """Called after every optimiser step, with the schedule's values at the next step."""
 
@@ -117,6 +133,35 @@ class BetaRecipe(Recipe):
     def schedule(self, step: int, derived: Derived) -> dict[str, float]:
         beta = schedules.beta(step + 1, derived.total_steps, self.beta_base, self.beta_schedule)
         return super().schedule(step, derived) | {"beta": beta}
+
+
+class MultiCropRecipe(Recipe):
+    """The fields of methods whose first two crops are the targets of all crops: SwAV and DINO."""
+
+    temperature: float = Field(gt=0)  # divides the scores of all crops before the softmax
+    frozen_epochs: int = Field(ge=0)  # at the start, in which the last layer is not updated
+
+    @model_validator(mode="after")
+    def crops_have_targets(self) -> MultiCropRecipe:
+        if (crops := len(self.views.crops)) < 2:
+            raise ValueError(
+                f"views.groups has {crops} crop, wanted 2 or more: the first two of an image are "
+                "the targets of the others"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def crops_pass_together(self) -> MultiCropRecipe:
+        if self.bn.startswith("split:"):
+            raise ValueError(
+                f"bn = {self.bn} cuts a batch into equal parts, but all crops of one size pass "
+                "together, so that parts would be crops: use sync or local"
+            )
+        return self
+
+    def schedule(self, step: int, derived: Derived) -> dict[str, float]:
+        frozen = step < self.frozen_epochs * derived.steps_per_epoch
+        return super().schedule(step, derived) | {"frozen": float(frozen)}
 
 
 class TargetMethod(Method):
@@ -211,6 +256,180 @@ class QueueMethod(TargetMethod):
         columns = (self.pointer + torch.arange(len(keys), device=keys.device)) % size  # (n,)
         self.queue.index_copy_(1, columns, keys.T.to(self.queue.dtype))
         self.pointer.add_(len(keys)).remainder_(size)
+
+
+class StepRecipe(Recipe):
+    """The recipes of methods whose random numbers in a step depend on its number."""
+
+    def schedule(self, step: int, derived: Derived) -> dict[str, float]:
+        return super().schedule(step, derived) | {"step": step}
+
+
+class BankRecipe(StepRecipe):
+    """The fields of methods that compare embeddings with a bank of one for every image."""
+
+    out_dim: int = Field(ge=1)  # D, length of an embedding
+    # K, the rows of the bank that an image's own row is compared with. They are drawn in every
+    # step. 0, or at least the number of images: all rows.
+    negatives: int = Field(ge=0)
+    temperature: float = Field(gt=0)  # divides the similarities before the softmax
+    # The weight of a row's old value when its image's new embedding is added.
+    bank_momentum: float = Field(ge=0, lt=1)
+
+
+class BankMethod(Method):
+    """A method with a bank of one embedding for every training image, `(images, D)`.
+
+    Its rows have unit length and start as noise. The bank is the same on all ranks. The network
+    has a linear projector.
+    """
+
+    bank: Tensor
+
+    def __init__(self, recipe: BankRecipe, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder)
+        self.online = Projected(encoder, nn.Linear(encoder.feature_dim, recipe.out_dim))
+        self.out_dim, self.negatives, self.seed = recipe.out_dim, recipe.negatives, recipe.seed
+        self.temperature, self.bank_momentum = recipe.temperature, recipe.bank_momentum
+
+    def allocate(self, images: int) -> None:
+        self.register_buffer("bank", unit(torch.randn(images, self.out_dim)))
+
+    def bank_losses(self, batch: Batch, embeddings: Sequence[Tensor], now: Now) -> list[Tensor]:
+        """For each of `embeddings` the cross-entropy of finding the images' rows in the bank by it.
+
+        Each embedding is `(B, D)`, unit rows of the batch's images, and each loss is a scalar, the
+        batch mean. All are compared with the same negatives, on all ranks. Afterwards, the first
+        embedding is added to the bank. Raises ValueError for a batch without ids.
+        """
+        ids = batch.ids  # (B,)
+        if ids is None:
+            raise ValueError("this batch has no ids, the rows of its images in the bank: pass ids=")
+        # The backward pass needs the rows as they are now, and `update_bank` changes them in place.
+        if 0 < self.negatives < len(self.bank):
+            negatives = negative_ids(self.seed, now, self.negatives, len(self.bank))  # (K,)
+            own, others = self.bank[ids], self.bank[send(negatives, ids.device)].T  # (B, D), (D, K)
+            losses = [info_nce(v, own, others, self.temperature) for v in embeddings]
+        else:
+            rows = self.bank.T.clone()  # (D, images)
+            with torch.autocast(ids.device.type, enabled=False):
+                losses = [F.cross_entropy(v @ rows / self.temperature, ids) for v in embeddings]
+        self.update_bank(embeddings[0], ids)
+        return losses
+
+    @torch.no_grad()
+    def update_bank(self, embeddings: Tensor, ids: Tensor) -> None:
+        """Add the embeddings `(B, D)` of all ranks to the rows `ids`, `(B,)`: a moving average.
+
+        If an image is in the global batch more than once, its last embedding counts.
+        """
+        all_embeddings, all_ids = gather(embeddings.detach()), gather(ids)  # (N, D), (N,)
+        # For every row of the batch, the last row of the same image. All rows of an image thus get
+        # the same value, and the order in which they are written does not matter.
+        ordered, order = all_ids.sort(stable=True)
+        last = order[torch.searchsorted(ordered, all_ids, right=True) - 1]  # (N,)
+        new = all_embeddings[last].to(self.bank.dtype)
+        mean = torch.lerp(new, self.bank[all_ids], self.bank_momentum)  # (N, D)
+        self.bank.index_copy_(0, all_ids, unit(mean))
+
+
+class JigsawRecipe(StepRecipe):
+    """The fields of methods that read the patches of a jigsaw beside `image_crops` other crops."""
+
+    image_crops: ClassVar[int]
+
+    @model_validator(mode="after")
+    def groups_are_the_image_and_its_jigsaw(self) -> JigsawRecipe:
+        counts = {group.name: group.count for group in self.views.groups}
+        if counts != {"image": self.image_crops, "jigsaw": 1} or not self.views.crops[-1].jigsaw:
+            listed = " and ".join(f"{count} of {name!r}" for name, count in counts.items())
+            raise ValueError(
+                f"views.groups = {listed}: {short_name(self.method)} takes {self.image_crops} of "
+                "'image' and then 1 of 'jigsaw' with jigsaw = true"
+            )
+        return self
+
+
+def jigsaw_rows(**image: Any) -> Rows:
+    """The groups of crops of a `JigsawRecipe`. `image` contains the fields of the first group."""
+
+    def views(size_px: int) -> dict[str, Any]:
+        jigsaw = {"count": 1, "size_px": size_px, "crop_area": (0.6, 1.0), "jigsaw": True}
+        return {"groups": [{"name": "image", **image}, {"name": "jigsaw", **jigsaw}]}
+
+    source = "PyContrast datasets/util.py"
+    in_proportion = f"{source}; chosen: a jigsaw in proportion to that of 255 px for 224 px"
+    return {
+        "32px": cite(in_proportion, views=views(36)),
+        "64px": cite(in_proportion, views=views(72)),
+        "224px": cite(source, views=views(255)),
+    }
+
+
+class JigsawHead(nn.Module):
+    """The head for the nine patches of a jigsaw: a projector for each, and a linear layer for all.
+
+    The layer gets the patches in a random order. The encoder does not know their order, so changing
+    that of its outputs equals changing that of the patches.
+    """
+
+    def __init__(self, projector: nn.Module, out_dim: int) -> None:
+        super().__init__()
+        self.projector, self.join = projector, nn.Linear(PATCHES * out_dim, out_dim)
+
+    def forward(self, features: Tensor, orders: np.ndarray) -> Tensor:
+        """From features of patches, `(9B, feature_dim)`, and their `orders`, `(B, 9)`: `(B, D)`."""
+        patches = self.projector(features).unflatten(0, (-1, PATCHES))  # (B, 9, D)
+        order = send(orders, features.device)[..., None]  # (B, 9, 1)
+        joined: Tensor = self.join(torch.take_along_dim(patches, order, 1).flatten(1))
+        return joined
+
+
+def patch_orders(seed: int, now: Now, images: int) -> np.ndarray:
+    """A random order of the nine patches for each of this rank's images in a step, `(B, 9)`."""
+    rows = rank() * images + np.arange(images)  # of the global batch
+    numbers = rows[:, None] * PATCHES + np.arange(PATCHES)  # (B, 9)
+    return np.argsort(hash_keys(seed ^ PATCHES_SALT, int(now["step"]), numbers), 1)
+
+
+def negative_ids(seed: int, now: Now, count: int, images: int) -> np.ndarray:
+    """The `count` random images, of `images`, with which a step compares its own. They may repeat.
+
+    They are the same on all ranks.
+    """
+    keys = hash_keys(seed ^ NEGATIVES_SALT, int(now["step"]), np.arange(count))
+    return (keys % np.uint64(images)).astype(np.int64)
+
+
+def joint_features(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """The features of V views `(B, 3, S, S)`, in the order of the views: `(V B, feature_dim)`.
+
+    Consecutive views of one size pass the encoder together, so BatchNorm normalises them together.
+    """
+    parts = [list(part) for _, part in groupby(views, key=lambda view: view.shape[-1])]
+    return torch.cat([encoder(torch.cat(part)) for part in parts])
+
+
+def cross_view_entropy(targets: Tensor, log_predictions: Tensor) -> Tensor:
+    """The cross-entropy between the targets of two crops and the predictions of all other crops.
+
+    Takes the distributions `targets`, `(2, B, K)`, which belong to the first two of V crops, and
+    the logarithms of those that were predicted, `(V, B, K)`. Returns the mean over the 2 (V - 1)
+    pairs and the batch, a scalar.
+    """
+    others = log_predictions.sum(0) - log_predictions[:2]  # (2, B, K)
+    return -(targets * others).sum(2).mean() / (len(log_predictions) - 1)
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """The cross-entropy of finding each query's key among that key and the queue, batch mean.
+
+    Takes unit rows `q` and `k`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        positive = (q * k).sum(1, keepdim=True)  # (B, 1)
+        logits = torch.cat([positive, q @ queue], 1) / temperature  # (B, 1 + K)
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
 
 def shuffle(count: int, groups: int, device: torch.device) -> Tensor:

@@ -17,8 +17,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from pipelines.views import Batch
 from rsa_fast.methods.method import (
@@ -29,6 +27,7 @@ from rsa_fast.methods.method import (
     Now,
     QueueMethod,
     QueueRecipe,
+    info_nce,
     unit,
 )
 from rsa_fast.networks import Encoder
@@ -77,14 +76,3 @@ class MoCo(QueueMethod):
         loss_2 = info_nce(q_2, k_1, queue, self.temperature)
         self.enqueue(torch.cat([all_1, all_2]))  # (2N, D)
         return Loss(loss_1 + loss_2, q_1, {})
-
-
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of finding each query's key among that key and the queue, batch mean.
-
-    Takes unit rows `q` and `k`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        positive = (q * k).sum(1, keepdim=True)  # (B, 1)
-        logits = torch.cat([positive, q @ queue], 1) / temperature  # (B, 1 + K)
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))

@@ -63,7 +63,7 @@ from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, 
 log = logging.getLogger("rsa_fast")
 
 FEW_IMAGES = OWN_STEPS[0][0]  # up to so many have the shortest budget of `auto`
-ADAMW_PEAK_LR = 0.01  # chosen: AdamW is rarely trained at a higher one
+ADAM_PEAK_LR = 0.01  # chosen: Adam and AdamW rarely train at a higher one
 
 # How ranks tell each other that a callback asked to stop. A signal is its number more than this.
 CALLBACK_STOP = 1
@@ -397,6 +397,7 @@ class Loop:
         Raises FloatingPointError if the loss is not finite.
         """
         values, schedule = meter.read(), self.run.schedule(self.run.step - 1)
+        schedule.pop("step", None)  # methods count it from 0, and records from 1
         record = {"step": self.run.step, **values, **schedule}
         self.check_losses(meter)
         self.metrics.write(record)
@@ -735,7 +736,7 @@ def what_does_not_fit(run: Run, state: dict[str, Any]) -> str:
     if difference := first_difference(state["method"], run.method.state_dict()):
         return f"the networks do not fit ({difference})"
     saved_groups, groups = state["optimizer"]["param_groups"], groups_of(run)
-    # Only the state of AdamW has betas.
+    # Only the states of Adam and AdamW have betas.
     layouts = [[(len(g["params"]), "betas" in g) for g in part] for part in (saved_groups, groups)]
     return "" if layouts[0] == layouts[1] else "the optimiser's state does not fit"
 
@@ -824,8 +825,8 @@ def announce(
     if run.derived.warmup_steps >= run.derived.total_steps:
         epochs = run.recipe.warmup_epochs
         log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")
-    if run.recipe.optimizer == "adamw" and run.derived.peak_lr > ADAMW_PEAK_LR:
+    if run.recipe.optimizer in ("adam", "adamw") and run.derived.peak_lr > ADAM_PEAK_LR:
         log.warning(
             f"the peak learning rate {run.derived.peak_lr:g} is one for SGD: "
-            "AdamW's are near 0.001 (peak_lr)"
+            "those of Adam and AdamW are near 0.001 (peak_lr)"
         )

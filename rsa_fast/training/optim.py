@@ -1,4 +1,4 @@
-"""Optimisers: torch's fused SGD and AdamW, and LARS on top of SGD.
+"""Optimisers: torch's fused SGD, Adam and AdamW, and LARS and LARC on top of SGD.
 
 With all of them, the host never waits for the device during a step, not even with a GradScaler: if
 the gradients overflowed, it is the fused kernel that leaves weights and momentum unchanged.
@@ -11,13 +11,16 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
 
 from rsa_fast.methods.method import Method
 from rsa_fast.recipes import Recipe
 
-ADAMW_BETA_2 = 0.999  # torch's default
+ADAM_BETA_2 = 0.999  # torch's default, of AdamW too
+
+LARC_EPS = 1e-8  # apex/parallel/LARC.py
+CLIP_EPS = 1e-6  # DINO utils.py clip_gradients, and torch's clip_grad_norm_
 
 # Parameters, or groups of parameters with options of their own.
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -43,6 +46,18 @@ class Sgd(torch.optim.SGD):
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
+    def unscale(self) -> None:
+        """Divide the gradients by the scale of a GradScaler, unless that has been done.
+
+        A GradScaler leaves them scaled and sets `grad_scale` for optimisers that unscale by
+        themselves, as the fused kernel does.
+        """
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            torch._foreach_mul_(gradients(params), scale.reciprocal())
+            self.grad_scale = None
+
 
 class Lars(Sgd):
     """LARS (You et al. 2017) in the variant of BYOL, MoCo v3 and RSA (common/lars.py).
@@ -66,23 +81,14 @@ class Lars(Sgd):
     # There is no `closure`, which would compute the gradients again.
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-        # A GradScaler leaves the gradients scaled and sets this attribute for optimisers that
-        # unscale by themselves.
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            torch._foreach_mul_([p.grad for p in params], scale.reciprocal())
-            self.grad_scale = None
+        self.unscale()
 
         # Weight decay and the ratio r, for all parameters but biases and BatchNorm.
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         matrices = [p for p in params if p.ndim > 1]
-        grads = [p.grad for p in matrices]
+        grads = gradients(matrices)
         torch._foreach_add_(grads, matrices, alpha=self.decay)
-        # Norms are computed in float32, or in float64 if one of the parameters is.
-        dtype = reduce(torch.promote_types, {p.dtype for p in matrices}, torch.float32)
-        weight_norm = torch.stack(torch._foreach_norm(matrices, dtype=dtype))
-        grad_norm = torch.stack(torch._foreach_norm(grads, dtype=dtype))
+        weight_norm, grad_norm = norms(matrices), norms(grads)
         ratio = torch.where(
             (weight_norm > 0) & (grad_norm > 0),
             self.trust_coefficient * weight_norm / grad_norm,
@@ -94,36 +100,101 @@ class Lars(Sgd):
         super().step()
 
 
+class Larc(Sgd):
+    """LARC without clipping, as SwAV uses it (apex/parallel/LARC.py).
+
+    For every parameter, also of one dimension, g = r (g + wd p), where
+    r = trust |p| / (|g| + wd |p| + 1e-8). If one of the norms is 0, then g stays as it is, without
+    weight decay: the first step of a bias that starts at 0 has the full learning rate.
+    Then mu = m mu + g and p = p - lr mu.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float,
+    ) -> None:
+        super().__init__(params, lr, momentum, weight_decay)
+        self.trust_coefficient = trust_coefficient
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        self.unscale()
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = 0  # SGD must not add it once more
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = gradients(params)
+            weight_norm, grad_norm = norms(params), norms(grads)
+            both = (weight_norm > 0) & (grad_norm > 0)
+            ratio = weight_norm / (grad_norm + decay * weight_norm + LARC_EPS)
+            ratio = torch.where(both, self.trust_coefficient * ratio, 1.0)
+            decayed = torch.where(both, decay, torch.zeros_like(ratio))
+            torch._foreach_add_(grads, torch._foreach_mul(params, list(decayed.unbind())))
+            torch._foreach_mul_(grads, list(ratio.unbind()))
+        super().step()
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+@torch.no_grad()
+def clip_each_grad_norm_(params: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale each gradient whose norm is larger than `limit` down to it, apart from the others."""
+    grads = gradients(params)
+    shares = (limit / (norms(grads) + CLIP_EPS)).clamp(max=1)  # (len(grads),)
+    torch._foreach_mul_(grads, list(shares.unbind()))
+
+
+def gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """The norm of each of n tensors, `(n,)`, in float32, or in float64 if one of them is."""
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, dtype=dtype))
+
+
 def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Optimizer:
     """The recipe's optimiser for the parameters of `method` that require a gradient.
 
-    The learning rate starts at `peak_lr`; `set_learning_rate` sets it before every step.
+    The learning rate starts at its peak; `set_learning_rate` sets it before every step. `peak_lr`
+    is the peak of all parameters but gains and biases, if these have a `bias_lr_ratio`.
     """
     constant = set(method.constant_lr_parameters())
-    exclude = recipe.decay_exclude == "norm_and_bias"
-    # Keyed by whether the learning rate is constant, and whether there is no weight decay.
+    own: dict[str, float] = {}  # the options of gains and biases, where they have their own
+    if recipe.decay_exclude == "norm_and_bias":
+        own["weight_decay"] = 0.0
+    if recipe.bias_lr_ratio != 1:
+        own |= {"lr": recipe.bias_lr_ratio * peak_lr, "lr_ratio": recipe.bias_lr_ratio}
+    # Keyed by whether the learning rate is constant, and whether the options are those of `own`.
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (flag, excluded): [] for flag in (False, True) for excluded in (False, True)
+        (flag, small): [] for flag in (False, True) for small in (False, True)
     }
     for p in method.parameters():
         if p.requires_grad:
-            members[p in constant, exclude and p.ndim <= 1].append(p)
+            members[p in constant, bool(own) and p.ndim <= 1].append(p)
     groups = [
-        {"params": params, "constant_lr": flag} | ({"weight_decay": 0.0} if excluded else {})
-        for (flag, excluded), params in members.items()
+        {"params": params, "constant_lr": flag} | (own if small else {})
+        for (flag, small), params in members.items()
         if params
     ]
-    if recipe.optimizer == "adamw":
+    if recipe.optimizer in ("adam", "adamw"):
         # Before its first step, torch sets the moments to zero, also if the gradients overflowed.
-        return AdamW(
+        return (Adam if recipe.optimizer == "adam" else AdamW)(
             groups,
             lr=peak_lr,
-            betas=(recipe.momentum, ADAMW_BETA_2),
+            betas=(recipe.momentum, ADAM_BETA_2),
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-    if recipe.optimizer == "lars":
-        return Lars(
+    if recipe.optimizer in ("lars", "larc"):
+        return (Lars if recipe.optimizer == "lars" else Larc)(
             groups,
             lr=peak_lr,
             momentum=recipe.momentum,
@@ -134,7 +205,10 @@ def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Optimizer
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameters except those that keep the peak rate."""
+    """Set the learning rate of all parameters except those that keep the peak rate.
+
+    That of gains and biases is `lr` times their `bias_lr_ratio`.
+    """
     for group in optimizer.param_groups:
         if not group["constant_lr"]:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1)

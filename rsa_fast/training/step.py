@@ -23,7 +23,7 @@ from pipelines.draws import hash_keys
 from rsa_fast.distributed import gpu_index, rank, world_size
 from rsa_fast.methods.method import Loss, Method, build_method
 from rsa_fast.recipes import Derived, Recipe, recipe_of_own_encoder, resolve
-from rsa_fast.training.optim import build_optimizer, set_learning_rate
+from rsa_fast.training.optim import build_optimizer, clip_each_grad_norm_, set_learning_rate
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -64,7 +64,9 @@ def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> R
     dtype = choose_dtype(recipe.precision, device)
     derived = resolve(recipe, count, world_size())
     torch.manual_seed(recipe.seed)
-    method = build_method(recipe, encoder).to(device).train()
+    method = build_method(recipe, encoder)
+    method.allocate(count)
+    method.to(device).train()
     optimizer = build_optimizer(recipe, method, derived.peak_lr)
     scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     forward: nn.Module = method
@@ -138,6 +140,7 @@ def train_on(run: Run, batch: Batch) -> Loss | None:
     run.losses.append(replace(loss, total=loss.total.detach()))
     if not last:
         return None
+    run.method.after_backward(now)
 
     loss = mean_loss(run.losses)
     run.losses.clear()
@@ -178,8 +181,11 @@ def update(run: Run) -> None:
     # fp16 overflows and rounds in each pass as it does on each of several ranks.
     if run.recipe.accumulate > 1:
         torch._foreach_div_([p.grad for p in params if p.grad is not None], run.recipe.accumulate)
-    if run.recipe.clip_grad_norm:
+    if run.recipe.clip_grad_norm or run.recipe.clip_each_grad_norm:
         run.scaler.unscale_(run.optimizer)
+    if run.recipe.clip_each_grad_norm:
+        clip_each_grad_norm_(params, run.recipe.clip_each_grad_norm)
+    if run.recipe.clip_grad_norm:
         clip_grad_norm_(params, run.recipe.clip_grad_norm, foreach=True)
 
     # The update of the weights, which the fp16 scaler skips if a gradient overflowed. It then

@@ -13,6 +13,8 @@ from pathlib import Path
 from budget import differences
 from fake_gpu import on_fake_gpu
 
+from rsa_fast.methods import METHODS
+
 PROGRAMS = Path(__file__).with_name("programs.py")
 WAITS = (
     "item",
@@ -34,7 +36,7 @@ BUDGET = ("products", "kernels", "copies", "all_reduce_bytes", "peak_gib")
 def test_no_precision_optimiser_backend_or_batchnorm_makes_the_host_wait(folder, request):
     beton = [request.getfixturevalue("beton")] if find_spec("ffcv") else []
     costs = json.loads(on_fake_gpu(PROGRAMS, "small_steps", folder, *beton))
-    assert len(costs) == 15 + len(beton)
+    assert len(costs) == 7 + len(METHODS) + len(beton)
     assert {case: found["faults"] for case, found in costs.items() if found["faults"]} == {}
 
 

@@ -40,7 +40,7 @@ def steps_of_every_method() -> dict[tuple, tuple]:
 
     Return, by method and `bn`, the losses, and all weights, statistics and queues after the steps.
     """
-    from test_other_methods import BATCH, TINY, some_batch
+    from test_other_methods import BATCH, batch_of, tiny_fields
 
     from pipelines.views import Batch
     from rsa_fast.methods import METHODS, method_class
@@ -48,12 +48,13 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     from rsa_fast.training.step import build_run, train_step
 
     results = {}
-    cases = [(name, "sync") for name in METHODS] + [(name, "split:2") for name in ("moco", "ressl")]
+    cases = [(name, "sync") for name in METHODS]
+    cases += [(name, "split:2") for name in ("moco", "ressl", "jcl", "infomin")]
     torch.set_default_dtype(torch.float64)
     try:
         for name, bn in cases:
             # The initial gain of zero would stop the gradient of its block's convolutions.
-            options = TINY | {
+            options = tiny_fields(name) | {
                 "bn": bn,
                 "zero_init_residual": False,
                 "precision": "fp32",
@@ -67,9 +68,9 @@ def steps_of_every_method() -> dict[tuple, tuple]:
             }
             run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
             for step in range(2):  # Each step amplifies rounding tenfold.
-                whole = some_batch(step)
+                whole = batch_of(run.method, step)
                 views = {key: mine(view) for key, view in whole.views.items()}
-                batch = Batch(mine(whole.label), views)
+                batch = Batch(mine(whole.label), views, mine(whole.ids))
                 losses.append(train_step(run, batch).total.detach())
             results[name, bn] = mean(torch.stack(losses)), run.method.state_dict()
     finally:
@@ -119,6 +120,24 @@ def steps_in_every_case() -> dict[str, dict]:
     import test_accumulation
 
     return test_accumulation.steps_in_every_case()
+
+
+def losses_and_gradients() -> dict[str, tuple]:
+    import test_barlow_twins
+
+    return test_barlow_twins.losses_and_gradients()
+
+
+def losses_and_banks() -> dict[str, tuple]:
+    import test_inst_dis
+
+    return test_inst_dis.losses_and_banks()
+
+
+def multi_crop_steps() -> dict[str, tuple]:
+    import test_swav
+
+    return test_swav.multi_crop_steps()
 
 
 def sync_batchnorm() -> list[tuple]:

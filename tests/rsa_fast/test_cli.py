@@ -196,3 +196,18 @@ def test_a_recipe_of_a_gpu_is_previewed_and_profiled_on_a_cpu_and_not_trained(fo
     assert json.loads(profiled.stdout)["device"] == "cpu"
     trained = run("train", *named, "--out", tmp_path / "run")
     assert trained.exit_code == 1 and "device: cuda is wanted" in trained.stderr
+
+
+def test_a_profile_of_all_methods_says_which_of_them_it_leaves_out(folder, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "rsa_fast.insight.profiling.profile", lambda recipes, *_, **__: measured.extend(recipes)
+    )
+    options = ("--dataset", "cifar10", "--data", folder, "--batch-size", 96, "--json")
+    done = run("profile", "--methods", "all", *options)
+    assert done.exit_code == 0, done.output
+    assert set(measured) == set(METHODS) - {"w-mse"}
+    assert "w-mse is left out: " in done.stderr and "batch_size = 96 is no multiple of 128" in (
+        done.stderr
+    )
+    assert run("profile", "--methods", "rsa,w-mse", *options).exit_code == 1

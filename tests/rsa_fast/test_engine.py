@@ -11,6 +11,7 @@ from conftest import write_folder
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast.cli import main
+from rsa_fast.methods import method_class
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train, unused_gpus
@@ -90,14 +91,38 @@ def test_resuming_is_exact_with_a_queue(folder, tmp_path):
     check_resumption(tiny("ressl", bn="split:2", queue_size=32, epochs=2), folder, tmp_path)
 
 
-def check_resumption(recipe, folder, tmp_path):
+# What some keep: a bank, a queue, a centre, frozen layers, Adam's moments, draws by the step.
+RESUMED = {
+    "swav": {"prototypes": 7, "queue_size": 16, "queue_start_epoch": 0, "hidden_dim": 8},
+    "dino": {"out_dim": 9, "bottleneck_dim": 4, "hidden_dim": 8},
+    "w-mse": {"out_dim": 2, "hidden_dim": 8, "lr_drop_epochs": (1,), "warmup_epochs": 0},
+    "inst-dis": {"out_dim": 4, "negatives": 8},
+    "pirl": {"out_dim": 4, "negatives": 0},
+    "infomin": {"out_dim": 4, "queue_size": 32, "bn": "split:2"},
+    "jcl": {"out_dim": 4, "queue_size": 32, "bn": "split:2"},
+    "barlow-twins": {"out_dim": 4, "hidden_dim": 8},
+}
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_the_state_of_every_method_is_resumed_within_an_epoch(folder, tmp_path, method):
+    fields = TINY | {"epochs": 2, "base_lr": 0.1} | RESUMED[method]
+    known = method_class(method).recipe_type.model_fields.keys() | {"views.size_px"}
+    fields = {name: value for name, value in fields.items() if name in known}
+    recipe = build_recipe("cifar10", method, overrides=fields)
+    check_resumption(recipe, folder, tmp_path, stop=7)
+
+
+def check_resumption(recipe, folder, tmp_path, stop=3):
     train(recipe, folder, tmp_path / "whole")
-    train(recipe, folder, tmp_path / "parts", stop_at_step=3)
+    train(recipe, folder, tmp_path / "parts", stop_at_step=stop)
     train(recipe, folder, tmp_path / "parts", resume=True)
     one, other = (
         checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts")
     )
     assert same(one["method"], other["method"]) and one["scaler"] == other["scaler"]
+    moments = (state["optimizer"]["state"] for state in (one, other))
+    assert all(same(a, b) for a, b in zip(*(state.values() for state in moments), strict=True))
 
 
 def test_a_run_folder_is_complete(folder, tmp_path):

@@ -30,6 +30,8 @@ PLACE = Path(__file__).with_name("golden.json")
 TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu"}
 TINY |= {"lr_per": "step"}  # as it was for every row when the losses were recorded
 OWN = {"out_dim": 8, "hidden_dim": 16, "queue_size": 16, "bn": "local", "classes": 3}
+OWN |= {"bottleneck_dim": 4, "prototypes": 10, "negatives": 16}
+W_MSE = {"out_dim": 4}  # it whitens 2 * out_dim images together
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 COUNT, BATCH = 12, 4
 CASES = {  # backend and where its views are made
@@ -61,19 +63,24 @@ def golden(part: str, name: str, value: object) -> object:
 def losses(method: str) -> list[float]:
     """Return the losses of ten steps in float64 from seed 0, on views of white noise."""
     known = type(build_recipe("cifar10", method)).model_fields
-    overrides = TINY | {name: value for name, value in OWN.items() if name in known}
+    own = OWN | (W_MSE if method == "w-mse" else {})
+    overrides = TINY | {name: value for name, value in own.items() if name in known}
     torch.set_default_dtype(torch.float64)
     try:
         run = build_run(build_recipe("cifar10", method, overrides=overrides), 40)
     finally:
         torch.set_default_dtype(torch.float32)
     generator, values = torch.Generator().manual_seed(0), []
-    for _ in range(10):
+    others = sorted(run.method.reads - set(VIEWS))
+    for step in range(10):
         noise = torch.randn(4, 8, 3, 16, 16, dtype=torch.float64, generator=generator)
         views = [view.to(memory_format=torch.channels_last) for view in noise]
         views[2:] = [view + 0.1 * other for view, other in zip(views[:2], views[2:], strict=True)]
         label = torch.arange(8) % 3
-        batch = Batch(label, dict(zip(VIEWS, views, strict=True)))
+        batch = Batch(label, dict(zip(VIEWS, views, strict=True)), (torch.arange(8) + step) % 40)
+        for name in others:
+            shape = (8, 9, 3, 8, 8) if name.startswith("patches") else (8, 3, 16, 16)
+            batch.views[name] = torch.randn(shape, dtype=torch.float64, generator=generator)
         values.append(train_step(run, batch).total.item())
     return values
 

@@ -37,6 +37,15 @@ def test_learning_rate_at_literals():
     assert learning_rate(20, 20, 20, 4.8) == pytest.approx(4.8)
 
 
+def test_the_warm_up_starts_at_its_own_rate():
+    """SwAV: from .3 to 4.8 in ten epochs of 312 steps, then a cosine to .0048."""
+    rates = [
+        learning_rate(step, 124_800, 3_120, 4.8, 0.0048, start_lr=0.3)
+        for step in (0, 1_560, 3_120, 63_960, 124_800)
+    ]
+    assert rates == pytest.approx([0.3, 2.55, 4.8, 2.4024, 0.0048])
+
+
 def test_the_learning_rate_ends_at_its_minimum():
     rates = [learning_rate(step, 110, 10, 0.5, min_lr=0.1) for step in (0, 5, 10, 60, 110, 200)]
     assert rates == pytest.approx([0, 0.25, 0.5, 0.3, 0.1, 0.1])
@@ -71,6 +80,20 @@ def test_the_warm_up_moves_at_every_step_also_before_a_held_cosine():
         rate = 0.1 + 0.4 * (1 + math.cos(math.pi * epoch / 3)) / 2
         assert rates[10 + 10 * epoch : 20 + 10 * epoch] == pytest.approx([rate] * 10)
     assert rates[40] == pytest.approx(0.1)
+
+
+def test_drops_replace_the_cosine_after_the_warm_up():
+    """InstDis: by 10 at the epochs 120 and 160 of 200, here of 195 steps."""
+    drops = [120 * 195, 160 * 195]
+    rates = [
+        learning_rate(step, 39_000, 0, 0.03, 0, 195, drops, 0.1)
+        for step in (0, 23_399, 23_400, 31_199, 31_200, 38_999, 50_000)
+    ]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003, 0.0003])
+    # The warm-up is the usual one, and what does not come after it drops nothing.
+    rates = [learning_rate(step, 100, 10, 0.5, 0, 1, [-5, 7, 10, 50], 0.2) for step in range(101)]
+    assert rates[:11] == [learning_rate(step, 100, 10, 0.5) for step in range(11)]
+    assert rates[11:50] == [0.5] * 39 and rates[50:] == [0.5 * 0.2] * 51
 
 
 def test_ramps_stay_at_their_end():

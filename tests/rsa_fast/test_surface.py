@@ -258,7 +258,7 @@ COMPLETIONS = {
     "export --format t": {"torchvision", "timm", "torch-export"},
     "eval k": {"knn"},
     "recipes imagenet100/s": {
-        f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised")
+        f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised", "swav")
     },
 }
 

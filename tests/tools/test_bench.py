@@ -66,6 +66,9 @@ def test_backends_are_compared_on_files(folder):
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
     ratios = {"native_ratio", "native_of_decode_limit", "ffcv500_ratio", "ffcv_passthrough_ratio"}
+    ratios |= {"native_over_torchvision_multi_crop", "multi_crop_pixel_cost"}
+    if find_spec("lightly"):
+        ratios.add("native_over_lightly_multi_crop")
     assert ratios | {"dali_cpu_weak_ratio", "dali_cpu_ratio"} <= figures.keys()
     assert figures["native_ratio"] == pytest.approx(
         figures["native_images_per_s"] / figures["torchvision_images_per_s"], abs=1e-3
