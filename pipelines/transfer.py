@@ -185,11 +185,10 @@ class Transfer:
             return {n: device_ops.normalise(v, *self.affine, job.dtype) for n, v in levels.items()}
         views: dict[str, Tensor] = {}
         for crops in job.crops_alike:
-            weak = torch.cat([levels[view_name("weak", crop)] for crop in crops])
+            one_size = [levels[view_name("weak", crop)] for crop in crops]
+            weak = torch.cat(one_size).float().contiguous()
             crop_params = np.concatenate([params[:, crop] for crop in crops])
-            views |= views_from_weak(
-                job, crops, weak.float().contiguous(), crop_params, self.affine
-            )
+            views |= views_from_weak(job, crops, weak, crop_params, self.affine)
         return views
 
 
