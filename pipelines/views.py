@@ -10,7 +10,7 @@ Any number of crops can be made of one decoded image. They come in groups, whose
 augmentations may differ, as the multi-crop of SwAV:
 
     groups = (CropGroup("global", 2, crop_area=(0.14, 1)), CropGroup("local", 6, size_px=96))
-    spec = ViewSpec(224, mean, std, groups=groups)
+    spec = ViewSpec(224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), groups=groups)
     spec.names("aggressive", "local")  # aggressive_3 ... aggressive_8
 """
 

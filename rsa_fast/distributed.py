@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -39,20 +38,21 @@ ANSWER_S = 5.0  # the time given to the store for an answer; it may be in the pr
 SILENT_S = 30.0  # a rank without a heartbeat for this long is reported
 MEET_S = 10.0  # a rank that has waited for this long for the others to start says so
 ALONE = "a shell of srun --pty has only one process; several start with srun, torchrun or --gpus"
-# Whether `alone` is in effect.
-TRACED = ContextVar("TRACED", default=False)
 # Where MPI and SLURM give a process its number among those of its machine.
 LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+
+# Whether `alone` is in effect. A ContextVar would stop torch.compile, which traces `world_size`.
+counts_alone = False
 
 
 def world_size() -> int:
     """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() and not TRACED.get() else 1
+    return dist.get_world_size() if dist.is_initialized() and not counts_alone else 1
 
 
 def rank() -> int:
     """The number of this process among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() and not TRACED.get() else 0
+    return dist.get_rank() if dist.is_initialized() and not counts_alone else 0
 
 
 @contextmanager
@@ -61,11 +61,12 @@ def alone() -> Iterator[None]:
 
     The planner traces a step in it, whose tensors no rank can send.
     """
-    token = TRACED.set(True)
+    global counts_alone
+    counts_alone = True
     try:
         yield
     finally:
-        TRACED.reset(token)
+        counts_alone = False
 
 
 def gpu_index() -> int:

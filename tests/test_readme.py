@@ -38,10 +38,10 @@ LINES = re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL} .*?) *(?:#.*)?$", SHEL
 INLINE = [
     line
     for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", README)
-    if not line.startswith("python -m tools.bench")
+    if not line.startswith(("python -m tools.bench", "python -m tools.compare"))
 ]
 COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
-# tests/tools/test_bench.py runs them.
+# tests/tools/test_bench.py runs them, and test_compare.py the comparison.
 BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)
 
 # Options that make a command short. The rest of the command is unchanged.

@@ -40,6 +40,9 @@ MULTI_CROP = [
     {"name": "global", "count": 2},
     {"name": "local", "count": 6, "size_px": 18, "crop_area": (0.08, 0.5)},
 ]
+# As in other short runs, which end before the fifteenth epoch: the queue is used from the second.
+SHORT_SWAV: dict[str, Any] = {"queue_start_epoch": 1, "queue_size": 512, "prototypes": 100}
+SHORT_SWAV |= {"epsilon": 0.03, "peak_lr": 1.0}
 SEEDS = (0, 1, 2)  # of the two rows that the paper is about; the others have one
 
 
@@ -63,20 +66,11 @@ ROWS = {
     "simsiam-rsa": Row("simsiam-rsa"),
     "w-mse-2": Row("w-mse", {"out_dim": 16}),
     "w-mse-4": Row("w-mse", {"out_dim": 16, "views.groups": [{"name": "crops", "count": 4}]}),
-    # The queue is used from the second epoch, as the run ends before the fifteenth.
-    "swav": Row("swav", {"queue_start_epoch": 1, "queue_size": 512, "prototypes": 100}),
-    "swav-multi-crop": Row(
-        "swav",
-        {
-            "queue_start_epoch": 1,
-            "queue_size": 512,
-            "prototypes": 100,
-            "views.groups": MULTI_CROP,
-        },
-    ),
+    "swav": Row("swav", SHORT_SWAV),
+    "swav-multi-crop": Row("swav", SHORT_SWAV | {"views.groups": MULTI_CROP}),
     "barlow-twins": Row("barlow-twins"),
     "vicreg": Row("vicreg"),
-    "dino": Row("dino", FAST_TARGET),
+    "dino": Row("dino", {"tau_base": 0.99}),
     "ressl": Row("ressl"),
     "byol-aw": Row("byol", FAST_TARGET | {"pairs": "AW"}),
     "byol-aa": Row("byol", FAST_TARGET | {"pairs": "AA"}, SEEDS),

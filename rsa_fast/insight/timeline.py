@@ -92,8 +92,19 @@ def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
     def begin(part: str) -> Callable[..., None]:
         return lambda *_: timeline.begin(part)
 
+    running = 0  # networks, of which one can be a part of another
+
     def begin_network(*_: object) -> None:
-        timeline.begin("forward_online" if torch.is_grad_enabled() else "forward_target")
+        nonlocal running
+        running += 1
+        if running == 1:
+            timeline.begin("forward_online" if torch.is_grad_enabled() else "forward_target")
+
+    def end_network(*_: object) -> None:
+        nonlocal running
+        running -= 1
+        if running == 0:
+            timeline.begin("loss")
 
     def after_step(now: Now) -> None:
         timeline.begin("ema")
@@ -104,12 +115,14 @@ def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
         run.method.register_forward_pre_hook(begin("loss")),
         run.method.register_forward_hook(begin("backward")),
     ]
-    for child in run.method.children():
-        # Some methods call the encoder and the projector of a network one after the other.
-        parts = child.children() if isinstance(child, Projected) else (child,)
-        for network in parts:
-            hooks.append(network.register_forward_pre_hook(begin_network))
-            hooks.append(network.register_forward_hook(begin("loss")))
+    networks = list(run.method.children())
+    # Some methods call the encoder and the projector of a network one after the other.
+    networks += [
+        part for child in networks if isinstance(child, Projected) for part in child.children()
+    ]
+    for network in networks:
+        hooks.append(network.register_forward_pre_hook(begin_network))
+        hooks.append(network.register_forward_hook(end_network))
     hooks.append(run.optimizer.register_step_pre_hook(begin("optimiser")))
     hooks.append(run.optimizer.register_step_post_hook(begin("other")))
     # An attribute of the instance hides the method of its class until it is deleted below.

@@ -85,7 +85,7 @@ def blends(levels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def crop_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    return device_ops.triangle_weights(start, length, 500, SIZE_PX, flip)
+    return device_ops.filter_weights(start, length, 500, SIZE_PX, flip, bicubic=False)
 
 
 def main() -> dict[str, dict]:

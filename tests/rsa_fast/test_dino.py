@@ -63,8 +63,12 @@ def loss_by_hand(teacher: list, student: list, centre: list[float]) -> float:
     return total / len(teacher[0]) / (2 * crops - 2)
 
 
-def test_dino_is_the_cross_entropy_of_a_teacher_crop_and_every_other_student_crop():
-    method, batch = dino(), some_crops()
+@pytest.mark.parametrize("head_bn", [True, False])
+def test_dino_is_the_cross_entropy_of_a_teacher_crop_and_every_other_student_crop(head_bn):
+    method, batch = dino(head_bn=head_bn), some_crops()
+    kinds = [type(layer).__name__ for layer in method.online.projector.mlp]
+    hidden = ["Linear", *(["BatchNorm1d"] if head_bn else []), "GELU"]
+    assert kinds == [*hidden, *hidden, "Linear"]
     probe = copy.deepcopy(method)
     teacher = scores_of(probe.target, batch, 2)
     student = scores_of(probe.online, batch, 4)
@@ -161,7 +165,7 @@ def test_gradients_equal_finite_differences_and_none_reaches_the_teacher():
 
 def test_the_last_layer_is_a_weight_norm_with_a_gain_of_1():
     torch.manual_seed(0)
-    head = Head(8, 12, 6, 5).double()
+    head = Head(8, 12, 6, 5, bn=False).double()
     theirs = weight_norm(torch.nn.Linear(6, 5, bias=False).double(), dim=0)
     with torch.no_grad():
         theirs.parametrizations.weight.original0.fill_(1)
@@ -231,6 +235,7 @@ def test_the_row_of_imagenet_1k_is_the_published_command():
     recipe = build_recipe("imagenet1k", "dino")
     assert recipe.highest_lr == pytest.approx(0.06) and recipe.min_lr == 1e-6
     assert (recipe.clip_each_grad_norm, recipe.decay_exclude) == (3, "norm_and_bias")
+    assert (recipe.out_dim, recipe.head_bn, recipe.bn) == (65_536, False, "sync")
     crops = recipe.views.crops
     assert [crop.size_px for crop in crops] == [224, 224, *[96] * 8]
     assert [crop.blur_p for crop in crops] == [1, 0.1, *[0.5] * 8]

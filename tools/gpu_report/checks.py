@@ -28,6 +28,7 @@ from pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.insight.measure import open_loader
 from rsa_fast.insight.planning import GIB, gpu_row
 from rsa_fast.methods import METHODS
+from rsa_fast.recipes import Recipe
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.step import build_run, train_step
 from tools.gpu_report.inputs import (
@@ -217,14 +218,23 @@ def sync(settings: Settings) -> list[Case]:
 
 
 def check_no_waits(settings: Settings, method: str, backend: str, _: float) -> Iterator[Row]:
-    """Some steps and their loading. Raises torch's RuntimeError when the host waits in them."""
+    """Some steps and their loading. Raises torch's RuntimeError when the host waits in them.
+
+    Raises SkippedError when the method does not take the settings, such as W-MSE a small batch.
+    """
     if backend == "dali":
         check_dali()
     labelled = replace(settings, data=None)  # drawn images have the labels for supervised training
     source = open_source(photographs(labelled, backend), "pretrain", settings.scratch)
 
+    def recipe_of(**fields: int) -> Recipe:
+        try:
+            return imagenet(settings, method, backend=backend, **fields)
+        except ValueError as error:
+            raise SkippedError(str(error)) from error
+
     def work(batch_size: int) -> Row:
-        recipe = imagenet(settings, method, backend=backend, batch_size=batch_size)
+        recipe = recipe_of(batch_size=batch_size)
         run = build_run(recipe, STEPS * batch_size)
         meter = Meter(batch_size, run.device)
         loader = open_loader(run, source)
@@ -238,5 +248,4 @@ def check_no_waits(settings: Settings, method: str, backend: str, _: float) -> I
                 torch.cuda.set_sync_debug_mode("default")
         return {"batch_size": batch_size, "precision": recipe.precision, "steps": STEADY_STEPS}
 
-    batch_size = imagenet(settings, method, backend=backend).batch_size
-    yield largest_that_fits(min(batch_size, len(source.manifest)), work)
+    yield largest_that_fits(min(recipe_of().batch_size, len(source.manifest)), work)
