@@ -308,7 +308,7 @@ class DaliViews(Loader):
             levels = {}
             for crop, output in crops.items():
                 name = view_name("weak", crop)
-                side = self.job.size_px(name)
+                side = self.job.spec.shape(name)[-1]
                 shape = (len(ids), side, side, 3)
                 level = torch.empty(shape, dtype=torch.uint8, device=self.job.device)
                 levels[name] = feed_ndarray(output.as_tensor(), level, cuda_stream=stream)

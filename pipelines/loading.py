@@ -116,10 +116,6 @@ class Job:
             made.add(view_name("weak", crop) if stage == "patches" else view)
         return frozenset(made)
 
-    def size_px(self, view: str) -> int:
-        """The side of a view."""
-        return self.spec.crops[stage_and_crop(view)[1]].size_px
-
     def params(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """The random parameters of all crops, `(B, K)` of `draws.VIEW_PARAMS`."""
         return draw(self.order.seed, epoch, ids, self.spec, self.source.manifest.sizes[ids])
@@ -270,8 +266,11 @@ def open_views(
     manifest's (unless `loading.on_bad_image` is "skip").
     """
     device = torch.device(device)
-    if not reads or not reads <= set(spec.views):
-        raise ValueError(f"no such views {sorted(reads)}: choose from {', '.join(spec.views)}")
+    if not reads or (unknown := reads - set(spec.views)):
+        raise ValueError(
+            f"no such views {sorted(unknown if reads else reads)}: choose from "
+            f"{', '.join(spec.views)}, or change views.groups, which says what crops there are"
+        )
     resolved, reason = (loading or Loading()).resolved(source, device)
     if reason:
         log.info(f"backend {resolved.backend}: {reason}")

@@ -157,9 +157,7 @@ class TorchvisionViews(Loader, Dataset[Parcel]):
         """
         try:
             batch = self.make(*epoch_and_ids)
-            tensors = [batch.label, *batch.views.values()]
-            tensors += [] if batch.ids is None else [batch.ids]
-            return Parcel((batch, dict(self.skipped)), tensors)
+            return Parcel((batch, dict(self.skipped)), batch.tensors)
         except ValueError as error:
             return Parcel((error, dict(self.skipped)), [])
 

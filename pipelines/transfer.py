@@ -106,7 +106,9 @@ class Transfer:
             self.table = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
         weak_views = {view_name("weak", crop) for crop in job.crops}
         on_host_views = job.whole_views if on_host else weak_views
-        sizes_px = {name: job.size_px(name) for name in job.spec.views if name in on_host_views}
+        sizes_px = {
+            name: job.spec.shape(name)[-1] for name in job.spec.views if name in on_host_views
+        }
         self.affine = device_ops.affine(job.spec, job.device)
         self.stream: torch.cuda.Stream | None = None
         self.memory: PinnedRing | ReusedMemory
@@ -173,8 +175,7 @@ class Transfer:
             levels = channels_first(receive(self.stream))
             batch = self.job.batch(self.on_device(levels, params), ids, params)
         training.wait_stream(self.stream)
-        assert batch.ids is not None
-        for tensor in (batch.label, batch.ids, *batch.views.values()):
+        for tensor in batch.tensors:
             tensor.record_stream(training)
         return batch
 

@@ -137,8 +137,8 @@ class ViewSpec:
             bad.append(f"size_px={self.size_px}: at least 1")
         if self.interpolation not in get_args(Interpolation):
             bad.append(f"interpolation={self.interpolation!r}: bilinear or bicubic")
-        if self.jigsaw and self.size_px % 3:
-            bad.append(f"size_px={self.size_px}: a multiple of 3, to be cut into a jigsaw")
+        if self.jigsaw and (self.size_px % 3 or patch_px(self.size_px) < 1):
+            bad.append(f"size_px={self.size_px}: a multiple of 3, at least 6, for a jigsaw")
         if min(self.std) <= 0:
             bad.append(f"std={self.std}: positive")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
@@ -240,6 +240,12 @@ class Batch:
     label: Tensor
     views: dict[str, Tensor]
     ids: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        ids = [] if self.ids is None else [self.ids]
+        return [self.label, *ids, *self.views.values()]
 
     @property
     def weak_1(self) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import Loading, Order, Source, open_views
+from pipelines import CropGroup, Loading, Order, Source, open_views
 from pipelines.layouts import Data, described, inventory
 from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, process_group, rank, world_size
@@ -424,6 +424,8 @@ class Evaluation:
             flip_p=0.5,
             vertical_flip_p=0,
             quarter_turns=False,
+            interpolation="bilinear",
+            groups=(CropGroup("crops", 1),),
             extra=None,  # a file that a checkpoint names is not executed
         )
         order = Order(

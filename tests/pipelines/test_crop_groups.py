@@ -284,6 +284,7 @@ def test_solarize_is_pil_s():
         ((CropGroup("a", 1, crop_area=(0.5, 0.1)),), "the group a: crop_area"),
         ((CropGroup("a", 1, solarize_p=2),), "the group a: solarize_p=2: a probability"),
         ((CropGroup("a", 1, size_px=32, jigsaw=True),), "size_px=32: a multiple of 3"),
+        ((CropGroup("a", 1, size_px=3, jigsaw=True),), "size_px=3: a multiple of 3, at least 6"),
         ((CropGroup("a", 1, interpolation="area"),), "interpolation='area': bilinear or bicubic"),
     ],
 )
@@ -300,3 +301,6 @@ def test_names_of_groups_and_views():
         SPEC.names("weak", "globl")
     with pytest.raises(ValueError, match=r"no such views \['aggressive_3'\]: choose from weak_1"):
         open_views(None, PAIR, frozenset({"aggressive_3"}), None)
+    one = replace(PAIR, groups=(CropGroup("crops", 1),))
+    with pytest.raises(ValueError, match=r"views \['aggressive_2', 'weak_2'\]: .* views\.groups"):
+        open_views(None, one, frozenset(VIEWS), None)

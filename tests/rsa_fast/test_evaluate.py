@@ -245,12 +245,14 @@ def tiny(**overrides):
 
 
 def test_classifiers_are_trained_on_crops_of_8_percent_or_more_and_flips(folder):
+    small = {"count": 2, "size_px": 8, "crop_area": (0.1, 0.2), "vertical_flip_p": 1}
     evaluation = Evaluation(
         folder,
         tiny(
             **{"views.flip_p": 0, "views.crop_area": (0.5, 0.5), "seed": 3},
             # These belong to pre-training.
             **{"views.vertical_flip_p": 1, "views.quarter_turns": True, "views.extra": "no.py:f"},
+            **{"views.interpolation": "bicubic", "views.groups": [{"name": "small", **small}]},
         ),
         CPU,
         torch.float32,
