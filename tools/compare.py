@@ -4,8 +4,8 @@
     python -m tools.compare --data data/cifar10 --only rsa --epochs 20 --batch-size 32
 
 The rows are those of RSA's Table 4, and the other methods of this package. All have the same
-backbone, images and number of epochs. This is a comparison at a hundredth of the steps of the
-paper: neither its accuracies nor always its order.
+backbone, images and number of epochs. Each run has about a hundredth of the steps of the paper, so
+the accuracies are not the paper's, and the order of the methods can be another one.
 
 After a stop, the same command goes on: runs that are finished are read, and one that is not is
 resumed. The last line is one JSON object.
@@ -94,7 +94,7 @@ def result_of(recipe: Recipe, data: Path, out: Path) -> dict[str, Any]:
     Raises ValueError when the folder has a run of another recipe.
     """
     result = out / "result.json"
-    # A finished run with another recipe is resumed too, which is refused with the difference.
+    # `train` also gets a finished run of another recipe, and refuses it with the difference.
     if not (result.is_file() and (out / "recipe.yaml").read_text() == dump_yaml(recipe)):
         train(recipe, data, out, resume=any((out / "checkpoints").glob("*.pt")))
     scores: dict[str, Any] = json.loads(result.read_text())

@@ -27,6 +27,7 @@ from typing import ClassVar
 from pipelines.views import Batch
 from rsa_fast.methods.method import (
     QUEUE_FIELDS,
+    STRONG_JITTER,
     JigsawHead,
     JigsawRecipe,
     Loss,
@@ -57,10 +58,7 @@ class InfoMin(QueueMethod):
             | cite("PAPER 4.1: .99 in all experiments", tau_base=0.99)
             | cite("PyContrast base_options.py", out_dim=128, temperature=0.15)
             | cite("MoCo's CIFAR-10 demo", bn="split:8", queue_size=4096)
-            | cite(
-                "PyContrast datasets/util.py",
-                views={"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},
-            ),
+            | cite("PyContrast datasets/util.py", views=STRONG_JITTER),
             "64px": cite("chosen: between the CIFAR demo's and ImageNet's", queue_size=16_384),
             "224px": cite("PyContrast base_options.py", queue_size=65_536)
             | cite("PyContrast RUN.md: 256 images on 8 GPUs", bn="split:8"),

@@ -41,6 +41,8 @@ EIGHT_GPUS = cite(
     "PAPER Table 7 with 64 images each",
     bn="split:8",
 )
+# SimCLR's colour jitter, twice as strong as MoCo v2's.
+STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 PATCHES = 9  # of a jigsaw
 # What is drawn in a step has hash seeds of its own: the run's seed with one of these.
 NEGATIVES_SALT, PATCHES_SALT = 0x6E65676174697665, 0x70617463686573

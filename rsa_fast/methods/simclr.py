@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipelines.views import Batch
 from rsa_fast.distributed import gather, rank
-from rsa_fast.methods.method import PAIRS, Loss, Method, Now, mlp, unit
+from rsa_fast.methods.method import PAIRS, STRONG_JITTER, Loss, Method, Now, mlp, unit
 from rsa_fast.networks import Encoder, Projected
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
@@ -58,10 +58,7 @@ class SimClr(Method):
             "SimCLR data_util.py, with a jitter strength of 1",
             views={
                 "crop_area": (0.08, 1.0),
-                "brightness": 0.8,
-                "contrast": 0.8,
-                "saturation": 0.8,
-                "hue": 0.2,
+                **STRONG_JITTER,
             },
         ),
     }

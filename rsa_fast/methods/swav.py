@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from pipelines.views import Batch
 from rsa_fast.distributed import gather, rank
 from rsa_fast.methods.method import (
+    STRONG_JITTER,
     Loss,
     Method,
     MultiCropRecipe,
@@ -105,10 +106,7 @@ class Swav(Method):
             "SwAV multicropdataset.py, swav_400ep_2x224_pretrain.sh",
             views={
                 "crop_area": (0.08, 1.0),
-                "brightness": 0.8,
-                "contrast": 0.8,
-                "saturation": 0.8,
-                "hue": 0.2,
+                **STRONG_JITTER,
             },
         )
         | MORE_PROTOTYPES,

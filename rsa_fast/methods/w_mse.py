@@ -44,9 +44,8 @@ from pipelines.device_ops import send
 from pipelines.draws import hash_keys
 from pipelines.views import Batch
 from rsa_fast.distributed import gather
-from rsa_fast.methods.method import Loss, Method, Now, mlp, unit
+from rsa_fast.methods.method import STRONG_JITTER, Loss, Method, Now, StepRecipe, mlp, unit
 from rsa_fast.networks import Encoder, Projected
-from rsa_fast.recipes import Derived, Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import at_least_float32
 
@@ -56,7 +55,12 @@ GROUP_DRAWS = 0x67726F757073  # these draws are not those of the views
 IMAGES_PER_DIM = 2
 
 
-class WMseRecipe(Recipe):
+SMALL_VIEWS = cite(
+    "W-MSE's code", views={"interpolation": "bicubic", "grayscale_p": 0.1, "blur_p": 0.0}
+)
+
+
+class WMseRecipe(StepRecipe):
     hidden_dim: int = Field(ge=1)  # units of the head's hidden layer
     out_dim: int = Field(ge=2)  # D, length of an embedding; 2 D images are whitened together
     w_iter: int = Field(1, ge=1)  # divisions into groups that the loss of a step is the mean of
@@ -81,9 +85,6 @@ class WMseRecipe(Recipe):
             )
         return self
 
-    def schedule(self, step: int, derived: Derived) -> dict[str, float]:
-        return super().schedule(step, derived) | {"step": step}
-
 
 class WMse(Method):
     """W-MSE with as many positives as there are crops."""
@@ -96,26 +97,17 @@ class WMse(Method):
         | cite("W-MSE's code: 500 steps", warmup_epochs=3)
         | cite("W-MSE's code", lr_drop_epochs=(-50, -25), lr_drop=0.2)
         | cite("chosen: the code's one GPU sees the whole batch", bn="sync"),
-        "32px": cite(
-            "W-MSE's code",
-            views={"interpolation": "bicubic", "grayscale_p": 0.1, "blur_p": 0.0},
-        ),
+        "32px": SMALL_VIEWS,
         "64px": cite("W-MSE README: Tiny ImageNet, STL-10", out_dim=128, peak_lr=2e-3)
         | cite("W-MSE README: Tiny ImageNet, STL-10; 1 with 4 positives", w_iter=4)
         | cite("W-MSE's code: 500 steps", warmup_epochs=1)
-        | cite(
-            "W-MSE's code",
-            views={"interpolation": "bicubic", "grayscale_p": 0.1, "blur_p": 0.0},
-        ),
+        | SMALL_VIEWS,
         "224px": cite(
             "W-MSE's code: ImageNet-100",
             views={
                 "interpolation": "bicubic",
                 "crop_area": (0.08, 1.0),
-                "brightness": 0.8,
-                "contrast": 0.8,
-                "saturation": 0.8,
-                "hue": 0.2,
+                **STRONG_JITTER,
                 "grayscale_p": 0.2,
                 "blur_p": 0.5,
             },
