@@ -3,12 +3,13 @@
 both = joined([first, second], prefixes=["a", "b"], split="train")
 held = held_out_ids(both.manifest.labels, fraction=0.2)
 test = subset(both, held, "test")
+few = subset(both, stratified_ids(both.manifest.labels, fraction=0.1, seed=0), "train")
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from pipelines.draws import sample_keys
 from pipelines.manifest import Manifest, Paths, digest
 from pipelines.sources import Source
+
+LABELS_SALT = 0x6C6162656C73  # this draw is not that of the images that are held out
 
 
 def joined(sources: Sequence[Source], prefixes: Sequence[str], split: str) -> Source:
@@ -123,9 +126,92 @@ def held_out_ids(labels: np.ndarray, fraction: float) -> np.ndarray:
     a class of one image; unlabelled images never are. Which ones are chosen depends on the ids and
     `labels` `(N,)` alone.
     """
+    return drawn_ids(
+        labels,
+        lambda counts: np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1),
+        seed=0,
+    )
+
+
+def stratified_ids(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The sample ids of a fraction of each class, rounded, but at least one image; sorted.
+
+    Which ones are drawn depends on the ids, `labels` `(N,)` and the seed alone. Those of a smaller
+    fraction are among those of a larger one.
+    """
+    return drawn_ids(
+        labels, lambda counts: np.maximum(np.rint(fraction * counts), 1), seed ^ LABELS_SALT
+    )
+
+
+def fraction_of(labels: float | str) -> float:
+    """The fraction that `10`, `10%`, `"10"` or `0.1` mean.
+
+    Raises ValueError unless it is in (0, 1].
+    """
+    text = str(labels).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = 0
+    fraction = number / 100 if text.endswith("%") or number >= 1 else number
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"labels = {labels}: wanted a percentage from 1 to 100, such as 10, or a fraction "
+            "below 1, such as 0.1"
+        )
+    return fraction
+
+
+def drawn_ids(
+    labels: np.ndarray, shares_of: Callable[[np.ndarray], np.ndarray], seed: int
+) -> np.ndarray:
+    """Sample ids that are drawn from each class, sorted; no unlabelled image is drawn.
+
+    `shares_of` says how many are drawn of classes with these numbers of images, `(classes,)`.
+    """
     ids = np.flatnonzero(labels >= 0)
-    ids = ids[np.lexsort((sample_keys(seed=0, epoch=0, ids=ids), labels[ids]))]
+    ids = ids[np.lexsort((sample_keys(seed=seed, epoch=0, ids=ids), labels[ids]))]
     counts = np.bincount(labels[ids])
-    shares = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
     places = np.arange(len(ids)) - (np.cumsum(counts) - counts)[labels[ids]]  # within the class
-    return np.sort(ids[places < shares[labels[ids]]])
+    return np.sort(ids[places < shares_of(counts)[labels[ids]]])
+
+
+def listed_ids(source: Source, names: Sequence[str]) -> np.ndarray:
+    """The sample ids of the images with these names, sorted.
+
+    A name is the end of an image's path: the file's name, with the folders above it if several
+    images have that. Raises ValueError for images without paths, and for names that are given
+    twice, that no image has, or that several images have.
+    """
+    if not source.manifest.paths:
+        raise ValueError(
+            f"the images in {source.where} have no file names by which a list could choose them: "
+            "give the folder with the image files"
+        )
+    found: dict[str, list[int]] = {name: [] for name in names}
+    names_of = defaultdict(list)  # by the name of the file alone
+    for name in found:
+        names_of[name.rpartition("/")[2]].append(name)
+    for sample, path in enumerate(source.manifest.paths):
+        for name in names_of.get(path.rpartition("/")[2], ()):
+            if f"/{path}".endswith(f"/{name}"):
+                found[name].append(sample)
+    faults = {
+        "are given twice": [name for name, count in Counter(names).items() if count > 1],
+        "are not among the images": [name for name, ids in found.items() if not ids],
+        "are names of several images (put the folder before them)": [
+            name for name, ids in found.items() if len(ids) > 1
+        ],
+    }
+    rows = [
+        f"{len(faulty):,} {fault}: {', '.join(faulty[:5] + ['...'] * (len(faulty) > 5))}"
+        for fault, faulty in faults.items()
+        if faulty
+    ]
+    if rows:
+        raise ValueError(
+            f"of {len(names):,} names for {len(source.manifest):,} images in {source.where}, "
+            + "; ".join(rows)
+        )
+    return np.sort(np.array([ids[0] for ids in found.values()], np.int64))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from pipelines.sources import Source
 from pipelines.views import ViewSpec
 
 log = logging.getLogger("rsa_fast")
+
+AHEAD = 2  # batches that are decoded before they are needed
 
 # Above this ratio of its sides an image is cropped while it is resized, to the same pixels up to
 # rounding. Resized as a whole, one of 2 x 30,000 px takes 4.6 GB for a crop of 224 px.
@@ -99,14 +103,24 @@ class PlainImages:
                 if self.on_bad_image == "stop":
                     raise
                 if sample not in self.bad:
-                    log.warning(f"not scored: {error}")
+                    log.warning(f"left out: {error}")
                 self.bad[sample] = str(error)
                 return np.zeros((self.size_px, self.size_px, 3), np.uint8)
 
         with ThreadPoolExecutor(self.threads) as pool:
-            for first in range(0, len(self.ids), self.batch_size):
-                ids = self.ids[first : first + self.batch_size]
-                pixels = torch.from_numpy(np.stack(list(pool.map(read, ids)))).to(self.device)
+            batches = (
+                self.ids[first : first + self.batch_size]
+                for first in range(0, len(self.ids), self.batch_size)
+            )
+            # The threads decode the next batches while the encoder works on this one.
+            ahead = deque((ids, pool.map(read, ids)) for ids in islice(batches, AHEAD))
+            while ahead:
+                ids, decoded = ahead.popleft()
+                pixels = torch.from_numpy(np.stack(list(decoded)))
+                ahead.extend((ids, pool.map(read, ids)) for ids in islice(batches, 1))
+                if self.device.type == "cuda":
+                    pixels = pixels.pin_memory()  # so that the copy does not wait for the encoder
+                pixels = pixels.to(self.device, non_blocking=True)
                 images = (pixels.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
                 batch_labels = labels[ids].clone()
                 batch_labels[[i for i, sample in enumerate(ids) if sample in self.bad]] = -1
