@@ -2,7 +2,7 @@
 
 >>> from pathlib import Path
 >>> from pipelines import VIEWS, Order, open_source, open_views
->>> from rsa_fast import Callback, build_recipe, evaluate, load_encoder, train
+>>> from rsa_fast import Callback, EarlyStopping, build_recipe, evaluate, load_encoder, train
 >>> data, out = "data/cifar10", Path("runs/notebook")
 >>> recipe = build_recipe("cifar10", "rsa", epochs=2, batch_size=32, width=8, views={"blur_p": 0})
 >>> recipe  # its last line: what differs from the published numbers
@@ -14,14 +14,11 @@ rsa on cifar10: resnet18, 32 px, batch 32, 2 epochs, lr 0.0125
 ...     batch = next(loader.batches(epoch=0))  # weak_1, weak_2, aggressive_1, aggressive_2, label
 >>> batch.aggressive_1.shape
 torch.Size([32, 3, 32, 32])
->>> class Patience(Callback):  # stops 20 epochs after the best kNN score
-...     best, best_epoch = 0.0, 0
-...
+>>> class Diary(Callback):  # see `Callback` for what else a program can do during training
 ...     def on_epoch(self, run, epoch, scores):
-...         if scores.get("knn_top1", 0) > self.best:
-...             self.best, self.best_epoch = scores["knn_top1"], epoch
-...         return epoch >= self.best_epoch + 20
->>> result = train(recipe, data, out, callbacks=[Patience()])  # as in result.json: knn_top1, ...
+...         self.epochs = epoch
+>>> stop = EarlyStopping("knn_top1", patience_epochs=20)
+>>> result = train(recipe, data, out, callbacks=[stop, Diary()])  # as in result.json: knn_top1, ...
 >>> checkpoint = max(out.glob("checkpoints/*.pt"))
 >>> scores = evaluate(checkpoint, data, "linear")  # linear_top1, ... in percent
 >>> encoder, recipe = load_encoder(checkpoint)
@@ -43,9 +40,14 @@ except KeyError:
 
 EXPORTS = {
     "Callback": "training.callbacks",
+    "EarlyStopping": "training.callbacks",
     "build_recipe": "recipes",
+    "embed": "evaluation.embed",
     "evaluate": "evaluation.evaluate",
+    "finetune": "evaluation.finetune",
     "load_encoder": "evaluation.encoders",
+    "neighbours": "insight.neighbours",
+    "predict": "evaluation.predict",
     "train": "training.engine",
 }
 __all__ = list(EXPORTS)

@@ -10,8 +10,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,16 +30,19 @@ if TYPE_CHECKING:
     from pipelines.manifest import Manifest
     from rsa_fast.recipes import Recipe
 
+PredictSplit = Literal["all", "train", "test"]
 Function = Callable[..., None]  # the function below click's decorators
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 PLACE = click.Path(path_type=Path)  # a folder, or a text file of paths
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
+CHECKPOINT = click.Path(path_type=Path, exists=True)  # a file, or the folder of a run
 
 # Copies of the names in tables of other modules. Those modules import torch, without which help and
 # the shell's completion are quick.
-FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export")
+FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export", "hf-timm")
+FINETUNE_PRESETS = ("simclr", "swav", "barlow-twins", "vicreg")
 GPUS = (
     "v100-16g",
     "v100-32g",
@@ -154,6 +157,19 @@ class Group(click.Group):
                 f"{type(error).__name__}: {error}\nThis error is unexpected. Its traceback is in "
                 f"{file.name}; rsa-fast --debug COMMAND ... prints it instead."
             ) from error
+
+
+@contextmanager
+def exit_if_stopped(ctx: click.Context) -> Iterator[None]:
+    """End the command with its own exit code if a signal stops the run in this block."""
+    from rsa_fast.distributed import STOPPED_EXIT_CODE
+    from rsa_fast.training.engine import StoppedError
+
+    try:
+        yield
+    except StoppedError as stopped:
+        logging.getLogger("rsa_fast").warning(str(stopped))
+        ctx.exit(STOPPED_EXIT_CODE)
 
 
 class StderrHandler(logging.Handler):
@@ -321,6 +337,13 @@ def main(debug: bool) -> None:
         "images. A larger --epochs lengthens the run.",
     ),
     click.option(
+        "--resume-from",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="CHECKPOINT",
+        help="Continue from this checkpoint: the name of one in --out, whose later ones are "
+        "deleted, or one of another run, for a new --out.",
+    ),
+    click.option(
         "--force",
         is_flag=True,
         help="Resume even if recipe or data differ; the differences are printed.",
@@ -328,9 +351,10 @@ def main(debug: bool) -> None:
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
     click.option(
         "--init-from",
-        type=FILE,
-        help="Start from the encoder in a file that eval reads. The heads are taken too if the "
-        "file is a checkpoint of the same method and shapes. Ignored when a run is resumed.",
+        type=CHECKPOINT,
+        help="Start from the encoder in a file or a run's folder, as eval reads them. The heads "
+        "are taken too if it is a checkpoint of the same method and shapes. Ignored when a run is "
+        "resumed.",
     ),
     KEY,
     click.option(
@@ -382,6 +406,7 @@ def train(
     out: Path | None,
     dry_run: bool,
     resume: bool,
+    resume_from: Path | None,
     force: bool,
     overwrite: bool,
     init_from: Path | None,
@@ -400,19 +425,28 @@ def train(
     Exit code 75: a signal (TERM, USR1, INT) stopped the run, which --resume continues exactly.
     """
     refuse_both("--resume", resume, "--overwrite", overwrite)
+    refuse_both("--resume-from", resume_from, "--overwrite", overwrite)
     refuse_both("--gpus", gpus, "--nproc", nproc)
     refuse_both("DATA", folders, "--data", data)
+    resume = resume or resume_from is not None
     if force and not resume:
         raise click.UsageError("--force is only valid with --resume")
     if key and not init_from:
         raise click.UsageError("--key is only valid with --init-from")
     if overwrite and not out:
         raise click.UsageError("--overwrite wants --out, which says what to replace")
+    arguments = sys.argv[1:]
+    origin = out  # the run whose recipe and images a resumed one has
+    if resume_from and resume_from.is_file() and not (out and (out / "recipe.yaml").is_file()):
+        origin = resume_from.absolute().parent.parent
+        if not out:
+            out = origin
+            arguments += ["--out", str(out)]
     places = folders or data
-    if resume and out and not places:
+    if resume and origin and not places:
         from rsa_fast.training.run_folder import stored_places
 
-        places = tuple(stored_places(out))
+        places = tuple(stored_places(origin))
     if not places:
         raise click.UsageError("give the folder with the images: rsa-fast train my_photos")
     if download and len(places) > 1:
@@ -420,7 +454,6 @@ def train(
     images: Data = places[0] if len(places) == 1 else places
     from pipelines import layouts
     from rsa_fast.distributed import (
-        STOPPED_EXIT_CODE,
         check_gpus,
         is_launched,
         launch,
@@ -433,15 +466,15 @@ def train(
         check_gpus(gpus)
     chosen_dataset, chosen_method, _ = chosen_names(dataset, method, config, ablation)
     layout = binary_layout(chosen_dataset, places[0]) if download else ""
-    arguments = sys.argv[1:]
     if out is None:
         if int(launcher_variables(os.environ).get("WORLD_SIZE", 1)) > 1:
             raise click.UsageError("several processes want --out: they write to one folder")
         out = default_out(name, images, chosen_dataset, chosen_method, resume=resume)
         arguments += ["--out", str(out)]
+        origin = out
     stored = None
-    if resume and not (dataset or config) and (out / "recipe.yaml").is_file():
-        stored = out / "recipe.yaml"
+    if resume and not (dataset or config) and origin and (origin / "recipe.yaml").is_file():
+        stored = origin / "recipe.yaml"
     overrides = {
         "epochs": epochs,
         "batch_size": batch_size,
@@ -481,20 +514,18 @@ def train(
         ctx.exit(launch(processes, max_restarts, arguments))
     from rsa_fast.training import engine
 
-    try:
+    with exit_if_stopped(ctx):
         result = engine.train(
             recipe,
             images,
             out,
             resume=resume,
+            resume_from=resume_from,
             overwrite=overwrite,
             init_from=init_from,
             key=key,
             force=force,
         )
-    except engine.StoppedError as stopped:
-        logging.getLogger("rsa_fast").warning(str(stopped))
-        ctx.exit(STOPPED_EXIT_CODE)
     if result:
         click.echo(json_text(result))
 
@@ -652,18 +683,38 @@ def recipes(name: str | None, data: Path | None) -> None:
 @click.option(
     "--checkpoint",
     required=True,
-    type=FILE,
-    help="A run's checkpoints/step_*.pt, or another project's encoder.",
+    type=CHECKPOINT,
+    help="A run's folder or checkpoints/step_*.pt, or another project's encoder.",
 )
 @KEY
 @click.option(
     "--data",
-    required=True,
     multiple=True,
     type=PLACE,
-    help="Folder with labelled train and test images, or a text file of paths. Can be repeated.",
+    help="Folder with labelled train and test images, or a text file of paths. Default: those of "
+    "the run. If it is repeated, each is scored alone.",
+)
+@click.option(
+    "--train",
+    "train_data",
+    multiple=True,
+    type=PLACE,
+    help="Class folders of the training images, instead of --data. Can be repeated.",
+)
+@click.option(
+    "--test",
+    "test_data",
+    multiple=True,
+    type=PLACE,
+    help="Class folders of the test images. Can be repeated.",
 )
 @VAL_FRACTION
+@click.option(
+    "--labels",
+    metavar="PERCENT",
+    help="Training images of each class to use: 1 to 100 percent, or a fraction below 1. "
+    "Default: all.",
+)
 @click.option(
     "--dataset",
     type=Name("dataset", *DATASETS),
@@ -674,6 +725,25 @@ def recipes(name: str | None, data: Path | None) -> None:
     "--resize-px",
     metavar="PX",
     help="Resize the short side of test images to this before the centre crop; native: do not.",
+)
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe field, such as views.size_px, views.mean and views.std of an encoder "
+    "from elsewhere. Can be repeated.",
+)
+@section(
+    "kNN",
+    click.option(
+        "--k", type=click.IntRange(1), help="Number of neighbours, instead of 200 and 20."
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, min_open=True),
+        help="Temperature of their votes, instead of .1 and .07.",
+    ),
 )
 @section(
     "Linear classifier",
@@ -706,9 +776,15 @@ def evaluate(
     checkpoint: Path,
     key: str | None,
     data: tuple[Path, ...],
+    train_data: tuple[Path, ...],
+    test_data: tuple[Path, ...],
     val_fraction: float | None,
+    labels: str | None,
     dataset: str | None,
     resize_px: str | None,
+    sets: tuple[str, ...],
+    k: int | None,
+    temperature: float | None,
     variant: Literal["fast", "rsa-small", "rsa-large"] | None,
     epochs: int | None,
     bn: Literal["eval", "recalibrate"] | None,
@@ -722,11 +798,20 @@ def evaluate(
     """
     from rsa_fast.distributed import launcher_variables
     from rsa_fast.evaluation.evaluate import evaluate as run
+    from rsa_fast.evaluation.evaluate import show
+    from rsa_fast.recipes import parse_set
 
     scores = run(
         checkpoint,
-        data,
+        (data if len(data) > 1 else data[0]) if data else None,
         protocol,
+        train=train_data or None,
+        test=test_data or None,
+        each=len(data) > 1,
+        k=k,
+        temperature=temperature,
+        labels=labels,
+        overrides=parse_set(sets),
         variant=variant,
         dataset=dataset,
         resize_px=resize_px,
@@ -737,6 +822,8 @@ def evaluate(
         key=key,
     )
     if launcher_variables(os.environ).get("RANK", "0") == "0":
+        if "folders" in scores:
+            show(scores["folders"])
         click.echo(json_text(scores))
 
 
@@ -744,8 +831,8 @@ def evaluate(
 @click.option(
     "--checkpoint",
     required=True,
-    type=FILE,
-    help="A ResNet-50: a run's checkpoints/step_*.pt, or another project's encoder.",
+    type=CHECKPOINT,
+    help="A ResNet-50: a run's folder or checkpoints/step_*.pt, or another project's encoder.",
 )
 @KEY
 @click.option(
@@ -799,7 +886,9 @@ def evaluate(
     help="Continue from the newest checkpoint in --out, or start if there is none.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+@click.pass_context
 def detect(
+    ctx: click.Context,
     checkpoint: Path,
     key: str | None,
     data: Path,
@@ -821,21 +910,328 @@ def detect(
     refuse_both("--resume", resume, "--overwrite", overwrite)
     from rsa_fast.evaluation.detection import detect as run
 
-    result = run(
-        checkpoint,
-        data,
-        out,
-        schedule=schedule,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        workers=workers,
-        device=device,
-        precision=precision,
-        resume=resume,
-        overwrite=overwrite,
-        key=key,
-    )
+    with exit_if_stopped(ctx):
+        result = run(
+            checkpoint,
+            data,
+            out,
+            schedule=schedule,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            device=device,
+            precision=precision,
+            resume=resume,
+            overwrite=overwrite,
+            key=key,
+        )
+    click.echo(json_text(result))
+
+
+@main.command()
+@section(
+    "Encoder and images",
+    click.option(
+        "--checkpoint",
+        type=CHECKPOINT,
+        help="Run folder, whose newest checkpoint is read, or a file with an encoder, of this or "
+        "another project. Not needed to resume.",
+    ),
+    KEY,
+    click.option(
+        "--data",
+        multiple=True,
+        type=PLACE,
+        help="Folder with labelled images, or a text file of paths. Can be repeated. Default: "
+        "where the run of the checkpoint was trained.",
+    ),
+    VAL_FRACTION,
+    click.option(
+        "--dataset",
+        type=Name("dataset", *DATASETS),
+        metavar="NAME",
+        help="Size and normalise images as for this dataset, not as the run did.",
+    ),
+)
+@section(
+    "Recipe",
+    click.option(
+        "--labels",
+        metavar="PERCENT",
+        help="Labels of each class to use: 1 to 100 percent, or a fraction below 1. Default: all.",
+    ),
+    click.option(
+        "--images-list",
+        type=FILE,
+        help="Text file with the names of the images to use, one a line, instead of --labels.",
+    ),
+    click.option(
+        "--preset",
+        type=Name("preset", *FINETUNE_PRESETS),
+        default="simclr",
+        help="Whose numbers to use.",
+    ),
+    click.option(
+        "--freeze", is_flag=True, help="Train only the classifier, on the encoder in eval mode."
+    ),
+    EPOCHS,
+    BATCH_SIZE,
+    click.option("--lr", type=float, help="Peak learning rate of the encoder (peak_lr)."),
+    click.option(
+        "--head-lr", type=float, help="Peak learning rate of the classifier (head_peak_lr)."
+    ),
+    click.option("--seed", type=int, help="Seed of the labels, the order and the augmentations."),
+    SET,
+)
+@section(
+    "Run",
+    OUT,
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Continue exactly from the newest checkpoint in --out, or start if there is none. "
+        "Without --checkpoint, the recipe is that of the run.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Resume even if recipe or data differ; the differences are printed.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
+)
+@section(
+    "Processes",
+    click.option(
+        "--gpus",
+        type=GpuCount(1),
+        metavar="N|auto",
+        help="Number of this machine's GPUs to use, with one process each; auto: all of them.",
+    ),
+    click.option(
+        "--nproc", type=click.IntRange(1), help="Train on the CPU with this number of processes."
+    ),
+)
+@click.pass_context
+def finetune(
+    ctx: click.Context,
+    checkpoint: Path | None,
+    key: str | None,
+    data: tuple[Path, ...],
+    val_fraction: float | None,
+    dataset: str | None,
+    labels: str | None,
+    images_list: Path | None,
+    preset: str,
+    freeze: bool,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    head_lr: float | None,
+    seed: int | None,
+    sets: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    force: bool,
+    overwrite: bool,
+    gpus: int | None,
+    nproc: int | None,
+) -> None:
+    """Train an encoder and a linear classifier on labelled images.
+
+    The run is one as of `train`, with its folder, --resume and signals. The result is the accuracy
+    of the classifier on the test images. `rsa-fast predict` uses the classifier.
+    """
+    refuse_both("--resume", resume, "--overwrite", overwrite)
+    refuse_both("--gpus", gpus, "--nproc", nproc)
+    refuse_both("--labels", labels, "--images-list", images_list)
+    if force and not resume:
+        raise click.UsageError("--force is only valid with --resume")
+    if not (checkpoint or resume):
+        raise click.UsageError("give the encoder to start from: --checkpoint RUN")
+    from rsa_fast.distributed import check_gpus, is_launched, launch
+
+    processes = gpus or nproc
+    if processes and not is_launched(os.environ, processes):
+        if gpus:
+            check_gpus(gpus)
+        ctx.exit(launch(processes, 0, sys.argv[1:]))
+    from rsa_fast.evaluation.finetune import finetune as run
+    from rsa_fast.recipes import parse_set
+
+    options = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "peak_lr": lr,
+        "head_peak_lr": head_lr,
+        "seed": seed,
+        "val_fraction": val_fraction,
+        "device": "cuda" if gpus else "cpu" if nproc else None,
+    }
+    with exit_if_stopped(ctx):
+        result = run(
+            checkpoint,
+            data or None,
+            out,
+            labels=labels,
+            images_list=images_list,
+            preset=preset,
+            freeze_encoder=freeze,
+            dataset=dataset,
+            overrides=parse_set(sets) | {k: v for k, v in options.items() if v is not None},
+            resume=resume,
+            overwrite=overwrite,
+            force=force,
+            key=key,
+        )
+    if result:
+        click.echo(json_text(result))
+
+
+@main.command()
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=CHECKPOINT,
+    help="Run folder of finetune, whose newest checkpoint is read, or one of its checkpoints.",
+)
+@DATA
+@click.option("--out", required=True, type=NEW_FILE, help="The .csv file to write.")
+@click.option(
+    "--top", type=click.IntRange(1), default=1, help="Number of most probable classes to write."
+)
+@click.option(
+    "--split",
+    type=Name("split", "all", "train", "test"),
+    default="all",
+    help="Which images: all below the folder, or those for training or testing. Packed images "
+    "have no all.",
+)
+def predict(
+    checkpoint: Path, data: tuple[Path, ...], out: Path, top: int, split: PredictSplit
+) -> None:
+    """Write the class and its probability of every image to a csv file."""
+    from rsa_fast.distributed import launcher_variables
+    from rsa_fast.evaluation.predict import predict as run
+
+    result = run(checkpoint, data, out, top=top, split=split)
+    if launcher_variables(os.environ).get("RANK", "0") == "0":
+        click.echo(json_text(result))
+
+
+EMBEDDED = section(
+    "Images",
+    click.option(
+        "--data",
+        multiple=True,
+        type=PLACE,
+        help="Folder with the images, or a text file of paths. Can be repeated. Default: where the "
+        "run of the checkpoint was trained.",
+    ),
+    click.option(
+        "--split",
+        type=Name("split", "pretrain", "train", "test"),
+        default="pretrain",
+        help="Which images: all but those for testing, the labelled ones of these, or those for "
+        "testing.",
+    ),
+    click.option(
+        "--unlabelled",
+        is_flag=True,
+        default=None,
+        help="All images below DATA as one set without classes. Default: as the run did.",
+    ),
+    click.option(
+        "--dataset",
+        type=Name("dataset", *DATASETS),
+        metavar="NAME",
+        help="Size and normalise images as for this dataset, not as the run did.",
+    ),
+    click.option(
+        "--resize-px",
+        metavar="PX",
+        help="Resize the short side to this before the centre crop; native: do not.",
+    ),
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a recipe field that eval reads, such as views.mean. Can be repeated.",
+    ),
+)
+
+
+@main.command()
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=CHECKPOINT,
+    help="A run's folder or checkpoints/step_*.pt, or another project's encoder.",
+)
+@KEY
+@EMBEDDED
+@click.option(
+    "--out",
+    required=True,
+    type=NEW_FILE,
+    help="The file to write: a name that ends in .npz, .npy, .parquet or .csv.",
+)
+def embed(
+    checkpoint: Path, data: tuple[Path, ...], out: Path, sets: tuple[str, ...], **options: Any
+) -> None:
+    """Write the features of all images to a file, a row for each image.
+
+    A row has the image's path, its class if it has one, and the encoder's features as float32. The
+    order is that of the paths, whatever the number of processes.
+    """
+    from rsa_fast.distributed import launcher_variables
+    from rsa_fast.evaluation.embed import embed as run
+    from rsa_fast.recipes import parse_set
+
+    result = run(checkpoint, data or None, out, overrides=parse_set(sets), **options)
+    if launcher_variables(os.environ).get("RANK", "0") == "0":
+        click.echo(json_text(result))
+
+
+@main.command()
+@click.option(
+    "--checkpoint",
+    type=CHECKPOINT,
+    help="A run's folder or checkpoints/step_*.pt, or another project's encoder.",
+)
+@KEY
+@click.option(
+    "--embeddings", type=FILE, help="A file that rsa-fast embed wrote, instead of --checkpoint."
+)
+@EMBEDDED
+@click.option("--out", required=True, type=NEW_FILE, help="The .html page to write.")
+@click.option(
+    "--queries", type=click.IntRange(1), default=16, help="Number of images to show neighbours of."
+)
+@click.option("--nearest", type=click.IntRange(1), default=8, help="Number of neighbours of each.")
+@click.option(
+    "--points",
+    type=click.IntRange(0),
+    default=2000,
+    help="Largest number of images in the map; 0: no map.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the images and the map.")
+def neighbours(
+    checkpoint: Path | None,
+    data: tuple[Path, ...],
+    out: Path,
+    sets: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Show images beside those that an encoder finds most similar, and a map of all.
+
+    The page is one file with the images inside. The map wants scikit-learn.
+    """
+    from rsa_fast.insight.neighbours import neighbours as run
+    from rsa_fast.recipes import parse_set
+
+    result = run(checkpoint, data or None, out, overrides=parse_set(sets), **options)
     click.echo(json_text(result))
 
 
@@ -897,21 +1293,22 @@ def preview(
 @click.option(
     "--checkpoint",
     required=True,
-    type=FILE,
-    help="A run's checkpoints/step_*.pt, or another project's encoder.",
+    type=CHECKPOINT,
+    help="A run's folder or checkpoints/step_*.pt, or another project's encoder.",
 )
 @KEY
 @click.option(
     "--format",
     required=True,
     type=Name("format", *FORMATS),
-    help="Of ResNets, the first three only represent the standard ones: 7x7 stem, 64 channels.",
+    help="Of ResNets, torchvision, timm, detectron2 and hf-timm only represent the standard ones: "
+    "7x7 stem, 64 channels.",
 )
 @click.option(
     "--out",
     required=True,
-    type=NEW_FILE,
-    help="The file to write. A README.md is written beside it.",
+    type=PLACE,
+    help="The file to write, or for hf-timm the folder. A README.md is written beside or in it.",
 )
 @click.option(
     "--overwrite",

@@ -27,6 +27,7 @@ class Dataset:
     in proportion to the images; for Tiny ImageNet that of its zip file; for the others that of
     their pixels.
     `binary_layout` is torchvision's class for the dataset's binary files, if it has such files.
+    `hub_id` is the name on Hugging Face's hub of the dataset, or of the one that it is a part of.
     `run_length` are fields that a method's rows do not replace.
     """
 
@@ -38,6 +39,7 @@ class Dataset:
     file_gib: float
     side_px: int | None  # None: the images have different sizes
     binary_layout: str | None = None
+    hub_id: str | None = None
     run_length: Fields = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ DATASETS = {
         file_gib=0.15,
         side_px=32,
         binary_layout="CIFAR10",
+        hub_id="uoft-cs/cifar10",
     ),
     "cifar100": Dataset(
         fields=SMALL
@@ -90,6 +93,7 @@ DATASETS = {
         file_gib=0.15,
         side_px=32,
         binary_layout="CIFAR100",
+        hub_id="uoft-cs/cifar100",
     ),
     # Evaluation reads the central 64x64 pixels of the native 96x96 (CODE eval_single.py).
     "stl10": Dataset(
@@ -110,6 +114,7 @@ DATASETS = {
         test_images=10_000,
         file_gib=0.22,
         side_px=64,
+        hub_id="zh-plus/tiny-imagenet",
     ),
     "imagenet100": Dataset(
         fields=LARGE
@@ -125,6 +130,7 @@ DATASETS = {
         test_images=5_000,
         file_gib=13.6,
         side_px=None,
+        hub_id="ILSVRC/imagenet-1k",
     ),
     "imagenet1k": Dataset(
         fields=IMAGENET_1K,
@@ -134,6 +140,7 @@ DATASETS = {
         test_images=50_000,
         file_gib=137.7,
         side_px=None,
+        hub_id="ILSVRC/imagenet-1k",
     ),
     "imagenet1k-100ep": Dataset(
         fields=IMAGENET_1K | cite("PAPER 4.1", base_lr=0.9, epochs=100),
@@ -143,6 +150,7 @@ DATASETS = {
         test_images=50_000,
         file_gib=137.7,
         side_px=None,
+        hub_id="ILSVRC/imagenet-1k",
     ),
     # The demo's classes are shapes and textures at 32 px. Its views therefore have more colour
     # jitter and grayscale, larger crops and less blur.

@@ -31,7 +31,7 @@ from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
 from rsa_fast.datasets import DATASETS, Dataset, own_dataset
-from rsa_fast.methods import METHODS, method_class, short_name
+from rsa_fast.methods import FILES, METHODS, method_class, short_name
 from rsa_fast.sourced import Fields, cite, updated
 
 log = logging.getLogger("rsa_fast")
@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "timeout_s",
     "max_skips",
     "keep_last",
+    "keep_best",
     "log_every_steps",
     "evaluate",
     "knn_every_epochs",
@@ -115,6 +116,7 @@ class Recipe(BaseModel):
     lr_per: Literal["step", "epoch"] = "step"
     # Of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False  # Nesterov's momentum, with SGD
     weight_decay: float = Field(ge=0)  # Adam adds it to the gradient; AdamW shrinks the weights
     # Which parameters SGD, LARC, Adam and AdamW leave without weight decay: none, or gains and
     # biases, which have one dimension. LARS always leaves those without.
@@ -161,6 +163,8 @@ class Recipe(BaseModel):
     knn_every_epochs: int = Field(10, ge=0)  # 0: only at the end
     checkpoint_every_epochs: int = Field(1, ge=1)
     keep_last: int = Field(2, ge=1)  # checkpoints that are not deleted
+    # The score, such as knn_top1, whose best epoch is kept as checkpoints/best.pt; empty: none is.
+    keep_best: str = ""
     max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
     timeout_s: float = Field(600, gt=0)  # how long ranks wait for each other before the run stops
     wandb: bool = False  # send the records to Weights & Biases too
@@ -205,6 +209,10 @@ class Recipe(BaseModel):
             exif_orientation=self.exif_orientation,
         )
 
+    def training_source(self, data: Data, cache: str | Path | None = None) -> Source:
+        """The images that a run with this recipe is trained on."""
+        return self.open_source(data, "pretrain", cache)
+
     @field_validator("method")
     @classmethod
     def method_is_found_from_everywhere(cls, method: str) -> str:
@@ -242,6 +250,14 @@ class Recipe(BaseModel):
                     f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts "
                     "of 2 or more: use a larger batch or bn=local"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def nesterov_is_for_sgd(self) -> Recipe:
+        if self.nesterov and self.optimizer != "sgd":
+            raise ValueError(
+                f"nesterov = True is for SGD, and optimizer is {self.optimizer}: leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -512,12 +528,7 @@ def build_recipe(
     views, resize_px = fields["views"], fields.get("eval_resize_px")
     size_px = views.get("size_px") if isinstance(views, dict) else None
     if resize_px and isinstance(size_px, int) and "eval_resize_px" not in dict(given):
-        fields["eval_resize_px"] = (2 * size_px * resize_px + usual_px) // (2 * usual_px)
-        if size_px != usual_px:
-            log.info(
-                f"eval_resize_px is {fields['eval_resize_px']}, in proportion to views.size_px = "
-                f"{size_px} ({resize_px} for {usual_px})"
-            )
+        fields["eval_resize_px"] = resize_in_proportion(resize_px, usual_px, size_px)
     recipe = validate(fields)
     resize_px, size_px = recipe.eval_resize_px, recipe.views.size_px
     if recipe.evaluate and resize_px and resize_px < size_px:
@@ -527,6 +538,36 @@ def build_recipe(
             f"eval_resize_px={size_px} or more, or leave it out"
         )
     return recipe
+
+
+def resize_in_proportion(resize_px: int, usual_px: int, size_px: int) -> int:
+    """`eval_resize_px` for views of `size_px`, where it is `resize_px` for those of `usual_px`."""
+    scaled = (2 * size_px * resize_px + usual_px) // (2 * usual_px)
+    if size_px != usual_px:
+        log.info(
+            f"eval_resize_px is {scaled}, in proportion to views.size_px = {size_px} "
+            f"({resize_px} for {usual_px})"
+        )
+    return scaled
+
+
+def replaced(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other values of some fields, by their names, such as `views.size_px`.
+
+    Where only the size of the views is changed, `eval_resize_px` follows in proportion. Raises
+    ValueError as `parse` does.
+    """
+    fields = recipe.model_dump()
+    for key, value in changes.items():
+        head, _, tail = key.partition(".")
+        if head == "views" and tail:
+            fields["views"][tail] = value
+        else:
+            fields[key] = value
+    size_px, resize_px = changes.get("views.size_px"), recipe.eval_resize_px
+    if resize_px and isinstance(size_px, int) and "eval_resize_px" not in changes:
+        fields["eval_resize_px"] = resize_in_proportion(resize_px, recipe.views.size_px, size_px)
+    return parse(fields, type(recipe))
 
 
 def validate(fields: dict[str, Any]) -> Recipe:
@@ -569,7 +610,7 @@ def checkpoint_recipe(fields: dict[str, Any]) -> Recipe:
     not part of this package is not loaded: it need not be there. Otherwise like `stored_recipe`.
     """
     method = fields.get("method")
-    if not isinstance(method, str) or method in METHODS:
+    if not isinstance(method, str) or method in FILES:
         return stored_recipe(fields, "the checkpoint")
     log.info(f"{method} is no method of this package: only its encoder is read, without the method")
     return parse(known_fields(fields, ForeignRecipe, "the checkpoint"), ForeignRecipe)

@@ -116,6 +116,7 @@ def test_the_extras_are_those_that_the_code_and_the_set_up_name():
         "tensorboard",
         "wandb",
         "detection",
+        "embed",
         "export",
         "timm",
         "dev",

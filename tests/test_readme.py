@@ -54,6 +54,7 @@ SMALL = {
     "train --dataset cifar10": NARROW,  # Detection needs ImageNet's whole network.
     "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
     "eval linear --protocol": "--epochs 1",
+    "finetune": "--epochs 1",
     "detect": "--steps 1 --batch-size 2 --workers 0",
     "profile": f"{RECIPE} {NARROW} --repeats 1 --seconds 0 --budget-s 0",
 }

@@ -51,6 +51,7 @@ from pipelines.files import json_text, write_text
 from pipelines.order import Order
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.training import checkpoint
+from rsa_fast.training.engine import StoppedError, stop_signals
 from rsa_fast.training.metrics import Metrics, versions_and_hardware
 from rsa_fast.training.run_folder import add_start, hold_folder, prepare_folder, this_process
 from rsa_fast.training.step import choose_device, choose_dtype
@@ -95,7 +96,8 @@ def detect(
     newest checkpoint in `out` with the same batches and random numbers, or starts if there is none.
     Of a run that is finished it returns the stored result and changes nothing. `stop_at_step`
     writes a checkpoint after that step and returns without an evaluation. `key` chooses among
-    several networks in the encoder's file (see `load_encoder`).
+    several networks in the encoder's file (see `load_encoder`). A signal ends the training after
+    the current step, as in `train`: the checkpoint is written and StoppedError is raised.
 
     Before any training, raises ValueError or FileNotFoundError if the encoder is not the standard
     ResNet-50, if the data are incomplete or contradict themselves, or if the settings of a resumed
@@ -113,6 +115,7 @@ def detect(
     train.ids = [image_id for image_id in train.ids if train.objects(image_id)]
     order = Order(len(train), batch_size, seed)
     total_steps, peak_lr = steps or SCHEDULES[schedule][0], SCHEDULES[schedule][1] * batch_size / 16
+    encoder_path = checkpoint.newest_checkpoint(encoder_path)
     encoder, recipe = load_encoder(encoder_path, key=key)
     place = choose_device(device)
     torch.backends.cudnn.benchmark = False  # image sizes change from batch to batch
@@ -145,7 +148,7 @@ def detect(
             losses: dict[str, Tensor] = model(images, targets)
         return losses
 
-    with hold_folder(out, resume, overwrite):
+    with hold_folder(out, resume, overwrite), stop_signals() as signals_received:
         prepare_folder(out, resume, overwrite)
         step = restore(parts, settings, out, dtype) if resume else 0
         start = {"data": [str(data.absolute())], "step": step}
@@ -168,6 +171,8 @@ def detect(
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
+                if signals_received:
+                    stop = step
                 if step % LOG_STEPS == 0 or step == stop:
                     values = {name: value.item() for name, value in losses.items()}
                     loss = sum(values.values())
@@ -185,6 +190,8 @@ def detect(
                     state = {name: part.state_dict() for name, part in parts.items()}
                     state |= {"step": step, "recipe": settings, "dtype": checkpoint.name_of(dtype)}
                     checkpoint.save(out / "checkpoints", state, keep_last=2)
+        if signals_received and step < total_steps:
+            raise StoppedError.after(signals_received[0], step)
         result = {"out": str(out), **settings, "step": step}
         if step == total_steps:
             precise_bn(model, (losses_of(batch, step + i) for i, batch in enumerate(batches)))

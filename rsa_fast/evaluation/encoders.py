@@ -86,6 +86,7 @@ def load_encoder(
 ) -> tuple[Encoder, Recipe | None]:
     """The online encoder of a checkpoint, channels_last on the CPU, and its training recipe.
 
+    `path` is a file, or the folder of a run, which means its newest undamaged checkpoint.
     If `encoder` is given, the encoder is a copy of it with the weights of the checkpoint. `key`
     chooses among several networks in the file. It is one or more whole parts, between dots, of the
     path to the weights: `teacher`, `target_encoder`, `state_dict_ema`.
@@ -96,7 +97,7 @@ def load_encoder(
     or several, or one with missing, unknown or non-finite weights; the message names the first
     ones.
     """
-    path = Path(path)
+    path = checkpoint.newest_checkpoint(path)
     content = read_file(path)
     recipe = checkpoint_recipe(content["recipe"]) if is_own(content) else None
     leaves = leaves_in(content)

@@ -7,7 +7,8 @@
     evaluation = Evaluation(data, recipe, device, dtype)
     scores = evaluation.score(encoder, ("knn", "linear-rsa-small"), recalibrate=True)
 
-Accuracies are top-1 in percent. Every result contains the name and the version of its protocol.
+Accuracies are in percent: top-1, and top-5 of more than ten classes. Every result contains the name
+and the version of its protocol.
 With several ranks, each rank reads its own part of the images, and all ranks return the result that
 a single process would return.
 """
@@ -17,32 +18,41 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines import CropGroup, Loading, Order, Source, open_views
-from pipelines.layouts import Data, described, inventory
+from pipelines.combined import fraction_of, stratified_ids, subset
+from pipelines.files import json_text, write_text
+from pipelines.layouts import Data, described, has_test_split, inventory, places_of
+from pipelines.named import nearest
 from pipelines.plain import PlainImages
+from rsa_fast.archs import RESNETS, TIMM
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation import linear
-from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.accuracy import Predictions
+from rsa_fast.evaluation.encoders import few, load_encoder
 from rsa_fast.evaluation.features import (
     BLOCK_ROWS,
     LabelledFeatures,
     blocks,
+    cached,
     gather_features,
     gather_rows,
 )
 from rsa_fast.evaluation.linear import Batches
-from rsa_fast.recipes import Recipe, build_recipe, parse
+from rsa_fast.recipes import Recipe, build_recipe, replaced
+from rsa_fast.training.checkpoint import newest_checkpoint
+from rsa_fast.training.run_folder import places_of_checkpoint
 from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
 
 log = logging.getLogger("rsa_fast")
@@ -50,98 +60,211 @@ log = logging.getLogger("rsa_fast")
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
 # The options of `evaluate` that a protocol reads; the others read none.
 PROTOCOL_OPTIONS = {
+    "knn": {"k", "temperature"},
     "linear-rsa-small": {"epochs", "bn", "nesterov"},
     "linear-rsa-large": {"epochs"},
 }
 # k and temperature: the first as in InstDis, MoCo and the RSA code, the second as in DINO and
 # solo-learn.
 KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}
+# The fields of a recipe that evaluation reads.
+EVALUATION_FIELDS = (
+    "views.size_px",
+    "views.mean",
+    "views.std",
+    "eval_resize_px",
+    "val_fraction",
+    "exif_orientation",
+    "on_bad_image",
+    "seed",
+    "threads",
+    "precision",
+    "device",
+)
 KNN_CHUNK = 1024  # queries at a time, each compared with `BLOCK_ROWS` images: 64 MiB
 
 
 def evaluate(
     checkpoint: str | Path,
-    data: Data,
-    protocol: Literal["knn", "linear"],
+    data: Data | None = None,
+    protocol: Literal["knn", "linear"] = "knn",
     *,
+    train: Data | None = None,
+    test: Data | None = None,
+    each: bool = False,
     variant: Literal["fast", "rsa-small", "rsa-large"] | None = None,
     dataset: str | None = None,
     resize_px: int | str | None = None,
     epochs: int | None = None,
     bn: Literal["eval", "recalibrate"] | None = None,
     nesterov: bool | None = None,
+    k: int | None = None,
+    temperature: float | None = None,
+    labels: float | str | None = None,
     val_fraction: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
     encoder: nn.Module | None = None,
     key: str | None = None,
 ) -> dict[str, Any]:
     """Score the encoder of a checkpoint on the labelled train and test images under `data`.
 
     This is what `rsa-fast eval` runs, and the result is the object that it prints: `checkpoint`,
-    `test_transform`, and for `knn` the entries `knn_protocol`, `knn_top1` and `knn20_top1`, for
-    `linear` the entries `linear_protocol`, `linear_top1` and those of the classifier. Accuracies
-    are in percent.
+    `data`, `train_images`, `test_images`, `test_transform`, and for `knn` the entries
+    `knn_protocol`, `knn_top1`, `knn20_top1` and `knn_per_class`, for `linear` the entries
+    `linear_protocol`, `linear_top1`, `linear_per_class` and those of the classifier. Accuracies are
+    in percent. If there are more than ten classes, there is a `top5` for each `top1`.
 
-    `checkpoint` is a file of this project or an encoder from elsewhere (see `load_encoder`), and
-    `encoder` is the network for its weights, if it was passed to training in Python. `key` chooses
-    among several networks in the file, such as `teacher`. The checkpoint's recipe says how images
-    are sized and normalised, on which device and in which precision the encoder runs, and which
-    seed the linear classifiers use. `dataset`, the name of a dataset in `rsa_fast.datasets`,
-    replaces that recipe by the dataset's own. `resize_px` replaces the length in pixels to which
-    the short side of test images is resized before the centre crop; "native" leaves the images as
-    they are. `val_fraction` replaces the fraction of the training images that is held out where
-    there are no test images: with the checkpoint's own fraction, they are those that it was not
-    trained on.
+    Without `data`, the images are those of the run that the checkpoint belongs to. `train` and
+    `test` instead give the images of the two splits, each a folder of class folders. With `each`,
+    every folder of `data` is scored alone, and the result has a list of these results in `folders`.
+    The features of plain images are stored in the user's cache (`features.cached`).
+
+    `checkpoint` is the folder of a run, a file of this project or an encoder from elsewhere (see
+    `load_encoder`), and `encoder` is the network for its weights, if it was passed to training in
+    Python. `key` chooses among several networks in the file, such as `teacher`. The checkpoint's
+    recipe says how images are sized and normalised, on which device and in which precision the
+    encoder runs, and which seed the linear classifiers use. `dataset`, the name of a dataset in
+    `rsa_fast.datasets`, replaces that recipe by the dataset's own. `overrides` replaces values of
+    its fields, such as `views.size_px` or `views.mean`. `resize_px` replaces the length in pixels
+    to which the short side of test images is resized before the centre crop; "native" leaves the
+    images as they are. `val_fraction` replaces the fraction of the training images that is held out
+    where there are no test images: with the checkpoint's own fraction, they are those that it was
+    not trained on.
 
     `variant` is the linear classifier (see `rsa_fast.evaluation.linear`), `fast` by default.
     `epochs` is read by rsa-small (default 100) and rsa-large (40). `bn` and `nesterov` are read by
     rsa-small: "eval" (the default) freezes BatchNorm's statistics and "recalibrate" replaces them
-    as the RSA code does; `nesterov` is true by default.
+    as the RSA code does; `nesterov` is true by default. `k` and `temperature` are read by knn,
+    which then votes once, with these, and not with its two usual pairs. With `labels`, only this
+    part of each class of the training images is used, drawn by the recipe's seed: a percentage,
+    such as 10, or a fraction below 1, such as 0.1.
 
     Raises ValueError for an option that the protocol does not read, for an encoder without a recipe
-    if `dataset` is missing, for a checkpoint without an encoder, and for data that cannot be
-    evaluated on. Raises FileNotFoundError if the checkpoint or the data do not exist.
+    if neither `dataset` nor the size of the views is given, for a checkpoint without an encoder,
+    and for data that cannot be evaluated on. Raises FileNotFoundError if the checkpoint or the data
+    do not exist.
     """
     if protocol == "knn" and variant:
         raise ValueError("knn has no --protocol")
     name = "knn" if protocol == "knn" else f"{protocol}-{variant or 'fast'}"
     check_protocols((name,))
-    options = {"epochs": epochs, "bn": bn, "nesterov": nesterov}
+    options = {
+        "epochs": epochs,
+        "bn": bn,
+        "nesterov": nesterov,
+        "k": k,
+        "temperature": temperature,
+    }
     given = {key for key, value in options.items() if value is not None}
     if unread := given - PROTOCOL_OPTIONS.get(name, set()):
         raise ValueError(f"{name} has no --{', --'.join(sorted(unread))}")
     if bn not in (None, "eval", "recalibrate"):
         raise ValueError(f"no bn {bn!r}: choose from eval, recalibrate")
-    network, recipe = load_encoder(checkpoint, encoder, key)
-    if val_fraction is None and recipe:
-        val_fraction = recipe.val_fraction
+    if (k is not None and k < 1) or (temperature is not None and temperature <= 0):
+        raise ValueError(f"k = {k}, temperature = {temperature}: wanted positive numbers")
+    fraction = None if labels is None else fraction_of(labels)
+    if (train is None) != (test is None) or (data is not None and train is not None):
+        raise ValueError("--train and --test go together, in place of --data")
+    path = newest_checkpoint(checkpoint)
+    if data is None and train is None:
+        data, each = places_of_checkpoint(path), False
+    network, own_recipe = load_encoder(path, encoder, key)
+    changes: dict[str, Any] = {"unlabelled": False}
+    if own_recipe:
+        changes["val_fraction"] = own_recipe.val_fraction
+    changes |= checked_overrides(overrides or {})
+    if val_fraction is not None:
+        changes["val_fraction"] = val_fraction
+    folders: list[Data | None] = [*places_of(data)] if each and data is not None else [data]
+    recipes = [
+        recipe_for_images(path, own_recipe, folder or train or (), dataset, resize_px, changes)
+        for folder in folders
+    ]
+    # A network of the user's own may change although its weights do not.
+    arch = own_recipe.arch if own_recipe else "resnet50"
+    ours = encoder is None and (arch in RESNETS or arch.startswith(TIMM))
+    results = []
+    with process_group(recipes[0].device, recipes[0].timeout_s):
+        device = choose_device(recipes[0].device)
+        network = network.to(device)
+        for folder, recipe in zip(folders, recipes, strict=True):
+            dtype = choose_dtype(recipe.precision, device)
+            evaluation = Evaluation(
+                folder, recipe, device, dtype, splits=(train, test), labels=fraction, cached=ours
+            )
+            if rank() == 0:
+                log.info(inventory(evaluation.train.source, evaluation.test.source))
+            scores = evaluation.score(
+                network,
+                (name,),
+                recalibrate=bn == "recalibrate",
+                epochs=epochs,
+                nesterov=nesterov,
+                k=k,
+                temperature=temperature,
+            )
+            results.append(evaluation.described() | scores | evaluation.per_class())
+    shared = {"checkpoint": str(path), **({"key": key} if key else {})}
+    return shared | ({"folders": results} if each else results[0])
+
+
+def show(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with a row for each of the results of several folders."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = dict.fromkeys(key for result in results for key in result)  # top5 only of some
+    columns = [key for key in names if key.endswith(("_top1", "_top5"))]
+    table = Table("data", "train images", "test images", "classes", *columns)
+    for result in results:
+        scores = [f"{result[key]:.2f}" if key in result else "" for key in columns]
+        classes = len(next(value for key, value in result.items() if key.endswith("_per_class")))
+        counts = (result["train_images"], result["test_images"], classes)
+        table.add_row(result["data"], *(f"{count:,}" for count in counts), *scores)
+    Console().print(table)
+
+
+def checked_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The overrides. Raises ValueError for a field that evaluation does not read."""
+    for field in overrides:
+        if field not in EVALUATION_FIELDS:
+            raise ValueError(
+                f"evaluation does not read {field}{nearest(field, EVALUATION_FIELDS)}: it reads "
+                f"{', '.join(EVALUATION_FIELDS)}"
+            )
+    return overrides
+
+
+def recipe_for_images(
+    checkpoint: str | Path,
+    recipe: Recipe | None,
+    data: Data,
+    dataset: str | None,
+    resize_px: int | str | None,
+    changes: dict[str, Any],
+) -> Recipe:
+    """How the images in `data` are read, sized and normalised for the encoder of a checkpoint.
+
+    That is the checkpoint's `recipe`, or that of `dataset` if given, with `changes` of fields and
+    `resize_px` (see `evaluate`). If there is neither, the changes must have the size of the views;
+    the rest is then as for ImageNet-1K. Raises ValueError otherwise, and for values that no recipe
+    can have.
+    """
     if dataset:
         # Only how images are sized and normalised is read. Auto refuses few images for a batch of
         # its own choice.
         recipe = build_recipe(dataset, "rsa", data=data, batch_size=1)
     if recipe is None:
-        raise ValueError(
-            f"{checkpoint} has no recipe: --dataset says how images are sized and normalised"
-        )
-    changes: dict[str, Any] = {"unlabelled": False}
+        if "views.size_px" not in changes:
+            raise ValueError(
+                f"{checkpoint} has no recipe: --dataset says how images are sized and normalised, "
+                "or --set views.size_px=PX, with views.mean and views.std if not ImageNet's"
+            )
+        recipe = build_recipe("imagenet1k", "rsa")
+        log.info(f"{checkpoint} has no recipe: what is not set is as for ImageNet-1K")
     if resize_px:
-        changes["eval_resize_px"] = None if resize_px == "native" else resize_px
-    if val_fraction is not None:
-        changes["val_fraction"] = val_fraction
-    recipe = for_any_device(parse(recipe.model_dump() | changes, type(recipe)))
-    with process_group(recipe.device, recipe.timeout_s):
-        device = choose_device(recipe.device)
-        evaluation = Evaluation(data, recipe, device, choose_dtype(recipe.precision, device))
-        if rank() == 0:
-            log.info(inventory(evaluation.train.source, evaluation.test.source))
-        scores = evaluation.score(
-            network.to(device),
-            (name,),
-            recalibrate=bn == "recalibrate",
-            epochs=epochs,
-            nesterov=nesterov,
-        )
-    chosen = {"key": key} if key else {}
-    return {"checkpoint": str(checkpoint), **chosen, **scores}
+        changes = changes | {"eval_resize_px": None if resize_px == "native" else resize_px}
+    return for_any_device(replaced(recipe, changes))
 
 
 def check_protocols(names: tuple[str, ...]) -> None:
@@ -182,9 +305,18 @@ def extract_features(encoder: nn.Module, images: PlainImages) -> LabelledFeature
 
 
 def knn(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    classes: int,
+    settings: Mapping[str, tuple[int, float]] = KNN_SETTINGS,
+    predictions: dict[str, Predictions] | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy of a weighted vote among the k nearest neighbours, for all `KNN_SETTINGS`.
+    """Accuracy of a weighted vote among the k nearest neighbours, for all `settings`.
+
+    A setting is k and the temperature T, under the name of its top-1 accuracy. Its predictions are
+    added to `predictions` under the same name.
 
     Nearness is the cosine, and a neighbour's vote is exp(cosine / T) (Wu et al. 2018, InstDis). The
     search is exact. If k is larger than the bank, all of the bank votes.
@@ -197,7 +329,7 @@ def knn(
     queries, labels = gather_features((queries, labels), device)
     queries = F.normalize(queries, dim=1)
     bank_labels = bank_labels.to(device)
-    most = min(max(k for k, _ in KNN_SETTINGS.values()), len(gather_rows(bank_labels)))
+    most = min(max(k for k, _ in settings.values()), len(gather_rows(bank_labels)))
     chunks = [slice(first, first + KNN_CHUNK) for first in range(0, len(queries), KNN_CHUNK)]
 
     # The nearest neighbours so far. The bank passes once, and all queries meet each of its blocks.
@@ -216,17 +348,21 @@ def knn(
             cosines[chunk], index = cosine.topk(most)
             owners[chunk] = owner.gather(1, index)
 
-    correct = dict.fromkeys(KNN_SETTINGS, 0)
+    predictions = {} if predictions is None else predictions
+    predictions |= {name: Predictions(classes) for name in settings}
     for chunk in chunks:
         # Those of all ranks, (chunk, world_size most).
         cosine, owner = (gather(part[chunk].T.contiguous()).T for part in (cosines, owners))
         cosine, index = cosine.topk(most)
         owner = owner.gather(1, index)
-        for name, (k, temperature) in KNN_SETTINGS.items():
+        for name, (k, temperature) in settings.items():
             votes = torch.zeros(len(cosine), classes, device=device)
             votes.scatter_add_(1, owner[:, :k], (cosine[:, :k] / temperature).exp())
-            correct[name] += int((votes.argmax(1) == labels[chunk]).sum())
-    return {name: 100 * hits / len(queries) for name, hits in correct.items()}
+            predictions[name].add(votes, labels[chunk])
+    scores: dict[str, float] = {}
+    for name in settings:
+        scores |= predictions[name].scores(name.removesuffix("_top1"))
+    return scores
 
 
 class NoLabelsError(ValueError):
@@ -246,11 +382,54 @@ def refuse_shared(train: Source, test: Source) -> None:
         )
 
 
+def open_splits(
+    recipe: Recipe, train: Data | None, test: Data | None, cache: Path | None
+) -> list[Source]:
+    """The images of `train` and of `test`, which are the splits of two datasets, or class folders.
+
+    Of a dataset with a split of that name, this is read, and else all of its images.
+    """
+    assert train is not None and test is not None
+    # Nothing is held out of either.
+    recipe = recipe.model_copy(update={"val_fraction": 0.0})
+    split = "test" if all(map(has_test_split, places_of(test))) else "train"
+    tested = recipe.model_copy(update={"on_bad_image": "skip"})
+    return [recipe.open_source(train, "train", cache), tested.open_source(test, split)]
+
+
+def with_classes(test: Source, classes: tuple[str, ...], place: str) -> Source:
+    """The test images, with labels that number `classes`, which are those of the training images.
+
+    A line of the log names classes without test images. Raises ValueError for test images of a
+    class without training images.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in test.manifest.classes if name not in number]:
+        raise ValueError(
+            f"train and test under {place} do not have the same classes; only test has "
+            f"{few(unknown)}"
+        )
+    table = np.array([number[name] for name in test.manifest.classes], np.int64)
+    labels = table[test.manifest.labels]
+    counts = np.bincount(labels, minlength=len(classes))
+    if (missing := [classes[i] for i in np.flatnonzero(counts == 0)]) and rank() == 0:
+        log.info(
+            f"{len(missing)} of {len(classes)} classes have no test images, so their accuracy is "
+            f"not measured: {few(missing)}"
+        )
+    return replace(test, manifest=replace(test.manifest, classes=classes, labels=labels))
+
+
 class Evaluation:
     """The labelled train and test images of a dataset, opened once to score encoders on them.
 
     `recipe` says how images are sized and normalised, `device` and `dtype` where and in which
     precision encoders run, and `cache` is a folder for the scan of the images (see `open_source`).
+    `splits` are the places of training and test images, if these are not in `data`. `labels` is the
+    fraction of the training images to use. With `cached`, features are stored for the next time.
+
+    `predictions` has what the last `score` predicted for the test images, by protocol or, if there
+    is one of a kind, by its kind: `knn`, `linear`.
 
     Raises FileNotFoundError or ValueError if there is no labelled train and test split, and
     NoLabelsError if neither has labels.
@@ -258,17 +437,28 @@ class Evaluation:
 
     def __init__(
         self,
-        data: Data,
+        data: Data | None,
         recipe: Recipe,
         device: torch.device,
         dtype: torch.dtype,
         cache: Path | None = None,
+        *,
+        splits: tuple[Data | None, Data | None] = (None, None),
+        labels: float | None = None,
+        cached: bool = False,
     ) -> None:
-        sources = [recipe.open_source(data, split, cache) for split in ("train", "test")]
+        if data is None:
+            assert splits[0] is not None and splits[1] is not None
+            self.places = {"train": described(splits[0]), "test": described(splits[1])}
+            sources = open_splits(recipe, *splits, cache)
+        else:
+            self.places = {"data": described(data)}
+            sources = [recipe.open_source(data, split, cache) for split in ("train", "test")]
+        place = ", ".join(self.places.values())
         refuse_shared(*sources)
         train, test = (source.manifest for source in sources)
         if not (train.labelled and test.labelled):
-            fault = f"{described(data)} has no labels for both train and test images"
+            fault = f"{place} has no labels for both train and test images"
             if not (train.labelled or test.labelled):
                 raise NoLabelsError(f"{fault}: nothing to evaluate on")
             place = sources[train.labelled].where  # of the split without labels
@@ -276,16 +466,13 @@ class Evaluation:
                 f"{fault}: {place} holds no class folders. Sort its images into them, or put "
                 "ImageNet's table of Kaggle there, LOC_val_solution.csv"
             )
-        # Where no names are given, the classes are numbered up to the largest label in the split.
-        numbers = tuple(map(str, range(len(test.classes))))
-        lacks_last = test.classes == numbers == train.classes[: len(numbers)]
-        if train.classes != test.classes and not lacks_last:
-            differ = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:10])
-            raise ValueError(
-                f"train and test under {described(data)} do not have the same classes; "
-                f"only one has {differ}"
-            )
-        self.classes, self.recipe = len(train.classes), recipe
+        sources[1] = with_classes(sources[1], train.classes, place)
+        if labels is not None:
+            ids = stratified_ids(train.labels, labels, recipe.seed)
+            sources[0] = subset(sources[0], ids, "train")
+        self.names, self.classes, self.recipe = train.classes, len(train.classes), recipe
+        self.labels, self.cached = labels, cached
+        self.predictions: dict[str, Predictions] = {}
         self.train, self.test = (
             PlainImages(
                 source,
@@ -310,6 +497,8 @@ class Evaluation:
         recalibrate: bool = False,
         epochs: int | None = None,
         nesterov: bool | None = None,
+        k: int | None = None,
+        temperature: float | None = None,
     ) -> dict[str, Any]:
         """The results of the named protocols (of `PROTOCOLS`) in one dict.
 
@@ -320,6 +509,7 @@ class Evaluation:
         With several ranks, every rank must call this. The encoder is in eval mode meanwhile and is
         returned unchanged. linear-rsa-small and linear-rsa-large use `epochs`, and linear-rsa-small
         uses `nesterov`; None means the protocol's own value (see `rsa_fast.evaluation.linear`).
+        With `k` or `temperature`, knn votes once; the other of the two is that of `knn_top1`.
 
         `recalibrate` is only for linear-rsa-small. The classifier is then trained on a copy of the
         encoder with BatchNorm in train mode: the running statistics become those of the
@@ -333,9 +523,10 @@ class Evaluation:
             raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
         encoder.eval()
-        test, device = extract_features(encoder, self.test), self.test.device
+        test, device = self.features(encoder, self.test), self.test.device
         # A function, because linear-rsa-small needs no features of plain training images.
-        train = cache(lambda: extract_features(encoder, self.train))
+        train = cache(lambda: self.features(encoder, self.train))
+        self.predictions = {}
         results: dict[str, Any] = {"test_transform": self.test.transform}
         unreadable = int((gather_rows(test[1].to(device)) < 0).sum())
         if skipped := unreadable + len(self.test.source.bad):
@@ -344,12 +535,28 @@ class Evaluation:
         distinct = tuple(dict.fromkeys(protocols))
         kinds = [protocol.partition("-")[0] for protocol in distinct]
         for protocol in distinct:
+            kind = protocol.partition("-")[0]
+            own = protocol.replace("-", "_") if kinds.count(kind) > 1 else kind
+            predictions = self.predictions[own] = Predictions(self.classes)
             match protocol:
                 case "knn":
                     rows, labels = test
-                    scores = knn(*train(), rows.to(device), labels.to(device), self.classes)
+                    votes: dict[str, Predictions] = {}
+                    scores = {}
+                    settings = KNN_SETTINGS
+                    if k or temperature:
+                        usual_k, usual_temperature = KNN_SETTINGS["knn_top1"]
+                        pair = (k or usual_k, temperature or usual_temperature)
+                        settings = {"knn_top1": pair}
+                        scores = {"knn_k": pair[0], "knn_temperature": pair[1]}
+                    scores |= knn(
+                        *train(), rows.to(device), labels.to(device), self.classes, settings, votes
+                    )
+                    self.predictions[own] = votes["knn_top1"]
                 case "linear-fast":
-                    scores = linear.fast(train(), gather_features(test, device), self.classes)
+                    scores = linear.fast(
+                        train(), gather_features(test, device), self.classes, predictions
+                    )
                 case "linear-rsa-small":
                     scores = self.rsa_small(
                         encoder,
@@ -357,6 +564,7 @@ class Evaluation:
                         recalibrate=recalibrate,
                         epochs=epochs or linear.SMALL_EPOCHS,
                         nesterov=nesterov is not False,
+                        predictions=predictions,
                     )
                 case "linear-rsa-large":
                     with self.augmented(encoder) as batches:
@@ -367,11 +575,10 @@ class Evaluation:
                             classes=self.classes,
                             seed=self.recipe.seed,
                             epochs=epochs or linear.LARGE_EPOCHS,
+                            predictions=predictions,
                         )
-            kind = protocol.partition("-")[0]
             scores = {f"{kind}_protocol": f"{protocol}/1", **scores}
-            if kinds.count(kind) > 1:
-                own = protocol.replace("-", "_")
+            if own != kind:
                 scores = {own + key.removeprefix(kind): value for key, value in scores.items()}
             results |= scores
         encoder.train(training)
@@ -381,6 +588,37 @@ class Evaluation:
         assert unchanged, "the encoder changed in evaluation"
         return results
 
+    def features(self, encoder: nn.Module, images: PlainImages) -> LabelledFeatures:
+        """`extract_features`, from the cache where that is wanted."""
+        if not self.cached:
+            return extract_features(encoder, images)
+        return cached(encoder, images, lambda: extract_features(encoder, images))
+
+    def described(self) -> dict[str, Any]:
+        """What is scored on: the places and the numbers of images, for a result."""
+        share = {} if self.labels is None else {"labels": self.labels}
+        counts = {
+            "train_images": len(self.train.source.manifest),
+            "test_images": len(self.test.source.manifest),
+        }
+        return {**self.places, **share, **counts}
+
+    def per_class(self) -> dict[str, dict[str, float | None]]:
+        """The accuracy of each class in the last `score`: `knn_per_class` and so on."""
+        return {
+            f"{name}_per_class": predictions.per_class(self.names)
+            for name, predictions in self.predictions.items()
+        }
+
+    def write_confusion(self, path: Path) -> None:
+        """Write which classes the last protocol of the last `score` took for which, as JSON.
+
+        `classes` are their names, and `counts` the rows of `Predictions.confusion`.
+        """
+        name, predictions = list(self.predictions.items())[-1]
+        content = {"score": name, "classes": self.names, "counts": predictions.confusion()}
+        write_text(path, json_text(content))
+
     def rsa_small(
         self,
         encoder: nn.Module,
@@ -389,6 +627,7 @@ class Evaluation:
         recalibrate: bool,
         epochs: int,
         nesterov: bool,
+        predictions: Predictions,
     ) -> dict[str, Any]:
         """linear-rsa-small; `test` are the test set's features by the encoder in eval mode."""
         learner = copy.deepcopy(encoder).train() if recalibrate else encoder
@@ -406,6 +645,7 @@ class Evaluation:
                 seed=self.recipe.seed,
                 epochs=epochs,
                 nesterov=nesterov,
+                predictions=predictions,
             )
         return {"linear_bn": "recalibrate" if recalibrate else "eval", **scores}
 

@@ -6,6 +6,8 @@
   because pre-training has no classifier. They load strictly into a network whose `fc` is
   nn.Identity, so no untrained weights can be taken for trained ones. Other networks keep their own
   keys: `timm` holds timm's models, `safetensors` any network.
+- `hf-timm` is a folder for Hugging Face's hub, which timm builds the network from: `config.json`,
+  `model.safetensors` and the card. It holds what `timm` holds.
 - `detectron2` follows MoCo's detection/convert-pretrain-to-detectron2.py, which does not swap the
   channels: the encoder reads RGB. detectron2's defaults are BGR and Caffe's pixel mean, so the card
   has the settings for RGB.
@@ -17,9 +19,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import math
 import pickle
 import re
 import shlex
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,8 +35,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.files import write_whole
+from pipelines.files import write_text, write_whole
 from rsa_fast.archs import OWN, RESNETS, TIMM, short_arch
+from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluation.encoders import beginning, load_encoder, traits
 from rsa_fast.methods import short_name
 from rsa_fast.networks import Encoder, timm_options
@@ -44,18 +52,67 @@ SUFFIXES = {
     "safetensors": ".safetensors",
     "onnx": ".onnx",
     "torch-export": ".pt2",
+    "hf-timm": "",  # a folder
 }
-NEEDS = {"safetensors": ("safetensors",), "onnx": ("onnx", "onnxscript")}
+NEEDS = {
+    "safetensors": ("safetensors",),
+    "onnx": ("onnx", "onnxscript"),
+    "hf-timm": ("safetensors",),
+}
 # These contain the network; the other formats contain weights for a network that the reader builds.
 GRAPHS = ("onnx", "torch-export")
 # By stem: the dataset whose images a checkpoint without a recipe is assumed to read.
 ASSUMED_DATASETS = {"imagenet": "imagenet1k", "cifar": "cifar10"}
 
+# What Hugging Face reads of a card. Whoever publishes it names the licence.
+HEADER = """---
+license: unknown  # name it before you publish: hf.co/docs/hub/repositories-licenses
+library_name: {library}
+pipeline_tag: image-feature-extraction
+{datasets}---
+
+"""
 CARD = """# {arch} encoder: {name}
 
 Maps `images` `(B, 3, {size_px}, {size_px})` to `features` `(B, {feature_dim})`.
 The images are RGB in [0, 1], normalised by mean {mean} and std {std}.
 {network}: {parameters:,} parameters.
+
+To fine-tune it, train `torch.nn.Sequential(model, torch.nn.Linear({feature_dim}, classes))` at a \
+small learning rate, or run `rsa-fast finetune`.
+
+## Transform
+
+From a PIL image in RGB{upright} to `images`, with torchvision:
+
+```python
+from torchvision import transforms
+
+transform = transforms.Compose(
+    [
+        transforms.Resize({resize_px}),  # the short side, bilinear
+        transforms.CenterCrop({size_px}),
+        transforms.ToTensor(),
+        transforms.Normalize({mean}, {std}),
+    ]
+)
+images = transform(image)[None]
+```
+
+with timm:
+
+```python
+import timm
+
+transform = timm.data.create_transform(
+    input_size=(3, {size_px}, {size_px}),
+    crop_pct={crop_pct},
+    interpolation="bilinear",
+    mean={mean},
+    std={std},
+)
+images = transform(image)[None]
+```
 
 ## Accuracy
 
@@ -82,7 +139,13 @@ features = model.eval()(images)""",
     "timm": """import timm
 
 model = timm.create_model({timm_options}, checkpoint_path="{file}")
-features = model.eval()({network_images})""",
+features = model.eval()({timm_images})""",
+    "hf-timm": """import timm
+
+# After an upload: "hf-hub:OWNER/NAME". num_classes=N adds a classifier to fine-tune.
+model = timm.create_model("local-dir:.", pretrained=True, num_classes=0)
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model.eval()({timm_images})""",
     "safetensors": """from safetensors.torch import load_file
 
 {build}
@@ -124,8 +187,10 @@ def export(
 ) -> dict[str, Any]:
     """Write the encoder of checkpoint `path` to `out` and a model card `README.md` beside it.
 
-    `encoder` is the network, if it was passed to training in Python. `key` chooses among several
-    networks in the file, such as `teacher` (see `load_encoder`).
+    `path` is a file, or a run's folder, which means its newest undamaged checkpoint. For `hf-timm`,
+    `out` is a folder, and the card is in it. `encoder` is the network, if it was passed to training
+    in Python. `key` chooses among several networks in the file, such as `teacher` (see
+    `load_encoder`).
 
     If there is a card of the same checkpoint already, a section for `out` is added to it. Returns
     `out`, `format` and the number of `parameters`.
@@ -134,18 +199,19 @@ def export(
     ValueError if the format cannot represent the network, if a library is missing, or if the suffix
     of `out` is wrong.
     """
-    path, out = Path(path), Path(out)
+    path, out = checkpoint.newest_checkpoint(path), Path(out)
     if format not in SUFFIXES:
         raise ValueError(f"no format {format!r}: choose from {', '.join(SUFFIXES)}")
-    if out.suffix != SUFFIXES[format]:
+    if not out.name.endswith(SUFFIXES[format]):
         raise ValueError(
             f"{format} wants a file name that ends in {SUFFIXES[format]}, found {out.name}"
         )
     if missing := [name for name in NEEDS.get(format, ()) if find_spec(name) is None]:
         raise ValueError(f"{format} needs {' and '.join(missing)}: pip install 'rsa-fast[export]'")
-    if out.exists() and not overwrite:
+    files = [out / "model.safetensors", out / "config.json"] if format == "hf-timm" else [out]
+    if not overwrite and (there := [file for file in files if file.exists()]):
         raise FileExistsError(
-            f"{out} is there already: choose another --out, or replace it with --overwrite"
+            f"{there[0]} is there already: choose another --out, or replace it with --overwrite"
         )
     network, card_values = open_encoder(path, encoder, key)
     if not supports(format, network, card_values):
@@ -153,37 +219,58 @@ def export(
         able = ", ".join(other for other in SUFFIXES if supports(other, network, card_values))
         raise ValueError(f"{format} cannot hold a {card_values['arch']}{begins}: choose {able}")
 
-    card, head = out.with_name("README.md"), CARD.format(**card_values)
-    others = other_sections(card, head, out.name, overwrite)
+    weights, head = files[0], CARD.format(**card_values)
+    card = weights.with_name("README.md")
+    library = "timm" if supports("timm", network, card_values) else "rsa-fast"
+    header = HEADER.format(library=library, **card_values)
+    parts = parts_of_card(card, header, head, weights.name, overwrite)
     chosen = ["--key", key] if key else []
     words = ["--checkpoint", str(path), *chosen, "--format", format, "--out", str(out)]
     command = shlex.join(["rsa-fast", "export", *words])
-    code = SNIPPETS[format].format(file=out.name, **card_values)
+    code = SNIPPETS[format].format(file=weights.name, **card_values)
     language = "yaml" if format == "detectron2" else "python"
-    section = f"`{out.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
-    content = encode(network, format, card_values)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda file: file.write(content))
-    write_whole(card, lambda file: file.write(SECTION.join([head, *others, section]).encode()))
+    section = f"`{weights.name}`\n\n```{language}\n{code}\n```\n\nMade by `{command}`.\n"
+    with quiet():
+        content = encode(network, format, card_values)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(weights, lambda file: file.write(content))
+    for config in files[1:]:
+        write_text(config, timm_config(network, card_values))
+    write_text(card, SECTION.join([*parts, section]))
     return {"out": str(out), "format": format, "parameters": card_values["parameters"]}
 
 
-def other_sections(card: Path, head: str, name: str, overwrite: bool) -> list[str]:
-    """The sections of an existing card that are about files other than `name`.
+def parts_of_card(card: Path, header: str, head: str, name: str, overwrite: bool) -> list[str]:
+    """The header with the head, and an existing card's sections about files other than `name`.
 
-    Raises FileExistsError if the card is another checkpoint's, unless it may be overwritten.
+    An existing card keeps its header, where its owner may have named the licence. Raises
+    FileExistsError if the card is another checkpoint's, unless it may be overwritten.
     """
-    if not card.exists():
-        return []
-    old_head, *sections = card.read_text().split(SECTION)
-    if old_head == head:
-        return [section for section in sections if not section.startswith(f"`{name}`")]
-    if not overwrite:
-        raise FileExistsError(
-            f"{card} is not this checkpoint's card: choose another folder, "
-            "or replace it by --overwrite"
-        )
-    return []
+    if card.exists():
+        old_head, *sections = card.read_text().split(SECTION)
+        if old_head.endswith(head):
+            return [old_head, *(part for part in sections if not part.startswith(f"`{name}`"))]
+        if not overwrite:
+            raise FileExistsError(
+                f"{card} is not this checkpoint's card: choose another folder, "
+                "or replace it by --overwrite"
+            )
+    return [header + head]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings and the log lines of torch's exporters out of the terminal.
+
+    They are about torch's own code, in which nobody who exports an encoder can change anything.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def open_encoder(
@@ -195,7 +282,11 @@ def open_encoder(
     arch, stem = OWN if own is not None or recipe is None else recipe.arch, "imagenet"
     if isinstance(encoder, Encoder):
         arch, stem = traits(encoder)["arch"], traits(encoder)["stem"]
-    views = (recipe or build_recipe(ASSUMED_DATASETS[stem], "byol")).views
+    reads = recipe or build_recipe(ASSUMED_DATASETS[stem], "byol")
+    # Another version's dataset counts as one's own images.
+    views, dataset = reads.views, DATASETS.get(reads.dataset, DATASETS["auto"])
+    # Images that are evaluated in their own size are resized to that of the dataset's.
+    resize_px = reads.eval_resize_px or max(dataset.side_px or 0, views.size_px)
     if recipe:
         name = f"{short_name(recipe.method)} on {recipe.data_name}, step {state['step']:,}"
         # The path of a method's file says nothing to others, and names folders of this machine.
@@ -207,12 +298,16 @@ def open_encoder(
         recipe_text = "# not in the checkpoint: size, mean and std of the images are assumed\n"
     if key:
         name += f", {key}"
+    hub_id = dataset.hub_id if recipe and not recipe.name else None  # `name` is that of own data
     card_values = {
         "name": name,
         **building(encoder, arch, recipe.in_channels if recipe else 3, views.size_px),
         "feature_dim": encoder.feature_dim,
         "parameters": sum(p.numel() for p in encoder.parameters()),
         "size_px": views.size_px,
+        "resize_px": resize_px,
+        "crop_pct": crop_fraction(views.size_px, resize_px),
+        "upright": " that is turned upright as its EXIF tags say" if reads.exif_orientation else "",
         "mean": views.mean,
         "std": views.std,
         "pixel_mean": [round(255 * value, 3) for value in views.mean],
@@ -220,29 +315,36 @@ def open_encoder(
         # The run's scores are those of its online encoder.
         "accuracy": accuracy(path, {} if key else state),
         "data": state.get("data", "not in the checkpoint"),
+        "datasets": f"datasets:\n- {hub_id}\n" if hub_id else "",
         "recipe": recipe_text,
     }
     # safetensors accepts contiguous tensors only.
     return encoder.eval().to(memory_format=torch.contiguous_format), card_values
 
 
+def crop_fraction(size_px: int, resize_px: int) -> float:
+    """The number from which timm computes floor(size_px / number) = resize_px."""
+    fraction = size_px / resize_px
+    exact = math.floor(size_px / fraction) == resize_px
+    return fraction if exact else math.nextafter(fraction, 0)
+
+
 def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
     """The values for the card that are about building the network, and feeding it `images`."""
-    # Encoders of this project take the mean of three channels themselves.
+    fields = traits(encoder) if isinstance(encoder, Encoder) else {"in_channels": in_channels}
+    in_channels = fields["in_channels"]
     mean = "images" if in_channels == 3 else "images.mean(1, keepdim=True)"
-    values = {"arch": arch, "network": arch, "network_images": mean}
+    values = {"arch": arch, "network": arch, "network_images": mean, "timm_images": mean, **fields}
     if isinstance(encoder, Encoder):
-        fields = traits(encoder)
         given = {name: value for name, value in fields.items() if name != "arch"}
         options = ", ".join(f"{name}={json.dumps(value)}" for name, value in given.items())
         return values | {
-            **fields,
             "network": f"{arch} with the {fields['stem']} stem and {fields['width']} channels in "
             "its first stage",
-            "network_images": "images",
+            "network_images": "images",  # encoders of this project take the mean themselves
             "build": "from rsa_fast.networks import Encoder\n\n"
             f'model = Encoder("{arch}", {options})  # keys are torchvision\'s, without fc',
-            "timm_options": f'"{arch}", num_classes=0',
+            "timm_options": f'"{arch}", num_classes=0, in_chans={in_channels}',
             "depth": re.sub(r"\D*(\d+).*", r"\1", arch),
             "res2_channels": encoder.width * encoder.layer1[0].expansion,
             "groups": RESNETS[arch].groups,
@@ -269,9 +371,11 @@ def supports(format: str, encoder: Encoder, card_values: dict[str, Any]) -> bool
     arch = card_values["arch"]
     if format in GRAPHS:
         return True
+    of_timm = format in ("timm", "hf-timm")
     if not isinstance(encoder, Encoder):
-        return format == "safetensors" or (format == "timm" and arch.startswith(TIMM))
-    names = ("stem", "width", "in_channels") if format == "safetensors" else ()
+        return format == "safetensors" or (of_timm and arch.startswith(TIMM))
+    names = ["in_channels"] if of_timm else []
+    names = ["stem", "width", "in_channels"] if format == "safetensors" else names
     with torch.device("meta"):
         return str(Encoder(arch, **{name: card_values[name] for name in names})) == str(encoder)
 
@@ -283,7 +387,7 @@ def accuracy(path: Path, state: dict[str, Any]) -> str:
     rows = [
         (key, value)
         for key, value in scores.items()
-        if key.startswith(("knn", "linear")) and value is not None
+        if key.startswith(("knn", "linear")) and isinstance(value, int | float | str)
     ]
     if not rows or scores["step"] != state["step"]:
         return "Not measured at this step."
@@ -311,7 +415,7 @@ def encode(encoder: Encoder, format: str, card_values: dict[str, Any]) -> bytes:
     match format:
         case "torchvision" | "timm":
             torch.save(weights, buffer)
-        case "safetensors":
+        case "safetensors" | "hf-timm":
             from safetensors.torch import save
 
             names = {"arch", "stem", "width", "in_channels", "feature_dim", "data", "recipe"}
@@ -339,6 +443,31 @@ def encode(encoder: Encoder, format: str, card_values: dict[str, Any]) -> bytes:
             assert onnx is not None  # only the exporter without dynamo returns None
             return bytes(onnx.model_proto.SerializeToString())
     return buffer.getvalue()
+
+
+def timm_config(encoder: Encoder, card_values: dict[str, Any]) -> str:
+    """The config.json from which timm builds the network and its transform."""
+    # With these, timm adapts the network to other channels, classes and sizes. In the ResNets of
+    # this project, the layers have the same names as in timm.
+    adapted = ("first_conv", "classifier", "fixed_input_size")
+    known = getattr(encoder, "pretrained_cfg", {"first_conv": "conv1", "classifier": "fc"})
+    size_px = card_values["size_px"]
+    config = {
+        "architecture": card_values["arch"].removeprefix(TIMM).partition(".")[0],
+        "num_classes": 0,
+        "num_features": card_values["feature_dim"],
+        "pretrained_cfg": {
+            **{key: known[key] for key in adapted if key in known},
+            "num_classes": 0,
+            "input_size": [card_values["in_channels"], size_px, size_px],
+            "crop_pct": card_values["crop_pct"],
+            "crop_mode": "center",
+            "interpolation": "bilinear",
+            "mean": card_values["mean"],
+            "std": card_values["std"],
+        },
+    }
+    return json.dumps(config, indent=2)
 
 
 def detectron2_key(key: str) -> str:

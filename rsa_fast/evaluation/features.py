@@ -4,21 +4,35 @@ Of N images, rank r of R ranks has the rows r, r + R, r + 2R, ... They stay in t
 encoder computes them, so that nothing is lost: the 1.28 million of ImageNet-1K and a ResNet-50 take
 4.9 GiB in half precision, on all ranks together. What a computation needs is moved to the device
 and becomes float32 there.
+
+`rsa-fast eval` stores them in the user's cache, so that another score of the same encoder on the
+same images need not compute them again: `cached`.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipelines.files import user_cache, write_whole
+from pipelines.manifest import digest
+from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, rank, world_size
 
 LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); -1 labels an image that was not read
 
+log = logging.getLogger("rsa_fast")
+
+CACHE_BYTES = 8 * 2**30  # of all features in the cache; the oldest are removed
 BLOCK_ROWS = 16_384  # rows on the device at a time: 128 MiB with 2048 features
 
 
@@ -88,3 +102,66 @@ def mean_and_variance(
     mean = total(lambda block: block) / count
     variance = total(lambda block: (block - mean).square()) / (count - 1)
     return mean.float(), variance.float()
+
+
+def cached(
+    encoder: nn.Module, images: PlainImages, compute: Callable[[], LabelledFeatures]
+) -> LabelledFeatures:
+    """This rank's features of the images: from the user's cache, or else from `compute`.
+
+    They are found by the encoder's layers and weights, the fingerprint of the images, and how these
+    are sized and normalised. A line of the log says that they were found. What `compute` returns is
+    stored, and the features that were not used for longest are removed.
+    """
+    folder = user_cache() / "features"
+    path = folder / f"{cache_key(encoder, images)}.pt"
+    try:
+        features: LabelledFeatures = torch.load(path, weights_only=True)
+        os.utime(path)
+        if rank() == 0:
+            log.info(f"features of {images.source.where}: cached in {path}")
+        return features
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # torch raises almost any for a damaged file
+        log.info(f"the cached features {path} are damaged ({error}): they are computed again")
+    features = compute()
+    if features[0].nbytes <= CACHE_BYTES:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, partial(torch.save, features))
+            remove_oldest(folder)
+        except (OSError, RuntimeError) as error:  # torch's own of a disk that is full
+            log.info(f"the features are not cached: {error}")
+    return features
+
+
+def cache_key(encoder: nn.Module, images: PlainImages) -> str:
+    """The name in the cache of what this rank computes."""
+    manifest, device = images.source.manifest, images.device.type
+    about = [
+        torch.__version__,
+        version("pillow"),
+        str(encoder),
+        rank(),
+        world_size(),
+        device,
+        images.dtype,
+    ]
+    about += [manifest.fingerprint, manifest.classes, images.source.turned, images.on_bad_image]
+    about += [images.size_px, images.resize_px, images.mean.tolist(), images.std.tolist()]
+    weights = [
+        value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for value in encoder.state_dict().values()
+    ]
+    return digest(repr(about).encode(), *weights)
+
+
+def remove_oldest(folder: Path) -> None:
+    """Remove the features that were not used for longest, until there are `CACHE_BYTES`."""
+    files = [(path, path.stat()) for path in folder.glob("*.pt")]
+    total_bytes = 0
+    for path, stat in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
+        total_bytes += stat.st_size
+        if total_bytes > CACHE_BYTES:
+            path.unlink(missing_ok=True)

@@ -7,6 +7,9 @@ rank. `rsa_small` and `rsa_large` train on features of randomly cropped and flip
 `batches(epoch)` yields those of one epoch. Every rank receives the global batch, so that all ranks
 train the same classifier.
 
+All add what the classifier says of the test images to `predictions`, if these are given, and report
+`linear_top5` too if there are more than ten classes.
+
 `rsa_small` and `rsa_large` report two test accuracies: `linear_top1` is that after the last epoch,
 and `linear_best_top1` the best of all epochs, which is what the reference codes report.
 """
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from pipelines.order import epoch_order
 from rsa_fast.distributed import rank
+from rsa_fast.evaluation.accuracy import Predictions
 from rsa_fast.evaluation.features import (
     LabelledFeatures,
     gather_rows,
@@ -50,6 +54,7 @@ def rsa_small(
     seed: int,
     epochs: int = SMALL_EPOCHS,
     nesterov: bool = True,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """The protocol for CIFAR, STL-10 and Tiny ImageNet (RSA 4.1, after MoCo).
 
@@ -64,7 +69,13 @@ def rsa_small(
     parameters = head.to(features.device).parameters()
     optimizer = torch.optim.SGD(parameters, lr=30, momentum=0.9, nesterov=nesterov)
     scores = train_head(
-        head, optimizer, drops=(0.6, 0.8), epochs=epochs, batches=batches, test=test
+        head,
+        optimizer,
+        drops=(0.6, 0.8),
+        epochs=epochs,
+        batches=batches,
+        test=test,
+        predictions=predictions,
     )
     return {"linear_nesterov": nesterov, **scores}
 
@@ -76,6 +87,7 @@ def rsa_large(
     classes: int,
     seed: int,
     epochs: int = LARGE_EPOCHS,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """The protocol for ImageNet (RSA 4.1, after Mean Shift's eval_linear.py).
 
@@ -106,6 +118,7 @@ def rsa_large(
         epochs=epochs,
         batches=lambda epoch: map(standardise, batches(epoch)),
         test=lambda: test,
+        predictions=predictions,
     )
 
 
@@ -121,6 +134,7 @@ def train_head(
     epochs: int,
     batches: Batches,
     test: Callable[[], LabelledFeatures],
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """Train `head` with cross-entropy and test it after every epoch.
 
@@ -139,13 +153,22 @@ def train_head(
         schedule.step()
         with torch.no_grad():
             features, labels = test()
-            scores.append(top1(head(features), labels))
+            logits = head(features)
+            scores.append(top1(logits, labels))
         if rank() == 0:
             log.info(f"linear epoch {epoch + 1}/{epochs}  top1 {scores[-1]:.2f}")
-    return {"linear_top1": scores[-1], "linear_best_top1": max(scores), "linear_epochs": epochs}
+    predictions = predictions or Predictions(head.out_features)
+    predictions.add(logits, labels)
+    last = predictions.scores("linear") | {"linear_top1": scores[-1]}
+    return {**last, "linear_best_top1": max(scores), "linear_epochs": epochs}
 
 
-def fast(train: LabelledFeatures, test: LabelledFeatures, classes: int) -> dict[str, float]:
+def fast(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    classes: int,
+    predictions: Predictions | None = None,
+) -> dict[str, float]:
     """Choose a learning rate, then train a classifier with it on all training features.
 
     The learning rate is the one of `FAST_LRS` whose classifier is best on a tenth of the training
@@ -175,10 +198,11 @@ def fast(train: LabelledFeatures, test: LabelledFeatures, classes: int) -> dict[
     scores = top1_of_each(weights, map(batch, torch.split(validation_ids, TEST_ROWS)))
     best_lr = FAST_LRS[scores.index(max(scores))]
     weight = fit_on(ids, (best_lr,))
+    predictions = predictions or Predictions(classes)
     test_rows, test_labels = (torch.split(part, TEST_ROWS) for part in test)
-    test_parts = zip(map(standardise, test_rows), test_labels, strict=True)
-    (score,) = top1_of_each(weight, test_parts)
-    return {"linear_top1": score, "linear_lr": best_lr}
+    for rows, labels in zip(map(standardise, test_rows), test_labels, strict=True):
+        predictions.add((rows @ weight)[0], labels)
+    return {**predictions.scores("linear"), "linear_lr": best_lr}
 
 
 def fit(

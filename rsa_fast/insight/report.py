@@ -2,12 +2,14 @@
 
     report([Path("runs/rsa"), Path("runs/byol")], Path("both.html"))
 
-The curves of several runs are drawn over each other. The page consists of HTML with one SVG inside:
-no scripts, and nothing to load.
+The curves of several runs are drawn over each other. Below them is which classes each run confuses,
+by the predictions for the test images at its end. The page consists of HTML with pictures as SVG
+inside: no scripts, and nothing to load.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +37,15 @@ STYLES = ("-", "--", ":")
 MARKERS = "o^s"
 COLUMNS = 3
 PANEL_INCHES = (4.6, 3.0)
+NAMED_CLASSES = 30  # up to so many classes have their names beside a confusion picture
+COUNTED_CLASSES = 12  # and up to so many their numbers of images in it
+LISTED_CLASSES = 20  # rows of the table of the least accurate classes
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px/1.45 system-ui, sans-serif; color: #222 }}
 body {{ max-width: 1240px; margin: 2em auto; padding: 0 1em }}
-h1, h2 {{ font-weight: 600 }} svg {{ width: 100%; height: auto }}
+h1, h2 {{ font-weight: 600 }} svg, img {{ width: 100%; height: auto }}
 .beside {{ display: flex; flex-wrap: wrap; gap: 0 4em }} .beside > div {{ flex: 1 1 420px }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ text-align: left; vertical-align: top }}
@@ -54,6 +59,7 @@ td {{ overflow-wrap: anywhere }}
 <div>{scores}{environment}</div>
 {recipe}
 </div>
+{confusions}
 </body></html>
 """
 
@@ -71,6 +77,7 @@ class Panel:
 PANELS = (
     Panel("loss", "step", ("loss", "weak", "aggressive")),
     Panel("kNN top-1, %", "epoch", ("knn_top1", "knn20_top1"), True),
+    Panel("fine-tuned top-1, %", "epoch", ("finetune_top1",), True),
     Panel(
         "cosine of weak and aggressive view, mean",
         "epoch",
@@ -96,6 +103,7 @@ class RunFolder:
     result: dict[str, Any]
     recipe: dict[str, Any]
     environment: dict[str, Any]  # of the newest start
+    confusion: dict[str, Any]  # see `Evaluation.write_confusion`
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -116,13 +124,18 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         )
     runs = read_runs(paths)
     curves = svg(draw_figure(runs))  # first, as it refuses a run without records
-    scores = [run.result or {"step": run.records[-1]["step"]} for run in runs]
+    scores = [
+        {key: value for key, value in run.result.items() if not key.endswith("_per_class")}
+        or {"step": run.records[-1]["step"]}
+        for run in runs
+    ]
     page = PAGE.format(
         title=escape(", ".join(run.name for run in runs)),
         curves=curves,
         scores=html_table("Scores", runs, scores),
         recipe=html_table("Recipe", runs, [run.recipe for run in runs]),
         environment=html_table("Environment", runs, [run.environment for run in runs]),
+        confusions="".join(confusion_section(run) for run in runs if run.confusion),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
@@ -145,6 +158,7 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
             result=read(folder / "result.json", json.loads),
             recipe=shown(read(folder / "recipe.yaml", yaml.safe_load)),
             environment=(read_starts(folder) or [{}])[-1],
+            confusion=read(folder / "confusion.json", json.loads),
         )
         for name, folder in zip(names, folders, strict=True)
     ]
@@ -253,6 +267,63 @@ def draw_cosines(axes: Axes, run: RunFolder, title_end: str) -> None:
     axes.plot(x, y, "--C1", label="mean of two different images")
     title = f"cosine of weak and aggressive view{title_end}"
     decorate(axes, title, "epoch", legend="lower left")
+
+
+def confusion_matrix(confusion: dict[str, Any]) -> np.ndarray:
+    """The numbers of test images `(C, C)` by class and by predicted class."""
+    counts = np.zeros([len(confusion["classes"])] * 2, np.int64)
+    for label, predicted, count in confusion["counts"]:
+        counts[label, predicted] = count
+    return counts
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+    """A row for each class: the share of its test images that is taken for each class."""
+    figure = Figure((7, 6), layout="constrained")
+    axes = figure.subplots()
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    norm = PowerNorm(0.5, vmin=0, vmax=1)  # shows shares of a few images too
+    axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
+    axes.set_xlabel("predicted", fontsize=8)
+    axes.set_ylabel("class", fontsize=8)
+    axes.tick_params(labelsize=8)
+    if len(classes) <= NAMED_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= COUNTED_CLASSES:
+        for (label, predicted), count in np.ndenumerate(counts):
+            colour = "white" if share[label, predicted] > 0.4 else "#222"
+            axes.text(
+                predicted, label, f"{count:,}", ha="center", va="center", fontsize=8, color=colour
+            )
+    return figure
+
+
+def confusion_section(run: RunFolder) -> str:
+    """The picture of a run's confusions, and the table of its least accurate classes."""
+    classes, counts = run.confusion["classes"], confusion_matrix(run.confusion)
+    totals, right = counts.sum(1), counts.diagonal()
+    scored = np.flatnonzero(totals)
+    worst = scored[np.argsort(right[scored] / totals[scored], kind="stable")][:LISTED_CLASSES]
+    wrong = counts - np.diag(right)
+    rows = []
+    for label in worst:
+        taken_for = int(wrong[label].argmax())
+        most = f"{classes[taken_for]} ({wrong[label, taken_for]:,})" if wrong[label].any() else "-"
+        accuracy = f"{100 * right[label] / totals[label]:.1f}"
+        cells = (classes[label], accuracy, f"{totals[label]:,}", most)
+        rows.append("\n<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    title = f"Classes by {run.confusion['score'].replace('_', '-')}, {run.name}"
+    names = ("class", "top-1, %", "test images", "most often taken for")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    # An image of its own: the ids inside would be those of the curves.
+    picture = base64.b64encode(svg(draw_confusion(counts, classes)).encode()).decode()
+    return (
+        f'<h2>{escape(title)}</h2>\n<div class="beside"><div>'
+        f'<img alt="confusion matrix" src="data:image/svg+xml;base64,{picture}"></div>\n'
+        f"<div><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "</div>\n"
+    )
 
 
 def decorate(axes: Axes, title: str, x: str, legend: Literal["best", "lower left", ""]) -> None:

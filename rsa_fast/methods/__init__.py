@@ -35,6 +35,8 @@ FILES = {
     if path.stem not in ("__init__", "method")
 }
 METHODS = tuple(FILES)
+# `rsa-fast finetune` trains this one, which starts from a trained encoder. It is not in METHODS.
+FILES["finetune"] = ".evaluation.finetune"
 
 # The four rows of PAPER Table 1: a method and the fields it sets. All of them have beta = 0.5.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,9 +54,9 @@ def method_class(name: str) -> type[Method]:
     In a file or module it is the one class that defines `rows`. Raises ValueError when there is no
     such method, when its file cannot be executed, and when its class is not complete.
     """
-    check_name(name)
     if name in FILES:
-        return class_in(import_module(f"rsa_fast.methods.{FILES[name]}"))
+        return class_in(import_module(f".{FILES[name]}", __name__))
+    check_name(name)
     try:
         if is_file(name):
             return class_in(load_module(absolute(name)))
@@ -68,7 +70,7 @@ def method_class(name: str) -> type[Method]:
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a method of this package, an entry point, or a path."""
-    if name in FILES or is_file(name) or name in (installed := installed_methods()):
+    if name in METHODS or is_file(name) or name in (installed := installed_methods()):
         return
     names = [*METHODS, *installed]
     raise ValueError(

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from rsa_fast.networks import Encoder, Projected, build_encoder
 from rsa_fast.recipes import Derived, Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import bn_groups, convert_batchnorm
+
+if TYPE_CHECKING:
+    from rsa_fast.evaluation.evaluate import Evaluation
 
 PAIRS = {"AA": ("aggressive_1", "aggressive_2"), "AW": ("aggressive_1", "weak_2")}
 BETA_ROWS = {"all": cite("PAPER 4.1", beta_base=0.4), "32px": cite("PAPER 4.1", beta_base=0.3)}
@@ -110,6 +113,24 @@ class Method(nn.Module):
     def constant_lr_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters whose learning rate stays at its peak throughout."""
         return ()
+
+    def lr_ratios(self) -> Mapping[nn.Parameter, float]:
+        """The learning rates of some parameters, each divided by that of the recipe."""
+        return {}
+
+    def score(self, evaluation: Evaluation, protocols: tuple[str, ...]) -> dict[str, Any]:
+        """The scores during and after training. Every rank calls this, and all get the same.
+
+        `protocols` are those that the engine wants at this point of the run.
+        """
+        return evaluation.score(self.encoder, protocols)
+
+    def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the result of a complete run contains besides its last scores.
+
+        `records` are all of metrics.jsonl.
+        """
+        return {}
 
 
 class TargetRecipe(Recipe):

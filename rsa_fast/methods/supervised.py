@@ -39,7 +39,7 @@ class SupervisedRecipe(Recipe):
 class Supervised(Method):
     """A linear classifier on the encoder, both trained."""
 
-    recipe_type = SupervisedRecipe
+    recipe_type: ClassVar[type[Recipe]] = SupervisedRecipe
     # PAPER Table 4's first row gives epochs and batch only. The rest of it is the usual recipe.
     rows: ClassVar[Rows] = {
         "all": cite("torchvision's default", zero_init_residual=False),

@@ -1,14 +1,10 @@
 """What a program adds to a run: early stopping, pruning, records of its own.
 
-    class Patience(Callback):
-        best, best_epoch = 0.0, 0
-
+    class Pruning(Callback):
         def on_epoch(self, run, epoch, scores):
-            if scores.get("knn_top1", 0) > self.best:
-                self.best, self.best_epoch = scores["knn_top1"], epoch
-            return epoch >= self.best_epoch + 20
+            return epoch == 10 and scores["knn_top1"] < 30
 
-    result = train(recipe, data, out, callbacks=[Patience()])
+    result = train(recipe, data, out, callbacks=[EarlyStopping(patience_epochs=20), Pruning()])
 
 With several ranks, every rank calls its callbacks (`rsa_fast.distributed.rank()` is its number).
 What they get is the same on all ranks, except for times and memory. If a callback of any rank asks
@@ -53,3 +49,26 @@ class Callback:
 
     def on_end(self, run: Run, result: dict[str, Any]) -> None:
         """Called once `result.json` is written, with its content, also if the run was stopped."""
+
+
+class EarlyStopping(Callback):
+    """Stops a run as soon as its best score is `patience_epochs` epochs old.
+
+    `score` is the name of a score that is measured during training, every `knn_every_epochs`
+    epochs; higher is better. With the recipe's `keep_best` of the same name, the checkpoint of the
+    best epoch is kept as `checkpoints/best.pt`. A run that is resumed counts its patience from
+    there. Raises ValueError after the first scored epoch if there is no such score.
+    """
+
+    def __init__(self, score: str = "knn_top1", patience_epochs: int = 20) -> None:
+        self.score, self.patience_epochs = score, patience_epochs
+        self.best, self.best_epoch = float("-inf"), -1
+
+    def on_epoch(self, run: Run, epoch: int, scores: dict[str, Any]) -> bool:
+        if self.best_epoch < 0:
+            self.best_epoch = epoch - 1  # the run starts, or goes on, here
+        if scores and self.score not in scores:
+            raise ValueError(f"no score {self.score}: choose from {', '.join(scores)}")
+        if scores and scores[self.score] > self.best:
+            self.best, self.best_epoch = scores[self.score], epoch
+        return epoch >= self.best_epoch + self.patience_epochs

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step_00000780.pt      step, recipe, method (online, target), optimiser, scaler,
                                           compute type, data fingerprint
+    RUN/checkpoints/best.pt               the same, and the score by which it is the best
 
     with Writer(RUN / "checkpoints", keep_last=2) as writer:
         writer.save(state)
@@ -13,6 +14,8 @@ are functions of it, so no random generator state is saved.
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -26,7 +29,10 @@ from torch.amp.grad_scaler import GradScaler
 
 from pipelines.files import partial_name, write_whole
 
+log = logging.getLogger("rsa_fast")
+
 PATTERN = "step_{:08d}.pt"
+BEST = "best.pt"
 
 KeyPath = tuple[Any, ...]  # the keys and indices that lead to a tensor in a nested state
 
@@ -43,8 +49,9 @@ class Writer:
     def __init__(self, folder: Path, keep_last: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Unfinished files of a run that was killed.
-        for stale in folder.glob(partial_name("step_*.pt")):
-            stale.unlink()
+        for name in ("step_*.pt", BEST):
+            for stale in folder.glob(partial_name(name)):
+                stale.unlink()
         self.folder, self.keep_last = folder, keep_last
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -52,8 +59,10 @@ class Writer:
         self.buffers: dict[KeyPath, Tensor] = {}
         self.devices: set[torch.device] = set()
 
-    def save(self, state: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], name: str | None = None) -> None:
         """Copy `state` to host memory and start writing the copy to the file of its step.
+
+        With a `name`, the file has that name instead, and no other checkpoint is deleted.
 
         `state` consists of nested dictionaries and lists of tensors and plain values. The tensors
         may change as soon as this method returns.
@@ -66,7 +75,7 @@ class Writer:
         # The copies from a GPU are still under way. The thread waits for them, by these events.
         streams = [torch.cuda.current_stream(device) for device in self.devices]
         copies_done = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]
-        self.writing = self.thread.submit(self.write, snapshot, copies_done)
+        self.writing = self.thread.submit(self.write, snapshot, copies_done, name)
 
     def snapshot(self, value: Any, key_path: KeyPath) -> Any:
         """A copy of `value`, in which the tensors are host buffers that are still being filled."""
@@ -84,10 +93,12 @@ class Writer:
             self.buffers[key_path] = buffer
         return buffer.copy_(value, non_blocking=True)
 
-    def write(self, state: dict[str, Any], copies_done: list[torch.cuda.Event]) -> None:
+    def write(
+        self, state: dict[str, Any], copies_done: list[torch.cuda.Event], name: str | None
+    ) -> None:
         for event in copies_done:
             event.synchronize()
-        write(self.folder, state, self.keep_last)
+        write(self.folder, state, self.keep_last, name)
 
     def wait(self) -> None:
         """Return when the last checkpoint is on the disk. Raises OSError if writing it failed."""
@@ -117,9 +128,9 @@ def save(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
     return write(folder, state, keep_last)
 
 
-def write(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
-    """Like `save`, for a folder that has to exist already."""
-    path = folder / PATTERN.format(state["step"])
+def write(folder: Path, state: dict[str, Any], keep_last: int, name: str | None = None) -> Path:
+    """Like `save`, for a folder that has to exist already. With a `name`, nothing is deleted."""
+    path = folder / (name or PATTERN.format(state["step"]))
     try:
         write_whole(path, partial(torch.save, state))
     except (OSError, RuntimeError) as error:
@@ -131,6 +142,8 @@ def write(folder: Path, state: dict[str, Any], keep_last: int) -> Path:
             f"{path} was not written: {cause.strerror or cause}. Once {folder} is there, writable "
             "and has room, go on with --resume; the checkpoints before it are untouched"
         ) from error
+    if name:
+        return path
     # Checkpoints of later steps are damaged, because resuming did not use them. Delete these too.
     paths = paths_in(folder)
     end = paths.index(path) + 1
@@ -214,6 +227,60 @@ def load_latest(folder: Path) -> dict[str, Any]:
     raise FileNotFoundError(
         f"no whole checkpoint in {folder}: start again with --overwrite, "
         "or point --out at the run's folder"
+    )
+
+
+def best_score(folder: Path, name: str, step: int) -> tuple[float, int]:
+    """The score `name` of `best.pt`, and its step; minus infinity and 0 if there is none.
+
+    A checkpoint of a step after `step` is not counted, nor one that was kept for another score.
+    """
+    try:
+        state = torch.load(folder / BEST, map_location="cpu", weights_only=True, mmap=True)
+        if state["step"] <= step:
+            return state["score"][name], state["step"]
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # torch raises almost any for a damaged file
+        log.warning(f"{folder / BEST} cannot be read ({error}): the next scored epoch replaces it")
+    return float("-inf"), 0
+
+
+def delete_later(folder: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, because the run starts again there. A line says so."""
+    later = [path for path in paths_in(folder) if int(path.stem.removeprefix("step_")) > step]
+    for path in later:
+        path.unlink()
+    if later:
+        log.info(
+            f"starting again at step {step:,}: the records after it are replaced, and deleted are "
+            f"{', '.join(path.name for path in later)}"
+        )
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """The file that a user means by `path`: of a run's folder, its newest undamaged checkpoint.
+
+    A line of the log names it. Any other path is returned as it is. Raises FileNotFoundError for a
+    folder without an undamaged checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    for newest in reversed(paths_in(folder)):
+        try:
+            check_archive(newest)
+        except Exception as error:  # torch and zipfile raise almost any for a damaged file
+            if is_rank_0:
+                log.warning(f"{newest} is damaged ({error}): trying the one before")
+            continue
+        if is_rank_0:
+            log.info(f"{path}: its newest whole checkpoint is {newest.name}")
+        return newest
+    raise FileNotFoundError(
+        f"no whole checkpoint in {folder}: wanted the folder of a run, or a file with an encoder"
     )
 
 

@@ -72,6 +72,12 @@ CALLBACK_STOP = 1
 class StoppedError(Exception):
     """A signal stopped the run. Its checkpoint was written before."""
 
+    @classmethod
+    def after(cls, received: signal.Signals, step: int) -> StoppedError:
+        return cls(
+            f"{received.name}: stopped after step {step}, which is saved; go on with --resume"
+        )
+
 
 def train(
     recipe: Recipe,
@@ -79,6 +85,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    resume_from: str | Path | None = None,
     overwrite: bool = False,
     init_from: str | Path | None = None,
     key: str | None = None,
@@ -100,6 +107,8 @@ def train(
             had never stopped. If there is no checkpoint yet, start at step 0. A recipe with more
             epochs lengthens the run. Of a run that is finished the stored result is returned, and
             nothing is changed.
+        resume_from: Continue from this checkpoint, and not from the newest: the name of one in
+            `out`, whose later ones are deleted, or one of another run, if `out` has none.
         overwrite: Delete the run in `out`, but only when the new run is ready to start.
         init_from: A file with an encoder, of this project or another (see `load_encoder`), from
             which the run starts. The heads are taken too if the file is a checkpoint of a run of
@@ -122,6 +131,7 @@ def train(
         StoppedError: A signal stopped the run.
     """
     out, init_from = Path(out), Path(init_from) if init_from else None
+    chosen = chosen_checkpoint(Path(resume_from), out) if resume_from else None
     if unfit := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         raise ValueError(f"callbacks wants instances of rsa_fast.Callback, found {unfit[0]!r}")
     if encoder is not None:
@@ -142,7 +152,10 @@ def train(
         # this very run, which is then resumed.
         if restarted() and started_by_this_job(out):
             resume, overwrite = True, False
-        if resume and (stored := finished_result(recipe, out)):
+            # The restarted run continues from its own newest checkpoint, if it wrote one.
+            chosen = None if checkpoint.paths_in(out / "checkpoints") else chosen
+        resume = resume or chosen is not None
+        if resume and not chosen and (stored := finished_result(recipe, out)):
             if rank() == 0:
                 log.info(
                     f"the run in {out} is finished, after step {stored['step']:,}: nothing is "
@@ -155,12 +168,25 @@ def train(
 
         # ---- The data and the networks -----------------------------------------------------------
         # The networks start from random parameters, from a checkpoint or from given weights.
-        source = recipe.open_source(data, "pretrain", cache=out)
+        source = recipe.training_source(data, cache=out)
         recipe.check_labels(source.manifest.labelled, len(source.manifest.classes))
         run = build_run(recipe, len(source.manifest), encoder)
         fingerprint = source.manifest.fingerprint
-        load_start(run, out, fingerprint, resume=resume, init_from=init_from, key=key, force=force)
+        load_start(
+            run,
+            out,
+            fingerprint,
+            resume=resume,
+            chosen=chosen,
+            init_from=init_from,
+            key=key,
+            force=force,
+        )
         evaluation = open_evaluation(data, recipe, run, out)
+        if recipe.keep_best and evaluation is None:
+            raise ValueError(
+                f"keep_best = {recipe.keep_best}, but this run has no scores: leave it out"
+            )
         if rank() == 0:
             announce(run, source, evaluation, out, init_from)
 
@@ -175,6 +201,7 @@ def train(
             places=[str(place.absolute()) for place in places_of(data)],
             heartbeat=heartbeat,
             resume=resume,
+            starts_again=chosen is not None,
             overwrite=overwrite,
             end=min(stop_at_step or run.derived.total_steps, run.derived.total_steps),
             callbacks=callbacks,
@@ -191,13 +218,15 @@ def run_loop(
     places: list[str],
     heartbeat: Heartbeat,
     resume: bool,
+    starts_again: bool,
     overwrite: bool,
     end: int,
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Open what the loop reads and writes, and train up to step `end`. Returns the result.
 
-    `places` are the absolute paths of the data, which `env.json` records.
+    `places` are the absolute paths of the data, which `env.json` records. With `starts_again`, the
+    checkpoints after the current step are deleted.
 
     Raises StoppedError if a signal stopped the run before its last step.
     """
@@ -226,6 +255,8 @@ def run_loop(
         barrier()
         if rank() == 0:
             prepare_folder(out, resume, overwrite)
+            if starts_again:
+                checkpoint.delete_later(out / "checkpoints", run.step)
             start = {"job": launcher_job_id(), "data": places, "step": run.step}
             add_start(out, this_process() | versions_and_hardware() | start)
             write_text(out / "recipe.yaml", dump_yaml(recipe))
@@ -242,19 +273,20 @@ def run_loop(
                 evaluation=evaluation,
                 writer=writer,
                 out=out,
-                places=places,
                 fingerprint=source.manifest.fingerprint,
+                classes=source.manifest.classes,
                 signals_received=signals_received,
                 heartbeat=heartbeat,
                 callbacks=callbacks,
             )
+            if recipe.keep_best:
+                loop.best, loop.best_step = checkpoint.best_score(
+                    out / "checkpoints", recipe.keep_best, run.step
+                )
             result = loop.run_until(end)
 
     if signals_received and run.step < total_steps:
-        raise StoppedError(
-            f"{signals_received[0].name}: stopped after step {run.step}, which is saved; "
-            "go on with --resume"
-        )
+        raise StoppedError.after(signals_received[0], run.step)
     return result
 
 
@@ -268,11 +300,13 @@ class Loop:
     evaluation: Evaluation | None  # None if the data cannot be evaluated
     writer: checkpoint.Writer | None  # None on all ranks but rank 0
     out: Path
-    places: list[str]  # the absolute paths of the data
     fingerprint: str  # of the training images
+    classes: tuple[str, ...]  # the names of their labels; empty without labels
     signals_received: list[signal.Signals]  # filled by `stop_signals`
     heartbeat: Heartbeat
     callbacks: Sequence[Callback]
+    best: float = float("-inf")  # of `keep_best` up to now, and after which step
+    best_step: int = 0
     callback_stops: bool = False  # whether one of them asked to stop
 
     def run_until(self, end: int) -> dict[str, Any]:
@@ -290,6 +324,7 @@ class Loop:
             epoch, first_step = divmod(run.step, steps_per_epoch)
             if first_step == 0:
                 scores = self.score_knn(epoch)
+                self.keep_best(meter, scores)
                 if epoch > 0 and self.stops_after_epoch(epoch, scores):
                     if epoch % recipe.checkpoint_every_epochs:
                         self.save(meter)
@@ -345,6 +380,7 @@ class Loop:
         if self.evaluation and complete:
             scores = self.final_scores(self.evaluation)
             self.metrics.write({"step": run.step, "epoch": recipe.epochs, **scores})
+            self.keep_best(meter, scores)
         if complete:
             self.ask(callback.on_epoch(run, recipe.epochs, scores) for callback in self.callbacks)
 
@@ -359,7 +395,15 @@ class Loop:
             "linear_top1": None,
             **scores,
         }
+        if self.best_step:
+            result |= {f"best_{recipe.keep_best}": self.best, "best_step": self.best_step}
+        if scores and self.evaluation and self.evaluation.predictions:
+            result |= self.evaluation.per_class()
+            if self.writer:
+                self.evaluation.write_confusion(self.out / "confusion.json")
         if self.writer:
+            if complete:
+                result |= run.method.summary(read_metrics(self.out))
             # The result is written last: once it is there, so is the checkpoint of its step.
             self.writer.wait()
             write_text(self.out / "result.json", json_text(result))
@@ -377,8 +421,7 @@ class Loop:
         except (RuntimeError, MemoryError, OSError) as error:
             # The training is complete: its result is written without scores.
             path = self.out / "checkpoints" / checkpoint.PATTERN.format(self.run.step)
-            places = [word for place in self.places for word in ("--data", place)]
-            words = ["--checkpoint", str(path), *places]
+            words = ["--checkpoint", str(path)]  # whose run says where the images are
             commands = [
                 shlex.join(["rsa-fast", "eval", protocol, *words]) for protocol in ("knn", "linear")
             ]
@@ -409,8 +452,25 @@ class Loop:
         self.heartbeat.doing = "in a callback"
         self.callback_stops |= True in list(answers)
 
-    def save(self, meter: Meter) -> None:
-        """Write a checkpoint; waits for the device.
+    def keep_best(self, meter: Meter, scores: dict[str, Any]) -> None:
+        """Write `best.pt` if these scores of the current encoder are better than all before.
+
+        The scores before the first step do not count. Raises ValueError if there is none called
+        `keep_best`.
+        """
+        name = self.run.recipe.keep_best
+        if not (name and scores):
+            return
+        if name not in scores:
+            names = [key for key in scores if key.endswith(("_top1", "_top5"))]
+            raise ValueError(f"keep_best = {name} is no score: choose from {', '.join(names)}")
+        better = rank() == 0 and self.run.step > 0 and scores[name] > self.best
+        if max_over_ranks(int(better)):
+            self.best, self.best_step = scores[name], self.run.step
+            self.save(meter, score={name: self.best})
+
+    def save(self, meter: Meter, score: dict[str, float] | None = None) -> None:
+        """Write a checkpoint, or `best.pt` with its `score`; waits for the device.
 
         Raises FloatingPointError if the loss, a weight or a statistic is not finite. A checkpoint
         with such a value is never written.
@@ -425,7 +485,11 @@ class Loop:
             fault = f"the weights or statistics after step {step} are not finite"
             self.stop_at_fault(step, fault)
         if self.writer:
-            self.writer.save(checkpoint_state(self.run, self.fingerprint))
+            state = checkpoint_state(self.run, self.fingerprint, self.classes)
+            if score:
+                self.writer.save(state | {"score": score}, checkpoint.BEST)
+            else:
+                self.writer.save(state)
 
     def check_losses(self, meter: Meter) -> None:
         """Raise FloatingPointError if a loss was not finite.
@@ -515,7 +579,7 @@ class Loop:
         if world_size() > 1:
             for buffer in self.run.method.encoder.buffers():
                 dist.broadcast(buffer, 0)
-        return evaluation.score(self.run.method.encoder, protocols)
+        return self.run.method.score(evaluation, protocols)
 
 
 @contextmanager
@@ -626,17 +690,22 @@ def load_start(
     fingerprint: str,
     *,
     resume: bool,
+    chosen: Path | None,
     init_from: Path | None,
     key: str | None,
     force: bool,
 ) -> None:
     """Load the checkpoint to resume from, or else the weights in `init_from`, if either is there.
 
+    The checkpoint is `chosen` or, without it, the newest in `out`.
+
     Raises FileNotFoundError if the ranks did not load the same checkpoint, and ValueError for
     weights that do not fit.
     """
     folder = out / "checkpoints"
-    if resume and checkpoint.paths_in(folder):
+    if chosen:
+        restore(run, checkpoint.load(chosen), fingerprint, force)
+    elif resume and checkpoint.paths_in(folder):
         restore(run, checkpoint.load_latest(folder), fingerprint, force)
     elif init_from:
         taken = take_weights(run.method, run.recipe, init_from, key)
@@ -653,12 +722,35 @@ def load_start(
         log.info(f"{out} has no checkpoint yet: starting at step 0")
 
 
-def checkpoint_state(run: Run, fingerprint: str) -> dict[str, Any]:
-    """The content of a checkpoint. `fingerprint` identifies the training images."""
+def chosen_checkpoint(path: Path, out: Path) -> Path:
+    """The checkpoint `path`, which may be the name of one of the run in `out`.
+
+    Raises FileNotFoundError if there is none, and ValueError for one of another run if `out` has
+    checkpoints of its own.
+    """
+    folder = out / "checkpoints"
+    found = path if path.is_file() else folder / path.name
+    if not found.is_file():
+        names = [path.name for path in [*checkpoint.paths_in(folder), *folder.glob("best.pt")]]
+        raise FileNotFoundError(f"no checkpoint {path}; in {folder}: {', '.join(names) or 'none'}")
+    if found.resolve().parent != folder.resolve() and checkpoint.paths_in(folder):
+        raise ValueError(
+            f"{found} is of another run than the one in {out}: choose a new --out for a run that "
+            "starts from it"
+        )
+    return found
+
+
+def checkpoint_state(run: Run, fingerprint: str, classes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The content of a checkpoint.
+
+    `fingerprint` identifies the training images, and `classes` are the names of their labels.
+    """
     return {
         "step": run.step,
         "recipe": run.recipe.model_dump(mode="json"),
         "data": fingerprint,
+        "classes": list(classes),
         "method": run.method.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),

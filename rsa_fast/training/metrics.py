@@ -40,6 +40,7 @@ BAR_FORMATS = {
     "wait_pct": "wait {:.1f}%",
     "loss": "loss {:.4g}",
     "knn_top1": "kNN {:.1f}%",
+    "finetune_top1": "top-1 {:.1f}%",
 }
 
 

@@ -6,7 +6,8 @@ the gradients overflowed, it is the fused kernel that leaves weights and momentu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -27,9 +28,10 @@ Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class Sgd(torch.optim.SGD):
-    """SGD with momentum: mu = m mu + g + wd p, then p = p - lr mu.
+    """SGD with momentum: with g = gradient + wd p, mu = m mu + g, then p = p - lr mu.
 
-    Weight decay applies to every parameter, as in the reference code, unless a group excludes its.
+    With `nesterov`, p = p - lr (g + m mu). Weight decay applies to every parameter, as in the
+    reference code, unless a group excludes its.
     """
 
     def __init__(
@@ -38,8 +40,16 @@ class Sgd(torch.optim.SGD):
         lr: float,
         momentum: float,
         weight_decay: float,
+        nesterov: bool = False,
     ) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            fused=True,
+        )
         # torch creates the momentum in the first step, and leaves it uninitialised if the gradients
         # of that step overflowed.
         for group in self.param_groups:
@@ -160,29 +170,36 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, dtype=dtype))
 
 
-def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Optimizer:
+def build_optimizer(
+    recipe: Recipe,
+    method: Method,
+    peak_lr: float,
+    lr_ratios: Mapping[nn.Parameter, float] | None = None,
+) -> Optimizer:
     """The recipe's optimiser for the parameters of `method` that require a gradient.
 
     The learning rate starts at its peak; `set_learning_rate` sets it before every step. `peak_lr`
-    is the peak of all parameters but gains and biases, if these have a `bias_lr_ratio`.
+    is the peak of all parameters, except for gains and biases if these have a `bias_lr_ratio`, and
+    except for those in `lr_ratios` (see `Method.lr_ratios`).
     """
-    constant = set(method.constant_lr_parameters())
+    constant, ratios = set(method.constant_lr_parameters()), lr_ratios or {}
     own: dict[str, float] = {}  # the options of gains and biases, where they have their own
     if recipe.decay_exclude == "norm_and_bias":
         own["weight_decay"] = 0.0
-    if recipe.bias_lr_ratio != 1:
-        own |= {"lr": recipe.bias_lr_ratio * peak_lr, "lr_ratio": recipe.bias_lr_ratio}
-    # Keyed by whether the learning rate is constant, and whether the options are those of `own`.
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
-        (flag, small): [] for flag in (False, True) for small in (False, True)
-    }
+    # Keyed by whether the learning rate is constant, whether the parameters are gains and biases
+    # with something of their own, and the ratio of their learning rate to `peak_lr`.
+    members = defaultdict[tuple[bool, bool, float], list[nn.Parameter]](list)
     for p in method.parameters():
         if p.requires_grad:
-            members[p in constant, bool(own) and p.ndim <= 1].append(p)
+            small, ratio = p.ndim <= 1, ratios.get(p, 1.0)
+            ratio *= recipe.bias_lr_ratio if small else 1
+            has_own = small and (bool(own) or recipe.bias_lr_ratio != 1)
+            members[p in constant, has_own, ratio].append(p)
     groups = [
-        {"params": params, "constant_lr": flag} | (own if small else {})
-        for (flag, small), params in members.items()
-        if params
+        {"params": params, "constant_lr": flag}
+        | (own if has_own else {})
+        | ({"lr": ratio * peak_lr, "lr_ratio": ratio} if ratio != 1 else {})
+        for (flag, has_own, ratio), params in sorted(members.items(), key=lambda item: item[0])
     ]
     if recipe.optimizer in ("adam", "adamw"):
         # Before its first step, torch sets the moments to zero, also if the gradients overflowed.
@@ -201,13 +218,13 @@ def build_optimizer(recipe: Recipe, method: Method, peak_lr: float) -> Optimizer
             weight_decay=recipe.weight_decay,
             trust_coefficient=recipe.trust_coefficient,
         )
-    return Sgd(groups, peak_lr, recipe.momentum, recipe.weight_decay)
+    return Sgd(groups, peak_lr, recipe.momentum, recipe.weight_decay, recipe.nesterov)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of all parameters except those that keep the peak rate.
 
-    That of gains and biases is `lr` times their `bias_lr_ratio`.
+    That of a group with an `lr_ratio` is `lr` times it.
     """
     for group in optimizer.param_groups:
         if not group["constant_lr"]:

@@ -30,6 +30,7 @@ RUN_FILES = (
     "env.json",
     "metrics.jsonl",
     "result.json",
+    "confusion.json",
     "nonfinite.json",
     "checkpoints",
     "report.html",
@@ -163,6 +164,22 @@ def stored_places(out: Path) -> list[Path]:
             f"the run in {out} was started with images in {missing[0]}, which is not there: "
             "--data says where they are now"
         )
+    return places
+
+
+def places_of_checkpoint(checkpoint: str | Path) -> list[Path]:
+    """Where the images of a run are; `checkpoint` is the run's folder or one of its checkpoints.
+
+    A line of the log names them. Raises ValueError if that is not known, and FileNotFoundError as
+    `stored_places` does.
+    """
+    path = Path(checkpoint).absolute()
+    folder = path if path.is_dir() else path.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if not (places := stored_places(run)):
+        raise ValueError(f"{checkpoint} does not say where its images are: give --data")
+    if os.environ.get("RANK", "0") == "0":
+        log.info(f"images of the run in {run}: {', '.join(map(str, places))}")
     return places
 
 

@@ -29,7 +29,7 @@ from rsa_fast.methods import short_name
 from rsa_fast.methods.method import Method
 from rsa_fast.networks import Encoder, Projected
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.checkpoint import check_finite
+from rsa_fast.training.checkpoint import check_finite, newest_checkpoint
 
 
 def take_weights(method: Method, recipe: Recipe, path: Path, key: str | None = None) -> str:
@@ -39,6 +39,7 @@ def take_weights(method: Method, recipe: Recipe, path: Path, key: str | None = N
     several networks in the file. Raises ValueError, with both sides, for what does not fit, and as
     `load_encoder` does.
     """
+    path = newest_checkpoint(path)
     content = read_file(path)
     saved = content["recipe"] if is_own(content) else {}
     why = ""

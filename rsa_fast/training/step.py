@@ -67,7 +67,7 @@ def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> R
     method = build_method(recipe, encoder)
     method.allocate(count)
     method.to(device).train()
-    optimizer = build_optimizer(recipe, method, derived.peak_lr)
+    optimizer = build_optimizer(recipe, method, derived.peak_lr, method.lr_ratios())
     scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     forward: nn.Module = method
     if world_size() > 1:

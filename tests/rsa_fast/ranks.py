@@ -134,10 +134,22 @@ def losses_and_banks() -> dict[str, tuple]:
     return test_inst_dis.losses_and_banks()
 
 
+def embeddings() -> dict[str, dict]:
+    import test_embed
+
+    return test_embed.embeddings_of_ranks(Path(sys.argv[4]))
+
+
 def multi_crop_steps() -> dict[str, tuple]:
     import test_swav
 
     return test_swav.multi_crop_steps()
+
+
+def finetuned() -> tuple:
+    import test_finetune
+
+    return test_finetune.finetuned(Path(sys.argv[4]))
 
 
 def sync_batchnorm() -> list[tuple]:

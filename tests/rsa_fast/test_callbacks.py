@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 
 import pytest
 import torch
+from click.testing import CliRunner
 from ranks import run_ranks
 from test_engine import same, tiny, weights
 
 import rsa_fast
+from rsa_fast.cli import main
+from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.training import checkpoint
-from rsa_fast.training.callbacks import Callback
+from rsa_fast.training.callbacks import Callback, EarlyStopping
 from rsa_fast.training.engine import StoppedError, train
 from rsa_fast.training.metrics import read_metrics
 
@@ -168,3 +172,118 @@ def test_two_ranks_are_told_the_same_and_stop_together_when_one_is_asked(folder,
         saved = checkpoint.load_latest(tmp_path / place / "checkpoints")
         assert saved["step"] == first["step"]
     assert torch.equal(ranks[0]["record"]["weight"], ranks[1]["record"]["weight"])
+
+
+@pytest.fixture
+def planted(monkeypatch) -> list[float]:
+    """The kNN accuracies that are measured one after the other, before the first epoch too."""
+    scores: list[float] = []
+    monkeypatch.setattr(
+        Evaluation, "score", lambda *_, **__: {"knn_top1": scores.pop(0), "test_transform": ""}
+    )
+    return scores
+
+
+def test_a_run_stops_when_its_best_score_is_too_old(folder, tmp_path, planted):
+    planted += [90, 20, 40, 30, 40, 39, 50]
+    stop = EarlyStopping("knn_top1", patience_epochs=3)
+    recipe = tiny(epochs=6, knn_every_epochs=1)
+    result = train(recipe, folder, tmp_path / "run", callbacks=[stop])
+    assert result["step"] == 5 * 5 and planted == [50]
+    assert (stop.best, stop.best_epoch) == (40, 2)
+    assert rsa_fast.EarlyStopping is EarlyStopping
+
+
+def test_epochs_without_scores_count_and_a_score_that_does_not_exist_is_named(
+    folder, tmp_path, planted
+):
+    planted += [1, 2, 3, 4, 5]
+    recipe = tiny(epochs=6, knn_every_epochs=2)
+    result = train(recipe, folder, tmp_path / "a", callbacks=[EarlyStopping(patience_epochs=1)])
+    assert result["step"] == 5  # nothing is measured after the first epoch
+    planted[:] = [1, 2]
+    with pytest.raises(ValueError, match="no score knn_top2: choose from knn_top1"):
+        train(recipe, folder, tmp_path / "b", callbacks=[EarlyStopping("knn_top2")])
+
+
+@pytest.mark.parametrize("stop", [None, 10, 12])
+def test_the_checkpoint_of_the_best_epoch_is_kept(folder, tmp_path, planted, stop):
+    out = tmp_path / "run"
+    recipe = tiny(
+        epochs=4, knn_every_epochs=1, keep_best="knn_top1", keep_last=1, checkpoint_every_epochs=2
+    )
+    planted += [90, 20, 40, 40, 30]  # before the first step, and after every epoch
+    if stop:
+        train(recipe, folder, out, stop_at_step=stop)
+        if stop == 10:
+            planted.insert(0, 40)  # measured again
+    result = train(recipe, folder, out, resume=bool(stop))
+    assert (result["best_knn_top1"], result["best_step"]) == (40, 10)
+    folder_of = out / "checkpoints"
+    assert sorted(path.name for path in folder_of.iterdir()) == ["best.pt", "step_00000020.pt"]
+    best = checkpoint.load(folder_of / "best.pt")
+    assert (best["step"], best["score"]) == (10, {"knn_top1": 40})
+    other = tmp_path / "other"
+    planted[:] = [0] * 9
+    train(tiny(epochs=4, knn_every_epochs=1), folder, other, stop_at_step=10)
+    assert same(best["method"], weights(other))
+    assert checkpoint.newest_checkpoint(out).name == "step_00000020.pt"
+
+
+def test_keep_best_wants_a_score_that_there_is(folder, tmp_path, planted):
+    planted += [1, 2]
+    with pytest.raises(ValueError, match="keep_best = loss is no score: choose from knn_top1"):
+        train(tiny(knn_every_epochs=1, keep_best="loss"), folder, tmp_path / "a")
+    with pytest.raises(ValueError, match="this run has no scores"):
+        train(tiny(evaluate=False, keep_best="knn_top1"), folder, tmp_path / "b")
+
+
+def test_a_damaged_best_checkpoint_is_replaced_and_a_later_one_does_not_count(tmp_path, caplog):
+    torch.save({"step": 10, "score": {"knn_top1": 40.0}}, tmp_path / "best.pt")
+    assert checkpoint.best_score(tmp_path, "knn_top1", 10) == (40, 10)
+    assert checkpoint.best_score(tmp_path, "knn_top1", 9) == (float("-inf"), 0)
+    assert checkpoint.best_score(tmp_path / "none", "knn_top1", 9) == (float("-inf"), 0)
+    (tmp_path / "best.pt").write_bytes(b"cut off")
+    assert checkpoint.best_score(tmp_path, "knn_top1", 10) == (float("-inf"), 0)
+    assert "the next scored epoch replaces it" in caplog.text
+
+
+def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "rsa_fast")
+    out, recipe = tmp_path / "run", tiny(keep_last=3)
+    result = train(recipe, folder, out)
+    whole, records = weights(out), read_metrics(out)
+    assert train(recipe, folder, out, resume_from="step_00000005.pt", stop_at_step=8)["step"] == 8
+    assert "starting again at step 5: the records after it are replaced" in caplog.text
+    names = [path.name for path in checkpoint.paths_in(out / "checkpoints")]
+    assert names == ["step_00000005.pt", "step_00000008.pt"]
+    done = CliRunner().invoke(main, ["train", "--out", str(out), "--resume"])
+    assert done.exit_code == 0, done.output
+    assert same(weights(out), whole)
+
+    def losses(these):
+        return [(record["step"], record["loss"]) for record in these if "loss" in record]
+
+    assert set(losses(records)) <= set(losses(read_metrics(out)))
+    # A finished run starts again too, and another folder may start from it.
+    path = out / "checkpoints" / "step_00000010.pt"
+    copy = shutil.copytree(out, tmp_path / "copy")
+    done = CliRunner().invoke(main, ["train", "--resume-from", str(path)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["out"] == str(out)
+    branch = tmp_path / "branch"
+    words = ["train", "--resume-from", str(path), "--out", str(branch)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    for place in (out, branch):
+        assert same(weights(place), whole)
+    assert json.loads((branch / "result.json").read_text())["step"] == result["step"]
+    assert min(record["step"] for record in read_metrics(branch)) >= 10
+
+    with pytest.raises(ValueError, match="is of another run than the one in"):
+        train(recipe, folder, copy, resume_from=path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint step_9\.pt; in .*step_00000015.pt"):
+        train(recipe, folder, out, resume_from="step_9.pt")
+    words = ["train", "--out", str(out), "--resume-from", str(path), "--overwrite"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "--resume-from and --overwrite exclude" in done.output

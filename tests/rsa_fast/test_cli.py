@@ -37,7 +37,36 @@ def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp
     for protocol, key in (("knn", "knn_top1"), ("linear", "linear_top1")):
         scored = run("eval", protocol, "--checkpoint", newest, "--data", folder)
         assert scored.exit_code == 0, scored.output
-        assert json.loads(scored.stdout)[key] == pytest.approx(last[key])
+        scores = json.loads(scored.stdout)
+        assert scores[key] == pytest.approx(last[key])
+        assert scores[f"{protocol}_per_class"] == pytest.approx(last[f"{protocol}_per_class"])
+        # The run's folder is its newest checkpoint, and says where its images are.
+        named = run("eval", protocol, "--checkpoint", tmp_path / "run")
+        assert json.loads(named.stdout) == scores | {"data": str(folder)}
+    confusion = json.loads((tmp_path / "run" / "confusion.json").read_text())
+    assert confusion["classes"] == ["class_0", "class_1"] and confusion["score"] == "linear"
+    right = sum(count for label, predicted, count in confusion["counts"] if label == predicted)
+    total = sum(count for *_, count in confusion["counts"])
+    assert (total, 100 * right / total) == (20, last["linear_top1"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Classes by linear, run" in page and 'alt="confusion matrix"' in page
+    assert "linear_per_class" not in page
+
+
+def test_a_run_s_folder_is_a_checkpoint_in_every_command(folder, tmp_path):
+    load_file = pytest.importorskip(
+        "safetensors.torch", reason="safetensors is not installed: pip install rsa-fast[export]"
+    ).load_file
+    train(folder, tmp_path / "run")
+    newest = checkpoint.paths_in(tmp_path / "run" / "checkpoints")[-1]
+    for place in (tmp_path / "run", newest):
+        out = tmp_path / f"{place.name}.safetensors"
+        done = run("export", "--checkpoint", place, "--format", "safetensors", "--out", out)
+        assert done.exit_code == 0, done.output
+    one, other = map(load_file, (tmp_path / "run.safetensors", out))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    started = train(folder, tmp_path / "second", "--init-from", tmp_path / "run", "--epochs", 1)
+    assert started.exit_code == 0 and f"{newest.name}" in started.stderr, started.output
 
 
 def test_a_run_s_recipe_starts_the_same_run(folder, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from rsa_fast.evaluation.detection import (
 )
 from rsa_fast.networks import Encoder
 from rsa_fast.training import checkpoint
-from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.metrics import Metrics, read_metrics
 from rsa_fast.training.run_folder import hold_folder
 
 encode = pytest.importorskip("pycocotools.mask", reason="transfer needs pycocotools").encode
@@ -377,8 +378,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(whole_run, weights, coco, r
     ]
 
 
-def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
-    out, result = whole_run
+def command_of(weights, coco, out):
     given = {
         "checkpoint": weights,
         "data": coco,
@@ -389,9 +389,33 @@ def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
         "workers": 0,
     }
     options = [str(part) for key, value in given.items() for part in (f"--{key}", value)]
-    done = CliRunner().invoke(
-        main, ["detect", *options, "--device", "cpu", "--precision", "fp32", "--resume"]
-    )
+    return ["detect", *options, "--device", "cpu", "--precision", "fp32"]
+
+
+def test_a_signal_stops_the_command_which_then_goes_on_to_the_same_result(
+    whole_run, weights, coco, runs, monkeypatch
+):
+    class Signalled(Metrics):
+        def write(self, record):
+            super().write(record)
+            if record["step"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(detection, "LOG_STEPS", 1)
+    monkeypatch.setattr(detection, "Metrics", Signalled)
+    out = runs / "signalled"
+    arguments = command_of(weights, coco, out)
+    stopped = CliRunner().invoke(main, arguments)
+    assert stopped.exit_code == 75 and "SIGTERM: stopped after step 3, which is" in stopped.output
+    assert [path.name for path in checkpoint.paths_in(out / "checkpoints")] == ["step_00000003.pt"]
+    monkeypatch.setattr(detection, "Metrics", Metrics)
+    resumed = CliRunner().invoke(main, [*arguments, "--resume"])
+    assert json.loads(resumed.stdout) == {**whole_run[1], "out": str(out)}
+
+
+def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
+    out, result = whole_run
+    done = CliRunner().invoke(main, [*command_of(weights, coco, out), "--resume"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == result
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pipelines.views import ViewSpec
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.evaluation import evaluate, features, linear
+from rsa_fast.evaluation.accuracy import Predictions
 from rsa_fast.evaluation.evaluate import Evaluation, extract_features, gather_rows, knn
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
@@ -70,6 +72,57 @@ def test_knn_equals_a_loop_over_queries(monkeypatch):
     assert scores["knn_top1"] == pytest.approx(naive_knn(*bank, *queries, 3, 200, 0.1))
     assert scores["knn20_top1"] == pytest.approx(naive_knn(*bank, *queries, 3, 20, 0.07))
     assert 40 < scores["knn_top1"] < 100 and scores["knn_top1"] != scores["knn20_top1"]
+
+
+def test_knn_with_other_neighbours_and_twelve_classes_equals_a_loop(monkeypatch):
+    monkeypatch.setattr(evaluate, "KNN_CHUNK", 7)
+    bank, queries = (clusters(count, 0.9, count, classes=8) for count in (300, 40))
+    found: dict = {}
+    scores = knn(*bank, *queries, 12, {"knn_top1": (5, 0.2)}, found)
+    assert scores.keys() == {"knn_top1", "knn_top5"}
+    assert scores["knn_top1"] == pytest.approx(naive_knn(*bank, *queries, 12, 5, 0.2))
+    rows, owners = bank
+    cosines = torch.nn.functional.normalize(queries[0]) @ torch.nn.functional.normalize(rows).T
+    votes = np.zeros((40, 12))
+    for i, order in enumerate(cosines.argsort(1, descending=True)[:, :5].tolist()):
+        for j in order:
+            votes[i, owners[j]] += math.exp(float(cosines[i, j]) / 0.2)
+    # Of classes without votes, any may be among the first five.
+    hits = [votes[i, label] >= sorted(votes[i])[-5] for i, label in enumerate(queries[1])]
+    voted = [votes[i, label] > 0 for i, label in enumerate(queries[1])]
+    sure = 100 * np.mean(np.logical_and(hits, voted))
+    assert scores["knn_top1"] < 100 and sure <= scores["knn_top5"] <= 100 * np.mean(hits)
+
+
+def test_predictions_are_counted_as_by_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 12, generator=generator)
+    labels = torch.randint(0, 11, (50,), generator=generator)  # none of the last class
+    predictions = Predictions(12)
+    for part in (slice(0, 30), slice(30, 50)):
+        predictions.add(logits[part], labels[part])
+    counts = np.zeros((12, 12), int)
+    top1 = top5 = 0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        ranked = sorted(range(12), key=lambda c: -row[c])
+        counts[label, ranked[0]] += 1
+        top1, top5 = top1 + (ranked[0] == label), top5 + (label in ranked[:5])
+    assert predictions.scores("x") == {"x_top1": 2 * top1, "x_top5": 2 * top5}
+    found = np.zeros((12, 12), int)
+    for label, predicted, count in predictions.confusion():
+        found[label, predicted] = count
+    assert (found == counts).all() and all(count for _, _, count in predictions.confusion())
+    names = [f"c{i}" for i in range(12)]
+    expected = {
+        name: 100 * row[i] / row.sum() if row.sum() else None
+        for i, (name, row) in enumerate(zip(names, counts, strict=True))
+    }
+    assert predictions.per_class(names) == pytest.approx(expected)
+    assert expected["c11"] is None
+    assert Predictions(10).classes == 10
+    few = Predictions(10)
+    few.add(logits[:, :10], labels % 10)
+    assert few.scores("x").keys() == {"x_top1"}
 
 
 def test_knn_of_a_bank_smaller_than_k_uses_all_of_it():
@@ -198,10 +251,32 @@ def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
     write_folder(tmp_path / "a", {"train": 2})
     with pytest.raises(FileNotFoundError, match="no val/ or test/"):
         Evaluation(tmp_path / "a", recipe, CPU, torch.float32)
-    write_folder(tmp_path / "b", {"train": 2}, classes=3)
-    write_folder(tmp_path / "b", {"test": 2}, classes=2)
-    with pytest.raises(ValueError, match="only one has class_2"):
+    write_folder(tmp_path / "b", {"train": 2}, classes=2)
+    write_folder(tmp_path / "b", {"test": 2}, classes=3)
+    with pytest.raises(ValueError, match="only test has class_2"):
         Evaluation(tmp_path / "b", recipe, CPU, torch.float32)
+
+
+def test_classes_without_test_images_are_named_and_the_others_keep_their_numbers(tmp_path, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    data = write_folder(tmp_path, {"train": 6, "test": 3}, classes=4)
+    for name in ("class_0", "class_2"):  # so that the rest would be numbered otherwise
+        shutil.rmtree(data / "test" / name)
+    evaluation = Evaluation(data, tiny(), CPU, torch.float32)
+    assert "2 of 4 classes have no test images, so their accuracy is not measured: " in caplog.text
+    assert evaluation.classes == 4
+    manifest = evaluation.test.source.manifest
+    assert [manifest.paths[i].split("/")[1] for i in range(6)] == [
+        f"class_{label}" for label in manifest.labels
+    ]
+    # The training images of the same classes as test images are all recognised.
+    shutil.rmtree(data / "test")
+    shutil.copytree(data / "train" / "class_3", data / "val" / "class_3")
+    evaluation = Evaluation(data, tiny(), CPU, torch.float32)
+    scores = evaluation.score(torch.nn.Flatten(), ("knn",), k=1)
+    assert scores["knn_top1"] == 100
+    expected = {"class_0": None, "class_1": None, "class_2": None, "class_3": 100}
+    assert evaluation.per_class() == {"knn_per_class": expected}
 
 
 def write_unnamed(path: Path, labels: list[int]) -> None:
@@ -222,7 +297,7 @@ def test_unnamed_classes_are_those_of_the_training_images(tmp_path):
     assert evaluation.classes == 12
     assert evaluation.score(torch.nn.Flatten(), ("knn",))["knn_top1"] >= 0
     write_unnamed(tmp_path / "val.beton", [0, 12])
-    with pytest.raises(ValueError, match="only one has 12"):
+    with pytest.raises(ValueError, match="only test has 12"):
         Evaluation(tmp_path, tiny(), CPU, torch.float32)
 
 
@@ -496,6 +571,190 @@ def test_the_function_refuses_names_that_do_not_exist(
 ):
     with pytest.raises(ValueError, match=message):
         rsa_fast.evaluate(untrained, folder, protocol, **options)
+
+
+@pytest.fixture
+def run(untrained, folder, tmp_path) -> Path:
+    """The folder of a run, with two checkpoints of which the newer is damaged."""
+    place = tmp_path / "run"
+    shutil.copytree(folder, tmp_path / "images")
+    (place / "checkpoints").mkdir(parents=True)
+    shutil.copy(untrained, place / "checkpoints" / "step_00000009.pt")
+    (place / "checkpoints" / "step_00000010.pt").write_bytes(b"cut off")
+    shutil.copy(untrained, place / "checkpoints" / "best.pt")
+    (place / "env.json").write_text(json.dumps([{"data": [str(tmp_path / "images")]}]))
+    return place
+
+
+def test_a_run_s_folder_is_its_newest_whole_checkpoint_and_its_images(run, folder, caplog):
+    caplog.set_level("INFO", "rsa_fast")
+    path = run / "checkpoints" / "step_00000009.pt"
+    expected = rsa_fast.evaluate(path, folder, "knn")
+    place = run.parent / "images"
+    for given in (run, run / "checkpoints", path):
+        done = CliRunner().invoke(main, ["eval", "knn", "--checkpoint", str(given)])
+        assert done.exit_code == 0, done.output
+        scores = json.loads(done.stdout.splitlines()[-1])
+        assert scores == expected | {"data": str(place)}
+        assert f"images of the run in {run}: {place}" in caplog.text
+        assert ("newest whole checkpoint is step_00000009.pt" in caplog.text) == (given != path)
+        caplog.clear()
+    recipe = rsa_fast.load_encoder(run)[1]
+    assert recipe == rsa_fast.load_encoder(path)[1]
+    shutil.rmtree(place)
+    with pytest.raises(FileNotFoundError, match="--data says where they are now"):
+        rsa_fast.evaluate(run)
+    (run / "env.json").unlink()
+    with pytest.raises(ValueError, match="does not say where its images are: give --data"):
+        rsa_fast.evaluate(run)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint in"):
+        rsa_fast.load_encoder(run)
+
+
+def test_the_number_of_neighbours_and_their_temperature_are_options(folder, untrained):
+    scores = rsa_fast.evaluate(untrained, folder, "knn", k=5, temperature=0.2)
+    assert (scores["knn_k"], scores["knn_temperature"]) == (5, 0.2)
+    assert "knn20_top1" not in scores
+    done = run_eval("knn --k 5 --temperature .2", untrained, folder)
+    assert json.loads(done.stdout.splitlines()[-1]) == scores
+    evaluation = Evaluation(folder, tiny(precision="fp32"), CPU, torch.float32)
+    network = rsa_fast.load_encoder(untrained)[0]
+    bank, queries = (
+        extract_features(network, images) for images in (evaluation.train, evaluation.test)
+    )
+    assert scores["knn_top1"] == pytest.approx(naive_knn(*bank, *queries, 2, 5, 0.2))
+    assert "linear-fast has no --k" in run_eval("linear --k 5", untrained, folder).output
+    with pytest.raises(ValueError, match="wanted positive numbers"):
+        rsa_fast.evaluate(untrained, folder, "knn", k=0)
+
+
+def test_fields_say_how_images_are_sized_and_normalised(folder, untrained, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Evaluation, "score", lambda self, *_, **__: seen.append(self.test) or {})
+    sets = "--set views.size_px=24 --set views.mean=[0,0,0] --set views.std=[1,.5,1]"
+    foreign = tmp_path / "foreign.pth"
+    torch.save(Encoder("resnet18", "cifar", width=4).state_dict(), foreign)
+    for path, resize_px in ((untrained, None), (foreign, 27)):  # 256 to 224 px
+        done = run_eval(f"knn {sets}", path, folder)
+        assert done.exit_code == 0, done.output
+        test = seen.pop()
+        assert (test.size_px, test.resize_px) == (24, resize_px)
+        assert test.mean.flatten().tolist() == [0, 0, 0]
+        assert test.std.flatten().tolist() == [1, 0.5, 1]
+    assert "what is not set is as for ImageNet-1K" in done.output
+    done = run_eval(f"knn {sets} --set eval_resize_px=30", foreign, folder)
+    assert seen.pop().resize_px == 30
+    done = run_eval("knn --set views.mean=[0,0,0]", foreign, folder)
+    assert done.exit_code == 1 and "or --set views.size_px=PX" in done.output
+    done = run_eval("knn --set views.size=3", untrained, folder)
+    assert "does not read views.size (did you mean 'views.size_px'?)" in done.output
+    done = run_eval("knn --set base_lr=3", untrained, folder)
+    assert done.exit_code == 1 and "evaluation does not read base_lr" in done.output
+
+
+def test_train_and_test_folders_are_given_apart(folder, untrained):
+    expected = rsa_fast.evaluate(untrained, folder, "linear")
+    words = ["--train", str(folder / "train"), "--test", str(folder / "test")]
+    done = CliRunner().invoke(main, ["eval", "linear", "--checkpoint", str(untrained), *words])
+    assert done.exit_code == 0, done.output
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert expected.pop("data") == str(folder)
+    assert (scores.pop("train"), scores.pop("test")) == (words[1], words[3])
+    assert scores == expected
+    # Of a dataset, the split of that name is taken.
+    scores = rsa_fast.evaluate(untrained, train=folder, test=folder, protocol="linear")
+    assert expected.items() <= scores.items()
+    for wrong in (["--train", str(folder)], [*words, "--data", str(folder)]):
+        done = CliRunner().invoke(main, ["eval", "knn", "--checkpoint", str(untrained), *wrong])
+        assert done.exit_code == 1 and "--train and --test go together" in done.output
+    done = CliRunner().invoke(
+        main, ["eval", "knn", "--checkpoint", str(untrained), *words[:3], words[1]]
+    )
+    assert done.exit_code == 1 and "are among the training and the test images" in done.output
+
+
+def test_a_fraction_of_the_labels_is_the_same_of_each_class(folder, untrained):
+    recipe = tiny(precision="fp32")
+    evaluation = Evaluation(folder, recipe, CPU, torch.float32, labels=0.3)
+    whole = open_source(folder, "train").manifest
+    manifest = evaluation.train.source.manifest
+    assert np.bincount(manifest.labels).tolist() == [6, 6]  # of 20
+    number = {path: label for path, label in zip(whole.paths, whole.labels, strict=True)}
+    assert [number[path] for path in manifest.paths] == manifest.labels.tolist()
+    other = Evaluation(folder, tiny(seed=1), CPU, torch.float32, labels=0.3)
+    assert set(other.train.source.manifest.paths) != set(manifest.paths)
+    scores = rsa_fast.evaluate(untrained, folder, "linear", labels=0.3)
+    assert (scores["labels"], scores["train_images"], scores["test_images"]) == (0.3, 12, 20)
+    assert scores["linear_per_class"].keys() == {"class_0", "class_1"}
+    assert np.mean(list(scores["linear_per_class"].values())) == scores["linear_top1"]
+    done = run_eval("linear --labels 0.3", untrained, folder)
+    assert json.loads(done.stdout.splitlines()[-1]) == scores
+    assert rsa_fast.evaluate(untrained, folder, "linear", labels="30%") == scores
+    with pytest.raises(ValueError, match="labels = 150: wanted a percentage"):
+        rsa_fast.evaluate(untrained, folder, "linear", labels=150)
+
+
+def test_several_folders_are_scored_one_by_one_and_their_features_once(
+    folder, untrained, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", "rsa_fast")
+    other = write_folder(tmp_path / "other", {"train": 3, "test": 2}, classes=12)
+    calls = []
+    compute = evaluate.extract_features
+    monkeypatch.setattr(
+        evaluate, "extract_features", lambda *args: calls.append(args[1]) or compute(*args)
+    )
+    alone = [rsa_fast.evaluate(untrained, data, "linear") for data in (folder, other)]
+    assert len(calls) == 4 and ": cached in " not in caplog.text
+    done = run_eval(f"linear --data {other}", untrained, folder)
+    assert done.exit_code == 0, done.output
+    # Not computed again, also for the other protocol.
+    assert len(calls) == 4 and caplog.text.count(": cached in ") == 4
+    rsa_fast.evaluate(untrained, folder, "knn")
+    assert len(calls) == 4
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.pop("checkpoint") == str(untrained)
+    expected = [{k: v for k, v in one.items() if k != "checkpoint"} for one in alone]
+    by_place = {one["data"]: one for one in expected}
+    assert [one["data"] for one in result["folders"]] == [str(other), str(folder)]
+    assert all(one == by_place[one["data"]] for one in result["folders"])
+    assert (
+        f"{by_place[str(other)]['linear_top5']:.2f}" in done.stdout
+        and "linear_top5" not in (by_place[str(folder)])
+    )
+    assert (
+        rsa_fast.evaluate(untrained, [other, folder], "linear", each=True)["folders"]
+        == (result["folders"])
+    )
+
+    # Other weights, another transform, and other images have features of their own.
+    state = torch.load(untrained, weights_only=True)
+    key = next(key for key in state["method"] if key.endswith("encoder.conv1.weight"))
+    state["method"][key] = state["method"][key] * 1.5
+    changed = checkpoint.save(tmp_path / "changed", state, 1)
+    rsa_fast.evaluate(changed, folder, "knn")
+    assert len(calls) == 6
+    rsa_fast.evaluate(untrained, folder, "knn", resize_px=18)
+    assert len(calls) == 8
+    rsa_fast.evaluate(untrained, folder, "knn", labels=0.5)
+    assert len(calls) == 9  # the test images are the same
+    # A damaged file is computed again.
+    caplog.clear()
+    for path in (features.user_cache() / "features").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert rsa_fast.evaluate(untrained, folder, "linear") == alone[0]
+    assert len(calls) == 11 and "are damaged" in caplog.text
+
+
+def test_the_oldest_features_leave_the_cache(tmp_path, monkeypatch):
+    for age in range(4):
+        path = tmp_path / f"{age}.pt"
+        path.write_bytes(bytes(10))
+        os.utime(path, (1000 - age, 1000 - age))
+    monkeypatch.setattr(features, "CACHE_BYTES", 25)
+    features.remove_oldest(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without a GPU")

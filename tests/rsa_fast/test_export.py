@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from pipelines.plain import plain_image
+from rsa_fast.archs import RESNETS
 from rsa_fast.cli import main
 from rsa_fast.evaluation import export as module
 from rsa_fast.evaluation.export import SUFFIXES, export
@@ -25,11 +29,16 @@ from rsa_fast.training import checkpoint
 
 INSTALL = "is not installed: pip install 'rsa-fast[export,dev]'"
 safetensors = pytest.importorskip("safetensors", reason=f"safetensors {INSTALL}")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'rsa-fast[dev]'")
+LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)
 
 NETWORKS = {
     "standard": ("imagenet1k", {"views.size_px": 64}),
     "narrow": ("imagenet1k", {"views.size_px": 64, "width": 8}),
     "cifar": ("cifar10", {"width": 8}),
+    "grey": ("imagenet1k", {"views.size_px": 64, "arch": "resnet18", "in_channels": 1}),
+    "timm": ("cifar10", {"arch": "timm/test_vit"}),
+    "grey timm": ("cifar10", {"arch": "timm/test_resnet.r160_in1k", "in_channels": 1}),
 }
 
 
@@ -79,7 +88,9 @@ def code_of(card: Path, file: str) -> str:
 @pytest.mark.parametrize(
     ("format", "network"),
     [
-        *[(format, "standard") for format in ("torchvision", "timm")],
+        *[(format, "standard") for format in ("torchvision", "timm", "hf-timm")],
+        *[(format, name) for format in ("timm", "hf-timm") for name in ("grey", "timm")],
+        ("hf-timm", "grey timm"),
         ("onnx", "narrow"),
         *[(format, "cifar") for format in ("safetensors", "onnx", "torch-export")],
     ],
@@ -88,11 +99,9 @@ def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(
     trained, tmp_path, monkeypatch, format, network
 ):
     path, encoder, recipe = trained[network]
-    for library in {"timm": ["timm"], "onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(
-        format, []
-    ):
+    for library in {"onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(format, []):
         pytest.importorskip(library, reason=f"{library} {INSTALL}")
-    out = tmp_path / f"encoder{SUFFIXES[format]}"
+    out = tmp_path / f"encoder.v2{SUFFIXES[format]}"
     result = CliRunner().invoke(
         main,
         ["export", "--checkpoint", path, "--format", format, "--out", out],
@@ -105,11 +114,110 @@ def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(
         "format": format,
         "parameters": parameters,
     }
-    monkeypatch.chdir(tmp_path)
-    count = {"standard": 3, "narrow": 1, "cifar": 5}[network]  # Graphs are exported with 2.
+    file = out / "model.safetensors" if format == "hf-timm" else out
+    monkeypatch.chdir(file.parent)
+    count = {"narrow": 1, "cifar": 5}.get(network, 3)  # Graphs are exported with 2.
     scope = {"images": torch.randn(count, 3, recipe.views.size_px, recipe.views.size_px)}
-    exec(code_of(tmp_path / "README.md", out.name), scope)
+    exec(code_of(file.with_name("README.md"), file.name), scope)
     assert_same_features(torch.as_tensor(scope["features"]), encoder(scope["images"]))
+
+
+@pytest.mark.parametrize("arch", RESNETS)
+def test_timm_s_resnet_has_the_layers_of_the_network_of_the_same_name(arch):
+    with torch.device("meta"):
+        ours, theirs = (
+            {name: str(m) for name, m in network.named_modules() if isinstance(m, LAYERS)}
+            for network in (Encoder(arch), timm.create_model(arch, num_classes=0))
+        )
+    assert ours == theirs
+
+
+def pixels(height: int, width: int) -> Image.Image:
+    """Return an image of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "fields", "image"),
+    [
+        ("imagenet1k", {"width": 8}, pixels(300, 411)),
+        # timm computes floor(29 / (29 / 30)) = 29 in float64.
+        ("imagenet1k", {"width": 8, "views.size_px": 29, "eval_resize_px": 30}, pixels(70, 40)),
+        ("cifar10", {"width": 8}, pixels(32, 32)),
+        ("cifar10", {"width": 8, "views.size_px": 48}, pixels(32, 32)),
+        ("stl10", {"width": 8}, pixels(96, 96)),
+    ],
+)
+def test_the_card_s_transforms_make_the_images_of_the_evaluation(tmp_path, dataset, fields, image):
+    path, _, recipe = train(tmp_path, dataset, fields)
+    export(path, "safetensors", tmp_path / "encoder.safetensors")
+    views = recipe.views
+    expected = plain_image(np.asarray(image), views.size_px, recipe.eval_resize_px) / 255
+    expected = torch.from_numpy((expected - views.mean) / views.std).permute(2, 0, 1)[None]
+    text = (tmp_path / "README.md").read_text().partition("## Transform")[2].partition("## Acc")[0]
+    codes = re.findall("```python\n(.+?)```", text, re.DOTALL)
+    assert [re.search(r"import (torchvision|timm)|from (\w+)", code)[0] for code in codes] == [
+        "from torchvision",
+        "import timm",
+    ]
+    for code in codes:
+        scope = {"image": image}
+        exec(code, scope)
+        torch.testing.assert_close(scope["images"], expected.float())
+
+
+def test_the_folder_for_timm_has_the_transform_and_takes_a_classifier(trained, tmp_path):
+    path, encoder, recipe = trained["standard"]
+    export(path, "hf-timm", tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert model(images).shape == (2, 7)
+    assert_same_features(model.forward_head(model.forward_features(images), True), encoder(images))
+    image, views = pixels(80, 100), recipe.views
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    expected = plain_image(np.asarray(image), 64, recipe.eval_resize_px) / 255
+    expected = torch.from_numpy((expected - views.mean) / views.std).permute(2, 0, 1)
+    torch.testing.assert_close(transform(image), expected.float())
+
+
+def test_hugging_face_reads_the_card_s_header_and_its_owner_s_licence_stays(trained, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason=f"huggingface_hub {INSTALL}")
+    card = tmp_path / "README.md"
+    export(trained["grey"][0], "hf-timm", tmp_path)
+    data = hub.ModelCard.load(card).data
+    assert (data.license, data.library_name) == ("unknown", "timm")
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert data.datasets == ["ILSVRC/imagenet-1k"]
+    card.write_text(card.read_text().replace("license: unknown", "license: mit"))
+    export(trained["grey"][0], "timm", tmp_path / "encoder.pth")
+    assert hub.ModelCard.load(card).data.license == "mit"
+    assert re.findall("## Load `(.+)`", card.read_text()) == ["model.safetensors", "encoder.pth"]
+
+    path, *_ = train(tmp_path / "own", "cifar10", {"width": 8, "name": "my_photos"})
+    export(path, "safetensors", tmp_path / "own" / "encoder.safetensors")
+    data = hub.ModelCard.load(tmp_path / "own" / "README.md").data
+    assert data.datasets is None and data.library_name == "rsa-fast"
+
+
+QUIET = """
+import sys
+from rsa_fast.cli import main
+
+for format, file in (("onnx", "encoder.onnx"), ("torch-export", "encoder.pt2")):
+    words = ["export", "--checkpoint", sys.argv[1], "--format", format, "--out", file]
+    main(words, standalone_mode=False)
+"""
+
+
+def test_the_exporters_of_torch_write_nothing_to_the_terminal(trained, tmp_path):
+    for library in ("onnx", "onnxscript"):
+        pytest.importorskip(library, reason=f"{library} {INSTALL}")
+    command = [sys.executable, "-c", QUIET, str(trained["cifar"][0])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["out"] for result in results] == ["encoder.onnx", "encoder.pt2"]
 
 
 class Conv(nn.Conv2d):
@@ -220,7 +328,7 @@ def test_detectron2_finds_every_weight_and_computes_the_same_from_rgb_pixels(tra
 
 
 @pytest.mark.parametrize("network", ["narrow", "cifar"])
-@pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2"])
+@pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2", "hf-timm"])
 def test_a_format_that_cannot_hold_the_network_says_which_can(trained, tmp_path, format, network):
     with pytest.raises(
         ValueError, match=r"begins with Conv2d\(3, 8, .*\): choose safetensors, onnx, torch-export"
@@ -233,7 +341,7 @@ def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkey
     encoder = Encoder("resnet18")
     encoder.relu = nn.Identity()  # Keys and shapes stay the same.
     monkeypatch.setattr(module, "load_encoder", lambda *_: (encoder, None))
-    for format in ("torchvision", "timm", "detectron2", "safetensors"):
+    for format in ("torchvision", "timm", "detectron2", "safetensors", "hf-timm"):
         with pytest.raises(
             ValueError,
             match=rf"{format} cannot hold .* Identity\(\), MaxPool2d.*: choose onnx, torch-export$",
@@ -243,7 +351,12 @@ def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("format", "library"),
-    [("safetensors", "safetensors"), ("onnx", "onnx"), ("onnx", "onnxscript")],
+    [
+        ("safetensors", "safetensors"),
+        ("hf-timm", "safetensors"),
+        ("onnx", "onnx"),
+        ("onnx", "onnxscript"),
+    ],
 )
 def test_a_missing_library_is_named_with_the_line_that_installs_it(
     trained, tmp_path, monkeypatch, format, library
@@ -281,7 +394,7 @@ def test_the_card_and_the_header_hold_recipe_and_fingerprint(trained, tmp_path):
 
 @pytest.mark.parametrize(("step", "measured"), [(20, True), (30, False)])
 def test_the_card_holds_the_accuracy_of_its_own_step_only(tmp_path, step, measured):
-    path, *_ = train(tmp_path, "cifar10", {"width": 4})
+    train(tmp_path, "cifar10", {"width": 4})
     scores = {
         "knn_protocol": "knn/1",
         "knn_top1": 37.123,
@@ -289,7 +402,7 @@ def test_the_card_holds_the_accuracy_of_its_own_step_only(tmp_path, step, measur
         "images_per_s": 350.0,
     }
     (tmp_path / "result.json").write_text(json.dumps({"step": step, **scores}))
-    export(path, "safetensors", tmp_path / "out" / "encoder.safetensors")
+    export(tmp_path, "safetensors", tmp_path / "out" / "encoder.safetensors")
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("| knn_protocol | knn/1 |\n| knn_top1 | 37.12 |\n\n" in card) is measured
     assert ("Not measured at this step." in card) is not measured
@@ -343,7 +456,8 @@ def test_nothing_is_replaced_without_overwrite(trained, tmp_path):
         card.name
     ] and card.read_text() == "# My project\n"
     export(path, "safetensors", out, overwrite=True)
-    assert card.read_text().startswith("# resnet18 encoder: byol on cifar10")
+    header, text = card.read_text().split("---\n\n", 1)
+    assert header.startswith("---\n") and text.startswith("# resnet18 encoder: byol on cifar10")
 
 
 def test_a_disk_that_fails_leaves_the_file_that_was_there(trained, tmp_path, monkeypatch):

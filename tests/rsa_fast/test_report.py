@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -348,3 +349,35 @@ def test_a_browser_shows_the_page(tmp_path):
     for colour in (to_rgb("C0"), to_rgb("C1"), colormaps["Blues"](0.5)[:3]):
         assert (np.abs(pixels - 255 * np.array(colour)).max(1) < 20).sum() > 500
     assert (pixels == 255).all(1).mean() > 0.5
+
+
+def test_the_confused_classes_are_drawn_and_the_worst_are_listed(tmp_path):
+    names = ["cats", "dogs", "<owls>", "newts"]
+    counts = np.array([[8, 2, 0, 0], [3, 1, 0, 1], [0, 0, 5, 0], [0, 0, 0, 0]])
+    folder = write_run(tmp_path / "rsa")
+    rows = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
+    content = {"score": "linear", "classes": names, "counts": rows}
+    (folder / "confusion.json").write_text(json.dumps(content))
+    page = Page(report([folder]))
+    table = page.table("Classes by linear, rsa")
+    assert list(table) == ["class", "dogs", "cats", "<owls>"]  # newts have no test images
+    assert table["dogs"] == ["20.0", "5", "cats (3)"]
+    assert table["cats"] == ["80.0", "10", "dogs (2)"]
+    assert table["<owls>"] == ["100.0", "5", "-"]
+    (source,) = (tag["src"] for name, tag in page.tags if name == "img")
+    picture = base64.b64decode(source.partition("base64,")[2]).decode()
+    texts = [node.text for node in ElementTree.fromstring(picture).iter(f"{SVG}text")]
+    assert [text for text in texts if text in names] == 2 * names
+    numbers = [int(text) for text in texts if text.isdigit()]
+    assert numbers == counts.flatten().tolist()
+
+
+def test_a_thousand_classes_make_one_picture_without_names(tmp_path):
+    folder = write_run(tmp_path / "rsa")
+    rows = [[i, (7 * i) % 1000, 50] for i in range(1000)]
+    names = [f"n{i:08}" for i in range(1000)]
+    content = {"score": "linear", "classes": names, "counts": rows}
+    (folder / "confusion.json").write_text(json.dumps(content))
+    path = report([folder])
+    assert len(Page(path).table("Classes by linear, rsa")) == 1 + module.LISTED_CLASSES
+    assert path.stat().st_size < 3e6 and "n00000999" not in path.read_text()

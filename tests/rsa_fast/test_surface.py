@@ -20,12 +20,14 @@ from conftest import ROOT, write_folder
 
 import rsa_fast
 from pipelines import BACKENDS, OnBadImage
+from pipelines.layouts import SPLITS
 from rsa_fast import cli, methods, recipes
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluation import encoders
 from rsa_fast.evaluation.evaluate import PROTOCOLS, evaluate
 from rsa_fast.evaluation.export import SUFFIXES
+from rsa_fast.evaluation.finetune import PRESETS
 from rsa_fast.insight import planning
 from rsa_fast.methods import ABLATIONS, METHODS, method_class
 from rsa_fast.methods.method import Method
@@ -101,9 +103,11 @@ def test_a_file_of_the_methods_without_one_method_is_named(monkeypatch):
 def test_the_names_that_are_listed_without_torch_are_those_of_their_tables():
     assert list(cli.GPUS) == list(planning.GPUS)
     assert set(cli.FORMATS) == set(SUFFIXES)
+    assert list(cli.FINETUNE_PRESETS) == list(PRESETS)
     names = {(command, param.name): set(param.type.choices) for command, param in named()}
     assert {f"linear-{name}" for name in names["eval", "variant"]} | {"knn"} == set(PROTOCOLS)
     assert names["train", "on_bad_image"] == set(get_args(OnBadImage))
+    assert names["embed", "split"] == names["neighbours", "split"] == set(SPLITS)
     for field in ("device", "precision"):
         assert names["detect", field] == set(
             get_args(recipes.Recipe.model_fields[field].annotation)
@@ -257,6 +261,9 @@ COMPLETIONS = {
     "preview --compare da": {"dali"},
     "export --format t": {"torchvision", "timm", "torch-export"},
     "eval k": {"knn"},
+    "em": {"embed"},
+    "embed --split pre": {"pretrain"},
+    "neighbours --que": {"--queries"},
     "recipes imagenet100/s": {
         f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised", "swav")
     },

@@ -155,6 +155,9 @@ def test_the_commands_take_a_fraction_and_several_places(photos, folder, run, tm
     assert command("preview", *both, *recipe, "--images", 2, "--out", sheet)["images"] == 2
     assert np.asarray(Image.open(sheet)).size
     scored = ("eval", "knn", "--checkpoint", checkpoint_of(run))
-    assert command(*scored, *both)["knn_protocol"] == "knn/1"
+    # Each alone, with its own fraction held out.
+    alone = command(*scored, *both)["folders"]
+    assert [result["knn_protocol"] for result in alone] == ["knn/1", "knn/1"]
+    assert [(one["train_images"], one["test_images"]) for one in alone] == [(16, 4), (30, 10)]
     of_fraction = command(*scored, "--data", photos, "--val-fraction", 0.25)
     assert of_fraction == command(*scored, "--data", photos)

@@ -144,6 +144,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->warpSize = WARP_SIZE;
   properties->maxThreadsPerBlock = THREADS_PER_BLOCK;
   properties->maxThreadsPerMultiProcessor = THREADS_PER_MULTIPROCESSOR;
+  properties->maxBlocksPerMultiProcessor = 32;  // torch.topk divides by it
   properties->regsPerMultiprocessor = properties->regsPerBlock = REGISTERS;
   properties->sharedMemPerBlock = SHARED_BYTES;
   properties->sharedMemPerBlockOptin = SHARED_BYTES_OPT_IN;

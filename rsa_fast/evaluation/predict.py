@@ -1,0 +1,175 @@
+"""The classes of images by a trained classifier, in a csv file.
+
+    result = predict("runs/a-1pct", "photos", "predictions.csv", top=5)
+
+The columns are file, class and probability, and with `top` class_2, probability_2 and so on. A row
+per image follows, in the order of the images in their source, whatever the number of ranks. A file
+is named relative to the data folder; of packed images, which have no names, it is their number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.files import write_whole
+from pipelines.layouts import Data, inventory, open_source
+from pipelines.plain import PlainImages
+from pipelines.sources import Source
+from rsa_fast.distributed import gather, process_group, rank, world_size
+from rsa_fast.evaluation.embed import (
+    BATCH_SIZE,
+    Block,
+    eval_mode,
+    features_of,
+    filename,
+    table_writer,
+)
+from rsa_fast.evaluation.finetune import logits
+from rsa_fast.methods.method import build_method
+from rsa_fast.methods.supervised import Supervised
+from rsa_fast.recipes import Recipe, stored_recipe
+from rsa_fast.training import checkpoint as checkpoints
+from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
+
+log = logging.getLogger("rsa_fast")
+
+
+class Classifier(nn.Module):
+    """From images `(B, 3, H, W)` to the float32 logits `(B, C)` of a trained classifier."""
+
+    def __init__(self, method: Supervised, classes: list[str]) -> None:
+        super().__init__()
+        self.method, self.classes = method, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits(self.method, images)
+
+
+def load_classifier(path: Path, encoder: nn.Module | None = None) -> tuple[Classifier, Recipe]:
+    """The classifier in a checkpoint of `finetune` or of the method supervised, and its recipe.
+
+    Raises ValueError for a checkpoint without a classifier, and as `checkpoint.load` does.
+    """
+    state = checkpoints.load(path)
+    name = state["recipe"].get("method")
+    if name not in ("finetune", "supervised"):
+        raise ValueError(
+            f"{path} has no classifier, its method is {name}: rsa-fast finetune trains one on it"
+        )
+    recipe = for_any_device(stored_recipe(state["recipe"], "the checkpoint"))
+    # Only the statistics in the checkpoint are used, which do not depend on `bn`.
+    method = build_method(recipe.model_copy(update={"bn": "local"}), encoder)
+    assert isinstance(method, Supervised)
+    method.load_state_dict(state["method"])
+    # Earlier versions did not store the names.
+    numbers = [str(label) for label in range(method.classifier.out_features)]
+    return Classifier(method, state.get("classes") or numbers), recipe
+
+
+def predict(
+    checkpoint: str | Path,
+    data: Data,
+    out: str | Path,
+    *,
+    top: int = 1,
+    split: Literal["all", "train", "test"] = "all",
+    encoder: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Write the most probable class of every image in `data` to the csv file `out`.
+
+    This is what `rsa-fast predict` runs, and the result is what it prints. `checkpoint` is the
+    folder of a run of `finetune`, whose newest checkpoint is read, or a checkpoint with a
+    classifier; `encoder` is the network for its weights, if it was passed in Python. `top` is the
+    number of classes of each image. The images are all below the folder `data`, or those of a
+    split: of packed images only a split can be read.
+
+    Images that cannot be read are left out and counted. With several ranks, all return the result,
+    and rank 0 writes the file.
+
+    Raises ValueError for a checkpoint without a classifier and for a `top` of more than there are
+    classes, and FileNotFoundError if the checkpoint or the images do not exist.
+    """
+    path, out = checkpoints.newest_checkpoint(checkpoint), Path(out)
+    classifier, recipe = load_classifier(path, encoder)
+    classes = classifier.classes
+    if not 1 <= top <= len(classes):
+        raise ValueError(f"top = {top}: wanted 1 to {len(classes)}, the number of classes")
+    with process_group(recipe.device, recipe.timeout_s):
+        source = open_images(recipe, data, split)
+        if rank() == 0:
+            log.info(inventory(source))
+        device = choose_device(recipe.device)
+        images = PlainImages(
+            source,
+            recipe.views,
+            recipe.eval_resize_px,
+            batch_size=BATCH_SIZE,
+            device=device,
+            dtype=choose_dtype(recipe.precision, device),
+            threads=recipe.threads,
+            rank=rank(),
+            world_size=world_size(),
+            on_bad_image="skip",
+        )
+        with eval_mode(classifier.to(device)):
+            blocks = features_of(classifier, images)
+            if rank() == 0:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                rows = rows_of(blocks, source, classes, top)
+                write_whole(out, lambda file: write_rows(file, rows))
+            for _ in blocks:  # the other ranks only compute
+                pass
+        unreadable = int(gather(torch.tensor([len(images.bad)], device=device)).sum())
+        result = {
+            "out": str(out),
+            "images": len(source.manifest) - unreadable,
+            "left_out": unreadable + len(source.bad),
+            "classes": len(classes),
+            "checkpoint": str(path),
+        }
+        if result["left_out"] and rank() == 0:
+            log.warning(f"{result['left_out']:,} images could not be read and have no row")
+    return result
+
+
+def rows_of(
+    blocks: Iterator[Block], source: Source, classes: list[str], top: int
+) -> Iterator[list[str]]:
+    """The heading, and a row for each image of blocks of sample ids and logits."""
+    more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
+    yield ["file", "class", "probability", *more]
+    for ids, outputs in blocks:
+        best = torch.from_numpy(outputs).double().softmax(1).topk(top)
+        for sample, *row in zip(
+            ids.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            pairs = [(classes[number], f"{p:.6g}") for number, p in zip(*row, strict=True)]
+            yield [filename(source.manifest, sample), *chain.from_iterable(pairs)]
+
+
+def write_rows(file: BinaryIO, rows: Iterator[list[str]]) -> None:
+    with table_writer(file, ",") as table:
+        table.writerows(rows)
+
+
+def open_images(recipe: Recipe, data: Data, split: str) -> Source:
+    """The images of a split of `data`, or all below the folder."""
+    if split != "all":
+        return recipe.open_source(data, split)
+    try:
+        return open_source(
+            data,
+            "pretrain",
+            unlabelled=True,
+            on_bad_image="skip",
+            exif_orientation=recipe.exif_orientation,
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Of packed images: --split train or test") from None

@@ -1,0 +1,390 @@
+"""A page on what an encoder finds similar: images with their nearest, and a map of all.
+
+    neighbours("runs/a", None, "nn.html")          # of the images that the run was trained on
+    neighbours(None, None, "nn.html", embeddings="emb.npz")
+
+Similarity is the cosine of two images' features. The map is t-SNE of their first principal
+components. The page is one HTML file, with the images inside: there is nothing to load.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines import Source, open_source
+from pipelines.files import write_text
+from pipelines.layouts import Data
+from rsa_fast.evaluation.embed import Embeddings, embed, read_embeddings, valid
+from rsa_fast.evaluation.features import BLOCK_ROWS
+
+log = logging.getLogger("rsa_fast")
+
+COMPONENTS = 50  # of PCA, before t-SNE
+TILE_PX = 112  # the side of an image in the rows
+HOVER_PX = 80  # and of one that the map shows
+LEGEND_CLASSES = 40  # with more classes, colours could not be told apart
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; --same: #2a9d4a; --other: #c8c8c8 }}
+body {{ font: 14px/1.45 system-ui, sans-serif; max-width: 1240px; margin: 2em auto }}
+body {{ padding: 0 1em }}
+h1, h2 {{ font-weight: 600 }} p {{ max-width: 75ch }}
+.row {{ display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 14px }}
+figure {{ margin: 0; width: {tile_px}px }}
+figure:first-child {{ margin-right: 14px }}
+figure img {{ width: 100%; display: block; border: 3px solid var(--other); border-radius: 3px }}
+figure img {{ box-sizing: border-box }}
+figure:first-child img {{ border-color: transparent }} img.same {{ border-color: var(--same) }}
+figcaption {{ font-size: 11px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }}
+#map {{ position: relative; max-width: 900px }} svg {{ width: 100%; height: auto }}
+#tip {{ position: absolute; pointer-events: none; display: none; padding: 4px; font-size: 11px }}
+#tip {{ background: Canvas; border: 1px solid GrayText; max-width: 180px }}
+#tip {{ overflow-wrap: anywhere }} #tip img {{ display: block }}
+.legend {{ columns: 8em auto; font-size: 12px; max-width: 900px }}
+.legend i {{ display: inline-block; width: 9px; height: 9px; border-radius: 9px }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{summary}</p>
+<h2>Nearest images</h2>
+<p>{nearest}</p>
+{rows}
+{map}
+</body></html>
+"""
+MAP = """<h2>Map</h2>
+<p>{about}</p>
+<div id="map"><svg viewBox="0 0 1000 {height}">{circles}</svg>
+<div id="tip"><img alt=""><span></span></div></div>
+{legend}
+<script>
+const points = {points};
+const map = document.getElementById("map"), tip = document.getElementById("tip");
+const svg = map.querySelector("svg"), circles = [...svg.querySelectorAll("circle")];
+let shown = null;
+function show(event) {{
+  const box = svg.getBoundingClientRect(), scale = 1000 / box.width;
+  const x = (event.clientX - box.left) * scale, y = (event.clientY - box.top) * scale;
+  let nearest = null, least = (14 * scale) ** 2;
+  circles.forEach((circle, i) => {{
+    const distance = (circle.cx.baseVal.value - x) ** 2 + (circle.cy.baseVal.value - y) ** 2;
+    if (distance < least) {{ least = distance; nearest = i; }}
+  }});
+  if (shown !== null) circles[shown].removeAttribute("stroke");
+  shown = nearest;
+  tip.style.display = nearest === null ? "none" : "block";
+  if (nearest === null) return;
+  circles[nearest].setAttribute("stroke", "currentColor");
+  const [text, image] = points[nearest], left = event.clientX - box.left;
+  tip.querySelector("img").src = "data:image/jpeg;base64," + image;
+  tip.querySelector("span").textContent = text;
+  tip.style.left = left > box.width - 200 ? (left - 200) + "px" : (left + 16) + "px";
+  tip.style.top = (event.clientY - box.top + 16) + "px";
+}}
+svg.addEventListener("pointermove", show);
+svg.addEventListener("pointerdown", show);
+</script>
+"""
+
+
+def neighbours(
+    checkpoint: str | Path | None,
+    data: Data | None,
+    out: str | Path,
+    *,
+    embeddings: str | Path | None = None,
+    queries: int = 16,
+    nearest: int = 8,
+    points: int = 2000,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write the page `out` on the images in `data`, by an encoder or by a file of `embed`.
+
+    `queries` images are drawn by `seed`, each shown with its `nearest` nearest ones. The map has up
+    to `points` images, also drawn; with 0 there is none. `options` are those of `embed`, which
+    computes the features of `checkpoint`; without `data`, the images are as there. Of a file
+    `embeddings`, the images are those that it was made of, in `data` if they were moved.
+
+    Returns `out`, the numbers of images, queries and map points, and `same_class_pct`: how many of
+    the nearest images are of their query's class, in percent, and in `chance_pct` how many would be
+    if the encoder knew nothing. Both are None without classes.
+
+    Raises ValueError if both or none of `checkpoint` and `embeddings` are given, if `out` is no
+    .html, if scikit-learn is missing for the map, and if the images are no longer those of the
+    embeddings.
+    """
+    out = Path(out)
+    if (checkpoint is None) == (embeddings is None):
+        raise ValueError("give either --checkpoint, or the --embeddings that rsa-fast embed wrote")
+    if out.suffix != ".html":
+        raise ValueError(f"this is a web page: found --out {out}, wanted a name ending in .html")
+    if points and find_spec("sklearn") is None:
+        raise ValueError(
+            "the map needs scikit-learn: pip install 'rsa-fast[embed]', or leave it out: --points 0"
+        )
+    if embeddings is not None:
+        return write_page(read_embeddings(embeddings), data, out, queries, nearest, points, seed)
+    assert checkpoint is not None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".neighbours-") as folder:
+        path = Path(folder) / "embeddings.npy"
+        embed(checkpoint, data, path, **options)
+        return write_page(read_embeddings(path), None, out, queries, nearest, points, seed)
+
+
+def write_page(
+    rows: Embeddings,
+    data: Data | None,
+    out: Path,
+    queries: int,
+    nearest: int,
+    points: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the page and return what `neighbours` returns."""
+    count, made = len(rows.features), rows.made
+    generator = np.random.default_rng(seed)
+    asked = np.sort(generator.choice(count, min(queries, count), replace=False))
+    mapped = np.sort(generator.choice(count, min(points, count), replace=False))
+    found, cosines = nearest_rows(rows.features, asked, nearest)
+    pictures = Pictures(rows, open_images(made, data))
+    pictures.read({*asked.tolist(), *found.ravel().tolist()}, TILE_PX)
+    sheet = "\n".join(
+        row_of_images(rows, pictures, query, own.tolist(), cosine.tolist())
+        for query, own, cosine in zip(asked.tolist(), found, cosines, strict=True)
+    )
+    same, chance = same_class(rows.labels, asked, found)
+    of_classes = f" in {len(rows.classes):,} classes" if rows.classes else ""
+    title = f"Neighbours by {Path(made['checkpoint']).name}"
+    summary = (
+        f"{count:,} images{of_classes} from {', '.join(made['data'])}, by {made['checkpoint']}: "
+        f"{made['dim']:,} features of {made['test_transform']}."
+    )
+    about = (
+        f"{len(asked)} images drawn by seed {seed}, each with its {found.shape[1]} nearest among "
+        "the others. The number below an image is the cosine of their features."
+    )
+    if same is not None:
+        about += (
+            f" A green frame: the class of the first image. Of the nearest images, {same:.1f}% are "
+            f"of that class; without knowledge of the images it would be {chance:.1f}%."
+        )
+    page = PAGE.format(
+        title=escape(valid(title)),
+        summary=escape(valid(summary)),
+        nearest=about,
+        rows=sheet,
+        tile_px=TILE_PX,
+        map=draw_map(rows, pictures, mapped, seed) if len(mapped) > 2 else "",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+    return {
+        "out": str(out),
+        "images": count,
+        "queries": len(asked),
+        "nearest": found.shape[1],
+        "map_points": len(mapped) if len(mapped) > 2 else 0,
+        "same_class_pct": same,
+        "chance_pct": chance,
+    }
+
+
+def nearest_rows(
+    features: np.ndarray, queries: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows nearest to those in `queries` `(Q,)` by cosine, and the cosines; `(Q, count)` each.
+
+    The nearest comes first. A query is not its own neighbour. The result has fewer columns if there
+    are fewer other rows.
+    """
+    count = min(count, len(features) - 1)
+    wanted = normalised(features[queries])
+    cosines = np.full((len(queries), count), -np.inf, np.float32)
+    found = np.zeros((len(queries), count), np.int64)
+    for first in range(0, len(features), BLOCK_ROWS):
+        block = wanted @ normalised(features[first : first + BLOCK_ROWS]).T  # (Q, rows)
+        ids = np.arange(first, first + block.shape[1])
+        block[queries[:, None] == ids] = -np.inf
+        both = np.concatenate([cosines, block], 1)
+        both_ids = np.concatenate([found, np.broadcast_to(ids, block.shape)], 1)
+        order = np.argsort(-both, 1, kind="stable")[:, :count]
+        cosines, found = (np.take_along_axis(x, order, 1) for x in (both, both_ids))
+    return found, cosines
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.maximum(lengths, 1e-12))
+
+
+def same_class(
+    labels: np.ndarray, queries: np.ndarray, found: np.ndarray
+) -> tuple[float, float] | tuple[None, None]:
+    """How many of `found` have their query's label, and how many of all other rows, in percent.
+
+    Queries without a label do not count.
+    """
+    known = labels[queries] >= 0
+    if not known.any() or not found.size:
+        return None, None
+    own = labels[queries][known]
+    same = (labels[found[known]] == own[:, None]).mean()
+    others = [(np.count_nonzero(labels == label) - 1) / (len(labels) - 1) for label in own]
+    return round(100 * float(same), 2), round(100 * float(np.mean(others)), 2)
+
+
+def open_images(made: dict[str, Any], data: Data | None) -> Source:
+    """The images of which embeddings were made, by what `embed` wrote beside them.
+
+    Raises ValueError if they are not those in `data`, where they were moved to, or in their place.
+    """
+    place = data if data is not None else made["data"]
+    source = open_source(
+        place,
+        made["split"],
+        val_fraction=made["val_fraction"],
+        unlabelled=made["unlabelled"],
+        on_bad_image="skip",
+        exif_orientation=made["exif_orientation"],
+    )
+    if source.manifest.fingerprint != made["data_fingerprint"]:
+        raise ValueError(
+            f"the images in {source.where} are not those of the embeddings: run rsa-fast embed "
+            "again, or give their place by --data"
+        )
+    return source
+
+
+class Pictures:
+    """Small JPEGs of the images of rows, in base64."""
+
+    def __init__(self, rows: Embeddings, source: Source) -> None:
+        self.rows, self.source = rows, source
+        self.small: dict[tuple[int, int], str] = {}  # by row and side in pixels
+
+    def read(self, wanted: set[int], side_px: int) -> None:
+        """Make those of the rows `wanted`. Threads decode them."""
+        names = {self.rows.filenames[row]: row for row in wanted}
+        paths = self.source.manifest.paths
+        # Images that could not be read have no row, so rows and sample ids differ.
+        samples = {
+            names[name]: sample
+            for sample, name in enumerate(paths or map(str, range(len(self.source.manifest))))
+            if name in names
+        }
+
+        def picture(row: int) -> str:
+            image = Image.fromarray(self.source.read(samples[row]))
+            square = ImageOps.fit(image, (side_px, side_px), Image.Resampling.BILINEAR)
+            buffer = io.BytesIO()
+            square.save(buffer, "JPEG", quality=80)
+            return base64.b64encode(buffer.getvalue()).decode()
+
+        ordered = sorted(wanted)
+        with ThreadPoolExecutor() as pool:
+            for row, text in zip(ordered, pool.map(picture, ordered), strict=True):
+                self.small[row, side_px] = text
+
+    def __getitem__(self, key: tuple[int, int]) -> str:
+        return self.small[key]
+
+
+def class_name(rows: Embeddings, row: int) -> str:
+    label = rows.labels[row]
+    return valid(rows.classes[label]) if label >= 0 else ""
+
+
+def row_of_images(
+    rows: Embeddings, pictures: Pictures, query: int, found: list[int], cosines: list[float]
+) -> str:
+    """An image and its nearest ones, with their cosines, as HTML."""
+    figures = []
+    for row, cosine in zip([query, *found], ["", *(f"{x:.3f}" for x in cosines)], strict=True):
+        name = class_name(rows, row)
+        title = ", ".join(filter(None, (valid(rows.filenames[row]), name)))
+        caption = f"{cosine} {name}".strip() or "query"
+        is_same = row != query and rows.labels[row] == rows.labels[query] >= 0
+        mark = ' class="same"' if is_same else ""
+        figures.append(
+            f'<figure title="{escape(title)}"><img{mark} alt="" '
+            f'src="data:image/jpeg;base64,{pictures[row, TILE_PX]}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
+def map_positions(features: np.ndarray, seed: int) -> np.ndarray:
+    """Where t-SNE puts rows of features `(N, D)`, by their cosines: `(N, 2)` float32."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    rows = normalised(features)
+    components = min(COMPONENTS, *rows.shape)
+    reduced = PCA(components, random_state=seed).fit_transform(rows)
+    perplexity = min(30.0, (len(rows) - 1) / 3)  # 30 is usual
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    return np.asarray(tsne.fit_transform(reduced), np.float32)
+
+
+def colours(count: int) -> Sequence[str]:
+    """Colours of as many classes; neighbours in the list differ in lightness too."""
+    return [f"hsl({360 * i / count:.0f} 65% {(45, 62)[i % 2]}%)" for i in range(count)] or ["#888"]
+
+
+def draw_map(rows: Embeddings, pictures: Pictures, mapped: np.ndarray, seed: int) -> str:
+    """The map of the rows `mapped` as HTML: points with their class's colour, images on hover."""
+    positions = map_positions(rows.features[mapped], seed)
+    low, high = positions.min(0), positions.max(0)
+    places = 15 + (positions - low) * 970 / max(float((high - low).max()), 1e-12)
+    pictures.read(set(mapped.tolist()), HOVER_PX)
+    palette = colours(len(rows.classes))
+    circles, points = [], []
+    for row, (x, y) in zip(mapped.tolist(), places.tolist(), strict=True):
+        label = rows.labels[row]
+        colour = palette[label] if label >= 0 else "#888"
+        circles.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
+        text = ": ".join(filter(None, (class_name(rows, row), valid(rows.filenames[row]))))
+        points.append([text, pictures[row, HOVER_PX]])
+    count = len(rows.features)
+    which = f"All {count:,} images"
+    if len(mapped) < count:
+        which = f"{len(mapped):,} of the {count:,} images, drawn by seed {seed}"
+    about = (
+        f"{which}, by t-SNE of the first "
+        f"{min(COMPONENTS, len(mapped), rows.features.shape[1])} principal components of their "
+        "features at unit length. Images that are close are similar; distances "
+        "between groups say little. Point at one to see it."
+    )
+    legend = ""
+    if 0 < len(rows.classes) <= LEGEND_CLASSES:
+        items = (
+            f'<div><i style="background:{colour}"></i> {escape(valid(name))}</div>'
+            for colour, name in zip(palette, rows.classes, strict=True)
+        )
+        legend = f'<div class="legend">{"".join(items)}</div>'
+    elif rows.classes:
+        about += f" The colours are of {len(rows.classes)} classes, so that some look alike."
+    return MAP.format(
+        about=about,
+        height=f"{float(places[:, 1].max()) + 15:.0f}",
+        circles="".join(circles),
+        legend=legend,
+        points=json.dumps(points).replace("</", "<\\/"),
+    )
