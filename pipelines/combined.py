@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.draws import sample_keys
+from pipelines.extents import joined_extents
 from pipelines.manifest import Manifest, Paths, digest
 from pipelines.sources import Source
 
@@ -73,11 +74,13 @@ def joined(sources: Sequence[Source], prefixes: Sequence[str], split: str) -> So
         assert source.file
         return source.file(own)
 
+    extents = [source.extents for source in sources if source.extents]
     return Source(
         manifest,
         read,
         encoded if all(source.encoded for source in sources) else None,
         file=file if all(source.file for source in sources) else None,
+        extents=joined_extents(extents) if len(extents) == len(sources) else None,
         where=", ".join(source.where for source in sources),
         ignored=sum((Counter(source.ignored) for source in sources), Counter()),
         bad={path: fault for source in sources for path, fault in source.bad.items()},
@@ -111,6 +114,7 @@ def subset(source: Source, ids: np.ndarray, split: str) -> Source:
         lambda sample: source.read(int(ids[sample])),
         encoded and (lambda sample: encoded(int(ids[sample]))),
         file=file and (lambda sample: file(int(ids[sample]))),
+        extents=source.extents and source.extents.subset(ids),
         where=source.where,
         ignored=source.ignored,
         bad=source.bad,

@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -26,6 +26,7 @@ from pipelines.backends import BACKENDS, choose_backend
 from pipelines.draws import batch_seed, draw
 from pipelines.extra import Extra
 from pipelines.order import Order
+from pipelines.read_ahead import ReadAhead
 from pipelines.scan import OnBadImage
 from pipelines.sources import Source
 from pipelines.views import Batch, ViewSpec, stage_and_crop, view_name
@@ -189,9 +190,17 @@ class Loader(ABC):
 
         Closing the generator early also ends the work on the batches ahead.
         """
-        order = self.job.order
-        with closing(self.load_batches(epoch, step)) as batches:
+        order, extents = self.job.order, self.job.source.extents
+        ahead = ReadAhead(extents, order) if order.blocks and extents else None
+        with (
+            closing(ahead) if ahead else nullcontext(),
+            closing(self.load_batches(epoch, step)) as batches,
+        ):
+            if ahead:
+                ahead.reach(epoch, step)
             for number, batch in enumerate(batches, step):
+                if ahead:
+                    ahead.reach(epoch, number)
                 if self.extra is not None:
                     seed = batch_seed(order.seed, epoch, number, order.rank)
                     batch.views = self.extra(batch.views, seed)

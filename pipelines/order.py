@@ -1,5 +1,8 @@
 """Which samples each rank reads at each step: a pure function of (seed, epoch, step, rank, ranks).
 
+The full order is one random permutation of an epoch's samples. The block order is one too, but it
+reads the storage in long pieces (`block_order`).
+
 In each step, R ranks together read the same samples as one rank with the same global batch size. A
 rank that accumulates gradients over N batches reads in turn what N ranks would read at once.
 Resuming needs no replay: the samples of any step are computed directly.
@@ -7,12 +10,37 @@ Resuming needs no replay: the samples of any step are computed directly.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from pipelines.draws import sample_keys
+from pipelines.draws import hash_keys, sample_keys
+
+# The order gets seeds of its own, because the views are drawn from the keys of the seed itself.
+ORDER_SALT, BLOCK_SALT = 0x6F72646572, 0x626C6F636B
+MAX_LANES = 64  # so many nodes can each read a part of the storage of their own
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The storage of N samples, cut into blocks of neighbours.
+
+    `stored` `(N,)` are the sample ids in the order in which they are stored, and `numbers` `(N,)`
+    the number of the block of each of these, from 0 and increasing. `window_samples` of one or more
+    blocks are in memory together.
+    """
+
+    stored: np.ndarray
+    numbers: np.ndarray
+    window_samples: int
+
+    def mates(self, batch_size: int) -> float:
+        """How many others of its block an image meets in its batch, on average."""
+        counts = np.bincount(self.numbers)
+        others = float((counts * (counts - 1)).sum() / len(self.numbers))
+        return others * batch_size / max(batch_size, min(self.window_samples, len(self.numbers)))
 
 
 @dataclass(frozen=True)
@@ -22,7 +50,8 @@ class Order:
     `batch_size` is the global batch of an optimiser step. Each rank reads its part of it in
     `accumulate` batches, one after the other, so that `len()`, the number of batches per epoch, is
     that of the steps times `accumulate`. The last samples of an epoch, which do not fill a step,
-    are left out. They are other samples in every epoch.
+    are left out. They are other samples in every epoch. With `blocks` the order is that of
+    `block_order`, otherwise the full one.
 
     Raises ValueError when the dataset does not fill one step, or when the batch size is not
     divisible by the number of ranks times `accumulate`.
@@ -34,6 +63,7 @@ class Order:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
         if self.count < self.batch_size:
@@ -49,7 +79,12 @@ class Order:
             )
 
     def __len__(self) -> int:
-        return self.count // self.batch_size * self.accumulate
+        return self.steps * self.accumulate
+
+    @property
+    def steps(self) -> int:
+        """The steps of the optimiser in an epoch."""
+        return self.count // self.batch_size
 
     @property
     def batch_per_rank(self) -> int:
@@ -62,12 +97,66 @@ class Order:
         # Where this batch would be among those of ranks that do not accumulate.
         place = self.rank * self.accumulate + turn
         first = step * self.batch_size + place * self.batch_per_rank
-        return epoch_order(self.count, self.seed, epoch)[first : first + self.batch_per_rank]
+        return self.epoch_ids(epoch)[first : first + self.batch_per_rank]
+
+    def epoch_ids(self, epoch: int) -> np.ndarray:
+        """The sample ids of an epoch on all ranks, `(count,)`, with those that are left out."""
+        if self.blocks is None:
+            return epoch_order(self.count, self.seed, epoch)
+        return block_order(self.blocks, self.batch_size, self.seed, epoch)
+
+    def window(self, epoch: int, number: int) -> int:
+        """The window of this rank's batch `number` of `epoch`, counted from the first epoch on."""
+        assert self.blocks
+        windows = count_windows(self.blocks, self.batch_size)
+        return epoch * windows + number // self.accumulate * windows // self.steps
+
+    def window_ids(self, window: int) -> np.ndarray:
+        """The sample ids `(n,)` that this rank reads from a window, counted as by `window`."""
+        assert self.blocks
+        windows = count_windows(self.blocks, self.batch_size)
+        epoch, in_epoch = divmod(window, windows)
+        first, end = (-(-self.steps * edge // windows) for edge in (in_epoch, in_epoch + 1))
+        ids = self.epoch_ids(epoch)[first * self.batch_size : end * self.batch_size]
+        return ids.reshape(end - first, self.world_size, -1)[:, self.rank].ravel()
 
 
 @lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of the sample ids, `(count,)` int64, obtained by sorting their hash keys."""
-    # The order gets a seed of its own, because the views are drawn from the keys of `seed` itself.
-    order_seed = seed ^ 0x6F72646572
-    return np.argsort(sample_keys(order_seed, epoch, np.arange(count)), kind="stable")
+    return np.argsort(sample_keys(seed ^ ORDER_SALT, epoch, np.arange(count)), kind="stable")
+
+
+@lru_cache(maxsize=2)  # a window may be read ahead from the next epoch
+def block_order(blocks: Blocks, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the sample ids, `(N,)` int64, that reads the storage block by block.
+
+    The blocks are put in a random order, and cut into lanes of equal length. A batch takes an equal
+    part of each lane: the first part of the first lane, and so on, so that a rank reads some lanes
+    and leaves the others to other ranks. A lane is cut into windows of the same steps in all lanes,
+    and within a window its samples are put in a random order. Both random orders sort hash keys.
+    The number of lanes depends on the global batch only, so the order is that of any number of
+    ranks. The samples that do not fill a step come last.
+    """
+    steps, lanes = len(blocks.stored) // batch_size, lanes_of(batch_size)
+    block_keys = hash_keys(seed ^ BLOCK_SALT, epoch, np.arange(blocks.numbers[-1] + 1))
+    places = np.argsort(np.argsort(block_keys, kind="stable"))
+    sequence = blocks.stored[np.argsort(places[blocks.numbers], kind="stable")]
+    used = sequence[: steps * batch_size].reshape(lanes, -1)
+    step = np.arange(used.shape[1]) // (batch_size // lanes)
+    window = np.broadcast_to(step * count_windows(blocks, batch_size) // steps, used.shape)
+    keys = sample_keys(seed ^ ORDER_SALT, epoch, used)
+    used = np.take_along_axis(used, np.lexsort((keys, window)), 1)
+    by_step = used.reshape(lanes, steps, -1).swapaxes(0, 1)
+    return np.append(by_step, sequence[steps * batch_size :])
+
+
+def lanes_of(batch_size: int) -> int:
+    """The largest power of two, up to `MAX_LANES`, that divides the global batch."""
+    return math.gcd(batch_size, MAX_LANES)
+
+
+def count_windows(blocks: Blocks, batch_size: int) -> int:
+    """The windows of an epoch, of at most `window_samples` but at least one step each."""
+    steps = len(blocks.stored) // batch_size
+    return min(steps, -(-steps * batch_size // blocks.window_samples))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.extents import Extents
 from pipelines.manifest import Manifest
 from pipelines.sources import Source, open_image, to_rgb
 
@@ -155,7 +156,9 @@ class Packed:
             )
             raise ValueError(reason) from error
         encoded = None if self.entries["raw"].any() else self.stored
-        return Source(manifest, self.read, encoded, file=self.file)
+        file, offset, size = (self.entries[name] for name in ("file", "offset", "size"))
+        extents = Extents(file, offset, size, self.opened)
+        return Source(manifest, self.read, encoded, file=self.file, extents=extents)
 
 
 def open_file(paths: Sequence[Path], states: Sequence[tuple[int, int]], number: int) -> io.FileIO:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipelines import tiff
+from pipelines.extents import Extents
 from pipelines.manifest import Manifest
 
 NO_BOMB_WARNING = ("ignore", None, Image.DecompressionBombWarning, None, 0)  # of warnings.filters
@@ -41,6 +42,7 @@ class Source:
     encoded: Callable[[int], bytes] | None = None
     beton: Path | None = None  # the FFCV file that contains all images, in the order of their ids
     file: Callable[[int], Path] | None = None  # what an image is read from; None: from memory
+    extents: Extents | None = None  # where the images are in packed files; None: they are not
     held_out: int = 0  # how many training images are kept for scores, and not in this split
     where: str = ""  # the folder or file of the split, or several, for messages
     ignored: Mapping[str, int] = field(default_factory=dict)  # counts of what was left out

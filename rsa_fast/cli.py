@@ -27,7 +27,7 @@ from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, 
 
 if TYPE_CHECKING:
     from pipelines.layouts import Data
-    from pipelines.manifest import Manifest
+    from pipelines.sources import Source
     from rsa_fast.recipes import Recipe
 
 PredictSplit = Literal["all", "train", "test"]
@@ -507,7 +507,7 @@ def train(
     if dry_run:
         source = recipe.open_source(images, "pretrain")
         logging.getLogger("rsa_fast").info(layouts.inventory(source))
-        print_dry_run(recipe, source.manifest, processes or 1)
+        print_dry_run(recipe, source, processes or 1)
         return
     if processes and to_launch:
         recipe.check_batch(processes)
@@ -559,27 +559,22 @@ def refuse_both(option: str, value: object, other: str, other_value: object) -> 
         raise click.UsageError(f"{option} and {other} exclude each other")
 
 
-def print_dry_run(recipe: Recipe, manifest: Manifest, processes: int) -> None:
+def print_dry_run(recipe: Recipe, source: Source, processes: int) -> None:
     """The recipe as YAML, and the numbers derived from it as JSON.
 
-    Raises ValueError for a network, labels or a batch size with which the run could not start.
+    Raises ValueError for a network, labels, a batch size or an order with which the run could not
+    start.
     """
     from dataclasses import asdict
 
-    from pipelines.order import Order
     from rsa_fast.networks import check_arch
     from rsa_fast.recipes import dump_yaml, resolve
 
+    manifest = source.manifest
     images = len(manifest)
     check_arch(recipe)
     recipe.check_labels(manifest.labelled, len(manifest.classes))
-    Order(
-        images,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        world_size=processes,
-        accumulate=recipe.accumulate,
-    )
+    recipe.order_of(source, world_size=processes)
     click.echo(dump_yaml(recipe))
     click.echo(json_text({"images": images, **asdict(resolve(recipe, images, processes))}))
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipelines.layouts import Data, open_source
 from pipelines.loading import AggressiveOn, DecodeOn, Loading
 from pipelines.named import absolute, is_file, nearest
+from pipelines.order import Order
 from pipelines.scan import OnBadImage
 from pipelines.sources import Source
 from pipelines.views import ViewSpec
@@ -131,6 +132,13 @@ class Recipe(BaseModel):
     # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # for the initialisation, the sample order and the views
+    # The order of an epoch: one permutation of all images (full), or of blocks of neighbours in the
+    # packed files and then of the images in a window of blocks. Blocks are for packed data larger
+    # than memory on a disk that does few reads a second: 3,200 instead of 564 images/s at 500 reads
+    # a second. On a local NVMe disk they gain nothing.
+    order: Literal["full", "blocks"] = "full"
+    block_mib: int = Field(1, ge=1)  # what is read in one piece
+    window_mib: int = Field(4096, ge=1)  # on all ranks together; two windows are in memory
 
     # --- Fields that change the result by rounding only
     # Train the encoder with torch.compile, which fuses BatchNorm, ReLU and sums. A model of RSA's
@@ -213,6 +221,31 @@ class Recipe(BaseModel):
         """The images that a run with this recipe is trained on."""
         return self.open_source(data, "pretrain", cache)
 
+    def order_of(
+        self, source: Source, rank: int = 0, world_size: int = 1, kind: type[Order] = Order
+    ) -> Order:
+        """The order in which one of `world_size` ranks reads the images of a run.
+
+        Raises ValueError where batches do not divide, and for blocks of images that are not packed.
+        """
+        blocks = None
+        if self.order == "blocks":
+            if source.extents is None:
+                raise ValueError(
+                    f"order = blocks reads .beton files and tar shards, and {source.where} is "
+                    "neither: convert it with tools.to_ffcv or tools.to_dali, or set order=full"
+                )
+            blocks = source.extents.blocks(self.block_mib * 2**20, self.window_mib * 2**20)
+        return kind(
+            len(source.manifest),
+            self.batch_size,
+            self.seed,
+            rank=rank,
+            world_size=world_size,
+            accumulate=self.accumulate,
+            blocks=blocks,
+        )
+
     @field_validator("method")
     @classmethod
     def method_is_found_from_everywhere(cls, method: str) -> str:
@@ -250,6 +283,13 @@ class Recipe(BaseModel):
                     f"bn = {self.bn} does not cut a batch of {self.batch_size} into equal parts "
                     "of 2 or more: use a larger batch or bn=local"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def blocks_are_for_the_block_order(self) -> Recipe:
+        for name in ("block_mib", "window_mib") if self.order == "full" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {value} is for order=blocks, and order is full")
         return self
 
     @model_validator(mode="after")

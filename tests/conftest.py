@@ -20,6 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.beton import BetonWriter, page_bytes
+from pipelines.packed import ENTRY
+
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("RSA_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
 
@@ -53,6 +56,26 @@ def write_folder(
                 image[..., label % 3] //= 4  # This makes the classes distinguishable.
                 Image.fromarray(image).save(folder / f"{i:03}.jpg", quality=95)
     return root
+
+
+def write_raw_beton(folder: Path, count: int, side_px: int, seed: int = 0) -> Path:
+    """Write a train.beton of `count` square images as pixels, labelled 0, 1, 2, 0, 1, ..."""
+    entries = np.zeros(count, ENTRY)
+    folder.mkdir(exist_ok=True)
+    writer = BetonWriter(folder / "train.beton", count, page_bytes(3 * side_px**2), entries[:0])
+    for i in range(count):
+        data = natural_image(seed + i, side_px, side_px).tobytes()
+        file, offset = writer.append(data, i % 3)
+        entries[i] = (file, offset, len(data), i % 3, side_px, side_px, True)
+    writer.finish(entries)
+    writer.close()
+    return folder
+
+
+def read_bytes() -> int:
+    """What this process has had read from disks."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
 
 
 @pytest.fixture(scope="session")

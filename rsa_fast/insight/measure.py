@@ -29,8 +29,15 @@ class EndlessOrder(Order):
         return 1000 * self.accumulate
 
     def ids(self, epoch: int, number: int) -> np.ndarray:
+        return super().ids(*self.in_own_epochs(epoch, number))
+
+    def window(self, epoch: int, number: int) -> int:
+        return super().window(*self.in_own_epochs(epoch, number))
+
+    def in_own_epochs(self, epoch: int, number: int) -> tuple[int, int]:
+        """The epoch of the images, and the number in it, of batch `number` of a long epoch."""
         epochs, number = divmod(number, super().__len__())
-        return super().ids(len(self) * epoch + epochs, number)
+        return len(self) * epoch + epochs, number
 
 
 def open_loader(run: Run, source: Source, loading: Loading | None = None) -> Loader:
@@ -39,9 +46,7 @@ def open_loader(run: Run, source: Source, loading: Loading | None = None) -> Loa
     Without `loading`, with the recipe's settings.
     """
     recipe = run.recipe
-    order = EndlessOrder(
-        len(source.manifest), recipe.batch_size, recipe.seed, accumulate=recipe.accumulate
-    )
+    order = recipe.order_of(source, kind=EndlessOrder)
     return open_views(
         source,
         recipe.views,

@@ -59,7 +59,8 @@ def preview(
         raise ValueError(f"{images} images wanted, the data has {len(manifest)}: lower --images")
     if out.suffix.lower() != ".png":
         raise ValueError(f"the sheet is a PNG: found --out {out}, wanted a name that ends in .png")
-    # The first batch has the images with which training starts, whatever the batch size there.
+    # The first batch has the images with which training in the full order starts, whatever the
+    # batch size there.
     order = Order(len(manifest), images, recipe.seed)
     ids = order.ids(epoch, 0)
     params = draw(recipe.seed, epoch, ids, spec, manifest.sizes[ids])

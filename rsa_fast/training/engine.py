@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines import Loader, Order, Source, open_views
+from pipelines import Loader, Source, open_views
 from pipelines.files import json_text, write_text
 from pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.datasets import OWN_STEPS
@@ -64,6 +64,8 @@ log = logging.getLogger("rsa_fast")
 
 FEW_IMAGES = OWN_STEPS[0][0]  # up to so many have the shortest budget of `auto`
 ADAM_PEAK_LR = 0.01  # chosen: Adam and AdamW rarely train at a higher one
+
+STORED_BY_CLASS = 0.3  # chosen, of `Extents.sorted_by`: 40 shuffled images are below, sorted above
 
 # How ranks tell each other that a callback asked to stop. A signal is its number more than this.
 CALLBACK_STOP = 1
@@ -231,14 +233,7 @@ def run_loop(
     Raises StoppedError if a signal stopped the run before its last step.
     """
     recipe, total_steps = run.recipe, run.derived.total_steps
-    order = Order(
-        len(source.manifest),
-        recipe.batch_size,
-        recipe.seed,
-        rank=rank(),
-        world_size=world_size(),
-        accumulate=recipe.accumulate,
-    )
+    order = recipe.order_of(source, rank=rank(), world_size=world_size())
     with (
         open_views(
             source,
@@ -513,7 +508,7 @@ class Loop:
         if self.writer:
             self.writer.wait()
         # The sample ids of all ranks together are those that a single rank would read.
-        order = Order(self.loader.job.order.count, self.run.recipe.batch_size, self.run.recipe.seed)
+        order = replace(self.loader.job.order, rank=0, world_size=1, accumulate=1)
         epoch, step_of_epoch = divmod(step, len(order))
         checkpoints = checkpoint.paths_in(self.out / "checkpoints")
         last_good = str(checkpoints[-1]) if checkpoints else None
@@ -914,6 +909,8 @@ def announce(
     for title, text in lines.items():
         if text:
             log.info(f"  {title:9} {text}")
+    if recipe.order == "blocks":
+        announce_blocks(recipe, source)
     if run.derived.warmup_steps >= run.derived.total_steps:
         epochs = run.recipe.warmup_epochs
         log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")
@@ -921,4 +918,23 @@ def announce(
         log.warning(
             f"the peak learning rate {run.derived.peak_lr:g} is one for SGD: "
             "those of Adam and AdamW are near 0.001 (peak_lr)"
+        )
+
+
+def announce_blocks(recipe: Recipe, source: Source) -> None:
+    """Log how the block order reads the storage, and warn where it mixes the images badly."""
+    order, extents, labels = recipe.order_of(source), source.extents, source.manifest.labels
+    assert order.blocks and extents
+    blocks, window = order.blocks, order.blocks.window_samples
+    count, mates = blocks.numbers[-1] + 1, blocks.mates(recipe.batch_size)
+    log.info(f"  {'order':9} {count:,} blocks, mixed in windows of {window:,} images")
+    if mates >= 1:
+        log.warning(
+            f"a batch has {mates:.1f} others of an image's block on average: for less than 1, set "
+            f"a larger window_mib than {recipe.window_mib}, or a smaller block_mib"
+        )
+    if extents.sorted_by(labels) > STORED_BY_CLASS:
+        log.warning(
+            "the images are stored by class, so that order = blocks makes batches of few classes: "
+            "convert them with tools.to_ffcv or tools.to_dali, which shuffle, or set order=full"
         )

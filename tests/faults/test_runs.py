@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import write_folder
+from conftest import write_folder, write_raw_beton
 from jobs import (
     EPOCH_STEPS,
     Job,
@@ -84,6 +84,22 @@ def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, w
     finish(data, tmp_path, "--epochs", LONG, "--resume")
     assert_same_run(whole, tmp_path)
     assert losses(whole) == losses(tmp_path)  # Losses are recorded at the checkpoints' steps.
+
+
+def test_a_run_in_block_order_that_is_killed_ends_as_if_never_killed(tmp_path):
+    """5 blocks of 9 images, in windows of two: the kill comes within an epoch and a window."""
+    data = write_raw_beton(tmp_path / "packed", 40, 200)
+    options = ("--epochs", 8, "--set", "order=blocks", "--set", "window_mib=2", "--batch-size", 4)
+    options += ("--set", "checkpoint_every_epochs=1", "--set", "backend=native")
+    finish(data, tmp_path / "whole", *options)
+    for _ in range(3):
+        run = fork(data, tmp_path / "killed", *options, "--resume")
+        mark = newest(tmp_path / "killed") + 10
+        until(lambda run=run, mark=mark: newest(tmp_path / "killed") >= mark or not run.is_alive())
+        run.kill()
+        run.join()
+    finish(data, tmp_path / "killed", *options, "--resume")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, whole, tmp_path):

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder
+from conftest import write_folder, write_raw_beton
 
 from pipelines.views import VIEWS, Batch
 from rsa_fast.cli import main
@@ -79,6 +79,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"])
         for i in momenta[0]
     )
+
+
+@pytest.mark.parametrize("backend", ["native", pytest.param("ffcv", marks=FFCV)])
+def test_the_block_order_is_resumed_within_a_window_and_announced(tmp_path, caplog, backend):
+    data = write_raw_beton(tmp_path / "data", 40, 200)
+    recipe = tiny(backend=backend, order="blocks", window_mib=2, epochs=2)
+    caplog.set_level("INFO", "rsa_fast")
+    train(recipe, data, tmp_path / "whole")
+    assert "order     5 blocks, mixed in windows of 17 images" in caplog.text
+    assert "others of an image's block on average" in caplog.text
+    assert "stored by class" not in caplog.text
+    train(recipe, data, tmp_path / "parts", stop_at_step=7)
+    train(recipe, data, tmp_path / "parts", resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    train(tiny(backend=backend, epochs=2), data, tmp_path / "full")
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+
+
+def test_the_block_order_is_refused_for_files_and_resumed_with_the_same_blocks_only(
+    folder, tmp_path
+):
+    with pytest.raises(ValueError, match=r"order = blocks reads .beton files and tar shards, and"):
+        train(tiny(order="blocks"), folder, tmp_path / "files")
+    data = write_raw_beton(tmp_path / "data", 40, 32)
+    train(tiny(order="blocks"), data, tmp_path / "run", stop_at_step=1)
+    with pytest.raises(ValueError, match="block_mib: 1 in the checkpoint, 2 now"):
+        train(tiny(order="blocks", block_mib=2), data, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="window_mib = 64 is for order=blocks, and order is full"):
+        tiny(window_mib=64)
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "lars")])
