@@ -3,7 +3,8 @@
     python -m tools.to_ffcv data/imagenet data/imagenet-ffcv --max-resolution 500
 
 The options and their defaults are those of ffcv-imagenet's write_imagenet.sh. In addition,
-`--write-mode passthrough` stores JPEGs unchanged. After a kill or an error, run the same command
+`--write-mode passthrough` stores JPEGs unchanged. The images are shuffled, as by `tools.to_dali`,
+so that neighbours in the file are of any classes. After a kill or an error, run the same command
 again: it continues where it stopped.
 """
 
@@ -16,6 +17,7 @@ import click
 import numpy as np
 
 from pipelines.beton import MAX_SIDE_PX, BetonWriter, open_beton, page_bytes
+from pipelines.order import epoch_order
 from tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
 
 
@@ -72,7 +74,10 @@ BETON = Format(
     "JPEGs unchanged and not resized, all other images as JPEGs.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="For proportion: selects the images for JPEG."
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Seed of the shuffling and, for proportion, of the selection of the images for JPEG.",
 )
 def main(
     src: Path,
@@ -109,8 +114,8 @@ def main(
         dst,
         form=BETON,
         encoding=encoding,
-        order=np.arange,
-        settings=asdict(encoding),
+        order=lambda count: epoch_order(count, seed, 0),
+        settings=asdict(encoding) | {"order": "shuffled"},
         workers=workers,
         overwrite=overwrite,
         exif_orientation=exif_orientation,

@@ -12,8 +12,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from conftest import read_bytes, write_raw_beton
 
 from pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
+from pipelines.extents import Extents
+from rsa_fast.insight.profiling import evict
 
 pytestmark = pytest.mark.skipif(
     find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
@@ -74,6 +77,35 @@ def test_flips_and_turns_equal_the_reference(beton, aggressive_on):
         reads = VIEWS if aggressive_on == "host" else VIEWS[:2]
         for one, other in zip(ours.batches(0), theirs.batches(0), strict=True):
             assert equal(one, other, reads)
+
+
+def test_of_a_cold_file_only_the_images_of_the_batches_are_read(loader, tmp_path, monkeypatch):
+    """Of 96 images of 120 kB, those of the first batches are read, and little besides.
+
+    With the read-ahead of a device of 128 KiB, twice as much was read, and with 8 MiB all of it.
+    """
+    list(loader.batches(0))  # so that the compiled code has been read
+    path = write_raw_beton(tmp_path, 96, 200) / "train.beton"
+    asked, ask = [], Extents.read_soon
+    monkeypatch.setattr(
+        Extents, "read_soon", lambda extents, ids: asked.append(ids) or ask(extents, ids)
+    )
+    with open_loader(tmp_path, threads=1, prefetch_batches=1) as cold:
+        if fault := evict([path]):
+            pytest.skip(f"files cannot be dropped from the page cache here: {fault}")
+        before = read_bytes()
+        batches = cold.batches(0)
+        first = next(batches)
+        batches.close()
+        read = read_bytes() - before
+        order = cold.job.order
+    assert first.ids.tolist() == order.ids(0, 0).tolist()
+    assert [ids.tolist() for ids in asked] == [
+        order.ids(0, step).tolist() for step in range(len(asked))
+    ]
+    wanted = sum(map(len, asked)) * 3 * 200**2
+    assert 2 <= len(asked) < 6 and wanted < 0.5 * path.stat().st_size
+    assert read < 1.1 * wanted
 
 
 def test_starting_at_a_step_is_a_jump_and_leaving_early_leaves_nothing(loader, reference):

@@ -17,10 +17,12 @@ from PIL import Image
 
 from pipelines.beton import open_beton
 from pipelines.layouts import open_source
+from pipelines.order import epoch_order
 from pipelines.sources import to_rgb
 from tools.convert import RESIZE_FILTER, Encoding, psnr_db
 from tools.to_ffcv import main
 
+ORDER = epoch_order(14, 0, 0)  # in which the 14 training images are written
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
 
 
@@ -68,24 +70,29 @@ def test_passthrough_keeps_jpegs_and_encodes_the_rest(images, tmp_path):
         88,
     )
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
-    assert (stored.manifest.sizes == source.manifest.sizes).all()  # No image is resized.
-    for i, keep in enumerate(kept_as_they_are(source)):
-        assert stored.encoded(i) == (source.encoded(i) if keep else reencoded(source.read(i), 88))
+    assert ORDER.tolist() != sorted(ORDER)
+    assert (stored.manifest.sizes == source.manifest.sizes[ORDER]).all()  # No image is resized.
+    keep = kept_as_they_are(source)
+    for i, own in enumerate(ORDER.tolist()):
+        as_it_is = source.encoded(own) if keep[own] else reencoded(source.read(own), 88)
+        assert stored.encoded(i) == as_it_is
     assert (result["jpg"], result["raw"], result["reencoded"]) == (14, 0, 3)
     noise = [
-        psnr_db(source.read(i), stored.read(i)) for i in np.flatnonzero(~kept_as_they_are(source))
+        psnr_db(source.read(own), stored.read(i))
+        for i, own in enumerate(ORDER.tolist())
+        if not keep[own]
     ]
     assert result["psnr_db"]["min"] == pytest.approx(min(noise), abs=0.01)
     assert result["psnr_db"]["median"] == pytest.approx(np.median(noise), abs=0.01)
     assert (
-        stored.manifest.labels == source.manifest.labels
+        stored.manifest.labels == source.manifest.labels[ORDER]
     ).all() and stored.manifest.classes == source.manifest.classes
 
 
 def test_raw_keeps_pixels(images, tmp_path):
     result = convert(images, tmp_path, "--write-mode", "raw")
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
-    assert all((stored.read(i) == source.read(i)).all() for i in range(14))
+    assert all((stored.read(i) == source.read(own)).all() for i, own in enumerate(ORDER.tolist()))
     assert (result["jpg"], result["raw"], result["reencoded"], result["psnr_db"]) == (
         0,
         14,
@@ -99,8 +106,8 @@ def test_jpg_is_pil_s_jpeg_of_the_area_filtered_image(images, tmp_path):
         images, tmp_path, "--write-mode", "jpg", "--max-resolution", 60, "--jpeg-quality", 85
     )
     source, stored = open_source(images, "train"), open_source(tmp_path, "train")
-    for i in range(14):
-        image, (height, width) = Image.fromarray(source.read(i)), stored.manifest.sizes[i]
+    for i, own in enumerate(ORDER.tolist()):
+        image, (height, width) = Image.fromarray(source.read(own)), stored.manifest.sizes[i]
         assert max(height, width) == min(60, max(image.size))
         pixels = np.asarray(image.resize((width, height), RESIZE_FILTER))
         assert stored.encoded(i) == reencoded(pixels, 85)
@@ -123,7 +130,8 @@ def test_proportion_and_smart_choose_per_image(images, tmp_path):
     convert(images, tmp_path / "proportion", "--seed", 3)
     encoding = Encoding("proportion", seed=3)
     entries = open_beton(tmp_path / "proportion" / "train.beton").entries
-    assert entries["raw"].tolist() == [encoding.stores_raw(sample, pixels) for sample in range(14)]
+    chosen = [encoding.stores_raw(sample, pixels) for sample in epoch_order(14, 3, 0).tolist()]
+    assert entries["raw"].tolist() == chosen
     assert 0 < entries["raw"].sum() < 14
     convert(images, tmp_path / "smart", "--write-mode", "smart", "--smart-threshold", 10_000)
     entries = open_beton(tmp_path / "smart" / "train.beton").entries
@@ -178,8 +186,9 @@ def test_ffcv_s_loader_reads_the_file(mode, tmp_path):
     found = [(images.copy(), labels.copy()) for images, labels in batches]
     torch.set_num_threads(threads)
     source = open_source(src, "train")
-    pixels = np.stack([source.read(i) for i in range(6)]).astype(int)
-    assert len(found) == 1 and found[0][1].ravel().tolist() == [0, 0, 0, 1, 1, 1]
+    order = epoch_order(6, 0, 0)
+    pixels = np.stack([source.read(own) for own in order.tolist()]).astype(int)
+    assert len(found) == 1 and (found[0][1].ravel() == source.manifest.labels[order]).all()
     error = np.abs(found[0][0] - pixels)
     # FFCV's JPEG decoder uses the fast transform.
     assert error.max() == 0 if mode == "raw" else error.mean() < 3
@@ -188,7 +197,8 @@ def test_ffcv_s_loader_reads_the_file(mode, tmp_path):
 def test_grayscale_is_decoded_to_three_equal_channels(images, tmp_path):
     convert(images, tmp_path, "--write-mode", "passthrough")
     stored = open_source(tmp_path, "train")
-    gray = open_source(images, "train").manifest.paths.index("train/class_0/gray.jpg")
+    own = open_source(images, "train").manifest.paths.index("train/class_0/gray.jpg")
+    gray = ORDER.tolist().index(own)
     assert (
         np.ptp(stored.read(gray), axis=-1).max() == 0
         and Image.open(io.BytesIO(stored.encoded(gray))).mode == "L"
