@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.extents import Extents
+from pipelines.files import partial_name
 from pipelines.manifest import Manifest
 from pipelines.sources import Source, open_image, to_rgb
 
@@ -61,6 +62,12 @@ class Packed:
         # A hit of the cache takes no lock of ours. A file that leaves the cache is closed by its
         # last reader, as nothing refers to it any more.
         self.opened = lru_cache(limit)(partial(open_file, self.paths, self.states))
+        # Where `tools.stage` copies files to, they are links until their copies are complete.
+        self.copies = {
+            number: (str(path.with_name(partial_name(path.name))), str(path))
+            for number, path in enumerate(paths)
+            if path.is_symlink()
+        }
         for number in range(min(limit, len(paths))):
             self.opened(number)
         lengths = np.array([size for size, _ in self.states], np.int64)
@@ -86,6 +93,9 @@ class Packed:
 
     def bytes_at(self, number: int, size: int, offset: int) -> bytes:
         """Up to `size` bytes of a file from byte `offset`, fewer if it ends before."""
+        for copy in self.copies.get(number, ()):
+            if len(data := read_copy(copy, size, offset)) == size:
+                return data
         file = self.opened(number)  # This reference keeps the file open until it is read.
         return os.pread(file.fileno(), size, offset)
 
@@ -159,6 +169,18 @@ class Packed:
         file, offset, size = (self.entries[name] for name in ("file", "offset", "size"))
         extents = Extents(file, offset, size, self.opened)
         return Source(manifest, self.read, encoded, file=self.file, extents=extents)
+
+
+def read_copy(path: str, size: int, offset: int) -> bytes:
+    """Up to `size` bytes of a copy from byte `offset`: fewer or none if they are not there yet."""
+    try:
+        copy = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # a link leads to the original
+    except OSError:
+        return b""
+    try:
+        return os.pread(copy, size, offset)
+    finally:
+        os.close(copy)
 
 
 def open_file(paths: Sequence[Path], states: Sequence[tuple[int, int]], number: int) -> io.FileIO:

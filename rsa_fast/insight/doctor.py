@@ -314,8 +314,10 @@ def check_page_cache(data_gib: float, memory_gib: float) -> Check:
     data = f"{data_gib:.1f} GiB" if data_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
     too_large = (data_gib or IMAGENET_GIB) > 0.8 * memory_gib
     fix = (
-        "a local NVMe disk, or smaller files: "
-        "python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400"
+        "a local NVMe disk (python -m tools.stage DATA OUT), or smaller files: "
+        "python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400; on a disk limited "
+        "in reads per second (a hard disk, an array, a network disk), packed files with "
+        "--set order=blocks: 3,200 instead of 564 images/s at 500 reads per second"
     )
     found = f"{data} in {memory_gib:.1f} GiB of memory"
     return make_check("page cache", found, (too_large, "warning", fix))

@@ -149,6 +149,9 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
         ("page_cache", (144.0, 244.0), "ok", ""),
         ("page_cache", (144.0, 160.0), "warning", "tools.to_ffcv"),
         ("page_cache", (0.0, 160.0), "warning", "tools.to_ffcv"),
+        ("page_cache", (144.0, 160.0), "warning", "limited in reads per second"),
+        ("page_cache", (144.0, 160.0), "warning", "order=blocks"),
+        ("page_cache", (144.0, 160.0), "warning", "tools.stage"),
         ("page_cache", (1.0, 2.0), "ok", ""),
         ("extras", (dict.fromkeys(doctor.EXTRAS, "1.0"),), "ok", ""),
         (

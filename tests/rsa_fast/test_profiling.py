@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from conftest import write_raw_beton
 from fake_gpu import on_fake_gpu
 
 from pipelines import VIEWS, Batch, Loading, open_source
@@ -305,6 +306,28 @@ def test_figures_verdict_and_knob_are_those_of_the_planted_step_and_loader(
     assert rsa["images_per_s"] == pytest.approx(8 / 0.040)
     assert rsa["over_byol"] == pytest.approx({"step": 1 / 5, "views": 1, "both": 1 / 2})
     assert report["rsa_over_byol"] == rsa["over_byol"]["both"]
+
+
+def test_the_verdict_read_bound_points_at_blocks_where_they_pay(
+    folder, tmp_path, clock, monkeypatch
+):
+    plant(clock, monkeypatch, lambda run, _: 10, view_ms=30)
+    monkeypatch.setattr(profiling, "evict", lambda files: "")
+    monkeypatch.setattr(profiling, "verdict", lambda **times: "read-bound")
+    packed = write_raw_beton(tmp_path, 16, 40)
+
+    def measured(data, memory_bytes: float, **fields) -> dict:
+        monkeypatch.setattr(profiling, "read_memory_bytes", lambda: memory_bytes)
+        report = profile({"rsa": tiny("rsa", **fields)}, data, repeats=1, seconds=0.1)
+        return report["methods"]["rsa"]
+
+    assert measured(packed, 1e3, backend="native")["knob"].startswith("order=blocks, which reads")
+    assert measured(packed, 1e9, backend="native")["knob"].startswith("few large files")
+    assert "then order=blocks" in measured(folder, 1e3, backend="native")["knob"]
+    blocks = measured(packed, 1e3, backend="native", order="blocks")
+    assert blocks["knob"].startswith("few large files")
+    assert "order = blocks reads whole windows ahead" in blocks["cold_fault"]
+    assert blocks["cold_views_ms"] is None
 
 
 def test_a_step_that_accumulates_waits_for_the_views_of_all_its_passes(folder, clock, monkeypatch):
