@@ -209,7 +209,7 @@ def check_numba_cache(folder: str, error: str) -> Check:
 def check_user(user_id: int, name: str, home: str, writable: bool) -> Check:
     """`name` is the user's in the password database, or empty; `home` is "~" where none is known.
 
-    matplotlib, wandb and torch.hub keep settings and caches in the home.
+    wandb and torch.hub keep settings and caches in the home.
     """
     return make_check(
         "user",

@@ -9,8 +9,6 @@ components. The page is one HTML file, with the images inside: there is nothing 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from pipelines.files import write_text
 from pipelines.layouts import Data
 from rsa_fast.evaluation.embed import Embeddings, embed, read_embeddings, valid
 from rsa_fast.evaluation.features import BLOCK_ROWS
+from rsa_fast.insight.page import Picture, data_url, html_page, picture_row
 
 log = logging.getLogger("rsa_fast")
 
@@ -37,42 +36,19 @@ TILE_PX = 112  # the side of an image in the rows
 HOVER_PX = 80  # and of one that the map shows
 LEGEND_CLASSES = 40  # with more classes, colours could not be told apart
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --same: #2a9d4a; --other: #c8c8c8 }}
-body {{ font: 14px/1.45 system-ui, sans-serif; max-width: 1240px; margin: 2em auto }}
-body {{ padding: 0 1em }}
-h1, h2 {{ font-weight: 600 }} p {{ max-width: 75ch }}
-.row {{ display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 14px }}
-figure {{ margin: 0; width: {tile_px}px }}
-figure:first-child {{ margin-right: 14px }}
-figure img {{ width: 100%; display: block; border: 3px solid var(--other); border-radius: 3px }}
-figure img {{ box-sizing: border-box }}
-figure:first-child img {{ border-color: transparent }} img.same {{ border-color: var(--same) }}
-figcaption {{ font-size: 11px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis }}
-#map {{ position: relative; max-width: 900px }} svg {{ width: 100%; height: auto }}
-#tip {{ position: absolute; pointer-events: none; display: none; padding: 4px; font-size: 11px }}
-#tip {{ background: Canvas; border: 1px solid GrayText; max-width: 180px }}
-#tip {{ overflow-wrap: anywhere }} #tip img {{ display: block }}
-.legend {{ columns: 8em auto; font-size: 12px; max-width: 900px }}
-.legend i {{ display: inline-block; width: 9px; height: 9px; border-radius: 9px }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{summary}</p>
-<h2>Nearest images</h2>
-<p>{nearest}</p>
-{rows}
-{map}
-</body></html>
-"""
 MAP = """<h2>Map</h2>
 <p>{about}</p>
-<div id="map"><svg viewBox="0 0 1000 {height}">{circles}</svg>
-<div id="tip"><img alt=""><span></span></div></div>
+<div id="map" style="position:relative; max-width:900px">
+<svg viewBox="0 0 1000 {height}" style="width:100%">{circles}</svg>
+<div id="tip" class="box"><img alt=""><span></span></div></div>
 {legend}
-<script>
+<style>
+#tip {{ position: absolute; pointer-events: none; display: none; padding: 4px; font-size: 11px;
+  max-width: 180px; overflow-wrap: anywhere; z-index: 1 }}
+#tip img {{ display: block }} .legend {{ columns: 8em auto; font-size: 12px; max-width: 900px }}
+</style>
+"""
+SCRIPT = """
 const points = {points};
 const map = document.getElementById("map"), tip = document.getElementById("tip");
 const svg = map.querySelector("svg"), circles = [...svg.querySelectorAll("circle")];
@@ -91,14 +67,13 @@ function show(event) {{
   if (nearest === null) return;
   circles[nearest].setAttribute("stroke", "currentColor");
   const [text, image] = points[nearest], left = event.clientX - box.left;
-  tip.querySelector("img").src = "data:image/jpeg;base64," + image;
+  tip.querySelector("img").src = image;
   tip.querySelector("span").textContent = text;
-  tip.style.left = left > box.width - 200 ? (left - 200) + "px" : (left + 16) + "px";
+  tip.style.left = Math.max(0, left > box.width - 200 ? left - 200 : left + 16) + "px";
   tip.style.top = (event.clientY - box.top + 16) + "px";
 }}
 svg.addEventListener("pointermove", show);
 svg.addEventListener("pointerdown", show);
-</script>
 """
 
 
@@ -162,48 +137,52 @@ def write_page(
     generator = np.random.default_rng(seed)
     asked = np.sort(generator.choice(count, min(queries, count), replace=False))
     mapped = np.sort(generator.choice(count, min(points, count), replace=False))
-    found, cosines = nearest_rows(rows.features, asked, nearest)
     pictures = Pictures(rows, open_images(made, data))
-    pictures.read({*asked.tolist(), *found.ravel().tolist()}, TILE_PX)
-    sheet = "\n".join(
-        row_of_images(rows, pictures, query, own.tolist(), cosine.tolist())
-        for query, own, cosine in zip(asked.tolist(), found, cosines, strict=True)
-    )
-    same, chance = same_class(rows.labels, asked, found)
     of_classes = f" in {len(rows.classes):,} classes" if rows.classes else ""
+    sheet, shown = nearest_html(rows, pictures, asked, nearest, seed, "the others")
     title = f"Neighbours by {Path(made['checkpoint']).name}"
     summary = (
         f"{count:,} images{of_classes} from {', '.join(made['data'])}, by {made['checkpoint']}: "
         f"{made['dim']:,} features of {made['test_transform']}."
     )
+    drawn, script = draw_map(rows, pictures, mapped, seed) if len(mapped) > 2 else ("", "")
+    body = f"<h1>{escape(valid(title))}</h1>\n<p>{escape(valid(summary))}</p>\n{sheet}{drawn}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, html_page(valid(title), body, script))
+    return {
+        "out": str(out),
+        "images": count,
+        "queries": len(asked),
+        "map_points": len(mapped) if len(mapped) > 2 else 0,
+        **shown,
+    }
+
+
+def nearest_html(
+    rows: Embeddings, pictures: Pictures, asked: np.ndarray, nearest: int, seed: int, among: str
+) -> tuple[str, dict[str, Any]]:
+    """The rows `asked` with their nearest, as HTML, and `nearest` and the shares of `neighbours`.
+
+    `seed` is the one that drew them, and `among` says in words from which images the nearest are.
+    """
+    found, cosines = nearest_rows(rows.features, asked, nearest)
+    pictures.read({*asked.tolist(), *found.ravel().tolist()}, TILE_PX)
+    same, chance = same_class(rows.labels, asked, found)
     about = (
         f"{len(asked)} images drawn by seed {seed}, each with its {found.shape[1]} nearest among "
-        "the others. The number below an image is the cosine of their features."
+        f"{among}. The number below an image is the cosine of their features."
     )
     if same is not None:
         about += (
             f" A green frame: the class of the first image. Of the nearest images, {same:.1f}% are "
             f"of that class; without knowledge of the images it would be {chance:.1f}%."
         )
-    page = PAGE.format(
-        title=escape(valid(title)),
-        summary=escape(valid(summary)),
-        nearest=about,
-        rows=sheet,
-        tile_px=TILE_PX,
-        map=draw_map(rows, pictures, mapped, seed) if len(mapped) > 2 else "",
+    lines = (
+        row_of_images(rows, pictures, query, own.tolist(), cosine.tolist())
+        for query, own, cosine in zip(asked.tolist(), found, cosines, strict=True)
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
-    return {
-        "out": str(out),
-        "images": count,
-        "queries": len(asked),
-        "nearest": found.shape[1],
-        "map_points": len(mapped) if len(mapped) > 2 else 0,
-        "same_class_pct": same,
-        "chance_pct": chance,
-    }
+    shown = {"nearest": found.shape[1], "same_class_pct": same, "chance_pct": chance}
+    return f"<h2>Nearest images</h2>\n<p>{about}</p>\n{''.join(lines)}", shown
 
 
 def nearest_rows(
@@ -273,7 +252,7 @@ def open_images(made: dict[str, Any], data: Data | None) -> Source:
 
 
 class Pictures:
-    """Small JPEGs of the images of rows, in base64."""
+    """Small JPEGs of the images of rows, as data URLs."""
 
     def __init__(self, rows: Embeddings, source: Source) -> None:
         self.rows, self.source = rows, source
@@ -293,9 +272,7 @@ class Pictures:
         def picture(row: int) -> str:
             image = Image.fromarray(self.source.read(samples[row]))
             square = ImageOps.fit(image, (side_px, side_px), Image.Resampling.BILINEAR)
-            buffer = io.BytesIO()
-            square.save(buffer, "JPEG", quality=80)
-            return base64.b64encode(buffer.getvalue()).decode()
+            return data_url(square, "JPEG")
 
         ordered = sorted(wanted)
         with ThreadPoolExecutor() as pool:
@@ -315,19 +292,16 @@ def row_of_images(
     rows: Embeddings, pictures: Pictures, query: int, found: list[int], cosines: list[float]
 ) -> str:
     """An image and its nearest ones, with their cosines, as HTML."""
-    figures = []
+    shown = []
     for row, cosine in zip([query, *found], ["", *(f"{x:.3f}" for x in cosines)], strict=True):
         name = class_name(rows, row)
         title = ", ".join(filter(None, (valid(rows.filenames[row]), name)))
         caption = f"{cosine} {name}".strip() or "query"
-        is_same = row != query and rows.labels[row] == rows.labels[query] >= 0
-        mark = ' class="same"' if is_same else ""
-        figures.append(
-            f'<figure title="{escape(title)}"><img{mark} alt="" '
-            f'src="data:image/jpeg;base64,{pictures[row, TILE_PX]}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return f'<div class="row">{"".join(figures)}</div>'
+        mark = ""
+        if row != query:
+            mark = "same" if rows.labels[row] == rows.labels[query] >= 0 else "other"
+        shown.append(Picture(pictures[row, TILE_PX], caption, title, mark))
+    return picture_row(shown)
 
 
 def map_positions(features: np.ndarray, seed: int) -> np.ndarray:
@@ -348,8 +322,10 @@ def colours(count: int) -> Sequence[str]:
     return [f"hsl({360 * i / count:.0f} 65% {(45, 62)[i % 2]}%)" for i in range(count)] or ["#888"]
 
 
-def draw_map(rows: Embeddings, pictures: Pictures, mapped: np.ndarray, seed: int) -> str:
-    """The map of the rows `mapped` as HTML: points with their class's colour, images on hover."""
+def draw_map(
+    rows: Embeddings, pictures: Pictures, mapped: np.ndarray, seed: int
+) -> tuple[str, str]:
+    """The map of the rows `mapped` as HTML, and its script, which shows images on hover."""
     positions = map_positions(rows.features[mapped], seed)
     low, high = positions.min(0), positions.max(0)
     places = 15 + (positions - low) * 970 / max(float((high - low).max()), 1e-12)
@@ -375,16 +351,16 @@ def draw_map(rows: Embeddings, pictures: Pictures, mapped: np.ndarray, seed: int
     legend = ""
     if 0 < len(rows.classes) <= LEGEND_CLASSES:
         items = (
-            f'<div><i style="background:{colour}"></i> {escape(valid(name))}</div>'
+            f'<div><i class="dot" style="background:{colour}"></i>{escape(valid(name))}</div>'
             for colour, name in zip(palette, rows.classes, strict=True)
         )
         legend = f'<div class="legend">{"".join(items)}</div>'
     elif rows.classes:
         about += f" The colours are of {len(rows.classes)} classes, so that some look alike."
-    return MAP.format(
+    drawn = MAP.format(
         about=about,
         height=f"{float(places[:, 1].max()) + 15:.0f}",
         circles="".join(circles),
         legend=legend,
-        points=json.dumps(points).replace("</", "<\\/"),
     )
+    return drawn, SCRIPT.format(points=json.dumps(points).replace("</", "<\\/"))

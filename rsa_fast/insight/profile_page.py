@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from rsa_fast.insight.profiling import MODES
-from rsa_fast.insight.report import svg
+from rsa_fast.insight import page as shared
+from rsa_fast.insight.profiling import MODES, TOLERANCE
 from rsa_fast.insight.timeline import PARTS
+from rsa_fast.training.run_folder import this_process
 
 
 def text_table(summary: dict[str, Any]) -> Table:
     """What `profile` returned as a table with a column for each method."""
-    methods = summary["methods"].values()
     stages = ", ".join(f"{stage} {us:.0f}" for stage, us in summary["stages_us"].items())
     table = Table(
         "",
@@ -27,9 +24,17 @@ def text_table(summary: dict[str, Any]) -> Table:
         f"on {summary['device']} in {summary['dtype']}",
         caption=f"views, microseconds per image on one thread: {stages}",
     )
+    for row in rows_of(summary):
+        table.add_row(*row)
+    return table
+
+
+def rows_of(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of the table: a name, and a text for each method."""
+    rows: list[tuple[str, ...]] = []
 
     def row(name: str, text: Callable[[dict[str, Any]], str]) -> None:
-        table.add_row(name, *(text(method) for method in methods))
+        rows.append((name, *map(text, summary["methods"].values())))
 
     def times(mode: str) -> Callable[[dict[str, Any]], str]:
         return lambda m: "{:.2f} ({:.2f} to {:.2f})".format(m[f"{mode}_ms"], *m["range_ms"][mode])
@@ -48,11 +53,11 @@ def text_table(summary: dict[str, Any]) -> Table:
     row(MODES["both"], times("both"))
     row("images/s", lambda m: f"{m['images_per_s']:,.1f}")
     row("peak GiB", lambda m: f"{m['peak_gib']:.2f}")
-    row("stall share", lambda m: f"{m['stall_share']:.1%}")
+    row("stall share", lambda m: f"{max(0.0, m['stall_share']):.1%}")
     row("of BYOL: step, views, both", over_byol)
     row("verdict", lambda m: m["verdict"])
     row("what to change", lambda m: m["knob"])
-    return table
+    return rows
 
 
 def page(summary: dict[str, Any]) -> str:
@@ -62,26 +67,42 @@ def page(summary: dict[str, Any]) -> str:
     """
     methods = summary["methods"]
     parts = {
-        name: m["parts_ms"] | {"added by the views": m["both_ms"] - m["step_ms"]}
+        name: m["parts_ms"] | {"added by the views": max(0.0, m["both_ms"] - m["step_ms"])}
         for name, m in methods.items()
     }
-    stages = {"views": summary["stages_us"]}
-    figure = Figure(figsize=(12, len(methods) + 4), layout="constrained")
-    upper, lower = figure.subplots(2, 1, height_ratios=[len(methods), 1])
-    for axes, unit, bars in (
-        (upper, "ms per iteration", parts),
-        (lower, "us per image, one thread", stages),
-    ):
-        left = np.zeros(len(bars))
-        for part in next(iter(bars.values())):
-            width = np.array([max(0.0, bar[part]) for bar in bars.values()])
-            axes.barh(list(bars), width, left=left, label=part.replace("_", " "))
-            left += width
-        axes.set_xlabel(unit)
-        axes.invert_yaxis()
-        axes.legend(ncols=8, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
-    console = Console(record=True, file=io.StringIO(), width=140)
-    console.print(text_table(summary))
-    table = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-    title = "<title>rsa-fast profile</title>"
-    return f'<!doctype html>\n<meta charset="utf-8">\n{title}\n{svg(figure)}{table}\n'
+    process = this_process()
+    when = process["started"][:16].replace("T", " ")
+    about = (
+        f"{summary['dataset']} · batch {summary['batch_size']:,} on {summary['device']} in "
+        f"{summary['dtype']} · turns: {summary['repeats']} · {when} on {process['host']}"
+    )
+    verdicts = "".join(
+        f'<div class="{"fair" if loses(m) else "good"}">'
+        f"<b>{escape(name)}: {m['verdict']}</b>, {m['images_per_s']:,.1f} images/s. "
+        f'<span class="pale">What to change: {escape(m["knob"])}</span></div>'
+        for name, m in methods.items()
+    )
+    title = f"Profile of {', '.join(methods)}"
+    body = (
+        f"<h1>{escape(title)}</h1>\n<p>{escape(about)}</p>\n"
+        f"<code>{escape(shared.command_line(process['command']))}</code>\n<p></p>{verdicts}\n"
+        "<h2>Where the time goes</h2>\n"
+        + shared.bars("an iteration", with_spaces(parts), "ms")
+        + shared.bars("the views of an image, on one thread", {"": summary["stages_us"]}, "µs")
+        + "<h2>All numbers, in ms per iteration where nothing else is said</h2>\n"
+        + shared.table(("", *methods), rows_of(summary))
+    )
+    return shared.html_page(title, body)
+
+
+def loses(method: dict[str, Any]) -> bool:
+    """Whether the loader costs a method time."""
+    return method["verdict"] != "compute-bound" or method["stall_share"] > TOLERANCE
+
+
+def with_spaces(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The rows with the names of their parts in words."""
+    return {
+        name: {part.replace("_", " "): value for part, value in row.items()}
+        for name, row in rows.items()
+    }

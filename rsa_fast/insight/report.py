@@ -1,109 +1,121 @@
-"""A run as one web page, `report.html`: its curves, scores, recipe and environment.
+"""A run as one web page, `report.html`: what came out, how it went, and how to do it again.
 
     report([Path("runs/rsa"), Path("runs/byol")], Path("both.html"))
 
-The curves of several runs are drawn over each other. Below them is which classes each run confuses,
-by the predictions for the test images at its end. The page consists of HTML with pictures as SVG
-inside: no scripts, and nothing to load.
+The page begins with each run's scores, beside chance and the network before training, and with
+verdicts on collapse and on the loader. The curves of several runs are drawn over each other. A
+single run also has the views of some images and their nearest neighbours (`examples`). Then come
+the classes that each run confuses, by the predictions for the test images at its end.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from pipelines.files import write_text
+from rsa_fast.insight.examples import examples
+from rsa_fast.insight.page import (
+    COLOURS,
+    Axis,
+    Line,
+    chart,
+    command_line,
+    darkness,
+    html_page,
+    table,
+)
 from rsa_fast.methods import short_name
+from rsa_fast.training.meter import COLLAPSE_STD, HEALTHY_STD
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.run_folder import read_starts
 
-# Line styles and markers of a panel's keys, in their order.
-STYLES = ("-", "--", ":")
-MARKERS = "o^s"
-COLUMNS = 3
-PANEL_INCHES = (4.6, 3.0)
-NAMED_CLASSES = 30  # up to so many classes have their names beside a confusion picture
-COUNTED_CLASSES = 12  # and up to so many their numbers of images in it
+NAMED_CLASSES = 30  # up to so many classes have their names and numbers beside their confusions
 LISTED_CLASSES = 20  # rows of the table of the least accurate classes
+UNLIKE = 3  # runs whose lengths differ by more have an axis in percent of each
+SHORT_WAIT_PCT, LONG_WAIT_PCT = 5, 20  # of the time, up to which the loader is good, and fair
+NEARLY_ONE_RANK = 1.5  # an effective rank of 1 is collapse
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px/1.45 system-ui, sans-serif; color: #222 }}
-body {{ max-width: 1240px; margin: 2em auto; padding: 0 1em }}
-h1, h2 {{ font-weight: 600 }} svg, img {{ width: 100%; height: auto }}
-.beside {{ display: flex; flex-wrap: wrap; gap: 0 4em }} .beside > div {{ flex: 1 1 420px }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: left; vertical-align: top }}
-th, td {{ padding: .15em 1.2em .15em 0; border-bottom: 1px solid #e4e4e4 }}
-tbody th {{ font-weight: 400; color: #666 }} .differs td {{ background: #fff3c4 }}
-td {{ overflow-wrap: anywhere }}
-</style></head><body>
-<h1>{title}</h1>
-{curves}
-<div class="beside">
-<div>{scores}{environment}</div>
-{recipe}
-</div>
-{confusions}
-</body></html>
-"""
+SCORES = {
+    "knn_top1": "kNN top-1, k = 200",
+    "knn20_top1": "kNN top-1, k = 20",
+    "linear_top1": "linear top-1",
+    "finetune_top1": "fine-tuned top-1",
+}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot, with a line for each key of the records in metrics.jsonl."""
+    """One chart, with a line for each key of the records in metrics.jsonl."""
 
     title: str
-    x: str  # step or epoch
-    keys: tuple[str, ...]
+    keys: dict[str, str]  # with their names on the page
     from_zero: bool = False  # whether the y axis starts at 0
 
 
-PANELS = (
-    Panel("loss", "step", ("loss", "weak", "aggressive")),
-    Panel("kNN top-1, %", "epoch", ("knn_top1", "knn20_top1"), True),
-    Panel("fine-tuned top-1, %", "epoch", ("finetune_top1",), True),
-    Panel(
-        "cosine of weak and aggressive view, mean",
-        "epoch",
-        ("weak_aggressive_cosine", "other_image_cosine"),
-    ),
-    Panel("embedding_std (collapse: 0)", "step", ("embedding_std",), True),
-    Panel("effective rank of features (collapse: 1)", "epoch", ("effective_rank",), True),
-    Panel("throughput, images/s", "step", ("images_per_s",), True),
-    Panel("waiting for views, % of the time", "step", ("wait_pct",), True),
-    Panel("learning rate", "step", ("lr",)),
-    Panel("beta", "step", ("beta",)),
-    Panel("tau", "step", ("tau",)),
+LOSS = Panel("loss", {key: key for key in ("loss", "weak", "aggressive")})
+KNN = Panel("kNN top-1, %", {"knn_top1": "k = 200", "knn20_top1": "k = 20"}, True)
+FINETUNE = Panel("fine-tuned top-1, %", {"finetune_top1": "top-1"}, True)
+COSINES = Panel(
+    "weak-aggressive cosine",
+    {"weak_aggressive_cosine": "one image", "other_image_cosine": "two images"},
 )
-LOSS, KNN = PANELS[:2]
+SMALL_PANELS = (
+    Panel("embedding std (0: collapse)", {"embedding_std": ""}, True),
+    Panel("effective rank (1: collapse)", {"effective_rank": ""}, True),
+    COSINES,
+    Panel("images/s", {"images_per_s": ""}, True),
+    Panel("waiting for views, %", {"wait_pct": ""}, True),
+    Panel("learning rate", {"lr": ""}),
+    Panel("beta", {"beta": ""}),
+    Panel("tau", {"tau": ""}),
+)
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """The contents of a run's folder. Those of a missing file are empty."""
 
+    path: Path
     name: str
     records: list[dict[str, Any]]
     result: dict[str, Any]
     recipe: dict[str, Any]
-    environment: dict[str, Any]  # of the newest start
+    starts: list[dict[str, Any]]  # of env.json
     confusion: dict[str, Any]  # see `Evaluation.write_confusion`
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None in the first epoch of a run of an earlier version, which did not record it."""
+        if self.starts and "steps_per_epoch" in self.starts[-1]:
+            return int(self.starts[-1]["steps_per_epoch"])
+        ends = [record for record in self.records if record.get("epoch")]
+        return ends[0]["step"] // ends[0]["epoch"] if ends else None
+
+    @property
+    def length(self) -> float:
+        """The epochs of the whole run; of one without a recipe, those up to now."""
+        epochs = self.records[-1]["step"] / (self.steps_per_epoch or 1)
+        return float(max(self.recipe.get("epochs", 0) if self.steps_per_epoch else 0, epochs, 1e-9))
+
+    @property
+    def chance_pct(self) -> float | None:
+        """The accuracy of guessing, if the number of classes is known."""
+        recorded = self.starts[-1].get("classes", 0) if self.starts else 0
+        classes = len(self.confusion.get("classes", ())) or recorded
+        return 100 / classes if classes else None
+
+    def last(self, key: str) -> Any:
+        """The last value of a key in the records, or None."""
+        values = series(self.records, key)[1]
+        return values[-1] if values else None
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -123,22 +135,26 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
             f"the report is a web page: found --out {out}, wanted a name that ends in .html"
         )
     runs = read_runs(paths)
-    curves = svg(draw_figure(runs))  # first, as it refuses a run without records
+    if not any(run.records for run in runs):
+        raise ValueError(f"nothing is recorded yet in {', '.join(run.name for run in runs)}")
+    title = ", ".join(run.name for run in runs)
     scores = [
         {key: value for key, value in run.result.items() if not key.endswith("_per_class")}
-        or {"step": run.records[-1]["step"]}
+        or {"step": run.records[-1]["step"] if run.records else 0}
         for run in runs
     ]
-    page = PAGE.format(
-        title=escape(", ".join(run.name for run in runs)),
-        curves=curves,
-        scores=html_table("Scores", runs, scores),
-        recipe=html_table("Recipe", runs, [run.recipe for run in runs]),
-        environment=html_table("Environment", runs, [run.environment for run in runs]),
-        confusions="".join(confusion_section(run) for run in runs if run.confusion),
-    )
+    heads = [headline(run, i if len(runs) > 1 else None) for i, run in enumerate(runs)]
+    body = [
+        "".join(heads) if len(runs) == 1 else f"<h1>{escape(title)}</h1>{''.join(heads)}",
+        curves([run for run in runs if run.records]),
+        examples(paths[0]) if len(runs) == 1 else "",
+        *(confusion_section(run) for run in runs if run.confusion),
+        details("Scores", runs, scores),
+        details("Recipe", runs, [run.recipe for run in runs]),
+        details("Environment", runs, [(run.starts or [{}])[-1] for run in runs]),
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    write_text(out, html_page(title, "\n".join(body)))
     return out
 
 
@@ -153,11 +169,12 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
 
     return [
         RunFolder(
+            path=folder,
             name=name,
             records=read_metrics(folder),
             result=read(folder / "result.json", json.loads),
             recipe=shown(read(folder / "recipe.yaml", yaml.safe_load)),
-            environment=(read_starts(folder) or [{}])[-1],
+            starts=read_starts(folder),
             confusion=read(folder / "confusion.json", json.loads),
         )
         for name, folder in zip(names, folders, strict=True)
@@ -169,104 +186,226 @@ def shown(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"method": short_name(recipe["method"])} if "method" in recipe else recipe
 
 
-def series(records: list[dict[str, Any]], x: str, y: str) -> tuple[list[Any], list[Any]]:
-    """The values of `x` and `y` in order; if two records have the same `x`, the later counts."""
-    points = {
-        record[x]: record[y] for record in records if x in record and record.get(y) is not None
-    }
+def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]:
+    """The steps and values of a key in order; of two records of the same step the later counts."""
+    points = {record["step"]: record[key] for record in records if record.get(key) is not None}
     return list(points), list(points.values())
 
 
-def draw_figure(runs: list[RunFolder], panels: Sequence[Panel] = PANELS) -> Figure:
-    """The panels for which any run has records, and histograms of cosines.
+# ---- The headline --------------------------------------------------------------------------------
 
-    A histogram, of weak-aggressive cosines by epoch, is drawn for each run that recorded them. Each
-    of several runs has its own colour, named above the panels; a line's style then shows its key.
+
+def headline(run: RunFolder, colour: int | None) -> str:
+    """What was done, what came out, and whether it went well. Several runs have each a colour."""
+    name = f"{run.recipe['method']} on {data_name(run)}" if "method" in run.recipe else run.name
+    level = "h1"
+    if colour is not None:
+        dot = f'<i class="dot" style="background: var(--c{colour % COLOURS})"></i>'
+        level, name = "h2", f"{dot}{escape(run.name)}"
+    else:
+        name = escape(name)
+    commands = [start["command"] for start in run.starts if "command" in start]
+    parts = [
+        f"<{level}>{name}</{level}>",
+        f'<p class="long">{" · ".join(map(escape, facts(run)))}</p>',
+        f"<code>{escape(command_line(commands[0]))}</code>" if commands else "",
+        f'<div class="grid">{"".join(gauges(run, colour or 0))}</div>',
+        "".join(
+            f'<div class="{kind}"><b>{"✓" if kind == "good" else "!"}</b> {escape(text)}</div>'
+            for kind, text in verdicts(run)
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def data_name(run: RunFolder) -> str:
+    return str(run.result.get("dataset") or run.recipe.get("name") or run.recipe.get("dataset", ""))
+
+
+def facts(run: RunFolder) -> list[str]:
+    """What was trained on what, how far and for how long."""
+    recipe, start = run.recipe, (run.starts or [{}])[-1]
+    texts = []
+    if "images" in start:
+        of = f" in {start['classes']:,} classes" if start["classes"] else ""
+        texts.append(f"{start['images']:,} images{of}")
+    if "arch" in recipe:
+        size = recipe.get("views", {}).get("size_px")
+        texts.append(f"{recipe['arch']}, {size} px, batch {recipe['batch_size']:,}")
+    if run.records:
+        step, per_epoch = run.records[-1]["step"], run.steps_per_epoch
+        total = per_epoch * recipe["epochs"] if per_epoch and "epochs" in recipe else None
+        of = f" of {total:,}" if total else ""
+        epochs = f" ({step // per_epoch:,} of {recipe['epochs']:,} epochs)" if total else ""
+        state = "" if run.result and step == total else ", not finished" if total else ""
+        texts.append(f"{step:,}{of} steps{epochs}{state}")
+        if seconds := training_s(run.records):
+            texts.append(f"trained for {duration(seconds)}")
+    if "host" in start:
+        gpus = start.get("gpus") or ["CPU"]
+        device = f"{len(gpus)} x {gpus[0]}" if len(gpus) > 1 else gpus[0]
+        when = run.starts[0]["started"][:16].replace("T", " ")
+        texts.append(f"started {when} on {start['host']} ({device})")
+    return texts
+
+
+def training_s(records: list[dict[str, Any]]) -> float:
+    """The seconds of all steps, without evaluations and checkpoints."""
+    steps, step_ms = series(records, "step_ms")
+    return float(np.dot(np.diff([0, *steps]), step_ms)) / 1e3
+
+
+def duration(seconds: float) -> str:
+    """A time in words: `12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def gauges(run: RunFolder, colour: int) -> Iterator[str]:
+    """A box for each score: the number, and where chance and the start are beside it."""
+    chance = run.chance_pct
+    for key, name in SCORES.items():
+        steps, values = series(run.records, key)
+        value = run.result.get(key, values[-1] if values else None)
+        if value is None:
+            continue
+        beside = {"chance": chance} if chance else {}
+        if steps and steps[0] == 0:
+            beside["before training"] = values[0]
+        marks = "".join(
+            f'<i style="left:calc({level:.2f}% - 1px)" title="{name}"></i>'
+            for name, level in beside.items()
+        )
+        texts = [f"{name} {level:.1f}" for name, level in beside.items()]
+        if values and max(values) > value and run.steps_per_epoch:
+            epoch = steps[int(np.argmax(values))] / run.steps_per_epoch
+            texts.append(f"best {max(values):.1f} at epoch {epoch:g}")
+        bar = f'<i style="width:{value:.2f}%; background:var(--c{colour % COLOURS})"></i>'
+        yield (
+            f'<div class="box"><b>{name}</b><div><span class="big">{value:.1f}</span> %</div>'
+            f'<div class="gauge">{bar}{marks}</div>'
+            f'<div class="pale">{" · ".join(texts)}</div></div>'
+        )
+
+
+def verdicts(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """Whether the run went well, as good, fair or bad, and why."""
+    steps, scores = series(run.records, "knn_top1")
+    if len(steps) > 1 and steps[0] == 0:
+        gain = scores[-1] - scores[0]
+        text = f"kNN went from {scores[0]:.1f} before training to {scores[-1]:.1f} %"
+        yield ("good", text) if gain > 0 else ("fair", f"{text}: no better than untrained")
+    std, rank = run.last("embedding_std"), run.last("effective_rank")
+    if std is not None:
+        text = f"standard deviation of embeddings {std:.2f}"
+        text += f", effective rank of features {rank:.1f}" if rank is not None else ""
+        if std < COLLAPSE_STD or (rank or 2) < NEARLY_ONE_RANK:
+            yield "bad", f"collapse: all images are embedded alike ({text})"
+        elif std < HEALTHY_STD:
+            yield "fair", f"near to collapse ({text})"
+        else:
+            yield "good", f"no collapse ({text})"
+    waits = series(run.records, "wait_pct")[1]
+    if waits:
+        wait = run.result.get("wait_pct")
+        wait = float(np.median(waits[1:] or waits)) if wait is None else wait
+        text = f"the network waits for images {wait:.1f} % of the time"
+        if wait <= SHORT_WAIT_PCT:
+            yield "good", text
+        else:
+            kind = "fair" if wait <= LONG_WAIT_PCT else "bad"
+            yield kind, f"{text}: rsa-fast profile says which setting to change"
+
+
+# ---- The curves ----------------------------------------------------------------------------------
+
+
+def curves(runs: list[RunFolder]) -> str:
+    """All charts for which any run has records.
+
+    They have one x axis, in epochs. It is in percent of each run for runs of very different
+    lengths, and in steps in the first epoch of a run whose steps per epoch are not known.
     """
-    panels = [
-        panel
-        for panel in panels
-        if any(series(run.records, panel.x, key)[0] for run in runs for key in panel.keys)
-    ]
-    with_cosines = [
-        run for run in runs if series(run.records, "epoch", "weak_aggressive_counts")[0]
-    ]
-    count = len(panels) + len(with_cosines)
-    if not count:
-        raise ValueError(f"nothing is recorded yet in {', '.join(run.name for run in runs)}")
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    colours = []
-    if len(runs) > 1:
-        colours = [
-            Line2D([], [], linewidth=3, color=f"C{i}", label=run.name) for i, run in enumerate(runs)
-        ]
-    legend = 0.25 * -(-len(colours) // columns)
-    width = columns * PANEL_INCHES[0]
-    height = rows * PANEL_INCHES[1] + legend
-    figure = Figure((width, height))
-    # Fixed margins in inches: to compute them would take as long as drawing.
-    figure.subplots_adjust(
-        left=0.5 / width,
-        bottom=0.5 / height,
-        right=1 - 0.1 / width,
-        top=1 - (0.3 + legend) / height,
-        wspace=0.17,
-        hspace=0.35,
+    lengths = [run.length for run in runs]
+    if any(run.steps_per_epoch is None for run in runs):
+        axis, scales = Axis(max(lengths), "step"), [1.0] * len(runs)
+    elif max(lengths) > UNLIKE * min(lengths):
+        axis = Axis(100, "% of the run")
+        scales = [100 / (run.length * (run.steps_per_epoch or 1)) for run in runs]
+    else:
+        axis = Axis(max(lengths), "epoch")
+        scales = [1 / (run.steps_per_epoch or 1) for run in runs]
+
+    def lines_of(panel: Panel) -> list[Line]:
+        lines = []
+        for k, (key, name) in enumerate(panel.keys.items()):
+            for i, (run, scale) in enumerate(zip(runs, scales, strict=True)):
+                steps, values = series(run.records, key)
+                x = [scale * step for step in steps]
+                if values and len(runs) > 1:
+                    full_name = f"{run.name}, {name}" if len(panel.keys) > 1 else run.name
+                    lines.append(Line(full_name, x, values, colour=i, style=k))
+                elif values:
+                    lines.append(Line(name, x, values, colour=k))
+        return lines
+
+    wide, small = [], []
+    for panel in (LOSS, KNN, FINETUNE):
+        if not (lines := lines_of(panel)):
+            continue
+        levels, best = {}, None
+        if panel is not LOSS:
+            chances = {run.chance_pct for run in runs}
+            if len(chances) == 1 and (chance := chances.pop()):
+                levels["chance"] = chance
+            if len(runs) == 1:
+                first, top = lines[0], int(np.argmax(lines[0].y))
+                best = (first.x[top], first.y[top])
+                if first.x[0] == 0:
+                    levels["before training"] = first.y[0]
+        wide.append(
+            chart(panel.title, lines, axis, from_zero=panel.from_zero, levels=levels, best=best)
+        )
+    for panel in SMALL_PANELS:
+        if lines := lines_of(panel):
+            small.append(chart(panel.title, lines, axis, from_zero=panel.from_zero))
+        if panel is COSINES:
+            for i, (run, scale) in enumerate(zip(runs, scales, strict=True)):
+                title_end = f", {run.name}" if len(runs) > 1 else ""
+                small += cosine_chart(run, scale, axis, title_end, colour=i)
+    return (
+        f'<h2>Curves</h2>\n<div class="grid wide">{"".join(wide)}</div>\n'
+        f'<div class="grid">{"".join(small)}</div>'
     )
-    if colours:
-        figure.legend(handles=colours, loc="upper left", ncols=columns, frameon=False)
-    places = iter(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel in panels:
-        draw_panel(next(places), panel, runs)
-    for run in with_cosines:
-        draw_cosines(next(places), run, "" if len(runs) == 1 else f", {run.name}")
-    for empty in places:
-        empty.remove()
-    return figure
 
 
-def draw_panel(axes: Axes, panel: Panel, runs: list[RunFolder]) -> None:
-    several = len(runs) > 1
-    # Later runs have thinner lines, so that both of two coinciding lines are seen.
-    widths = np.linspace(1.2, 2.2, len(runs))[::-1]
-    for k, key in enumerate(panel.keys):
-        lines = [series(run.records, panel.x, key) for run in runs]
-        marker = MARKERS[k] if max(len(x) for x, _ in lines) < 20 else "None"
-        for i, (x, y) in enumerate(lines):
-            if x:
-                axes.plot(
-                    x,
-                    y,
-                    STYLES[k],
-                    color=f"C{i if several else k}",
-                    linewidth=widths[i],
-                    label="" if several else key,
-                    marker=marker,
-                    markersize=4,
-                )
-        if several and len(panel.keys) > 1 and any(x for x, _ in lines):
-            axes.plot([], [], STYLES[k], color="gray", label=key, marker=marker, markersize=4)
-    axes.set_xlim(left=0)
-    if panel.from_zero:
-        axes.set_ylim(bottom=0)
-    _, labels = axes.get_legend_handles_labels()
-    decorate(axes, panel.title, panel.x, legend="best" if len(labels) > 1 else "")
-
-
-def draw_cosines(axes: Axes, run: RunFolder, title_end: str) -> None:
-    """A histogram of the weak-aggressive cosines by epoch, and their mean for different images."""
-    epochs, counts = series(run.records, "epoch", "weak_aggressive_counts")
+def cosine_chart(
+    run: RunFolder, scale: float, axis: Axis, title_end: str, colour: int
+) -> Iterator[str]:
+    """The distribution of the weak-aggressive cosines by epoch, and its mean."""
+    steps, counts = series(run.records, "weak_aggressive_counts")
+    if not counts:
+        return
     share = np.array(counts).T / np.sum(counts, 1)  # (bins, epochs)
-    epoch_edges = [*np.array(epochs) - 0.5, epochs[-1] + 0.5]
-    cosine_edges = np.linspace(0, 1, len(share) + 1)
-    norm = PowerNorm(0.5)  # shows bins of a few images too
-    axes.pcolormesh(epoch_edges, cosine_edges, share, rasterized=True, cmap="Blues", norm=norm)
-    axes.set_ylim(bottom=share.any(1).argmax() / len(share))
-    x, y = series(run.records, "epoch", "other_image_cosine")
-    axes.plot(x, y, "--C1", label="mean of two different images")
-    title = f"cosine of weak and aggressive view{title_end}"
-    decorate(axes, title, "epoch", legend="lower left")
+    epoch = steps[0] if len(steps) == 1 else steps[1] - steps[0]
+    lowest = share.any(1).argmax() / len(share)  # no bin below it has an image
+    share = share[int(lowest * len(share)) :]
+    x, y = series(run.records, "weak_aggressive_cosine")
+    yield chart(
+        f"its distribution{title_end}",
+        [Line("mean", [scale * step for step in x], y, colour)],
+        axis,
+        heat=(share[::-1], (scale * (steps[0] - epoch), scale * steps[-1], float(lowest), 1.0)),
+    )
+
+
+# ---- The classes ---------------------------------------------------------------------------------
 
 
 def confusion_matrix(confusion: dict[str, Any]) -> np.ndarray:
@@ -277,26 +416,29 @@ def confusion_matrix(confusion: dict[str, Any]) -> np.ndarray:
     return counts
 
 
-def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+def confusion_picture(counts: np.ndarray, classes: Sequence[str]) -> str:
     """A row for each class: the share of its test images that is taken for each class."""
-    figure = Figure((7, 6), layout="constrained")
-    axes = figure.subplots()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    norm = PowerNorm(0.5, vmin=0, vmax=1)  # shows shares of a few images too
-    axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
-    axes.set_xlabel("predicted", fontsize=8)
-    axes.set_ylabel("class", fontsize=8)
-    axes.tick_params(labelsize=8)
-    if len(classes) <= NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    if len(classes) <= COUNTED_CLASSES:
-        for (label, predicted), count in np.ndenumerate(counts):
-            colour = "white" if share[label, predicted] > 0.4 else "#222"
-            axes.text(
-                predicted, label, f"{count:,}", ha="center", va="center", fontsize=8, color=colour
-            )
-    return figure
+    if len(classes) > NAMED_CLASSES:
+        return (
+            f'<img class="small box" style="width:100%; padding:0" alt="confusion matrix" '
+            f'src="{darkness(share)}"><p class="pale">A row for each class, a column for what its '
+            "images were taken for.</p>"
+        )
+    rows = []
+    for label, name in enumerate(classes):
+        cells = "".join(
+            f'<td style="background: rgb(80 136 224 / {share[label, predicted] ** 0.5:.2f})" '
+            f'title="{escape(name)} taken for {escape(classes[predicted])}">{count or ""}</td>'
+            for predicted, count in enumerate(counts[label].tolist())
+        )
+        rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in classes)
+    return (
+        '<div class="scroll"><table class="cells"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<p class="pale">A row for each class: how many of its images were taken for which.</p>'
+    )
 
 
 def confusion_section(run: RunFolder) -> str:
@@ -311,56 +453,29 @@ def confusion_section(run: RunFolder) -> str:
         taken_for = int(wrong[label].argmax())
         most = f"{classes[taken_for]} ({wrong[label, taken_for]:,})" if wrong[label].any() else "-"
         accuracy = f"{100 * right[label] / totals[label]:.1f}"
-        cells = (classes[label], accuracy, f"{totals[label]:,}", most)
-        rows.append("\n<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        rows.append((classes[label], accuracy, f"{totals[label]:,}", most))
     title = f"Classes by {run.confusion['score'].replace('_', '-')}, {run.name}"
     names = ("class", "top-1, %", "test images", "most often taken for")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    # An image of its own: the ids inside would be those of the curves.
-    picture = base64.b64encode(svg(draw_confusion(counts, classes)).encode()).decode()
     return (
         f'<h2>{escape(title)}</h2>\n<div class="beside"><div>'
-        f'<img alt="confusion matrix" src="data:image/svg+xml;base64,{picture}"></div>\n'
-        f"<div><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "</div>\n"
+        f"{confusion_picture(counts, classes)}</div>\n{table(names, rows)}</div>\n"
     )
 
 
-def decorate(axes: Axes, title: str, x: str, legend: Literal["best", "lower left", ""]) -> None:
-    """Add title, axes and grid, and a legend in the place `legend`, unless that is empty."""
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x, fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    if legend:
-        axes.legend(loc=legend, fontsize=7)
+# ---- The tables ----------------------------------------------------------------------------------
 
 
-def svg(figure: Figure) -> str:
-    """The figure as SVG. Text stays text, and the same run gives the same bytes."""
-    buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rsa-fast"}):
-        figure.savefig(buffer, format="svg", metadata=no_metadata)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def details(title: str, runs: list[RunFolder], fields: list[dict[str, Any]]) -> str:
+    """A folded table with a row for each field and a column for each run.
 
-
-def html_table(title: str, runs: list[RunFolder], fields: list[dict[str, Any]]) -> str:
-    """A row for each field and a column for each run; rows in which the runs differ are marked."""
+    Rows in which the runs differ are marked, but for scores, which always do.
+    """
     columns = [dict(flatten(of_run)) for of_run in fields]
-    rows = []
-    for key in dict.fromkeys(key for column in columns for key in column):
-        values = [column.get(key, "-") for column in columns]
-        differs = ' class="differs"' if len(set(values)) > 1 else ""
-        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-        rows.append(f"\n<tr{differs}><th>{escape(key)}</th>{cells}</tr>")
-    names = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    head = f"<thead><tr><th></th>{names}</tr></thead>"
-    body = f"<tbody>{''.join(rows)}</tbody>"
-    return f"<div><h2>{title}</h2>\n<table>{head}{body}</table></div>"
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [(key, *(column.get(key, "-") for column in columns)) for key in keys]
+    differs = [i for i, row in enumerate(rows) if title != "Scores" and len(set(row[1:])) > 1]
+    content = table(("", *(run.name for run in runs)), rows, differs)
+    return f"<details><summary>{title}</summary>\n{content}</details>"
 
 
 def flatten(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -252,7 +252,14 @@ def run_loop(
             prepare_folder(out, resume, overwrite)
             if starts_again:
                 checkpoint.delete_later(out / "checkpoints", run.step)
-            start = {"job": launcher_job_id(), "data": places, "step": run.step}
+            start = {
+                "job": launcher_job_id(),
+                "data": places,
+                "images": len(source.manifest),
+                "classes": len(source.manifest.classes),
+                "steps_per_epoch": run.derived.steps_per_epoch,
+                "step": run.step,
+            }
             add_start(out, this_process() | versions_and_hardware() | start)
             write_text(out / "recipe.yaml", dump_yaml(recipe))
 

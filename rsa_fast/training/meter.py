@@ -20,9 +20,10 @@ from rsa_fast.methods.method import Loss
 
 log = logging.getLogger("rsa_fast")
 
-# Collapse is suspected below this `embedding_std`. Healthy runs stay above 0.1, and above 0.9 if
-# their heads have BatchNorm.
+# Collapse is suspected below this `embedding_std`.
 COLLAPSE_STD = 0.02
+# Healthy runs stay above this one, and above 0.9 if their heads have BatchNorm.
+HEALTHY_STD = 0.1
 # Heads without BatchNorm embed all images alike at the start.
 COLLAPSE_FROM_STEP = 200
 NEVER = torch.iinfo(torch.int64).max

@@ -263,7 +263,7 @@ def explain_full_disk(out: Path) -> Iterator[None]:
 def try_to_report(folder: Path) -> None:
     """Write the report of a complete run. An error is only logged: the run itself is fine."""
     try:
-        # Imported here because of matplotlib, which takes a seventh of the total import time.
+        # Imported here, because it imports this module.
         from rsa_fast.insight.report import report
 
         report([folder])

@@ -49,7 +49,8 @@ def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp
     total = sum(count for *_, count in confusion["counts"])
     assert (total, 100 * right / total) == (20, last["linear_top1"])
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Classes by linear, run" in page and 'alt="confusion matrix"' in page
+    assert "Classes by linear, run" in page and '<table class="cells">' in page
+    assert "<h2>Views</h2>" in page and "<h2>Nearest images</h2>" in page
     assert "linear_per_class" not in page
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import needs_browser, title_after
 from click.testing import CliRunner
 from conftest import write_folder
 from PIL import Image
@@ -134,7 +135,10 @@ def test_the_page_shows_the_nearest_images_and_all_in_a_map(run, folder, tmp_pat
     assert names == [[f"class_{rows.labels[i]}", rows.filenames[i]] for i in range(40)]
     by_class = {(name, circle["fill"]) for (name, _), circle in zip(names, circles, strict=True)}
     assert len(by_class) == 2
-    assert Image.open(io.BytesIO(base64.b64decode(points[0][1]))).size == (module.HOVER_PX,) * 2
+    assert (
+        Image.open(io.BytesIO(base64.b64decode(points[0][1].split(",")[1]))).size
+        == (module.HOVER_PX,) * 2
+    )
     assert "All 40 images" in page.text
 
 
@@ -146,6 +150,21 @@ def test_the_page_needs_nothing_else(run, folder, tmp_path):
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp|\ssrc=\"(?!data:)", page.text)
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
     assert not [values for _, values in page.tags if "href" in values]
+
+
+@needs_browser
+def test_the_map_shows_the_image_below_the_pointer(run, folder, tmp_path):
+    rsa_fast.neighbours(run, folder, tmp_path / "nn.html", queries=1)
+    script = """
+    const box = circles[7].getBoundingClientRect(), x = box.x + box.width / 2 + 1;
+    svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: box.y + 4 }));
+    const image = tip.querySelector("img"), text = tip.querySelector("span").textContent;
+    const found = points.findIndex(point => point[0] === text && point[1] === image.src);
+    const shows = [found, shown, tip.style.display, circles[7].getAttribute("stroke")];
+    svg.dispatchEvent(new PointerEvent("pointermove", { clientX: -99, clientY: -99 }));
+    document.title = [...shows, tip.style.display, circles[7].getAttribute("stroke")];
+    """
+    assert title_after(tmp_path / "nn.html", script) == "7,7,block,currentColor,none,"
 
 
 def test_the_seed_decides_what_is_shown(run, folder, tmp_path):

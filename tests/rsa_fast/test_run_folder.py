@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from conftest import ROOT, write_folder
 from test_engine import same, tiny, weights
 
+from pipelines.layouts import open_source
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import evaluate
@@ -206,6 +207,11 @@ def test_env_json_keeps_every_start(data, tmp_path, monkeypatch):
     ]
     assert [start["step"] for start in starts] == [0, 3, 7]
     assert all("torch" in start["packages"] for start in starts)
+    source = open_source(data, "pretrain")
+    assert {start["images"] for start in starts} == {len(source.manifest)}
+    assert {start["classes"] for start in starts} == {len(source.manifest.classes)}
+    steps = len(source.manifest) // tiny().batch_size
+    assert {start["steps_per_epoch"] for start in starts} == {steps}
     train(tiny(), data, tmp_path / "run", overwrite=True, stop_at_step=1)
     assert len(read_starts(tmp_path / "run")) == 1
 

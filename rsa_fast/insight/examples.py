@@ -1,0 +1,109 @@
+"""Pictures for the page of a run: the views of a few of its images, and the neighbours of others.
+
+html = examples(Path("runs/rsa"))
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines import Order, Source
+from pipelines.combined import subset
+from pipelines.plain import PlainImages
+from rsa_fast.evaluation.embed import Embeddings, filename, valid
+from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.evaluate import extract_features
+from rsa_fast.insight.neighbours import TILE_PX, Pictures, nearest_html
+from rsa_fast.insight.page import Picture, data_url, picture_row
+from rsa_fast.insight.preview import view_levels
+from rsa_fast.recipes import Recipe
+from rsa_fast.training import checkpoint
+from rsa_fast.training.run_folder import stored_places
+from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
+
+log = logging.getLogger("rsa_fast")
+
+VIEWED, QUERIES, NEAREST, SEED = 4, 6, 8, 0
+POOL = 1000  # images among which neighbours are searched: fewer than an evaluation embeds
+BATCH_SIZE = 64
+
+
+def examples(folder: Path) -> str:
+    """The pictures of the run in `folder` as HTML, by its newest checkpoint.
+
+    They are drawn from the images that it is trained on. The same run gives the same pictures.
+    The result is empty before the first checkpoint. It is also empty, with a line in the log, if
+    the images or the encoder cannot be read.
+    """
+    checkpoints = checkpoint.paths_in(folder / "checkpoints")
+    if not checkpoints:
+        return ""
+    try:
+        network, recipe = load_encoder(checkpoints[-1])
+        assert recipe is not None
+        recipe = for_any_device(recipe)
+        whole = recipe.training_source(stored_places(folder), cache=folder)
+        draw = np.random.default_rng(SEED)
+        count = len(whole.manifest)
+        ids = np.sort(draw.choice(count, min(POOL, count), replace=False))
+        source = subset(whole, ids, "pretrain")
+        device = choose_device(recipe.device)
+        images = PlainImages(
+            source,
+            recipe.views,
+            recipe.eval_resize_px,
+            batch_size=BATCH_SIZE,
+            device=device,
+            dtype=choose_dtype(recipe.precision, device),
+            threads=recipe.threads,
+            on_bad_image="skip",
+        )
+        features, labels = extract_features(network.to(device), images)
+        readable = np.array([i for i in range(len(ids)) if i not in images.bad])
+        rows = Embeddings(
+            features.float().numpy()[readable],
+            labels.numpy()[readable],
+            [filename(source.manifest, i) for i in readable.tolist()],
+            source.manifest.classes,
+            {},
+        )
+        pictures = Pictures(rows, source)
+        asked = draw.choice(len(readable), min(QUERIES, len(readable)), replace=False)
+        viewed = subset(source, readable[asked[:VIEWED]], "pretrain")
+        share = f"the {count:,}" if len(ids) == count else f"{len(ids):,} of the {count:,}"
+        among = f"{share} images that it is trained on"
+        return (
+            views_html(recipe, viewed)
+            + nearest_html(rows, pictures, asked, NEAREST, SEED, among)[0]
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        log.info(f"the page of {folder} has no pictures: {str(error).splitlines()[0]}")
+        return ""
+
+
+def views_html(recipe: Recipe, few: Source) -> str:
+    """A few images with all views of them, as HTML.
+
+    It is empty if the views come from a file of the user's, which is not executed for a page.
+    """
+    if recipe.views.extra:
+        return ""
+    order = Order(len(few.manifest), len(few.manifest), recipe.seed)
+    levels = view_levels(recipe, few, order, 0, "native")
+    lines = []
+    for i, sample in enumerate(order.ids(0, 0).tolist()):
+        name = valid(filename(few.manifest, sample))
+        whole = ImageOps.contain(Image.fromarray(few.read(sample)), (TILE_PX, TILE_PX))
+        shown = [Picture(data_url(whole, "JPEG"), "image", name)]
+        for view, pixels in levels.items():
+            tile = Image.fromarray(pixels[i].round().clip(0, 255).astype(np.uint8))
+            tile.thumbnail((TILE_PX, TILE_PX))
+            caption = view.replace("_", " ")
+            shown.append(Picture(data_url(tile, "JPEG"), caption, f"{name}: {caption}", "small"))
+        lines.append(picture_row(shown))
+    about = "Images, and views of them as the recipe draws them. Each method reads some of these."
+    return f'<h2>Views</h2>\n<p>{about}</p>\n<div class="beside">{"".join(lines)}</div>\n'
