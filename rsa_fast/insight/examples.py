@@ -46,7 +46,9 @@ def examples(folder: Path) -> str:
         network, recipe = load_encoder(checkpoints[-1])
         assert recipe is not None
         recipe = for_any_device(recipe)
-        whole = recipe.training_source(stored_places(folder), cache=folder)
+        if not (places := stored_places(folder)):
+            raise ValueError("its env.json does not say where its images are")
+        whole = recipe.training_source(places, cache=folder)
         draw = np.random.default_rng(SEED)
         count = len(whole.manifest)
         ids = np.sort(draw.choice(count, min(POOL, count), replace=False))
@@ -63,7 +65,7 @@ def examples(folder: Path) -> str:
             on_bad_image="skip",
         )
         features, labels = extract_features(network.to(device), images)
-        readable = np.array([i for i in range(len(ids)) if i not in images.bad])
+        readable = np.array([i for i in range(len(ids)) if i not in images.bad], int)
         rows = Embeddings(
             features.float().numpy()[readable],
             labels.numpy()[readable],
@@ -81,7 +83,8 @@ def examples(folder: Path) -> str:
             + nearest_html(rows, pictures, asked, NEAREST, SEED, among)[0]
         )
     except (OSError, ValueError, RuntimeError) as error:
-        log.info(f"the page of {folder} has no pictures: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        log.info(f"the page of {folder} has no pictures: {reason}")
         return ""
 
 

@@ -291,10 +291,11 @@ def data_url(image: Image.Image, kind: str) -> str:
 def bars(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """Stacked bars as HTML, one for each row: the same parts in each, and their sum behind it."""
     parts = list(next(iter(rows.values())))
+    names = [escape(part.replace("_", " ")) for part in parts]
     longest = max(sum(row.values()) for row in rows.values())
     keys = "".join(
-        f'<span><i class="dot" style="background: var(--c{i % COLOURS})"></i>{escape(part)}</span>'
-        for i, part in enumerate(parts)
+        f'<span><i class="dot" style="background: var(--c{i % COLOURS})"></i>{name}</span>'
+        for i, name in enumerate(names)
     )
     html = [f'<div><h3>{escape(title)}, {escape(unit)}</h3><div class="keys">{keys}</div>']
     for name, row in rows.items():
@@ -303,7 +304,7 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
             share = 100 * row[part] / longest
             pieces.append(
                 f'<i style="width:{share:.3f}%; background: var(--c{i % COLOURS})" '
-                f'title="{escape(part)}: {row[part]:.2f} {escape(unit)}">'
+                f'title="{names[i]}: {row[part]:.2f} {escape(unit)}">'
                 f"{f'{row[part]:.3g}' if share > 5 else ''}</i>"
             )
         total = sum(row.values())

@@ -87,7 +87,7 @@ def page(summary: dict[str, Any]) -> str:
         f"<h1>{escape(title)}</h1>\n<p>{escape(about)}</p>\n"
         f"<code>{escape(shared.command_line(process['command']))}</code>\n<p></p>{verdicts}\n"
         "<h2>Where the time goes</h2>\n"
-        + shared.bars("an iteration", with_spaces(parts), "ms")
+        + shared.bars("an iteration", parts, "ms")
         + shared.bars("the views of an image, on one thread", {"": summary["stages_us"]}, "µs")
         + "<h2>All numbers, in ms per iteration where nothing else is said</h2>\n"
         + shared.table(("", *methods), rows_of(summary))
@@ -97,12 +97,4 @@ def page(summary: dict[str, Any]) -> str:
 
 def loses(method: dict[str, Any]) -> bool:
     """Whether the loader costs a method time."""
-    return method["verdict"] != "compute-bound" or method["stall_share"] > TOLERANCE
-
-
-def with_spaces(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The rows with the names of their parts in words."""
-    return {
-        name: {part.replace("_", " "): value for part, value in row.items()}
-        for name, row in rows.items()
-    }
+    return bool(method["verdict"] != "compute-bound" or method["stall_share"] > TOLERANCE)

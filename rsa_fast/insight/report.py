@@ -11,6 +11,7 @@ the classes that each run confuses, by the predictions for the test images at it
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,12 +38,18 @@ from rsa_fast.training.meter import COLLAPSE_STD, HEALTHY_STD
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.run_folder import read_starts
 
+log = logging.getLogger("rsa_fast")
+
 NAMED_CLASSES = 30  # up to so many classes have their names and numbers beside their confusions
 LISTED_CLASSES = 20  # rows of the table of the least accurate classes
 UNLIKE = 3  # runs whose lengths differ by more have an axis in percent of each
 SHORT_WAIT_PCT, LONG_WAIT_PCT = 5, 20  # of the time, up to which the loader is good, and fair
 NEARLY_ONE_RANK = 1.5  # an effective rank of 1 is collapse
 
+ABOUT_AXES = {
+    "%": "As the lengths of the runs differ, the curves are over percent of each run.",
+    "step": "As no epoch is complete, the curves are over steps.",
+}
 SCORES = {
     "knn_top1": "kNN top-1, k = 200",
     "knn20_top1": "kNN top-1, k = 20",
@@ -134,20 +141,24 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         raise ValueError(
             f"the report is a web page: found --out {out}, wanted a name that ends in .html"
         )
-    runs = read_runs(paths)
-    if not any(run.records for run in runs):
-        raise ValueError(f"nothing is recorded yet in {', '.join(run.name for run in runs)}")
+    found = read_runs(paths)
+    runs = [run for run in found if run.records]
+    begun = ", ".join(run.name for run in found if not run.records)
+    if not runs:
+        raise ValueError(f"nothing is recorded yet in {begun}")
+    if begun:
+        log.info(f"left out: nothing is recorded yet in {begun}")
     title = ", ".join(run.name for run in runs)
     scores = [
         {key: value for key, value in run.result.items() if not key.endswith("_per_class")}
-        or {"step": run.records[-1]["step"] if run.records else 0}
+        or {"step": run.records[-1]["step"]}
         for run in runs
     ]
     heads = [headline(run, i if len(runs) > 1 else None) for i, run in enumerate(runs)]
     body = [
         "".join(heads) if len(runs) == 1 else f"<h1>{escape(title)}</h1>{''.join(heads)}",
-        curves([run for run in runs if run.records]),
-        examples(paths[0]) if len(runs) == 1 else "",
+        curves(runs),
+        examples(runs[0].path) if len(runs) == 1 else "",
         *(confusion_section(run) for run in runs if run.confusion),
         details("Scores", runs, scores),
         details("Recipe", runs, [run.recipe for run in runs]),
@@ -232,15 +243,14 @@ def facts(run: RunFolder) -> list[str]:
     if "arch" in recipe:
         size = recipe.get("views", {}).get("size_px")
         texts.append(f"{recipe['arch']}, {size} px, batch {recipe['batch_size']:,}")
-    if run.records:
-        step, per_epoch = run.records[-1]["step"], run.steps_per_epoch
-        total = per_epoch * recipe["epochs"] if per_epoch and "epochs" in recipe else None
-        of = f" of {total:,}" if total else ""
-        epochs = f" ({step // per_epoch:,} of {recipe['epochs']:,} epochs)" if total else ""
-        state = "" if run.result and step == total else ", not finished" if total else ""
-        texts.append(f"{step:,}{of} steps{epochs}{state}")
-        if seconds := training_s(run.records):
-            texts.append(f"trained for {duration(seconds)}")
+    step, per_epoch = run.records[-1]["step"], run.steps_per_epoch
+    total = per_epoch * recipe["epochs"] if per_epoch and "epochs" in recipe else None
+    of = f" of {total:,}" if total else ""
+    epochs = f" ({step // per_epoch:,} of {recipe['epochs']:,} epochs)" if total else ""
+    state = "" if run.result and step == total else ", not finished" if total else ""
+    texts.append(f"{step:,}{of} steps{epochs}{state}")
+    if seconds := training_s(run.records):
+        texts.append(f"trained for {duration(seconds)}")
     if "host" in start:
         gpus = start.get("gpus") or ["CPU"]
         device = f"{len(gpus)} x {gpus[0]}" if len(gpus) > 1 else gpus[0]
@@ -283,9 +293,9 @@ def gauges(run: RunFolder, colour: int) -> Iterator[str]:
             for name, level in beside.items()
         )
         texts = [f"{name} {level:.1f}" for name, level in beside.items()]
-        if values and max(values) > value and run.steps_per_epoch:
-            epoch = steps[int(np.argmax(values))] / run.steps_per_epoch
-            texts.append(f"best {max(values):.1f} at epoch {epoch:g}")
+        best = max(zip(values, steps, strict=True), default=(value, 0))
+        if best[0] > value and best[1] and run.steps_per_epoch:
+            texts.append(f"best {best[0]:.1f} at epoch {best[1] / run.steps_per_epoch:g}")
         bar = f'<i style="width:{value:.2f}%; background:var(--c{colour % COLOURS})"></i>'
         yield (
             f'<div class="box"><b>{name}</b><div><span class="big">{value:.1f}</span> %</div>'
@@ -336,7 +346,7 @@ def curves(runs: list[RunFolder]) -> str:
     if any(run.steps_per_epoch is None for run in runs):
         axis, scales = Axis(max(lengths), "step"), [1.0] * len(runs)
     elif max(lengths) > UNLIKE * min(lengths):
-        axis = Axis(100, "% of the run")
+        axis = Axis(100, "%")
         scales = [100 / (run.length * (run.steps_per_epoch or 1)) for run in runs]
     else:
         axis = Axis(max(lengths), "epoch")
@@ -379,8 +389,9 @@ def curves(runs: list[RunFolder]) -> str:
             for i, (run, scale) in enumerate(zip(runs, scales, strict=True)):
                 title_end = f", {run.name}" if len(runs) > 1 else ""
                 small += cosine_chart(run, scale, axis, title_end, colour=i)
+    about = "" if axis.name == "epoch" else f"<p>{ABOUT_AXES[axis.name]}</p>\n"
     return (
-        f'<h2>Curves</h2>\n<div class="grid wide">{"".join(wide)}</div>\n'
+        f'<h2>Curves</h2>\n{about}<div class="grid wide">{"".join(wide)}</div>\n'
         f'<div class="grid">{"".join(small)}</div>'
     )
 
@@ -483,6 +494,10 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
     for key, value in fields.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):  # groups of crops
+            for i, item in enumerate(value):
+                given = {name: x for name, x in item.items() if x is not None}
+                yield from flatten(given, f"{prefix}{key}.{i}.")
         else:
             values = value if isinstance(value, list) else ["-" if value is None else value]
             texts = [f"{v:.5g}" if isinstance(v, float) else str(v) for v in values]

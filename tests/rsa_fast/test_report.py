@@ -284,6 +284,15 @@ def test_the_tables_hold_what_the_run_folder_does(tmp_path):
     }
 
 
+def test_fields_within_fields_have_rows_of_their_own():
+    groups = [{"name": "large", "count": 2, "size_px": None}, {"name": "small", "count": 6}]
+    assert dict(module.flatten({"views": {"groups": groups, "extra": None, "mean": []}})) == {
+        **{"views.groups.0.name": "large", "views.groups.0.count": "2"},
+        **{"views.groups.1.name": "small", "views.groups.1.count": "6"},
+        **{"views.extra": "-", "views.mean": "-"},
+    }
+
+
 def test_several_runs_are_laid_over_each_other_and_their_differences_marked(tmp_path):
     folders = [
         write_run(tmp_path / "rsa"),
@@ -423,6 +432,16 @@ def test_a_run_that_goes_on_has_a_report_of_what_is_there(tmp_path):
     for name in ("result.json", "recipe.yaml", "env.json"):
         (folder / name).unlink()
     assert Page(report([folder])).table("Scores") == {"": ["rsa"], "step": ["40"]}
+
+
+def test_a_run_without_records_is_left_out_with_a_message(tmp_path, caplog):
+    folder, begun = write_run(tmp_path / "rsa"), tmp_path / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").touch()
+    caplog.set_level("INFO", "rsa_fast")
+    page = report([begun, folder], tmp_path / "both.html")
+    assert "left out: nothing is recorded yet in begun" in caplog.text
+    assert page.read_text() == report([folder]).read_text()
 
 
 def test_the_command_writes_the_page_and_says_where(tmp_path):
