@@ -529,8 +529,8 @@ def test_the_confused_classes_are_drawn_and_the_worst_are_listed(tmp_path):
     (folder / "confusion.json").write_text(json.dumps(content))
     path = report([folder])
     # The section has two tables: the other one has a column for each of the four classes.
-    tables = Page(path).table("Classes by linear, rsa")
-    table = {name: cells for name, cells in tables.items() if len(cells) == 3}
+    rows = Page(path).tables["Classes by linear, rsa"]
+    table = {name: cells for name, *cells in rows if len(cells) == 3}
     assert list(table) == ["class", "dogs", "cats", "<owls>"]  # newts have no test images
     assert table["dogs"] == ["20.0", "5", "cats (3)"]
     assert table["cats"] == ["80.0", "10", "dogs (2)"]
