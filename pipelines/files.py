@@ -68,6 +68,15 @@ def read_list_text(path: Path) -> str:
     return os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
 
 
+def read_bytes(path: str) -> bytes:
+    """The content of a file. `Path.read_bytes` holds Python's lock three times as long."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
 def partial_name(name: str) -> str:
     """The name of the temporary file: hidden, so no listing of images or checkpoints finds it."""
     return f".{name}.partial"

@@ -42,7 +42,8 @@ def can_cache() -> bool:
 # a kernel that is first compiled for a caller with fastmath, as FFCV's functions are, would inherit
 # it and be cached with it. No kernel that another calls may take a writable 1-d uint8 array: FFCV
 # marks numba's type of these as read-only, and numba then does not find what it has compiled.
-kernel = njit(nogil=True, cache=can_cache(), error_model="numpy", fastmath=False)
+CACHE = can_cache()
+kernel = njit(nogil=True, cache=CACHE, error_model="numpy", fastmath=False)
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
@@ -114,12 +115,14 @@ def batch_views(
         sample_views(image, params[b], table, weak, aggressive, b)
 
 
-@kernel
+# This takes a microsecond, so that it keeps Python's lock: other threads would take it meanwhile.
+@njit(cache=CACHE, error_model="numpy", fastmath=False)
 def jpeg_header(data: np.ndarray) -> tuple[int, int, bool]:
-    """Height, width and usual sampling according to the frame header in a JPEG's bytes `(n,)`.
+    """Height and width, and whether the JPEG is usual, by the frame header in its bytes `(n,)`.
 
-    The sampling is usual if the decoder enlarges each component by 1x1, 2x1 (width times height)
-    or 2x2. Both sides are 0 if there is no frame header where it should be.
+    It is usual if it has at most three components, unlike CMYK images, and the decoder enlarges
+    each by 1x1, 2x1 (width times height) or 2x2. Both sides are 0 if there is no frame header
+    where it should be.
     """
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -131,7 +134,7 @@ def jpeg_header(data: np.ndarray) -> tuple[int, int, bool]:
             widest, tallest = 0, 0
             for both in factors:
                 widest, tallest = max(widest, both >> 4), max(tallest, both & 15)
-            usual = True
+            usual = data[at + 9] <= 3
             for both in factors:
                 across, down = both >> 4, both & 15
                 usual &= widest == across or widest == 2 * across

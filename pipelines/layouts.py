@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipelines.beton import beton_source
 from pipelines.combined import held_out_ids, joined, refuse_twice, subset
-from pipelines.files import read_list_text, user_cache
+from pipelines.files import read_bytes, read_list_text, user_cache
 from pipelines.folders import (
     SPLIT_NAMES,
     TEST_NAMES,
@@ -251,7 +251,7 @@ def open_place(place: Path, split: str, reading: Reading, part: str = "") -> tup
     if reading.cache:
         caches.append(reading.cache / ".rsa-fast" / f"{part}{name}")
     scan = scan_files(root, split, list_files, caches, reading.on_bad_image)
-    turned, orientations = reading.exif_orientation, scan.orientations
+    turned, orientations, folder = reading.exif_orientation, scan.orientations, str(root)
     manifest = scan.upright() if turned else scan.manifest
 
     # Paths are made when they are needed: a million Path objects take a quarter of a gigabyte.
@@ -264,7 +264,9 @@ def open_place(place: Path, split: str, reading: Reading, part: str = "") -> tup
 
     def encoded(sample: int) -> bytes:
         # No bytes are returned for an image to turn, so that it is not decoded without that.
-        return b"" if turned and orientations[sample] != 1 else file(sample).read_bytes()
+        if turned and orientations[sample] != 1:
+            return b""
+        return read_bytes(f"{folder}/{manifest.paths[sample]}")
 
     return Source(
         manifest,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Literal, TypeVar, get_args
@@ -25,6 +25,7 @@ from pipelines import device_ops
 from pipelines.backends import BACKENDS, choose_backend
 from pipelines.draws import batch_seed, draw
 from pipelines.extra import Extra
+from pipelines.machine import loader_threads
 from pipelines.order import Order
 from pipelines.read_ahead import ReadAhead
 from pipelines.scan import OnBadImage
@@ -41,17 +42,18 @@ log = logging.getLogger("rsa_fast")
 class Loading:
     """How views are loaded. Only `on_bad_image` changes what is seen; the rest is speed.
 
-    `backend` is a name in `BACKENDS`, or "auto". `threads` belong to one rank. `prefetch_batches`
-    are made ahead of the one in use. `aggressive_on` says where the aggressive stage runs: as numba
-    kernels on the host or as tensor operations on the device; "auto" is the device on a GPU.
-    `decode_on` is where the dali backend decodes when it trains on a GPU. With `on_bad_image`
-    "skip", an image that cannot be read is replaced (`Loader.readable`).
+    `backend` is a name in `BACKENDS`, or "auto". `threads` belong to one rank; by default they are
+    its share of the cores. `prefetch_batches` are made ahead of the one in use. `aggressive_on`
+    says where the aggressive stage runs: as numba kernels on the host or as tensor operations on
+    the device; "auto" is the device on a GPU. `decode_on` is where the dali backend decodes when it
+    trains on a GPU. With `on_bad_image` "skip", an image that cannot be read is
+    replaced (`Loader.readable`).
 
     Raises ValueError for a value that does not exist.
     """
 
     backend: str = "auto"
-    threads: int = 2
+    threads: int = field(default_factory=loader_threads)
     prefetch_batches: int = 2
     aggressive_on: AggressiveOn = "auto"
     decode_on: DecodeOn = "gpu"
@@ -138,10 +140,11 @@ class Job:
         return Batch(label, read, sample)
 
     def jpeg(self, sample: int) -> bytes | None:
-        """The stored bytes of a JPEG with usual sampling and the manifest's size. Otherwise None.
+        """The stored bytes of a usual JPEG (`jpeg_header`) of the manifest's size. Otherwise None.
 
         All other images are decoded by PIL (`read`), which also finds out what is wrong with them.
-        At unusual sampling, such as 4:4:0, other decoders are up to 5 levels away from PIL.
+        At unusual sampling, such as 4:4:0, other decoders are up to 5 levels away from PIL, and for
+        CMYK images up to 2.
         """
         from pipelines.host_ops import jpeg_header  # numba: a GPU can train from memory without it
 
@@ -164,8 +167,8 @@ class Job:
 
     def size(self, sample: int) -> tuple[int, int]:
         """Height and width in pixels."""
-        height, width = self.source.manifest.sizes[sample]
-        return int(height), int(width)
+        height, width = self.source.manifest.sizes[sample].tolist()
+        return height, width
 
 
 class Loader(ABC):

@@ -14,6 +14,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pipelines.machine import loader_threads
 from pipelines.scan import OnBadImage
 from pipelines.sources import Source
 from pipelines.views import ViewSpec
@@ -57,7 +58,8 @@ class PlainImages:
     """One pass over a split in its own order, without augmentation.
 
     Yields `(images (B, 3, S, S), labels (B,))` on the device. The images are normalised and in
-    `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. With
+    `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. With 0
+    `threads`, a rank decodes on its share of the cores (`machine.loader_threads`). With
     `on_bad_image` "skip", an image that cannot be read is black and its label is -1. Raises
     ValueError for it otherwise, and when the images would be resized to less than the crop.
     """
@@ -80,7 +82,8 @@ class PlainImages:
                 f"images resized to {resize_px} px do not fill the centre crop of {spec.size_px} px"
             )
         self.source, self.size_px, self.resize_px = source, spec.size_px, resize_px
-        self.batch_size, self.device, self.dtype, self.threads = batch_size, device, dtype, threads
+        self.batch_size, self.device, self.dtype = batch_size, device, dtype
+        self.threads = threads or loader_threads()
         self.ids = range(rank, len(source.manifest), world_size)
         self.on_bad_image, self.bad = on_bad_image, dict[int, str]()
         self.mean, self.std = (

@@ -229,7 +229,12 @@ SET = click.option(
 )
 EPOCHS = click.option("--epochs", type=int, help="Override the recipe's epochs.")
 BATCH_SIZE = click.option("--batch-size", type=int, help="Override the recipe's global batch size.")
-THREADS = click.option("--threads", "--workers", type=int, help="Number of the loader's threads.")
+THREADS = click.option(
+    "--threads",
+    "--workers",
+    type=int,
+    help="Number of the loader's threads. By default a rank's share of the cores, at most 16.",
+)
 BACKEND = click.option(
     "--backend",
     type=Name("backend", "auto", *BACKENDS),

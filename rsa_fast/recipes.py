@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipelines.layouts import Data, open_source
 from pipelines.loading import AggressiveOn, DecodeOn, Loading
+from pipelines.machine import loader_threads
 from pipelines.named import absolute, is_file, nearest
 from pipelines.order import Order
 from pipelines.scan import OnBadImage
@@ -154,7 +155,8 @@ class Recipe(BaseModel):
     # more time for two.
     recompute_stages: int = Field(0, ge=0, le=4)
     backend: str = "auto"  # what makes the views
-    threads: int = Field(2, ge=1)  # loader threads per rank
+    # Loader threads per rank; 0: its share of the cores, at most 16.
+    threads: int = Field(0, ge=0)
     prefetch_batches: int = Field(2, ge=1)  # batches made ahead of the one in use
     # Where jitter, grayscale and blur are computed; auto: on the device if that is a GPU.
     aggressive_on: AggressiveOn = "auto"
@@ -200,7 +202,8 @@ class Recipe(BaseModel):
     @property
     def loading(self) -> Loading:
         """The settings of loading, for `open_views`."""
-        return Loading(**{name: getattr(self, name) for name in LOADING_FIELDS})
+        fields = {name: getattr(self, name) for name in LOADING_FIELDS}
+        return Loading(**fields | {"threads": self.threads or loader_threads()})
 
     def open_source(self, data: Data, split: str, cache: str | Path | None = None) -> Source:
         """The images of a split of `data`, read as the recipe says (`pipelines.open_source`).

@@ -125,7 +125,7 @@ def views(batch_size: int, turns: int, dtype: str) -> None:
             frozenset(VIEWS),
             order,
             dtype=getattr(torch, dtype),
-            loading=Loading(backend, aggressive_on=where),
+            loading=Loading(backend, threads=2, aggressive_on=where),
         )
         for name, (backend, where) in variants.items()
     }
@@ -223,7 +223,7 @@ def backends(
                     reads,
                     order,
                     dtype=getattr(torch, dtype),
-                    loading=Loading(backend),
+                    loading=Loading(backend, threads=2),
                 )
             )
             for name, (backend, which, row_spec, reads) in rows.items()

@@ -213,7 +213,7 @@ class Subject:
         cold_views_ms = medians.get("cold_views")
         median_turn = 1 + times["step"].index(medians["step"])
         parts_ms = self.parts_ms["step"][median_turn]
-        threads = min(recipe.threads, cores())
+        threads = min(self.loading.threads, cores())
         # From microseconds an image on one thread to milliseconds a batch on all threads.
         decodes = not BACKENDS[self.loading.backend].resident
         batch_ms_per_us = 1e-3 * recipe.batch_size / threads if decodes else 0

@@ -33,6 +33,7 @@ UNUSUAL = {
     "4:2:0 of wide chroma": [(2, 2), (2, 1), (2, 1)],
     "one of them 4:4:0": [(2, 2), (1, 1), (2, 1)],
     "tall chroma": [(1, 1), (1, 2), (1, 2)],
+    "CMYK": [(1, 1)] * 4,  # PIL and simplejpeg convert it differently
 }
 SAMPLINGS = USUAL | UNUSUAL
 

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from pipelines import machine
+from pipelines import Loading, Source, ViewSpec, machine
+from pipelines.manifest import array_manifest
+from pipelines.plain import PlainImages
+from rsa_fast.recipes import build_recipe
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 900 kB\n"  # mostly page cache
 V1 = "total_active_file 3072\ntotal_inactive_file 1024\nactive_file 1\ninactive_file 1\n"
@@ -86,3 +91,35 @@ def test_tools_take_one_process_per_allowed_core(tool):
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cores", "env", "threads"),
+    [
+        (1, {}, 1),
+        (6, {}, 6),
+        (64, {}, machine.MOST_THREADS),
+        (64, {"LOCAL_WORLD_SIZE": "8"}, 8),
+        (4, {"LOCAL_WORLD_SIZE": "8"}, 1),
+        (64, {"SLURM_CPUS_PER_TASK": "10"}, 10),  # eight tasks that see all cores
+        (10, {"SLURM_CPUS_PER_TASK": "10"}, 10),  # eight tasks that are bound to their own
+        (64, {"SLURM_CPUS_PER_TASK": "64", "LOCAL_WORLD_SIZE": "8"}, 8),  # torchrun in one task
+    ],
+)
+def test_a_rank_loads_on_its_share_of_the_allowed_cores(monkeypatch, cores, env, threads):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    pixels, labels = np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64)
+    source = Source(array_manifest("train", pixels, labels, ("a",)), pixels.__getitem__)
+    assert Loading().threads == threads
+    recipes = [build_recipe("demo", "rsa", overrides={"threads": count}) for count in (0, 3)]
+    assert [recipe.loading.threads for recipe in recipes] == [threads, 3]
+    spec = ViewSpec(2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    for recipe in recipes:
+        images = PlainImages(
+            source, spec, None, 1, torch.device("cpu"), torch.float32, recipe.threads
+        )
+        assert images.threads == recipe.loading.threads
