@@ -45,6 +45,10 @@ def can_cache() -> bool:
 CACHE = can_cache()
 kernel = njit(nogil=True, cache=CACHE, error_model="numpy", fastmath=False)
 
+# Numba's sum or product of two int32 is an int64, which AVX2 can neither multiply nor convert to a
+# float. An expression of them is therefore wrapped in np.int32 as a whole: LLVM then computes it in
+# 32 bits, and vectorises the loop.
+
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
 BLUR_PASSES = 3
@@ -346,8 +350,8 @@ def resize_down(
 @kernel
 def gray_level(r: np.uint8, g: np.uint8, b: np.uint8) -> np.int32:
     """The ITU-R 601 luma of one pixel, in Convert.c's 16-bit fixed point."""
-    gray: np.int32 = (np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000) >> 16
-    return gray
+    scaled = np.int32(np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000)
+    return np.int32(scaled >> 16)
 
 
 @kernel
@@ -363,7 +367,7 @@ def mean_gray(planes: np.ndarray) -> int:
 @kernel
 def blend_level(level: np.uint8, centre: int | np.int32, factor: np.float32) -> np.uint8:
     """Blend.c: `centre + factor * (level - centre)` in float32, clipped and truncated."""
-    value = np.float32(centre) + factor * np.float32(np.int32(level) - np.int32(centre))
+    value = np.float32(centre) + factor * (np.float32(level) - np.float32(centre))
     blended: np.uint8 = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
     return blended
 
@@ -394,7 +398,7 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
     Converts to 8-bit HSV, adds to H modulo 256, and converts back. The result equals Convert.c's
     for every colour and shift.
     """
-    shift = int(np.float64(turns) * 255)  # toward zero
+    shift = np.int32(np.float64(turns) * 255)  # toward zero
     r, g, b = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     hue, saturation = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.uint8)
     value = np.empty(BLOCK, np.uint8)
@@ -409,7 +413,9 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
         # values to be vectorised well.
         for i in range(count):
             red[i], green[i], blue[i] = rgb(
-                (np.int32(hue[i]) + shift) & 255, np.float32(saturation[i]), np.float32(value[i])
+                np.int32((np.int32(hue[i]) + shift) & 255),
+                np.float32(saturation[i]),
+                np.float32(value[i]),
             )
 
 
@@ -417,10 +423,11 @@ def shift_hue(planes: np.ndarray, turns: np.float32) -> None:
 def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.int32, np.int32]:
     """Convert.c's rgb2hsv of one pixel: hue, saturation and value as levels in 0..255."""
     value, low = max(red, max(green, blue)), min(red, min(green, blue))
-    spread = value - low
+    spread = np.int32(value - low)
     # Convert.c divides the distances of the three channels from the value by the spread. Two of the
     # quotients are 0 and 1. This is the third one.
-    part = np.float32(2 * value + low - red - green - blue) / np.float32(max(spread, np.int32(1)))
+    distance = np.int32(2 * value + low - red - green - blue)
+    part = np.float32(distance) / np.float32(max(spread, np.int32(1)))
     if red == value:
         sextant = np.float32(1) - part if blue == low else part - np.float32(1)
     elif green == value:
@@ -430,7 +437,8 @@ def hsv(red: np.int32, green: np.int32, blue: np.int32) -> tuple[np.int32, np.in
     turn = np.float64(sextant if spread > 0 else np.float32(0)) * (1.0 / 6.0) + 1.0
     turn = turn - 1.0 if turn >= 1.0 else turn
     hue = np.int32(np.float32(turn) * np.float32(255))
-    return hue, np.int32(np.float32(spread * 255) / np.float32(max(value, np.int32(1)))), value
+    chroma = np.float32(np.int32(spread * 255))
+    return hue, np.int32(chroma / np.float32(max(value, np.int32(1)))), value
 
 
 @kernel
@@ -438,8 +446,8 @@ def rgb(
     hue: np.int32, saturation: np.float32, value: np.float32
 ) -> tuple[np.uint8, np.uint8, np.uint8]:
     """Convert.c's hsv2rgb of one pixel, from an integer hue and float32 levels."""
-    sector = (hue * 6 * 257 + 257) >> 16  # equals hue * 6 // 255
-    fraction = np.float32(hue * 6 - sector * 255)  # 255 means one sector
+    sector = np.int32(np.int32(hue * 6 * 257 + 257) >> 16)  # equals hue * 6 // 255
+    fraction = np.float32(np.int32(hue * 6 - sector * 255))  # 255 means one sector
     chroma = value * saturation
     p = np.uint8(value - chroma * np.float32(1 / 255) + np.float32(0.5))
     q = np.uint8(value - chroma * fraction * np.float32(1 / 255**2) + np.float32(0.5))
@@ -447,7 +455,7 @@ def rgb(
         value - chroma * (np.float32(255) - fraction) * np.float32(1 / 255**2) + np.float32(0.5)
     )
     v = np.uint8(value)
-    sector = sector % 6
+    sector = np.int32(0) if sector == 6 else sector
     red = v if sector == 0 or sector == 5 else (q if sector == 1 else (t if sector == 4 else p))
     green = t if sector == 0 else (v if sector <= 2 else (q if sector == 3 else p))
     blue = p if sector <= 1 else (t if sector == 2 else (v if sector <= 4 else q))
