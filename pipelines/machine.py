@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, and memory that is still available.
+"""What this process may use of the machine: cores, idle cores, and available memory.
 
 Containers are limited by cgroups, version 1 or 2. `os.cpu_count` does not know these limits, and
 the kernel's number of free pages counts the page cache, which any program may have filled, as used.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Of the loader, per process. More threads spend their time waiting for Python's lock: with kernels
 # of fixed length, 64 of them make no more images per second from files than 16.
 MOST_THREADS = 16
+IDLE_WINDOW_S = 0.2  # 20 ticks of the kernel's clock: idle cores are known to a twentieth
 
 
 def cores() -> int:
@@ -31,6 +33,22 @@ def loader_threads() -> int:
     """
     own = min(cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", cores())))
     return min(MOST_THREADS, max(1, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def idle_cores() -> float:
+    """How many of the allowed cores nobody used in the last `IDLE_WINDOW_S` seconds, on average."""
+    ticks, started = idle_ticks(), time.perf_counter()
+    time.sleep(IDLE_WINDOW_S)
+    seconds = (idle_ticks() - ticks) / os.sysconf("SC_CLK_TCK")
+    return min(cores(), seconds / (time.perf_counter() - started))
+
+
+def idle_ticks(proc: Path = PROC) -> int:
+    """The ticks that the allowed cores were idle since the start of the machine."""
+    allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    rows = (line.split() for line in (proc / "stat").read_text().splitlines())
+    # The columns are user, nice, system, idle and iowait. A core that waits for a disk is free.
+    return sum(int(row[4]) + int(row[5]) for row in rows if row[0] in allowed)
 
 
 def available_memory_bytes(proc: Path = PROC, root: Path = CGROUPS) -> int:

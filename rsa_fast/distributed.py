@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.machine import cores
+from pipelines.machine import cores, idle_cores
 
 log = logging.getLogger("rsa_fast")
 
@@ -154,14 +154,20 @@ def first_host(nodes: str) -> str:
 
 
 @contextmanager
-def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
+def process_group(
+    device: str, timeout_s: float, torch_threads: int | None = None
+) -> Iterator[Heartbeat]:
     """Join the other ranks, if there are any: with NCCL between GPUs, with gloo between CPUs.
+
+    A single process on a CPU computes with `torch_threads` threads, or see `use_idle_cores`.
 
     Raises ConnectionError if the ranks do not all start, or if one of them dies or keeps the others
     waiting for longer than `timeout_s` seconds. The message then names that rank and what it was
     doing.
     """
     env = {} if dist.is_initialized() else launcher_variables(os.environ)
+    if not (env or dist.is_initialized()) and (device == "cpu" or not torch.cuda.is_available()):
+        use_idle_cores(torch_threads)
     if env:
         if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
             log.info(f"LOCAL_RANK is not set: rank {env['RANK']} takes {env['LOCAL_RANK']}")
@@ -191,6 +197,29 @@ def process_group(device: str, timeout_s: float) -> Iterator[Heartbeat]:
     finally:
         if env:
             dist.destroy_process_group()
+
+
+def use_idle_cores(recorded: int | None = None) -> None:
+    """Let torch compute on a CPU with as many threads as there are idle cores, at least one.
+
+    All threads wait for each other at the end of every operator. With one thread for each core, a
+    single busy program beside them therefore costs much more than its share. The number of threads
+    changes the last bits of the results, so a resumed run has the number that it `recorded`. A
+    number in OMP_NUM_THREADS is the user's choice and is left as it is.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    available = cores()
+    idle = idle_cores()
+    threads = min(recorded or max(1, round(idle)), available)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if round(idle) < available:
+        why = "as before the run stopped" if recorded else "OMP_NUM_THREADS chooses another number"
+        log.info(
+            f"other programs use {available - idle:.1f} of {available} cores: this one computes "
+            f"with {threads} thread{'s' * (threads > 1)} ({why})"
+        )
 
 
 @contextmanager

@@ -54,6 +54,7 @@ from rsa_fast.training.run_folder import (
     launcher_job_id,
     prepare_folder,
     started_by_this_job,
+    stored_threads,
     this_process,
     try_to_report,
 )
@@ -142,7 +143,9 @@ def train(
     if recipe.wandb:
         check_wandb()
     with (
-        process_group(recipe.device, recipe.timeout_s) as heartbeat,
+        process_group(
+            recipe.device, recipe.timeout_s, stored_threads(out) if resume else None
+        ) as heartbeat,
         explain_full_disk(out),
         explain_out_of_memory(recipe, encoder),
         ExitStack() as held,

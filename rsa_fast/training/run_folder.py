@@ -167,6 +167,11 @@ def stored_places(out: Path) -> list[Path]:
     return places
 
 
+def stored_threads(out: Path) -> int | None:
+    """With how many threads torch computed at the newest start of the run in `out`, if known."""
+    return next((start.get("torch_threads") for start in read_starts(out)[-1:]), None)
+
+
 def places_of_checkpoint(checkpoint: str | Path) -> list[Path]:
     """Where the images of a run are; `checkpoint` is the run's folder or one of its checkpoints.
 

@@ -123,3 +123,17 @@ def test_a_rank_loads_on_its_share_of_the_allowed_cores(monkeypatch, cores, env,
             source, spec, None, 1, torch.device("cpu"), torch.float32, recipe.threads
         )
         assert images.threads == recipe.loading.threads
+
+
+def test_idle_cores_are_the_idle_ticks_of_the_allowed_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2})
+    stat = "cpu 9 9 9 999 9 0\ncpu0 5 0 5 100 7 0\ncpu1 5 0 5 1000 7 0\ncpu2 5 0 5 10 1 0\nintr 1\n"
+    (tmp_path / "stat").write_text(stat)
+    assert machine.idle_ticks(tmp_path) == 100 + 7 + 10 + 1
+    # Of two cores, one is idle for all of the time, and the other for half of it.
+    now, ticks = iter([10.0, 10.2]), iter([1000, 1030])
+    monkeypatch.setattr(machine, "idle_ticks", lambda: next(ticks))
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("os.sysconf", lambda _: 100)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert machine.idle_cores() == pytest.approx(1.5)

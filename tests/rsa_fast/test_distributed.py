@@ -243,3 +243,34 @@ def test_synchronised_batchnorm_in_eval_mode_is_batchnorm():
     other.__class__ = SyncBatchNorm
     x = torch.randn(4, 3)
     assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize(
+    ("idle", "recorded", "threads", "said"),
+    [
+        (3.9, None, 4, ""),  # a quiet machine
+        (2.8, None, 3, "other programs use 1.2 of 4 cores: this one computes with 3 threads"),
+        (0.1, None, 1, "use 3.9 of 4 cores: this one computes with 1 thread (OMP_NUM_THREADS"),
+        (0.1, 3, 3, "this one computes with 3 threads (as before the run stopped)"),
+        (3.9, 2, 2, ""),
+        (3.9, 16, 4, ""),  # the run was on a larger machine
+    ],
+)
+def test_one_process_on_a_cpu_leaves_busy_cores_to_others(
+    monkeypatch, caplog, idle, recorded, threads, said
+):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
+    monkeypatch.setattr(distributed, "idle_cores", lambda: idle)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    caplog.set_level("INFO", "rsa_fast")
+    try:
+        with distributed.process_group("cpu", 60, recorded):
+            assert torch.get_num_threads() == threads
+        assert (said in caplog.text) if said else "cores" not in caplog.text
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's choice
+        torch.set_num_threads(2)
+        with distributed.process_group("cpu", 60, recorded):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
