@@ -9,13 +9,15 @@
 Each command prints a table and, on the last line, one JSON object. The speeds of one run are
 compared as ratios, because ratios differ less between machines than the speeds do. Variants take
 turns, so that a slow minute slows all of them, and the figures are medians over the turns. Nothing
-else should run on the machine.
+else should run on the machine. Where something does, `backends` also has the CPU time per image.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from simplejpeg import decode_jpeg as decode_by_simplejpeg
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -53,6 +56,7 @@ from pipelines import (
 )
 from pipelines.draws import draw
 from pipelines.loading import Loader
+from pipelines.machine import cores
 from pipelines.manifest import array_manifest
 from rsa_fast.insight.measure import EndlessOrder, median_ratio, open_loader
 from rsa_fast.recipes import build_recipe
@@ -153,19 +157,46 @@ def batches_per_s(loader: Loader, epoch: int, warm_up: int = 8, seconds: float =
     The first `warm_up` batches are not counted, because the loader prepares some in advance.
     """
     with closing(batch for batch in loader.batches(epoch)) as batches:
-        return rate_of(batches, warm_up, seconds)
+        return speed_of(batches, warm_up, seconds)[0]
 
 
-def rate_of(batches: Iterator[object], warm_up: int, seconds: float) -> float:
-    """Batches per second, without the first `warm_up`."""
+def speed_of(batches: Iterator[object], warm_up: int, seconds: float) -> tuple[float, float]:
+    """Batches per second, and CPU seconds per batch, without the first `warm_up`."""
     for _ in range(warm_up):
         next(batches)
-    began, count = time.perf_counter(), 0
+    began, cpu_began, count = time.perf_counter(), cpu_s(), 0
     for _ in batches:
         count += 1
         if time.perf_counter() - began > seconds:
             break
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - began), (cpu_s() - cpu_began) / count
+
+
+def cpu_s() -> float:
+    """The CPU seconds that this process and its living worker processes have taken."""
+    ticks = 0
+    for worker in multiprocessing.active_children():
+        stat = Path(f"/proc/{worker.pid}/stat").read_text()
+        after_name = stat.rpartition(")")[2].split()
+        ticks += int(after_name[11]) + int(after_name[12])  # user and system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_in_words() -> str:
+    """The CPU, the number of its cores, and which of the instructions it has that matter here.
+
+    Its name does not say what it is: several generations call themselves "AMD EPYC".
+    """
+    found = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        found[name.strip()] = value.strip()
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+    flags = [flag for flag in wanted if flag in found.get("flags", "").split()]
+    return (
+        f"{found.get('model name', 'CPU')}, family {found.get('cpu family', '?')}, model "
+        f"{found.get('model', '?')}, {cores()} cores, {' '.join(flags) or 'none of AVX2, AVX-512'}"
+    )
 
 
 @main.command()
@@ -182,16 +213,18 @@ def backends(
 ) -> None:
     """Measure images per second of every backend on 2 CPU threads, decoding included.
 
-    The files are read from the page cache. Multi-crop is SwAV's 2 x 224 and 6 x 96 px, on `native`,
-    on the torchvision backend, which like solo-learn's transform makes all crops by PIL from one
-    decode, and, where it is installed, by lightly's transform. At another `--size`, the crops are
-    in proportion.
+    The files are read from the page cache. Beside a rate stands the CPU time per image, which other
+    work on the machine changes less. One view is that of a linear evaluation. Multi-crop is SwAV's
+    2 x 224 and 6 x 96 px, on `native`, on the torchvision backend, which like solo-learn's
+    transform makes all crops by PIL from one decode, and, where it is installed, by lightly's
+    transform, which also makes BYOL's two views. At another `--size`, the crops are in proportion.
     """
     source = open_source(data, "train")
     if source.encoded is None:
         raise click.UsageError(f"{data} holds pixels: wanted a folder of image files")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
     every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
+    one = frozenset(VIEWS[:1])
     local = CropGroup("local", 6, size_px=round(size * 96 / 224), crop_area=(0.05, 0.14))
     crops = replace(spec, groups=(CropGroup("global", 2, crop_area=(0.14, 1.0)), local))
     multi = frozenset(crops.names("aggressive"))
@@ -207,9 +240,11 @@ def backends(
             "torchvision": ("torchvision", "", spec, every),
             "torchvision_multi_crop": ("torchvision", "", crops, multi),
             "native": ("native", "", spec, every),
+            "native_one_view": ("native", "", spec, one),
             "native_byol": ("native", "", spec, byol),
             "native_multi_crop": ("native", "", crops, multi),
             "ffcv500": ("ffcv", "ffcv500", spec, every),
+            "ffcv500_one_view": ("ffcv", "ffcv500", spec, one),
             "ffcv_passthrough": ("ffcv", "ffcv_passthrough", spec, every),
             "dali_cpu_weak": ("dali", "", spec, weak),
             "dali_cpu": ("dali", "", spec, every),
@@ -229,18 +264,28 @@ def backends(
             for name, (backend, which, row_spec, reads) in rows.items()
         }
         files = [source.encoded(i) for i in range(len(source.manifest))]
-        lightly = lightly_multi_crop(source, crops, order.batch_size)
-        peers = ["lightly_multi_crop"] if lightly else []
-        rates: dict[str, list[float]] = {name: [] for name in ("decode_limit", *rows, *peers)}
+        peers = lightly_loaders(source, crops, order.batch_size)
+        decoders = {
+            "decode_limit": decode_by_torchvision,
+            "decode_simplejpeg": decode_by_simplejpeg,
+        }
+        names = (*decoders, *rows, *peers)
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(turns):
-            rates["decode_limit"].append(decode_limit_per_s(files, seconds))
-            for name, loader in loaders.items():
-                rates[name].append(order.batch_size * batches_per_s(loader, turn, seconds=seconds))
-            if lightly:
-                rate = rate_of(iter(lightly), warm_up=4, seconds=seconds)
-                rates["lightly_multi_crop"].append(order.batch_size * rate)
+            for name, decode in decoders.items():
+                per_s, image_s = decoding_speed(files, decode, seconds)
+                rates[name].append(per_s)
+                cpu_ms[name].append(1e3 * image_s)
+            for name, loader in (loaders | peers).items():
+                endless = loader.batches(turn) if isinstance(loader, Loader) else iter(loader)
+                per_s, batch_s = speed_of(endless, warm_up=8, seconds=seconds)
+                del endless  # ends the work ahead, and the worker processes
+                rates[name].append(order.batch_size * per_s)
+                cpu_ms[name].append(1e3 * batch_s / order.batch_size)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     result = {f"{name}_images_per_s": value for name, value in medians.items()}
+    result |= {f"{name}_cpu_ms": statistics.median(values) for name, values in cpu_ms.items()}
     result |= {
         f"{name}_ratio": medians[name] / medians["torchvision"]
         for name in rows
@@ -248,7 +293,8 @@ def backends(
     }
     result["native_of_decode_limit"] = medians["native"] / medians["decode_limit"]
     for peer in ("torchvision_multi_crop", *peers):
-        result[f"native_over_{peer}"] = medians["native_multi_crop"] / medians[peer]
+        views_of = "multi_crop" if peer.endswith("multi_crop") else "byol"
+        result[f"native_over_{peer}"] = medians[f"native_{views_of}"] / medians[peer]
     # The time of the views alone, for each value of them: of multi-crop over BYOL's two views.
     pixels = sum(crop.size_px**2 for crop in crops.crops) / (2 * size**2)
     views_s = {
@@ -257,55 +303,82 @@ def backends(
     }
     result["multi_crop_pixel_cost"] = views_s["native_multi_crop"] / views_s["native_byol"] / pixels
     title = f"{size} px, batch {order.batch_size}, {dtype}; 4 views, weak: 2, byol: 2 aggressive"
-    show(title, [(name, spread(values, "images/s")) for name, values in rates.items()], result)
+    table = [
+        (name, f"{spread(values, 'images/s')}, {statistics.median(cpu_ms[name]):.2f} ms of CPU")
+        for name, values in rates.items()
+    ]
+    show(f"{title}; {cpu_in_words()}", table, result)
 
 
-def lightly_multi_crop(source: Source, spec: ViewSpec, batch_size: int) -> DataLoader[Any] | None:
-    """lightly's multi-crop transform of the source's files in 2 worker processes, as users run it.
+def lightly_loaders(source: Source, spec: ViewSpec, batch_size: int) -> dict[str, DataLoader[Any]]:
+    """lightly's transforms of the source's files in 2 worker processes each, as users run them.
 
-    The batches do not end. None where lightly is not installed.
+    They make the multi-crop views of `spec` and, of its first crop's size, BYOL's two views. The
+    batches do not end. Empty where lightly is not installed.
     """
     if find_spec("lightly") is None:
-        return None
+        return {}
+    from lightly.transforms.byol_transform import (
+        BYOLTransform,
+        BYOLView1Transform,
+        BYOLView2Transform,
+    )
     from lightly.transforms.swav_transform import SwaVTransform
 
     (first, last), groups = (spec.crops[0], spec.crops[-1]), spec.groups
-    transform = SwaVTransform(
+    normalize = {"mean": list(spec.mean), "std": list(spec.std)}
+    multi_crop = SwaVTransform(
         crop_sizes=(first.size_px, last.size_px),
         crop_counts=(groups[0].count, groups[1].count),
         crop_min_scales=(first.crop_area[0], last.crop_area[0]),
         crop_max_scales=(first.crop_area[1], last.crop_area[1]),
         cj_strength=0.5,  # lightly's jitter is twice as strong as MoCo v2's
-        normalize={"mean": list(spec.mean), "std": list(spec.std)},
+        normalize=normalize,
+    )
+    byol = BYOLTransform(
+        BYOLView1Transform(input_size=first.size_px, normalize=normalize),
+        BYOLView2Transform(input_size=first.size_px, normalize=normalize),
     )
 
     class Files(Dataset[Any]):
+        def __init__(self, transform: Callable[[Image.Image], Any]) -> None:
+            self.transform = transform
+
         def __getitem__(self, sample: int) -> Any:
             assert source.file is not None
-            return transform(Image.open(source.file(sample)).convert("RGB"))
+            return self.transform(Image.open(source.file(sample)).convert("RGB"))
 
     samples = RandomSampler(range(len(source.manifest)), num_samples=10**9, replacement=True)
-    return DataLoader(Files(), batch_size, sampler=samples, num_workers=2)
+    return {
+        name: DataLoader(Files(transform), batch_size, sampler=samples, num_workers=2)
+        for name, transform in {"lightly_byol": byol, "lightly_multi_crop": multi_crop}.items()
+    }
 
 
-def decode_limit_per_s(files: list[bytes], seconds: float) -> float:
-    """Images per second when two threads decode JPEGs to RGB and do nothing else."""
-    jpegs = [
-        torch.frombuffer(bytearray(file), dtype=torch.uint8)
-        for file in files
-        if file.startswith(b"\xff\xd8")
-    ]
-    deadline = time.perf_counter() + seconds
+def decode_by_torchvision(jpeg: bytearray) -> object:
+    return decode_jpeg(torch.frombuffer(jpeg, dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def decoding_speed(
+    files: list[bytes], decode: Callable[[bytearray], object], seconds: float
+) -> tuple[float, float]:
+    """Images per second when two threads decode JPEGs to RGB and do nothing else.
+
+    Also the CPU seconds per image.
+    """
+    jpegs = [bytearray(file) for file in files if file.startswith(b"\xff\xd8")]
+    deadline, cpu_began = time.perf_counter() + seconds, cpu_s()
 
     def work(part: int) -> int:
         decoded = 0
         while time.perf_counter() < deadline:
-            decode_jpeg(jpegs[(2 * decoded + part) % len(jpegs)], ImageReadMode.RGB)
+            decode(jpegs[(2 * decoded + part) % len(jpegs)])
             decoded += 1
         return decoded
 
     with ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(work, range(2))) / seconds
+        decoded = sum(pool.map(work, range(2)))
+    return decoded / seconds, (cpu_s() - cpu_began) / decoded
 
 
 @main.command()

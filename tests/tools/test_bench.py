@@ -68,7 +68,10 @@ def test_backends_are_compared_on_files(folder):
     ratios = {"native_ratio", "native_of_decode_limit", "ffcv500_ratio", "ffcv_passthrough_ratio"}
     ratios |= {"native_over_torchvision_multi_crop", "multi_crop_pixel_cost"}
     if find_spec("lightly"):
-        ratios.add("native_over_lightly_multi_crop")
+        ratios |= {"native_over_lightly_multi_crop", "native_over_lightly_byol"}
+    measured = {name.removesuffix("_images_per_s") for name in figures if "_per_s" in name}
+    assert {"native_one_view", "ffcv500_one_view", "decode_simplejpeg"} < measured
+    assert all(0 < figures[f"{name}_cpu_ms"] < 1000 for name in measured)
     assert ratios | {"dali_cpu_weak_ratio", "dali_cpu_ratio"} <= figures.keys()
     assert figures["native_ratio"] == pytest.approx(
         figures["native_images_per_s"] / figures["torchvision_images_per_s"], abs=1e-3
