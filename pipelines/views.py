@@ -96,25 +96,30 @@ class ViewSpec:
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
 
-    size_px: int  # side of the square views
-    mean: tuple[float, float, float]  # of the red, green and blue values, which lie in [0, 1]
-    std: tuple[float, float, float]
-    crop_area: tuple[float, float] = (0.2, 1.0)  # fraction of the image's area
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    interpolation: Interpolation = "bilinear"  # of the crop's resize, antialiased as PIL's
-    flip_p: float = 0.5
-    # These two belong to the weak stage, for images without an upper side, such as aerial ones.
+    size_px: int  # the side of the square views
+    # The means of the red, green and blue values, in [0, 1]. They are subtracted from the values.
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]  # their standard deviations, by which the rest is divided
+    crop_area: tuple[float, float] = (0.2, 1.0)  # the range of the crop's share of the image's area
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # the range of its width / height, log-uniform
+    interpolation: Interpolation = "bilinear"  # how a crop is resized, antialiased as by PIL
+    flip_p: float = 0.5  # probability of a horizontal flip
+    # The probability of a vertical flip, in the weak stage: for images without an upper side, such
+    # as aerial ones.
     vertical_flip_p: float = 0
-    quarter_turns: bool = False  # by 0, 90, 180 or 270 degrees, each as likely as the others
-    jitter_p: float = 0.8  # brightness, contrast, saturation and hue, in a random order per view
-    brightness: float = 0.4  # the factor lies in 1 +- this
+    # In the weak stage, the image is turned by 0, 90, 180 or 270 degrees, each as likely.
+    quarter_turns: bool = False
+    # The probability that brightness, contrast, saturation and hue change, in a random order.
+    jitter_p: float = 0.8
+    brightness: float = 0.4  # its factor lies in 1 +- this
     contrast: float = 0.4  # as brightness
     saturation: float = 0.4  # as brightness
-    hue: float = 0.1  # the shift lies in +- this, in turns of the colour circle
-    grayscale_p: float = 0.2
-    blur_p: float = 0.5
-    blur_sigma_px: tuple[float, float] = (0.1, 2.0)  # not scaled with size_px
-    solarize_p: float = 0  # levels of 128 and more are inverted, after the blur
+    hue: float = 0.1  # its shift lies in +- this, in turns of the colour circle
+    grayscale_p: float = 0.2  # probability that the colours are removed
+    blur_p: float = 0.5  # probability of a Gaussian blur
+    # The range of the blur's standard deviation. It is not scaled with size_px.
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0  # probability that levels of 128 and more are inverted, after the blur
     rand_augment: bool = False  # InfoMin's RandAugment, rand-n2-m10-mstd0.5, at the end
     # The weak crop is also cut into the nine patches of a jigsaw, as the views `patches_k`.
     jigsaw: bool = False

@@ -1,6 +1,7 @@
 """The command line: a thin table of commands.
 
-Results go to stdout, whose last line is one JSON object. Progress and messages go to stderr.
+Results go to stdout, whose last line is one JSON object; on a terminal they are a table or a few
+lines instead. Progress and messages go to stderr.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +25,8 @@ from click.shell_completion import CompletionItem
 from pipelines.backends import BACKENDS
 from pipelines.files import json_text
 from pipelines.named import nearest
-from rsa_fast.datasets import DATASETS, own_rules
+from rsa_fast import terminal
+from rsa_fast.datasets import DATASETS, name_of, own_rules
 from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
 
 if TYPE_CHECKING:
@@ -107,8 +111,36 @@ class GpuCount(click.IntRange):
         )
 
 
+ONLY_JSON = "rsa_fast.only_json"  # the key of --json among click's values for an invocation
+
+
 class Command(click.Command):
-    """A command whose help shows the options in the sections made by `section`."""
+    """A command with --json, whose help shows its options in sections and ends with examples."""
+
+    def __init__(
+        self, name: str, *, examples: Sequence[str] = (), imports_torch: bool = True, **attrs: Any
+    ) -> None:
+        super().__init__(name, **attrs)
+        # Below \b click keeps the lines as they are.
+        self.epilog = "\n  ".join(["\b\nFor example:", *examples])
+        self.imports_torch = imports_torch
+        self.params.append(
+            click.Option(
+                ["--json"],
+                is_flag=True,
+                expose_value=False,
+                callback=lambda ctx, _, value: ctx.meta.update({ONLY_JSON: value}),
+                help="Print only the result, as one JSON object.",
+            )
+        )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # torch takes seconds to import: until then this line is all there is to see. The processes
+        # of a job are started by a command that has written it.
+        job = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.imports_torch and self.params and terminal.speaks() and not job:
+            logging.getLogger("rsa_fast").info(header(ctx))
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -118,6 +150,45 @@ class Command(click.Command):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def header(ctx: click.Context) -> str:
+    """What a command is going to do, on what and where, as its options say."""
+    given = ctx.params
+    parts = [f"rsa-fast {ctx.info_name}"]
+    if "protocol" in given:
+        parts[0] += f" {given['protocol']}"
+    if "method" in given:
+        method = given["method"] or given.get("ablation")
+        parts.append(f"method {short_name(method) if method else method_unsaid(given)}")
+    if given.get("checkpoint"):
+        parts.append(f"encoder {given['checkpoint']}")
+    images = given.get("folders") or given.get("data")
+    if images := [images] if isinstance(images, Path) else list(images or ()):
+        parts.append(f"images {', '.join(map(str, images))}")
+    if given.get("out"):
+        parts.append(f"out {given['out']}")
+    elif images and "folders" in given and not (given["config"] or given["resume"]):
+        data = images[0] if len(images) == 1 else images
+        dataset, method, _ = chosen_names(
+            given["dataset"], given["method"], None, given["ablation"]
+        )
+        out = default_out(given["name"], data, dataset, method, resume=False)
+        parts.append(f"out {out}")
+    if given.get("gpus"):
+        parts.append(f"{given['gpus']} {given.get('gpu', 'GPU')}")
+    elif given.get("nproc"):
+        parts.append(f"device cpu, {given['nproc']} processes")
+    else:
+        parts.append(f"device {given.get('device') or 'auto'}")
+    return "   ".join(parts)
+
+
+def method_unsaid(given: dict[str, Any]) -> str:
+    """The method of a command line that does not name one."""
+    if given.get("config"):
+        return f"as {given['config']} says"
+    return "as the run has it" if given.get("resume") else "rsa"
 
 
 def section(title: str, *options: Callable[[Function], Function]) -> Callable[[Function], Function]:
@@ -182,9 +253,12 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         several_ranks = int(os.environ.get("WORLD_SIZE", 1)) > 1
         rank = f"[rank {os.environ.get('RANK')}] " if several_ranks else ""
+        text = self.format(record)
         # Of a run whose terminal was closed, the rest is saved all the same.
         with suppress(OSError):
-            click.echo(f"{rank}{self.format(record)}", err=True)
+            if sys.stderr.isatty():
+                text = terminal.wrapped(text)
+            click.echo(f"{rank}{text}", err=True)
 
 
 STDERR_HANDLER = StderrHandler()  # one for all invocations, so that no message is printed twice
@@ -247,12 +321,33 @@ KEY = click.option(
     help="Which network of a file with several, by a part of its keys, such as teacher. Default: "
     "the one that is trained by gradient.",
 )
-JSON = click.option("--json", "plain", is_flag=True, help="Print only the JSON object, no table.")
+
+
+def answer(result: Any, show: Callable[[], None] | None = None) -> None:
+    """Print the result of the current command, in processes of a job only the first one.
+
+    On a terminal a person reads `show()` or, without it, a few lines. Elsewhere the last line is
+    the result as one JSON object, after `show()`. With --json the object is all.
+    """
+    if not terminal.speaks():
+        return
+    context = click.get_current_context()
+    only_json, person = context.meta.get(ONLY_JSON, False), sys.stdout.isatty()
+    if show and not only_json:
+        show()
+    if only_json or not person:
+        click.echo(json_text(result))
+    elif not show and context.info_name:
+        click.echo(terminal.result_lines(context.info_name, result))
 
 
 @click.group(
     cls=Group,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": sys.maxsize,  # help has the terminal's width
+    },
     epilog='For completion in bash: eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)". '
     "Other shells: zsh_source, fish_source.",
 )
@@ -263,9 +358,21 @@ def main(debug: bool) -> None:
     log = logging.getLogger("rsa_fast")
     log.setLevel(logging.INFO)
     log.addHandler(STDERR_HANDLER)  # does nothing if it is there already
+    # Warnings of torch that a user can do nothing about: they repeat the settings of the loader, or
+    # name addresses that were tried before the right one.
+    for message in ("This DataLoader will create", "'pin_memory' argument is set as true"):
+        warnings.filterwarnings("ignore", message, UserWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast train my_photos",
+        "rsa-fast train data/cifar10 --dataset cifar10 --method byol --epochs 100",
+        "rsa-fast train my_photos --gpus auto --out runs/photos",
+        "rsa-fast train --resume --out runs/photos",
+    )
+)
 @click.argument("folders", nargs=-1, type=PLACE, metavar="[DATA]...")
 @section(
     "Recipe",
@@ -532,13 +639,11 @@ def train(
             force=force,
         )
     if result:
-        click.echo(json_text(result))
+        answer(result)
 
 
 def default_out(name: str | None, data: Data, dataset: str, method: str, *, resume: bool) -> Path:
     """The folder runs/NAME-METHOD, counted up until it is new; to resume, the newest there is."""
-    from rsa_fast.recipes import name_of
-
     name = name or (name_of(data) if dataset == "auto" else dataset)
     base = Path("runs") / f"{name}-{short_name(method)}"
     runs = base.parent.iterdir() if base.parent.is_dir() else ()
@@ -580,8 +685,15 @@ def print_dry_run(recipe: Recipe, source: Source, processes: int) -> None:
     check_arch(recipe)
     recipe.check_labels(manifest.labelled, len(manifest.classes))
     recipe.order_of(source, world_size=processes)
-    click.echo(dump_yaml(recipe))
-    click.echo(json_text({"images": images, **asdict(resolve(recipe, images, processes))}))
+    numbers = {"images": images, **asdict(resolve(recipe, images, processes))}
+
+    def show() -> None:
+        click.echo(dump_yaml(recipe))
+        if sys.stdout.isatty():
+            for name, number in numbers.items():
+                click.echo(f"{name:16} {terminal.digits(number)}")
+
+    answer(numbers, show)
 
 
 def recipe_of(
@@ -617,9 +729,11 @@ def chosen_names(
     dataset: str | None, method: str | None, config: Path | None, ablation: str | None
 ) -> tuple[str, str, dict[str, Any]]:
     """The dataset and the method of a command line, and the fields of the ablation."""
-    from rsa_fast.recipes import read_yaml
+    config_fields = {}
+    if config:
+        from rsa_fast.recipes import read_yaml
 
-    config_fields = read_yaml(config) if config else {}
+        config_fields = read_yaml(config)
     ablation_fields: dict[str, Any] = {}
     if ablation:
         ablated_method, ablation_fields = ABLATIONS[ablation]
@@ -636,7 +750,13 @@ def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str)
     return [name for name in names if name.startswith(incomplete)]
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast recipes cifar100/byol",
+        "rsa-fast recipes auto --data my_photos",
+    ),
+    imports_torch=False,
+)
 @click.argument("name", required=False, shell_complete=complete_recipe)
 @click.option("--data", type=PLACE, help="Images for which to show the recipe of auto.")
 def recipes(name: str | None, data: Path | None) -> None:
@@ -649,13 +769,15 @@ def recipes(name: str | None, data: Path | None) -> None:
         raise click.UsageError("--data is for the recipe auto: no other one reads the images")
     if not name:
         methods = [*METHODS, *installed_methods()]
-        click.echo(f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}")
-        click.echo(json_text({"datasets": list(DATASETS), "methods": methods}))
+        listed = f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}"
+        answer({"datasets": list(DATASETS), "methods": methods}, lambda: click.echo(listed))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from rsa_fast.recipes import build_recipe, own_row, row
+    from rsa_fast.recipes import build_recipe, flatten, meanings, own_row, recipe_type, row
 
     dataset, _, method = name.partition("/")
     if dataset == "auto" and not data:
@@ -663,22 +785,46 @@ def recipes(name: str | None, data: Path | None) -> None:
         table = Table("field", "rule", "reason", title="auto, for one's own images")
         for rule in rules:
             table.add_row(*rule)
-        Console().print(table)
-        click.echo(json_text({"auto": {field: rule for field, rule, _ in rules}}))
+        answer({"auto": {field: rule for field, rule, _ in rules}}, partial(Console().print, table))
         return
     recipe = build_recipe(dataset, method or "rsa", data=data)
     sources = row(dataset, recipe.method, own_row(data) if data else None)
-    table = Table("field", "value", "source", title=f"{dataset}/{short_name(recipe.method)}")
-    for field, value in recipe:
-        text = str(value)
-        if field == "views":
-            text = ", ".join(f"{key} {number}" for key, number in vars(value).items())
-        table.add_row(field, text, sources[field].source if field in sources else "")
-    Console().print(table)
-    click.echo(recipe.model_dump_json())
+    meaning = meanings(recipe_type(recipe.method))
+    table = Table(
+        *("field", "value", "meaning and source"),
+        title=f"{dataset}/{short_name(recipe.method)}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.columns[0].no_wrap, table.columns[1].max_width = True, 16
+    for field, value in flatten(recipe.model_dump()):
+        head, _, tail = field.partition(".")
+        explained = Text(meaning.get(field, ""))
+        # Of the views, the row has only some of the numbers.
+        if head in sources and (not tail or tail in sources[head].value):
+            explained.append(f"\nsource: {sources[head].source}", "dim")
+        table.add_row(Text(field), Text(plain(value)), explained)
+    answer(recipe.model_dump(mode="json"), partial(Console().print, table))
 
 
-@main.command("eval")
+def plain(value: Any) -> str:
+    """A recipe's value as it is shown: such as `0.2, 1` for a pair."""
+    if isinstance(value, tuple | list):
+        return ", ".join(map(plain, value)) or "none"
+    if isinstance(value, dict):
+        return " ".join(plain(item) for item in value.values() if item is not None)
+    if value is None or value == "":
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@main.command(
+    "eval",
+    examples=(
+        "rsa-fast eval knn --checkpoint runs/photos",
+        "rsa-fast eval linear --checkpoint runs/photos --data more_photos --labels 10",
+    ),
+)
 @click.argument("protocol", type=Name("protocol", "knn", "linear"))
 @click.option(
     "--checkpoint",
@@ -796,7 +942,6 @@ def evaluate(
     features that are computed once. rsa-small and rsa-large are trained on augmented images: they
     are the paper's protocols for small datasets and for ImageNet.
     """
-    from rsa_fast.distributed import launcher_variables
     from rsa_fast.evaluation.evaluate import evaluate as run
     from rsa_fast.evaluation.evaluate import show
     from rsa_fast.recipes import parse_set
@@ -821,13 +966,10 @@ def evaluate(
         val_fraction=val_fraction,
         key=key,
     )
-    if launcher_variables(os.environ).get("RANK", "0") == "0":
-        if "folders" in scores:
-            show(scores["folders"])
-        click.echo(json_text(scores))
+    answer(scores, partial(show, scores["folders"]) if "folders" in scores else None)
 
 
-@main.command()
+@main.command(examples=("rsa-fast detect --checkpoint runs/imagenet --data coco --out runs/coco",))
 @click.option(
     "--checkpoint",
     required=True,
@@ -926,10 +1068,15 @@ def detect(
             overwrite=overwrite,
             key=key,
         )
-    click.echo(json_text(result))
+    answer(result)
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast finetune --checkpoint runs/photos --labels 10 --out runs/tuned",
+        "rsa-fast finetune --resume --out runs/tuned",
+    )
+)
 @section(
     "Encoder and images",
     click.option(
@@ -1085,10 +1232,12 @@ def finetune(
             key=key,
         )
     if result:
-        click.echo(json_text(result))
+        answer(result)
 
 
-@main.command()
+@main.command(
+    examples=("rsa-fast predict --checkpoint runs/tuned --data new_photos --out classes.csv",)
+)
 @click.option(
     "--checkpoint",
     required=True,
@@ -1111,12 +1260,10 @@ def predict(
     checkpoint: Path, data: tuple[Path, ...], out: Path, top: int, split: PredictSplit
 ) -> None:
     """Write the class and its probability of every image to a csv file."""
-    from rsa_fast.distributed import launcher_variables
     from rsa_fast.evaluation.predict import predict as run
 
     result = run(checkpoint, data, out, top=top, split=split)
-    if launcher_variables(os.environ).get("RANK", "0") == "0":
-        click.echo(json_text(result))
+    answer(result)
 
 
 EMBEDDED = section(
@@ -1162,7 +1309,12 @@ EMBEDDED = section(
 )
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast embed --checkpoint runs/photos --out embeddings.csv",
+        "rsa-fast embed --checkpoint runs/photos --data new_photos --out new.npz",
+    )
+)
 @click.option(
     "--checkpoint",
     required=True,
@@ -1185,16 +1337,19 @@ def embed(
     A row has the image's path, its class if it has one, and the encoder's features as float32. The
     order is that of the paths, whatever the number of processes.
     """
-    from rsa_fast.distributed import launcher_variables
     from rsa_fast.evaluation.embed import embed as run
     from rsa_fast.recipes import parse_set
 
     result = run(checkpoint, data or None, out, overrides=parse_set(sets), **options)
-    if launcher_variables(os.environ).get("RANK", "0") == "0":
-        click.echo(json_text(result))
+    answer(result)
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast neighbours --checkpoint runs/photos --out neighbours.html",
+        "rsa-fast neighbours --embeddings embeddings.npz --out neighbours.html",
+    )
+)
 @click.option(
     "--checkpoint",
     type=CHECKPOINT,
@@ -1232,10 +1387,15 @@ def neighbours(
     from rsa_fast.recipes import parse_set
 
     result = run(checkpoint, data or None, out, overrides=parse_set(sets), **options)
-    click.echo(json_text(result))
+    answer(result)
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast preview --data my_photos --out views.png",
+        "rsa-fast preview --data my_photos --set views.blur_p=0 --out views.png",
+    )
+)
 @DATA
 @click.option("--out", required=True, type=NEW_FILE, help="The PNG to write.")
 @DATASET
@@ -1286,10 +1446,12 @@ def preview(
 
     source = recipe.open_source(data, "pretrain")
     logging.getLogger("rsa_fast").info(inventory(source))
-    click.echo(json_text(run(recipe, source, out, images=images, epoch=epoch, compare=compare)))
+    answer(run(recipe, source, out, images=images, epoch=epoch, compare=compare))
 
 
-@main.command()
+@main.command(
+    examples=("rsa-fast export --checkpoint runs/photos --format timm --out encoder.pth",)
+)
 @click.option(
     "--checkpoint",
     required=True,
@@ -1319,15 +1481,20 @@ def export(checkpoint: Path, key: str | None, format: str, out: Path, overwrite:
     """Write an encoder for another library, with a model card."""
     from rsa_fast.evaluation.export import export as run
 
-    click.echo(json_text(run(checkpoint, format, out, overwrite, key=key)))
+    answer(run(checkpoint, format, out, overwrite, key=key))
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast doctor",
+        "rsa-fast doctor --data /scratch/images --json",
+    ),
+    imports_torch=False,
+)
 @click.option("--data", default="data", type=FOLDER, help="Folder where the images are or will be.")
 @click.option("--out", default="runs", type=FOLDER, help="Folder where runs are or will be.")
-@JSON
 @click.pass_context
-def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
+def doctor(ctx: click.Context, data: Path, out: Path) -> None:
     """Check this machine, and print how to fix what is wrong.
 
     It checks versions, GPUs, limits and disks. The exit code is 1 if a check fails.
@@ -1335,14 +1502,47 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
     from rsa_fast.insight import doctor
 
     checks = doctor.diagnose(data, out)
-    if not plain:
-        doctor.show(checks)
     result = doctor.summary(checks)
-    click.echo(json_text(result))
+    answer(result, partial(doctor.show, checks))
     ctx.exit(0 if result["ok"] else 1)
 
 
-@main.command()
+@main.command(examples=("rsa-fast runs", "rsa-fast runs /scratch/runs"), imports_torch=False)
+@click.argument("folder", default="runs", type=FOLDER)
+def runs(folder: Path) -> None:
+    """List the runs in FOLDER, which is runs if not given, and below.
+
+    The state is running, finished, stopped (--resume continues it) or failed. The age is the time
+    since the last record.
+    """
+    from rsa_fast.insight import runs
+
+    found = runs.find_runs(folder)
+    answer(runs.as_json(found), partial(runs.show, found))
+
+
+@main.command(examples=("rsa-fast watch runs/photos",), imports_torch=False)
+@click.argument("run", type=FOLDER)
+def watch(run: Path) -> None:
+    """Follow a run: its progress and scores until it ends, and its report.html.
+
+    A browser that shows the page loads it again by itself.
+    """
+    from dataclasses import asdict
+
+    from rsa_fast.insight import runs
+
+    last = runs.watch(run)
+    answer(asdict(last), lambda: runs.print_plain(f"{run} is {runs.in_words(last)}"))
+
+
+@main.command(
+    examples=(
+        "rsa-fast report runs/photos",
+        "rsa-fast report runs/rsa runs/byol --out both.html",
+    ),
+    imports_torch=False,
+)
 @click.argument("runs", nargs=-1, required=True, type=FOLDER)
 @click.option(
     "--out",
@@ -1350,13 +1550,22 @@ def doctor(ctx: click.Context, data: Path, out: Path, plain: bool) -> None:
     help="The page to write. For a single run the default is report.html in its folder.",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Draw the curves of one or more runs on a web page."""
+    """Draw the curves of one or more runs on a web page.
+
+    The page of a running run says how far it is and loads itself again; rsa-fast watch keeps it up
+    to date.
+    """
     from rsa_fast.insight.report import report as run
 
-    click.echo(json_text({"out": str(run(list(runs), out))}))
+    answer({"out": str(run(list(runs), out))})
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast profile --data my_photos --methods rsa",
+        "rsa-fast profile --data my_photos --tune --out tuned.yaml",
+    )
+)
 @section(
     "Recipe",
     DATASET,
@@ -1390,7 +1599,6 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         default=1.0,
         help="Duration of each measurement in a turn.",
     ),
-    JSON,
     click.option(
         "--html", type=NEW_FILE, help="Also write the report as a page with stacked bars."
     ),
@@ -1427,7 +1635,6 @@ def profile(
     methods: str,
     repeats: int,
     seconds: float,
-    plain: bool,
     html: Path | None,
     trace: Path | None,
     tune: bool,
@@ -1459,7 +1666,7 @@ def profile(
     if tune:
         from rsa_fast.insight import tuning
 
-        click.echo(json_text(tuning.tune(next(iter(recipes.values())), data, out, budget_s)))
+        answer(tuning.tune(next(iter(recipes.values())), data, out, budget_s))
         return
     from pipelines.files import write_text
     from rsa_fast.insight import profiling
@@ -1469,14 +1676,17 @@ def profile(
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
         write_text(html, page(report))
-    if not plain:
-        from rich.console import Console
+    from rich.console import Console
 
-        Console().print(text_table(report))
-    click.echo(json_text(report))
+    answer(report, lambda: Console().print(text_table(report)))
 
 
-@main.command()
+@main.command(
+    examples=(
+        "rsa-fast plan --dataset imagenet1k --gpu a100-80g --gpus 8",
+        "rsa-fast plan --data my_photos --gpu rtx-4090",
+    )
+)
 @section(
     "Recipe",
     DATASET,
@@ -1539,8 +1749,7 @@ def plan(
     prediction = planning.plan(
         recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=images
     )
-    planning.show(prediction)
-    click.echo(json_text(prediction))
+    answer(prediction, partial(planning.show, prediction))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsa_fast.sourced import Fields, cite
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pipelines.layouts import Data
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,14 @@ def own_dataset(
             checkpoint_every_epochs=every(epochs, CHECKPOINTS),
         ),
     )
+
+
+def name_of(data: Data) -> str:
+    """What one's own images are called: as their folder, or as the file that lists them."""
+    if isinstance(data, str | Path):
+        place = Path(data).resolve()
+        return place.stem if place.is_file() else place.name
+    return "+".join(map(name_of, data))
 
 
 def every(epochs: int, times: int) -> int:

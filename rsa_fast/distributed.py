@@ -178,7 +178,8 @@ def process_group(
         backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
         meeting = f"all {env['WORLD_SIZE']} at {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         try:
-            with say_after(MEET_S, f"rank {env['RANK']} waits to meet {meeting}: {ALONE}"):
+            waiting = f"rank {env['RANK']} waits to meet {meeting}: {ALONE}"
+            with say_after(MEET_S, waiting), stdout_silenced():
                 dist.init_process_group(backend, timeout=timeout)
         except RuntimeError as error:
             raise ConnectionError(f"rank {env['RANK']} did not meet {meeting}: {error}") from error
@@ -220,6 +221,23 @@ def use_idle_cores(recorded: int | None = None) -> None:
             f"other programs use {available - idle:.1f} of {available} cores: this one computes "
             f"with {threads} thread{'s' * (threads > 1)} ({why})"
         )
+
+
+@contextmanager
+def stdout_silenced() -> Iterator[None]:
+    """What is written to stdout in this context is lost, also what C++ writes.
+
+    gloo writes a line for every rank there, where the result belongs, and has no setting for it.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager
@@ -283,6 +301,8 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         signals_to_handle=",".join([*(number.name for number in handled_signals()), "SIGQUIT"]),
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    elastic_log = logging.getLogger("torch.distributed.elastic")
+    elastic_log.handlers, elastic_log.propagate = [LauncherHandler()], False
     # Without this a restart would hang: see `launcher_variables`.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
@@ -295,6 +315,28 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
     return 0
+
+
+class LauncherHandler(logging.Handler):
+    """Says in our words which process failed, and leaves out the launcher's warnings.
+
+    These report the signals that stop a run, of which the ranks write a line themselves.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR:
+            return
+        if not (isinstance(record.args, tuple) and str(record.msg).startswith("failed (exitcode")):
+            log.error(record.getMessage())
+            return
+        code, local_rank, *_ = record.args
+        assert isinstance(code, int)
+        if code == STOPPED_EXIT_CODE:
+            return
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        log.error(f"process {local_rank} {how}; the others are stopped")
 
 
 def handled_signals() -> list[signal.Signals]:

@@ -10,11 +10,16 @@ every number has its source beside it (see `sourced.py` for PAPER, CODE and "cho
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import io
 import logging
 import math
 import reprlib
 import textwrap
+import tokenize
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +37,7 @@ from pipelines.sources import Source
 from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
-from rsa_fast.datasets import DATASETS, Dataset, own_dataset
+from rsa_fast.datasets import DATASETS, Dataset, name_of, own_dataset
 from rsa_fast.methods import FILES, METHODS, method_class, short_name
 from rsa_fast.sourced import Fields, cite, updated
 
@@ -66,6 +71,8 @@ class Recipe(BaseModel):
 
     A field without a default gets its value and its source from a row of `datasets.py` or of the
     method's file. A default holds for every dataset, unless a row replaces it.
+
+    `rsa-fast recipes NAME` shows the comment behind or above a field as its meaning (`meanings`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -73,7 +80,7 @@ class Recipe(BaseModel):
     # --- Fields that change the result
     dataset: str  # a name in datasets.py
     method: str  # the name of a file in methods/ or of an entry point, or a file's absolute path
-    views: ViewSpec  # the augmentation
+    views: ViewSpec  # the augmentation of the training images
     # Evaluation resizes the short side of images to this before the centre crop. None: it resizes
     # only images that are smaller than the crop.
     eval_resize_px: int | None = Field(None, ge=1)
@@ -96,11 +103,12 @@ class Recipe(BaseModel):
     # BatchNorm's statistics are those of each rank's batch (local), of all ranks' (sync), or of
     # each of N equal parts of the global batch (split:N).
     bn: str = Field("local", pattern=r"^(local|sync|split:[1-9]\d*)$")
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=1)  # how often every training image is used
     batch_size: int = Field(ge=1)  # images of an optimiser step, on all ranks together
     # Each rank takes its part of the batch in N passes, one after the other, and adds up the
     # gradients. N passes on one rank equal N ranks with bn = local, for about the memory of one.
     accumulate: int = Field(1, ge=1)
+    # The algorithm that updates the weights.
     optimizer: Literal["sgd", "lars", "larc", "adam", "adamw"]
     base_lr: float = Field(gt=0)  # per 256 images: peak_lr = base_lr * batch_size / 256
     peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
@@ -110,13 +118,14 @@ class Recipe(BaseModel):
     # learning rate is multiplied by `lr_drop`. They replace the cosine. A run that is too short to
     # reach one of them after its warm-up does without it.
     lr_drop_epochs: tuple[int, ...] = ()
-    lr_drop: float = Field(0.1, gt=0, lt=1)
+    lr_drop: float = Field(0.1, gt=0, lt=1)  # the factor at each of `lr_drop_epochs`
     # The learning rate of gains and biases, which have one dimension, over that of the others.
     bias_lr_ratio: float = Field(1, gt=0)
     # The cosine moves at every step, or at the start of every epoch. The warm-up moves at every
     # step.
     lr_per: Literal["step", "epoch"] = "step"
-    # Of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1; beta_2 is 0.999 and eps 1e-8.
+    # The momentum of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1; beta_2 is 0.999
+    # and eps 1e-8.
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False  # Nesterov's momentum, with SGD
     weight_decay: float = Field(ge=0)  # Adam adds it to the gradient; AdamW shrinks the weights
@@ -129,7 +138,7 @@ class Recipe(BaseModel):
     clip_each_grad_norm: float | None = Field(None, gt=0)
     trust_coefficient: float = Field(0.001, gt=0)  # of LARS and LARC (CODE common/lars.py)
     warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from `warmup_start_lr`
-    warmup_start_lr: float = Field(0, ge=0)
+    warmup_start_lr: float = Field(0, ge=0)  # the learning rate of the first step of the warm-up
     # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # for the initialisation, the sample order and the views
@@ -162,16 +171,17 @@ class Recipe(BaseModel):
     aggressive_on: AggressiveOn = "auto"
     # Where the dali backend decodes if the device is a GPU: on the GPU (mixed) or on the host.
     decode_on: DecodeOn = "gpu"
+    # Where the networks are trained; auto: on the GPU if torch finds one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # What happens to an image that cannot be read: stop; or skip, which leaves it out, or later
     # replaces it by the next that can be read.
     on_bad_image: OnBadImage = "stop"
 
     # --- Fields that change only what is recorded, and when a run stops
-    log_every_steps: int = Field(20, ge=1)
+    log_every_steps: int = Field(20, ge=1)  # steps between two records of loss and speed
     evaluate: bool = True  # score the encoder, if the data have a test split
-    knn_every_epochs: int = Field(10, ge=0)  # 0: only at the end
-    checkpoint_every_epochs: int = Field(1, ge=1)
+    knn_every_epochs: int = Field(10, ge=0)  # epochs between two kNN scores; 0: only at the end
+    checkpoint_every_epochs: int = Field(1, ge=1)  # epochs between two checkpoints
     keep_last: int = Field(2, ge=1)  # checkpoints that are not deleted
     # The score, such as knn_top1, whose best epoch is kept as checkpoints/best.pt; empty: none is.
     keep_best: str = ""
@@ -456,6 +466,42 @@ def recipe_type(method: str) -> type[Recipe]:
     return method_class(method).recipe_type
 
 
+def meanings(kind: type) -> dict[str, str]:
+    """What each field of a recipe's class means, such as `views.blur_p`.
+
+    It is the comment behind the field, or the lines of comment above it. A class whose source is
+    not there has none.
+    """
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__):
+        if not (issubclass(cls, Recipe) or cls is ViewSpec):
+            continue
+        with suppress(OSError, TypeError):
+            found |= comments_of_fields(textwrap.dedent(inspect.getsource(cls)))
+    if issubclass(kind, Recipe):
+        found |= {f"views.{name}": text for name, text in meanings(ViewSpec).items()}
+    return found
+
+
+def comments_of_fields(source: str) -> dict[str, str]:
+    """The comments of the annotated fields of the class in `source`."""
+    lines = source.splitlines()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        words, above = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
+        # A line such as `# --- Fields that ...` heads a part of the class.
+        while lines[above - 1].lstrip().startswith("#") and not comments[above].startswith("---"):
+            words.insert(0, comments[above])
+            above -= 1
+        if text := " ".join(filter(None, words)):
+            found[node.target.id] = text
+    return found
+
+
 def row(dataset: str, method: str, own: Dataset | None = None) -> Fields:
     """The fields of a dataset and a method, with sources. Raises ValueError for unknown names.
 
@@ -515,14 +561,6 @@ def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
         epochs=number("epochs"),
     )
     return replace(row, fields=row.fields | cite("the images' place", name=name_of(data)))
-
-
-def name_of(data: Data) -> str:
-    """What one's own images are called: as their folder, or as the file that lists them."""
-    if isinstance(data, str | Path):
-        place = Path(data).resolve()
-        return place.stem if place.is_file() else place.name
-    return "+".join(map(name_of, data))
 
 
 def build_recipe(

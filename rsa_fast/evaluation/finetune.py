@@ -34,7 +34,7 @@ from pipelines.layouts import Data, described
 from pipelines.named import nearest
 from pipelines.sources import Source
 from rsa_fast.archs import RESNET_FIELDS
-from rsa_fast.datasets import CHECKPOINTS, every
+from rsa_fast.datasets import CHECKPOINTS, every, name_of
 from rsa_fast.distributed import world_size
 from rsa_fast.evaluation.accuracy import TOP5_ABOVE
 from rsa_fast.evaluation.encoders import load_encoder, traits
@@ -46,7 +46,6 @@ from rsa_fast.recipes import (
     Derived,
     Recipe,
     build_recipe,
-    name_of,
     read_yaml,
     replaced,
     stored_recipe,

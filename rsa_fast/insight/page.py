@@ -135,13 +135,16 @@ for (const { plot } of plots) {
 """.replace("UNITS", str(UNITS))
 
 
-def html_page(title: str, body: str, script: str = "") -> str:
-    """A whole page. `title` is text, `body` is HTML, and `script` is one of the page's own."""
+def html_page(title: str, body: str, script: str = "", head: str = "") -> str:
+    """A whole page. `title` is text, `body` is HTML, and `script` is one of the page's own.
+
+    `head` is HTML too, for the page's head.
+    """
     scripts = (SCRIPT if 'class="plot"' in body else "") + script
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n{body}\n"
+        f"{head}<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n{body}\n"
         f"{f'<script>{scripts}</script>' if scripts else ''}</body></html>\n"
     )
 

@@ -33,6 +33,7 @@ from rsa_fast.insight.page import (
     html_page,
     table,
 )
+from rsa_fast.insight.runs import live_html
 from rsa_fast.methods import short_name
 from rsa_fast.training.meter import COLLAPSE_STD, HEALTHY_STD
 from rsa_fast.training.metrics import read_metrics
@@ -155,7 +156,9 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         for run in runs
     ]
     heads = [headline(run, i if len(runs) > 1 else None) for i, run in enumerate(runs)]
+    refresh, running = live_html(paths)
     body = [
+        running,
         "".join(heads) if len(runs) == 1 else f"<h1>{escape(title)}</h1>{''.join(heads)}",
         curves(runs),
         examples(runs[0].path) if len(runs) == 1 else "",
@@ -165,7 +168,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         details("Environment", runs, [(run.starts or [{}])[-1] for run in runs]),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, html_page(title, "\n".join(body)))
+    write_text(out, html_page(title, "\n".join(body), head=refresh))
     return out
 
 

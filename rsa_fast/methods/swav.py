@@ -57,7 +57,7 @@ SINKHORN_ITERATIONS = 3  # SwAV main_swav.py
 class SwavRecipe(MultiCropRecipe):
     hidden_dim: int = Field(ge=1)  # units of the head's hidden layer
     out_dim: int = Field(ge=1)  # D, length of an embedding
-    prototypes: int = Field(ge=1)  # K
+    prototypes: int = Field(ge=1)  # K, the number of clusters
     epsilon: float = Field(gt=0)  # divides the scores from which codes are made; lower is sharper
     # L, past embeddings of each of the first two crops, which are assigned together with the batch.
     # Without them, a batch of fewer images than prototypes leaves prototypes empty.

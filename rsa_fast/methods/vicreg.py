@@ -48,10 +48,9 @@ SOLARIZED = {"interpolation": "bicubic", "solarize_p": 0.1}
 class VicRegRecipe(Recipe):
     hidden_dim: int = Field(ge=1)  # units of the expander's two hidden layers
     out_dim: int = Field(ge=2)  # D, outputs of the expander
-    # The weights of the three terms of the loss.
-    invariance_weight: float = Field(ge=0)
-    variance_weight: float = Field(ge=0)
-    covariance_weight: float = Field(ge=0)
+    invariance_weight: float = Field(ge=0)  # the weight of the views' distance in the loss
+    variance_weight: float = Field(ge=0)  # the weight of the outputs' variance in the loss
+    covariance_weight: float = Field(ge=0)  # the weight of their covariance in the loss
 
 
 class VicReg(Method):

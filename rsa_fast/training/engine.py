@@ -157,6 +157,8 @@ def train(
         # this very run, which is then resumed.
         if restarted() and started_by_this_job(out):
             resume, overwrite = True, False
+            if rank() == 0:
+                log.warning("a process of this run ended: all of them were started again")
             # The restarted run continues from its own newest checkpoint, if it wrote one.
             chosen = None if checkpoint.paths_in(out / "checkpoints") else chosen
         resume = resume or chosen is not None
@@ -262,13 +264,14 @@ def run_loop(
                 "classes": len(source.manifest.classes),
                 "steps_per_epoch": run.derived.steps_per_epoch,
                 "step": run.step,
+                "total_steps": total_steps,
             }
             add_start(out, this_process() | versions_and_hardware() | start)
             write_text(out / "recipe.yaml", dump_yaml(recipe))
 
         # Leaving this block waits for the checkpoint that is being written.
         with (
-            Metrics(out, total_steps, run.step, recipe.wandb) as metrics,
+            Metrics(out, total_steps, run.step, recipe.wandb, recipe.epochs) as metrics,
             open_writer(out, recipe) as writer,
         ):
             loop = Loop(

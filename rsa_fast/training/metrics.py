@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import platform
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,18 +16,15 @@ from typing import Any, Protocol
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import Progress, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from pipelines.files import json_text, write_text
 from rsa_fast.distributed import rank
+from rsa_fast.terminal import RECORDED_SCORES, duration
+from rsa_fast.training.run_folder import read_metrics as read_metrics
 
 log = logging.getLogger("rsa_fast")
 
@@ -34,14 +32,16 @@ PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
 # The ETA is computed from the steps of the last hour. rich's default, the last 30 s, can be less
 # than the time between two records.
 ETA_WINDOW_S = 3600
-# What the progress bar shows, and how.
-BAR_FORMATS = {
+# What the progress line shows at its end, from the most important to the least, and how.
+LATEST_FORMATS = {
     "images_per_s": "{:,.0f} images/s",
-    "wait_pct": "wait {:.1f}%",
-    "loss": "loss {:.4g}",
-    "knn_top1": "kNN {:.1f}%",
-    "finetune_top1": "top-1 {:.1f}%",
+    "loss": "loss {:.3g}",
+    "knn_top1": "kNN {:.1f}",
+    "finetune_top1": "top-1 {:.1f}",
+    "wait_pct": "wait {:.0f}%",
 }
+SHOWN_WAIT_PCT = 5  # waiting for less than this is normal and not shown
+LEAST_BAR, LARGEST_BAR = 6, 40  # columns
 
 
 class Sink(Protocol):
@@ -63,10 +63,12 @@ class Metrics:
     package is not installed.
     """
 
-    def __init__(self, folder: Path, total_steps: int, step: int, wandb: bool = False) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, step: int, wandb: bool = False, epochs: int = 0
+    ) -> None:
         self.folder, self.total_steps, self.start_step = folder, total_steps, step
         self.names_at_start: list[set[str]] = []
-        self.sinks: list[Sink] = [JsonLines(), Screen()]
+        self.sinks: list[Sink] = [JsonLines(), Screen(epochs)]
         if find_spec("tensorboard"):
             self.sinks.append(TensorBoard())
         if wandb:
@@ -128,40 +130,111 @@ class JsonLines:
         self.file.close()
 
 
-class Screen:
-    """A progress bar with the ETA and the latest numbers, or one log line per record.
+class ProgressLine(Progress):
+    """Progress in one line of the terminal's width.
 
-    The bar is only shown on a terminal.
+    The bar shrinks first. Where that does not suffice, whole fields are left out, from the right.
     """
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            done, total = int(task.completed), int(task.total or 0)
+            fields = [f"{done:,}/{total:,}", duration(task.elapsed)]
+            if done < total:
+                fields.append(f"ETA {duration(self.seconds_left(task))}")
+            fields += task.fields["latest"]
+            start = f"{task.fields['epoch']}  "
+            room = self.console.width - len(start) - LEAST_BAR
+            while len(fields) > 1 and sum(2 + len(field) for field in fields) > room:
+                fields.pop()
+            text = "".join(f"  {field}" for field in fields)
+            width = min(LARGEST_BAR, self.console.width - len(start) - len(text))
+            line = Table.grid()
+            line.add_row(start, ProgressBar(total, done, max(width, 1)), text)
+            yield line
+
+    def seconds_left(self, task: Task) -> float | None:
+        """By the speed of the last hour, or that of the latest record where there is only one."""
+        step_ms: float | None = task.fields["step_ms"]
+        if task.time_remaining is not None or step_ms is None:
+            return task.time_remaining
+        return (task.remaining or 0) * step_ms / 1000
+
+
+class Screen:
+    """A line of progress with the latest numbers, or one log line per record.
+
+    The progress is only shown on a terminal. There every score leaves a line above it.
+    """
+
+    def __init__(self, epochs: int = 0) -> None:
+        self.epochs = epochs  # 0: not known, and not shown
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+        self.bar = ProgressLine(
             console=console,
             disable=not console.is_terminal,
             speed_estimate_period=ETA_WINDOW_S,
         )
         self.total_steps = total_steps
-        self.task = self.bar.add_task("", total=total_steps, completed=step)
         self.latest: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        fields: dict[str, Any] = {"epoch": self.epoch(step), "latest": [], "step_ms": None}
+        self.task = self.bar.add_task("", total=total_steps, completed=step, **fields)
+        for record in read_metrics(folder) if (folder / "metrics.jsonl").is_file() else ():
+            self.mark_best(numbers(record), record["step"])
+            self.latest |= numbers(record)
         self.bar.start()
 
+    def epoch(self, step: int) -> str:
+        """The epoch that the next step belongs to, counted from 1: `epoch 9/12`."""
+        if not self.epochs:
+            return ""
+        number = min(step * self.epochs // max(self.total_steps, 1) + 1, self.epochs)
+        return f"epoch {number}/{self.epochs}"
+
+    def mark_best(self, values: dict[str, float], step: int) -> set[str]:
+        """Remember the best of each score since the first step. Returns which are the best yet."""
+        best = {
+            key
+            for key in RECORDED_SCORES.keys() & values.keys()
+            if step > 0 and values[key] > self.best.get(key, -math.inf)
+        }
+        self.best |= {key: values[key] for key in best}
+        return best
+
     def write(self, record: dict[str, Any]) -> None:
+        values = numbers(record)
         if self.bar.disable:
-            line = "  ".join(f"{key} {value:.4g}" for key, value in numbers(record).items())
+            line = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
             log.info(f"step {record['step']}/{self.total_steps}  {line}")
-        self.latest |= numbers(record)
-        description = "  ".join(
-            form.format(self.latest[key]) for key, form in BAR_FORMATS.items() if key in self.latest
+        elif RECORDED_SCORES.keys() & values.keys():
+            self.bar.console.print(self.score_line(values, record["step"]), highlight=False)
+        self.latest |= values
+        shown = [
+            form.format(self.latest[key])
+            for key, form in LATEST_FORMATS.items()
+            if key in self.latest and not (key == "wait_pct" and self.latest[key] < SHOWN_WAIT_PCT)
+        ]
+        self.bar.update(
+            self.task,
+            completed=record["step"],
+            epoch=self.epoch(record["step"]),
+            latest=shown,
+            step_ms=self.latest.get("step_ms"),
         )
-        self.bar.update(self.task, completed=record["step"], description=description)
+
+    def score_line(self, values: dict[str, float], step: int) -> str:
+        """Such as `epoch 8  kNN 45.8 (best)  effective rank 6.1`."""
+        best = self.mark_best(values, step)
+        parts = [f"epoch {values['epoch']:.0f}"] if "epoch" in values else []
+        for key in (key for key in RECORDED_SCORES if key in values):
+            remark = " (before training)" if step == 0 else " (best)" if key in best else ""
+            parts.append(f"{RECORDED_SCORES[key]} {values[key]:.1f}{remark}")
+        if "effective_rank" in self.latest:
+            parts.append(f"effective rank {self.latest['effective_rank']:.1f}")
+        return "  ".join(parts)
 
     def close(self) -> None:
         with suppress(OSError):  # of a terminal that was closed
@@ -231,25 +304,6 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order. A last line cut short by a kill is ignored.
-
-    Raises FileNotFoundError if `folder` does not belong to a run.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no metrics.jsonl in {folder}: wanted the folder of a run (--out of rsa-fast train)"
-        )
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def versions_and_hardware() -> dict[str, Any]:

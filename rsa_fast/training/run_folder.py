@@ -188,6 +188,25 @@ def places_of_checkpoint(checkpoint: str | Path) -> list[Path]:
     return places
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order. A last line cut short by a kill is ignored.
+
+    Raises FileNotFoundError if `folder` does not belong to a run.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no metrics.jsonl in {folder}: wanted the folder of a run (--out of rsa-fast train)"
+        )
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
 def launcher_job_id() -> str | None:
     """The id that torchrun gives to a job, the same after every restart. None without torchrun."""
     return os.environ.get("TORCHELASTIC_RUN_ID")

@@ -221,26 +221,75 @@ def test_without_a_terminal_each_record_is_a_line(tmp_path, caplog):
     assert read_metrics(tmp_path) == RECORDS
 
 
-def test_on_a_terminal_a_bar_shows_the_eta_and_the_latest_numbers(tmp_path, monkeypatch):
-    """After 40 of 100 steps, the last 20 of which took a minute, three minutes are left."""
-    clock, shown = [0.0], io.StringIO()
+def on_a_terminal(monkeypatch, width):
+    """A clock, and what is written to a terminal with so many columns."""
+    clock, written = [0.0], io.StringIO()
     terminal = partial(
         Console,
-        file=shown,
+        file=written,
         force_terminal=True,
-        width=160,
+        width=width,
         get_time=lambda: clock[0],
         color_system=None,
     )
     monkeypatch.setattr(metrics, "Console", lambda stderr: terminal())
-    with Metrics(tmp_path, 100, 0) as records:
+    return clock, written
+
+
+def test_on_a_terminal_a_line_shows_epoch_eta_and_the_latest_numbers(tmp_path, monkeypatch):
+    """After 40 of 100 steps, the last 20 of which took a minute, three minutes are left."""
+    clock, written = on_a_terminal(monkeypatch, 160)
+    with Metrics(tmp_path, 100, 0, epochs=10) as records:
         records.write({"step": 0, "epoch": 0, "knn_top1": 12.34})
         for step in (20, 40):
             clock[0] += 60
-            records.write({"step": step, "loss": 1.23456, "images_per_s": 1234.5, "wait_pct": 0.56})
-    last = shown.getvalue().split("\n")[-2]
-    assert "40/100" in last and "ETA 0:03:00" in last
-    assert "1,234 images/s  wait 0.6%  loss 1.235  kNN 12.3%" in last
+            records.write({"step": step, "loss": 1.23456, "images_per_s": 1234.5, "wait_pct": 5.6})
+    last = written.getvalue().split("\n")[-2].split("\r")[-1].removeprefix("\x1b[2K")
+    assert last.startswith("epoch 5/10  ") and "  40/100  2:00  ETA 3:00  " in last
+    assert last.rstrip().endswith("1,234 images/s  loss 1.23  kNN 12.3  wait 6%")
+
+
+FULL = ["epoch 8/10", "79,000/100,000", "3:00:00", "ETA 47:51", "1,234 images/s", "loss 0.123"]
+FULL += ["kNN 41.7", "wait 9%"]
+
+
+@pytest.mark.parametrize(
+    ("width", "fields"), [(160, 8), (110, 8), (100, 7), (80, 5), (70, 5), (60, 4), (40, 2), (30, 2)]
+)
+def test_a_narrow_terminal_drops_fields_from_the_right_and_cuts_none(
+    tmp_path, monkeypatch, width, fields
+):
+    clock, written = on_a_terminal(monkeypatch, width)
+    with Metrics(tmp_path, 100_000, 0, epochs=10) as records:
+        clock[0] += 3 * 3600
+        speed = {"images_per_s": 1234.5, "step_ms": 1000 * 2871 / 21_000, "wait_pct": 9.0}
+        records.write({"step": 79_000, "loss": 0.12345, **speed, "knn_top1": 41.66})
+    last = written.getvalue().split("\n")[-2].split("\r")[-1].removeprefix("\x1b[2K").rstrip()
+    epoch, *others = [part.strip() for part in last.split("  ") if part.strip() and "━" not in part]
+    assert [epoch, *others] == FULL[:fields]
+    assert len(last) <= width
+
+
+def test_every_score_leaves_a_line_on_a_terminal(tmp_path, monkeypatch):
+    _, written = on_a_terminal(monkeypatch, 80)
+    scores = [(0, 33.33), (1, 45.83), (2, 41.66), (3, 50.0)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": 10 * epoch, "epoch": epoch, "knn_top1": knn}) + "\n"
+            for epoch, knn in scores[:2]
+        )
+    )  # of the run that is resumed here
+    with Metrics(tmp_path, 40, 15, epochs=4) as records:
+        records.write({"step": 20, "epoch": 2, "effective_rank": 6.06})
+        for epoch, knn in scores[2:]:
+            records.write({"step": 10 * epoch, "epoch": epoch, "knn_top1": knn})
+    lines = [
+        line.split("\r")[-1].removeprefix("\x1b[2K") for line in written.getvalue().split("\n")
+    ]
+    assert [line.rstrip() for line in lines if line.startswith("epoch") and "━" not in line] == [
+        "epoch 2  kNN 41.7  effective rank 6.1",
+        "epoch 3  kNN 50.0 (best)  effective rank 6.1",
+    ]
 
 
 def test_only_rank_0_writes(tmp_path, monkeypatch, caplog):
