@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-gpu gpu-report test-faults lint check bench help clean
+.PHONY: setup demo test test-slow test-gpu gpu-report test-faults lint check bench help clean
 
 VENV := .venv
 PYTHON ?= python3.11
@@ -20,6 +20,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 
 test: setup ## the whole fast suite
 	$(PYTEST)
+
+test-slow: setup ## what is slow and rare, such as whether RSA still learns: before a release
+	$(PYTEST) -m slow
 
 test-gpu: setup ## what only a GPU can show; one line where there is none
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \

@@ -1,6 +1,6 @@
 """From images to the views that a method reads: the names that other packages use.
 
-    from pipelines import VIEWS, Loading, Order, open_source, open_views
+    from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 
     source = open_source("data/cifar10", "pretrain")
     order = Order(len(source.manifest), batch_size=256, seed=0)
@@ -14,21 +14,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.backends import BACKENDS as BACKENDS
-    from pipelines.backends import choose_backend as choose_backend
-    from pipelines.layouts import open_source as open_source
-    from pipelines.loading import AggressiveOn as AggressiveOn
-    from pipelines.loading import DecodeOn as DecodeOn
-    from pipelines.loading import Loader as Loader
-    from pipelines.loading import Loading as Loading
-    from pipelines.loading import open_views as open_views
-    from pipelines.order import Order as Order
-    from pipelines.scan import OnBadImage as OnBadImage
-    from pipelines.sources import Source as Source
-    from pipelines.views import VIEWS as VIEWS
-    from pipelines.views import Batch as Batch
-    from pipelines.views import CropGroup as CropGroup
-    from pipelines.views import ViewSpec as ViewSpec
+    from rsa_fast.pipelines.backends import BACKENDS as BACKENDS
+    from rsa_fast.pipelines.backends import choose_backend as choose_backend
+    from rsa_fast.pipelines.layouts import open_source as open_source
+    from rsa_fast.pipelines.loading import AggressiveOn as AggressiveOn
+    from rsa_fast.pipelines.loading import DecodeOn as DecodeOn
+    from rsa_fast.pipelines.loading import Loader as Loader
+    from rsa_fast.pipelines.loading import Loading as Loading
+    from rsa_fast.pipelines.loading import open_views as open_views
+    from rsa_fast.pipelines.order import Order as Order
+    from rsa_fast.pipelines.scan import OnBadImage as OnBadImage
+    from rsa_fast.pipelines.sources import Source as Source
+    from rsa_fast.pipelines.views import VIEWS as VIEWS
+    from rsa_fast.pipelines.views import Batch as Batch
+    from rsa_fast.pipelines.views import CropGroup as CropGroup
+    from rsa_fast.pipelines.views import ViewSpec as ViewSpec
 
 EXPORTS = {
     "backends": ("BACKENDS", "choose_backend"),
@@ -47,4 +47,10 @@ def __getattr__(name: str) -> Any:
     """Import a name when it is used: `rsa-fast --help` reads the backends' names without torch."""
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"pipelines.{MODULE_OF[name]}"), name)
+    return getattr(import_module(f"rsa_fast.pipelines.{MODULE_OF[name]}"), name)
+
+
+if __name__ == "pipelines":  # imported from the top folder of a clone
+    from rsa_fast.pipelines.short_name import share
+
+    share()

@@ -12,13 +12,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from pipelines.machine import available_memory_bytes
+from rsa_fast.pipelines.machine import available_memory_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from pipelines.loading import Job, Loader
-    from pipelines.sources import Source
+    from rsa_fast.pipelines.loading import Job, Loader
+    from rsa_fast.pipelines.sources import Source
 
 RESIDENT_BYTES = 8 * 2**30  # decoded: more than any of the small datasets, less than ImageNet
 
@@ -83,11 +83,15 @@ def is_fallback(source: Source, device: torch.device) -> str:
 
 
 BACKENDS = {
-    "resident": Backend("pipelines.resident_views:ResidentViews", fits_in_memory, resident=True),
-    "ffcv": Backend("pipelines.ffcv_views:FfcvViews", is_beton, ("ffcv", "FFCV")),
-    "dali": Backend("pipelines.dali_views:DaliViews", decodes_on_gpu, ("nvidia.dali", "DALI")),
-    "native": Backend("pipelines.native_views:NativeViews", is_fallback),
-    "torchvision": Backend("pipelines.torchvision_views:TorchvisionViews"),
+    "resident": Backend(
+        "rsa_fast.pipelines.resident_views:ResidentViews", fits_in_memory, resident=True
+    ),
+    "ffcv": Backend("rsa_fast.pipelines.ffcv_views:FfcvViews", is_beton, ("ffcv", "FFCV")),
+    "dali": Backend(
+        "rsa_fast.pipelines.dali_views:DaliViews", decodes_on_gpu, ("nvidia.dali", "DALI")
+    ),
+    "native": Backend("rsa_fast.pipelines.native_views:NativeViews", is_fallback),
+    "torchvision": Backend("rsa_fast.pipelines.torchvision_views:TorchvisionViews"),
 }
 
 

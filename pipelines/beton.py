@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipelines.packed import ENTRY, Packed, read_classes
-from pipelines.sources import Source
+from rsa_fast.pipelines.packed import ENTRY, Packed, read_classes
+from rsa_fast.pipelines.sources import Source
 
 log = logging.getLogger("rsa_fast")
 

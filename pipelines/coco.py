@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.draws import sample_keys
-from pipelines.order import Order, epoch_order
-from pipelines.sources import read_rgb
-from pipelines.workers import Parcel
+from rsa_fast.pipelines.draws import sample_keys
+from rsa_fast.pipelines.machine import PIP
+from rsa_fast.pipelines.order import Order, epoch_order
+from rsa_fast.pipelines.sources import read_rgb
+from rsa_fast.pipelines.workers import Parcel
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects
 LAYOUT = (
@@ -109,7 +110,7 @@ def read_annotations(path: Path) -> Any:
     try:
         from pycocotools.coco import COCO
     except ImportError as error:
-        reason = f"detection needs pycocotools ({error}): pip install pycocotools"
+        reason = f"detection needs pycocotools ({error}): {PIP} install pycocotools"
         raise ValueError(reason) from error
     try:
         with redirect_stdout(sys.stderr):
@@ -150,6 +151,8 @@ def open_loader(
         num_workers=workers,
         collate_fn=parcel if workers else list,
         pin_memory=device.type == "cuda",
+        # Python 3.14 would pickle the images and the plan, which is a generator.
+        multiprocessing_context="fork" if workers else None,
     )
 
 

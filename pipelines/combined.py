@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.draws import sample_keys
-from pipelines.extents import joined_extents
-from pipelines.manifest import Manifest, Paths, digest
-from pipelines.sources import Source
+from rsa_fast.pipelines.draws import sample_keys
+from rsa_fast.pipelines.extents import joined_extents
+from rsa_fast.pipelines.manifest import Manifest, Paths, digest
+from rsa_fast.pipelines.sources import Source
 
 LABELS_SALT = 0x6C6162656C73  # this draw is not that of the images that are held out
 

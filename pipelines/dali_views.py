@@ -43,12 +43,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines import device_ops
-from pipelines.draws import VIEW_PARAMS, mirrors
-from pipelines.host_ops import finish_views
-from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import Transfer, rows_of
-from pipelines.views import Batch, view_name
+from rsa_fast.pipelines import device_ops
+from rsa_fast.pipelines.draws import VIEW_PARAMS, mirrors
+from rsa_fast.pipelines.host_ops import finish_views
+from rsa_fast.pipelines.loading import Job, Loader, in_parts
+from rsa_fast.pipelines.transfer import Transfer, rows_of
+from rsa_fast.pipelines.views import Batch, view_name
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, RAND_FILL, RandOp, mirrors
-from pipelines.views import ViewSpec, patch_px
+from rsa_fast.pipelines.draws import BRIGHTNESS, CONTRAST, HUE, RAND_FILL, RandOp, mirrors
+from rsa_fast.pipelines.views import ViewSpec, patch_px
 
 BLUR_PASSES = 3  # PIL's GaussianBlur
 

@@ -17,7 +17,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.views import ViewSpec, patch_px
+from rsa_fast.pipelines.views import ViewSpec, patch_px
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # (24, 4): every order of the four jitter operations.

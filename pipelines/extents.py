@@ -15,7 +15,7 @@ from io import FileIO
 
 import numpy as np
 
-from pipelines.order import Blocks
+from rsa_fast.pipelines.order import Blocks
 
 # Linux cuts a longer request to the read-ahead of the device, which is 128 KiB by default.
 REQUEST_BYTES = 128 * 1024

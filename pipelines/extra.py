@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.named import fault, load_module, load_object
+from rsa_fast.pipelines.named import fault, load_module, load_object
 
 
 class Extra:

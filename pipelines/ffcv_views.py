@@ -40,11 +40,11 @@ import numba
 import numpy as np
 import torch
 
-from pipelines.beton import image_field, read_fields
-from pipelines.host_ops import jpeg_header, sample_views
-from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import HostViews, Transfer, rows_of
-from pipelines.views import Batch
+from rsa_fast.pipelines.beton import image_field, read_fields
+from rsa_fast.pipelines.host_ops import jpeg_header, sample_views
+from rsa_fast.pipelines.loading import Job, Loader, in_parts
+from rsa_fast.pipelines.transfer import HostViews, Transfer, rows_of
+from rsa_fast.pipelines.views import Batch
 
 INSTALL = "apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config g++ && pip install ffcv"
 torch_threads = torch.get_num_threads()
@@ -149,7 +149,7 @@ class FfcvViews(Loader):
         super().__init__(job)
         if job.source.beton is None:
             raise ValueError(
-                "backend ffcv reads .beton files: convert with `python -m tools.to_ffcv`, "
+                "backend ffcv reads .beton files: convert with `rsa-fast convert ffcv`, "
                 "or choose another backend, as several folders or val_fraction need"
             )
         self.transfer = Transfer(job)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.files import read_list_text
-from pipelines.manifest import Listing, Paths
+from rsa_fast.pipelines.files import read_list_text
+from rsa_fast.pipelines.manifest import Listing, Paths
 
 # What PIL says it opens, but for the formats of which it only reads the header or which need other
 # programs.
@@ -53,7 +53,7 @@ FOREIGN = {  # what the images may be in, by suffix
     ".dcm": "DICOM files: save their images as PNG",
     ".heic": "HEIC photographs, which PIL does not open: convert them to JPEG",
     ".zip": "an archive: unpack it",
-    ".tar": "tar files: unpack them, or index shards with `python -m tools.index`",
+    ".tar": "tar files: unpack them, or index shards with `rsa-fast convert index`",
     ".gz": "an archive: unpack it",
     ".tgz": "an archive: unpack it",
 }

@@ -19,7 +19,7 @@ import math
 import numpy as np
 from numba import njit
 
-from pipelines.draws import BRIGHTNESS, CONTRAST, RAND_FILL, SATURATION, RandOp
+from rsa_fast.pipelines.draws import BRIGHTNESS, CONTRAST, RAND_FILL, SATURATION, RandOp
 
 log = logging.getLogger("rsa_fast")
 

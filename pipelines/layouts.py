@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from pipelines.beton import beton_source
-from pipelines.combined import held_out_ids, joined, refuse_twice, subset
-from pipelines.files import read_bytes, read_list_text, user_cache
-from pipelines.folders import (
+from rsa_fast.pipelines.beton import beton_source
+from rsa_fast.pipelines.combined import held_out_ids, joined, refuse_twice, subset
+from rsa_fast.pipelines.files import read_bytes, read_list_text, user_cache
+from rsa_fast.pipelines.folders import (
     SPLIT_NAMES,
     TEST_NAMES,
     TRAIN_NAMES,
@@ -35,10 +35,10 @@ from pipelines.folders import (
     list_images,
     splits_of,
 )
-from pipelines.manifest import Listing, Manifest, Paths, array_manifest
-from pipelines.scan import OnBadImage, bad_rows, map_threaded, scan_files
-from pipelines.shards import holds_shards, shard_source
-from pipelines.sources import Source, read_rgb, turn_upright
+from rsa_fast.pipelines.manifest import Listing, Manifest, Paths, array_manifest
+from rsa_fast.pipelines.scan import OnBadImage, bad_rows, map_threaded, scan_files
+from rsa_fast.pipelines.shards import holds_shards, shard_source
+from rsa_fast.pipelines.sources import Source, read_rgb, turn_upright
 
 log = logging.getLogger("rsa_fast")
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from pipelines import device_ops
-from pipelines.backends import BACKENDS, choose_backend
-from pipelines.draws import batch_seed, draw
-from pipelines.extra import Extra
-from pipelines.machine import loader_threads
-from pipelines.order import Order
-from pipelines.read_ahead import ReadAhead
-from pipelines.scan import OnBadImage
-from pipelines.sources import Source
-from pipelines.views import Batch, ViewSpec, stage_and_crop, view_name
+from rsa_fast.pipelines import device_ops
+from rsa_fast.pipelines.backends import BACKENDS, choose_backend
+from rsa_fast.pipelines.draws import batch_seed, draw
+from rsa_fast.pipelines.extra import Extra
+from rsa_fast.pipelines.machine import loader_threads
+from rsa_fast.pipelines.order import Order
+from rsa_fast.pipelines.read_ahead import ReadAhead
+from rsa_fast.pipelines.scan import OnBadImage
+from rsa_fast.pipelines.sources import Source
+from rsa_fast.pipelines.views import Batch, ViewSpec, stage_and_crop, view_name
 
 AggressiveOn = Literal["auto", "host", "device"]
 DecodeOn = Literal["gpu", "cpu"]
@@ -146,7 +146,9 @@ class Job:
         At unusual sampling, such as 4:4:0, other decoders are up to 5 levels away from PIL, and for
         CMYK images up to 2.
         """
-        from pipelines.host_ops import jpeg_header  # numba: a GPU can train from memory without it
+        from rsa_fast.pipelines.host_ops import (
+            jpeg_header,  # numba: a GPU can train from memory without it
+        )
 
         data = self.source.jpeg(sample)
         if data and jpeg_header(np.frombuffer(data, np.uint8)) == (*self.size(sample), True):

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, idle cores, and available memory.
+"""What this process may use of the machine: cores, idle cores, available memory, and its pip.
 
 Containers are limited by cgroups, version 1 or 2. `os.cpu_count` does not know these limits, and
 the kernel's number of free pages counts the page cache, which any program may have filled, as used.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+# In messages: the pip of this process. `pip` may be another one, and rsa-fast[...] is in no index
+# that a clone could be installed from.
+PIP = f"{shlex.quote(sys.executable)} -m pip"
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Of the loader, per process. More threads spend their time waiting for Python's lock: with kernels
 # of fixed length, 64 of them make no more images per second from files than 16.

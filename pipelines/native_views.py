@@ -18,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from simplejpeg import decode_jpeg
 
-from pipelines.host_ops import sample_views
-from pipelines.loading import Job, Loader
-from pipelines.transfer import HostViews, Transfer
-from pipelines.views import Batch
+from rsa_fast.pipelines.host_ops import sample_views
+from rsa_fast.pipelines.loading import Job, Loader
+from rsa_fast.pipelines.transfer import HostViews, Transfer
+from rsa_fast.pipelines.views import Batch
 
 # So many images are decoded one after the other, before the first view of them is made. This makes
 # the decoder 4% faster, because its code, tables and branch history stay in the core.

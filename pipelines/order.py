@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipelines.draws import hash_keys, sample_keys
+from rsa_fast.pipelines.draws import hash_keys, sample_keys
 
 # The order gets seeds of its own, because the views are drawn from the keys of the seed itself.
 ORDER_SALT, BLOCK_SALT = 0x6F72646572, 0x626C6F636B

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.extents import Extents
-from pipelines.files import partial_name
-from pipelines.manifest import Manifest
-from pipelines.sources import Source, open_image, to_rgb
+from rsa_fast.pipelines.extents import Extents
+from rsa_fast.pipelines.files import partial_name
+from rsa_fast.pipelines.manifest import Manifest
+from rsa_fast.pipelines.sources import Source, open_image, to_rgb
 
 VERSION = 1  # the format of the description that is written beside a packed split
 ENTRY = np.dtype(

@@ -14,10 +14,10 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipelines.machine import loader_threads
-from pipelines.scan import OnBadImage
-from pipelines.sources import Source
-from pipelines.views import ViewSpec
+from rsa_fast.pipelines.machine import loader_threads
+from rsa_fast.pipelines.scan import OnBadImage
+from rsa_fast.pipelines.sources import Source
+from rsa_fast.pipelines.views import ViewSpec
 
 log = logging.getLogger("rsa_fast")
 

@@ -8,8 +8,8 @@ from itertools import chain
 
 import numpy as np
 
-from pipelines.extents import Extents
-from pipelines.order import Order
+from rsa_fast.pipelines.extents import Extents
+from rsa_fast.pipelines.order import Order
 
 
 class ReadAhead:

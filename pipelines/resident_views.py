@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from pipelines import device_ops
-from pipelines.backends import free_bytes
-from pipelines.loading import Job, Loader, in_parts
-from pipelines.transfer import Transfer, rows_of, views_from_weak
-from pipelines.views import Batch
+from rsa_fast.pipelines import device_ops
+from rsa_fast.pipelines.backends import free_bytes
+from rsa_fast.pipelines.loading import Job, Loader, in_parts
+from rsa_fast.pipelines.transfer import Transfer, rows_of, views_from_weak
+from rsa_fast.pipelines.views import Batch
 
 
 class ResidentViews(Loader):
@@ -55,7 +55,7 @@ class ResidentViews(Loader):
             yield self.make(epoch, self.stand_ins[self.job.order.ids(epoch, s)])
 
     def host_views(self, epoch: int, ids: np.ndarray) -> Batch:
-        from pipelines.host_ops import batch_views
+        from rsa_fast.pipelines.host_ops import batch_views
 
         params = self.job.params(epoch, ids)
         memory = self.transfer.take(len(ids))

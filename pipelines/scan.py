@@ -17,9 +17,9 @@ from typing import BinaryIO, Literal
 import numpy as np
 import torch.distributed as dist
 
-from pipelines.files import write_whole
-from pipelines.machine import cores
-from pipelines.manifest import (
+from rsa_fast.pipelines.files import write_whole
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.manifest import (
     CHUNK,
     MAX_PIXELS,
     Listing,
@@ -28,8 +28,8 @@ from pipelines.manifest import (
     digest,
     fingerprint_files,
 )
-from pipelines.npz import read_npz
-from pipelines.sources import check_depth, exif_orientation, open_image
+from rsa_fast.pipelines.npz import read_npz
+from rsa_fast.pipelines.sources import check_depth, exif_orientation, open_image
 
 OnBadImage = Literal["stop", "skip"]
 
@@ -97,7 +97,7 @@ def scan_files(
         total = len(scan.bad) + len(scan.manifest)
         raise ValueError(
             f"{len(scan.bad)} of {total} files under {data} are no whole images; replace or delete "
-            f"them, repair them with `python -m tools.verify {data} --fix`, or leave them out with "
+            f"them, repair them with `rsa-fast verify {data} --fix`, or leave them out with "
             "--on-bad-image skip:\n" + "\n".join(bad_rows(scan.bad))
         )
     return scan

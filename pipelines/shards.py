@@ -29,11 +29,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pipelines.folders import IMAGE_SUFFIXES, SPLIT_NAMES, TEST_NAMES, TRAIN_NAMES, VAL_NAMES
-from pipelines.manifest import Paths
-from pipelines.npz import read_npz
-from pipelines.packed import ENTRY, Packed, read_classes
-from pipelines.sources import Source
+from rsa_fast.pipelines.folders import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VAL_NAMES,
+)
+from rsa_fast.pipelines.manifest import Paths
+from rsa_fast.pipelines.npz import read_npz
+from rsa_fast.pipelines.packed import ENTRY, Packed, read_classes
+from rsa_fast.pipelines.sources import Source
 
 BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # 512 and 10,240 bytes
 # The columns of index.npz, and the fields of `packed.ENTRY` that they are read into.
@@ -86,7 +92,7 @@ def read_index(folder: Path) -> tuple[list[Path], np.ndarray]:
     index = folder / "index.npz"
     # The index of both splits is made at once, so that they have the same classes.
     place = folder.parent if folder.name.lower() in SPLIT_NAMES else folder
-    command = f"python -m tools.index {place}"
+    command = f"rsa-fast convert index {place}"
     if not index.is_file():
         raise FileNotFoundError(f"no {index}: {command} writes it")
     try:

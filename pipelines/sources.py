@@ -15,9 +15,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from pipelines import tiff
-from pipelines.extents import Extents
-from pipelines.manifest import Manifest
+from rsa_fast.pipelines import tiff
+from rsa_fast.pipelines.extents import Extents
+from rsa_fast.pipelines.manifest import Manifest
 
 NO_BOMB_WARNING = ("ignore", None, Image.DecompressionBombWarning, None, 0)  # of warnings.filters
 TO_UPRIGHT = {  # by EXIF orientation; PIL's rotations are counter-clockwise

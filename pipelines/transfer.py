@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines import device_ops
-from pipelines.loading import Job
-from pipelines.views import Batch, Stage, ViewSpec, view_name
+from rsa_fast.pipelines import device_ops
+from rsa_fast.pipelines.loading import Job
+from rsa_fast.pipelines.views import Batch, Stage, ViewSpec, view_name
 
 
 class HostViews:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pipelines.named import absolute_spec
+from rsa_fast.pipelines.named import absolute_spec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,10 @@ class ViewSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]  # their standard deviations, by which the rest is divided
     crop_area: tuple[float, float] = (0.2, 1.0)  # the range of the crop's share of the image's area
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # the range of its width / height, log-uniform
+    crop_aspect: tuple[float, float] = (
+        3 / 4,
+        4 / 3,
+    )  # the range of its width / height, log-uniform
     interpolation: Interpolation = "bilinear"  # how a crop is resized, antialiased as by PIL
     flip_p: float = 0.5  # probability of a horizontal flip
     # The probability of a vertical flip, in the weak stage: for images without an upper side, such

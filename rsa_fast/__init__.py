@@ -1,7 +1,7 @@
 """Fast self-supervised pre-training with RSA and the methods it is compared with, from Python:
 
 >>> from pathlib import Path
->>> from pipelines import VIEWS, Order, open_source, open_views
+>>> from rsa_fast.pipelines import VIEWS, Order, open_source, open_views
 >>> from rsa_fast import Callback, EarlyStopping, build_recipe, evaluate, load_encoder, train
 >>> data, out = "data/cifar10", Path("runs/notebook")
 >>> recipe = build_recipe("cifar10", "rsa", epochs=2, batch_size=32, width=8, views={"blur_p": 0})

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.named import absolute_spec, is_file
+from rsa_fast.pipelines.named import absolute_spec, is_file
 
 TIMM = "timm/"
 OWN = "own"

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,16 +23,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.shell_completion import CompletionItem
 
-from pipelines.backends import BACKENDS
-from pipelines.files import json_text
-from pipelines.named import nearest
 from rsa_fast import terminal
 from rsa_fast.datasets import DATASETS, name_of, own_rules
 from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
+from rsa_fast.pipelines.backends import BACKENDS
+from rsa_fast.pipelines.files import json_text
+from rsa_fast.pipelines.named import nearest
 
 if TYPE_CHECKING:
-    from pipelines.layouts import Data
-    from pipelines.sources import Source
+    from rsa_fast.pipelines.layouts import Data
+    from rsa_fast.pipelines.sources import Source
     from rsa_fast.recipes import Recipe
 
 PredictSplit = Literal["all", "train", "test"]
@@ -341,6 +342,24 @@ def answer(result: Any, show: Callable[[], None] | None = None) -> None:
         click.echo(terminal.result_lines(context.info_name, result))
 
 
+class Tool(click.Command):
+    """A command of tools/, of which this only has the summary: the list of commands is quick."""
+
+    def __init__(self, name: str, module: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self.module = module
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        command: click.Command = import_module(f"rsa_fast.tools.{self.module}").main
+        return command.make_context(info_name, args, parent, **extra)
+
+
 @click.group(
     cls=Group,
     context_settings={
@@ -564,13 +583,13 @@ def train(
     if download and len(places) > 1:
         raise click.UsageError("--download wants one folder, which the images go to")
     images: Data = places[0] if len(places) == 1 else places
-    from pipelines import layouts
     from rsa_fast.distributed import (
         check_gpus,
         is_launched,
         launch,
         launcher_variables,
     )
+    from rsa_fast.pipelines import layouts
 
     processes = gpus or nproc
     to_launch = processes and not dry_run and not is_launched(os.environ, processes)
@@ -1441,8 +1460,8 @@ def preview(
     recipe = recipe_of(
         dataset=dataset, method=method, config=config, sets=sets, overrides=overrides, data=data
     )
-    from pipelines.layouts import inventory
     from rsa_fast.insight.preview import preview as run
+    from rsa_fast.pipelines.layouts import inventory
 
     source = recipe.open_source(data, "pretrain")
     logging.getLogger("rsa_fast").info(inventory(source))
@@ -1668,9 +1687,9 @@ def profile(
 
         answer(tuning.tune(next(iter(recipes.values())), data, out, budget_s))
         return
-    from pipelines.files import write_text
     from rsa_fast.insight import profiling
     from rsa_fast.insight.profile_page import page, text_table
+    from rsa_fast.pipelines.files import write_text
 
     report = profiling.profile(recipes, data, repeats=repeats, seconds=seconds, trace=trace)
     if html:
@@ -1750,6 +1769,39 @@ def plan(
         recipe, gpu, gpus=gpus, nodes=nodes, cores=cores, network_gbps=network_gbps, data=images
     )
     answer(prediction, partial(planning.show, prediction))
+
+
+@main.group()
+def convert() -> None:
+    """Convert images to few large files, or index such files."""
+
+
+convert.add_command(Tool("ffcv", "to_ffcv", "Convert the images in SRC to .beton files in DST."))
+convert.add_command(Tool("dali", "to_dali", "Convert the images in SRC to tar shards in DST."))
+convert.add_command(
+    Tool(
+        "index",
+        "index",
+        "Write the index of the tar shards in SHARDS, or in the folders in SHARDS.",
+    )
+)
+main.add_command(
+    Tool(
+        "verify",
+        "verify",
+        "Decode every image below PATH, or every sample of a converted dataset.",
+    )
+)
+main.add_command(
+    Tool("stage", "stage", "Copy packed images in SRC to DST, from which training reads meanwhile.")
+)
+main.add_command(
+    Tool(
+        "subset",
+        "imagenet100",
+        "Make DST, a subset of the image folder SRC (train/, val/), from a list of classes.",
+    )
+)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rsa_fast.sourced import Fields, cite
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipelines.layouts import Data
+    from rsa_fast.pipelines.layouts import Data
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.machine import cores, idle_cores
+from rsa_fast.pipelines.machine import cores, idle_cores
 
 log = logging.getLogger("rsa_fast")
 
@@ -298,15 +299,19 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
-        signals_to_handle=",".join([*(number.name for number in handled_signals()), "SIGQUIT"]),
     )
+    # torch's launcher passes TERM, INT, HUP and QUIT on to the ranks. SLURM also sends USR1.
+    signal.signal(signal.SIGUSR1, stop_launcher)
+    if signal.SIGHUP not in handled_signals():
+        # The launcher would handle it all the same. The ranks inherit the mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     elastic_log = logging.getLogger("torch.distributed.elastic")
     elastic_log.handlers, elastic_log.propagate = [LauncherHandler()], False
     # Without this a restart would hang: see `launcher_variables`.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        elastic_launch(config, sys.executable)("-m", "rsa_fast", *arguments)
+        elastic_launch(config, sys.executable)("-c", rank_program(), *arguments)
     except SignalException as stop:
         # The launcher has passed the signal on to the ranks, and they have ended.
         return STOPPED_EXIT_CODE if stop.sigval in STOP_SIGNALS else 128 + stop.sigval
@@ -337,6 +342,24 @@ class LauncherHandler(logging.Handler):
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         log.error(f"process {local_rank} {how}; the others are stopped")
+
+
+def rank_program() -> str:
+    """The Python program of a rank, which imports from the same places as this process.
+
+    `python -m rsa_fast` would search the working directory first, and with it the user's modules.
+    """
+    return (
+        f"import sys; sys.path[:] = {sys.path}; "
+        "from rsa_fast.cli import main; main(prog_name='rsa-fast')"
+    )
+
+
+def stop_launcher(number: int, frame: FrameType | None) -> None:
+    """A signal handler that makes torch's launcher pass the signal on and end."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
 
 def handled_signals() -> list[signal.Signals]:

@@ -29,8 +29,9 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from pipelines.named import load_object
 from rsa_fast.archs import OWN, RESNETS, TIMM
+from rsa_fast.pipelines.machine import PIP
+from rsa_fast.pipelines.named import load_object
 
 if TYPE_CHECKING:
     from rsa_fast.recipes import Recipe
@@ -279,7 +280,7 @@ def timm_options(arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
     Networks whose weights depend on the size of the images are built for it.
     """
     if find_spec("timm") is None:
-        raise ValueError(f"{arch} needs timm: pip install 'rsa-fast[timm]'")
+        raise ValueError(f"{arch} needs timm: {PIP} install timm")
     import timm
 
     name = arch.removeprefix(TIMM)

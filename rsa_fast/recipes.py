@@ -27,18 +27,18 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pipelines.layouts import Data, open_source
-from pipelines.loading import AggressiveOn, DecodeOn, Loading
-from pipelines.machine import loader_threads
-from pipelines.named import absolute, is_file, nearest
-from pipelines.order import Order
-from pipelines.scan import OnBadImage
-from pipelines.sources import Source
-from pipelines.views import ViewSpec
 from rsa_fast import schedules
 from rsa_fast.archs import CHOICES, OWN, RESNET_FIELDS, RESNETS, full_name
 from rsa_fast.datasets import DATASETS, Dataset, name_of, own_dataset
 from rsa_fast.methods import FILES, METHODS, method_class, short_name
+from rsa_fast.pipelines.layouts import Data, open_source
+from rsa_fast.pipelines.loading import AggressiveOn, DecodeOn, Loading
+from rsa_fast.pipelines.machine import loader_threads
+from rsa_fast.pipelines.named import absolute, is_file, nearest
+from rsa_fast.pipelines.order import Order
+from rsa_fast.pipelines.scan import OnBadImage
+from rsa_fast.pipelines.sources import Source
+from rsa_fast.pipelines.views import ViewSpec
 from rsa_fast.sourced import Fields, cite, updated
 
 log = logging.getLogger("rsa_fast")
@@ -246,7 +246,7 @@ class Recipe(BaseModel):
             if source.extents is None:
                 raise ValueError(
                     f"order = blocks reads .beton files and tar shards, and {source.where} is "
-                    "neither: convert it with tools.to_ffcv or tools.to_dali, or set order=full"
+                    "neither: convert it with rsa-fast convert, or set order=full"
                 )
             blocks = source.extents.blocks(self.block_mib * 2**20, self.window_mib * 2**20)
         return kind(

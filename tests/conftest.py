@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.beton import BetonWriter, page_bytes
-from pipelines.packed import ENTRY
+from rsa_fast.pipelines.beton import BetonWriter, page_bytes
+from rsa_fast.pipelines.packed import ENTRY
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("RSA_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -115,7 +115,7 @@ def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from click.testing import CliRunner
 
-    from tools.to_ffcv import main
+    from rsa_fast.tools.to_ffcv import main
 
     place = tmp_path_factory.mktemp("beton")
     done = CliRunner().invoke(

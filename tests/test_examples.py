@@ -26,9 +26,9 @@ import torch
 from conftest import ROOT, write_folder
 from test_readme import METHOD
 
-from pipelines import open_source
 from rsa_fast import build_recipe, cli, train
 from rsa_fast.methods.method import build_method
+from rsa_fast.pipelines import open_source
 from rsa_fast.training.checkpoint import paths_in
 from rsa_fast.training.step import build_run, train_step
 
@@ -41,8 +41,8 @@ MODULES = [
 COMMAND = re.compile(r"rsa-fast |python -m tools\.")
 # The modules whose docstrings also indent what is neither: file listings and settings.
 OTHER = {
-    "pipelines.beton",
-    "pipelines.shards",
+    "rsa_fast.pipelines.beton",
+    "rsa_fast.pipelines.shards",
     "rsa_fast.methods",
     "rsa_fast.training.checkpoint",
 }
@@ -102,7 +102,7 @@ def test_a_command_has_only_options_that_exist(place, module, line):
     if words[0] == "rsa-fast":
         command, rest = cli.main, words[1:]
     elif words[2] == "tools.gpu_report":
-        import_module("tools.gpu_report.__main__").make_parser().parse_args(words[3:])
+        import_module("rsa_fast.tools.gpu_report.__main__").make_parser().parse_args(words[3:])
         return
     else:
         command, rest = import_module(words[2]).main, words[3:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -22,8 +21,8 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, write_folder
 
-import pipelines.layouts
 import rsa_fast
+import rsa_fast.pipelines.layouts
 from rsa_fast import cli
 from rsa_fast.evaluation import detection
 from rsa_fast.training import checkpoint
@@ -96,14 +95,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         tar.add(place / "data" / "imagenet" / "train")
     (place / "LIST").write_text("class_0\n")
     (place / "my_twins.py").write_text(METHOD)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
         patch.syspath_prepend(ROOT / "tests" / "rsa_fast")
         from test_detection import TINY, write_coco
 
         write_coco(place / "data" / "coco")
         fetch = {"train": 20, "test": 10}
         patch.setattr(
-            pipelines.layouts,
+            rsa_fast.pipelines.layouts,
             "download",
             lambda data, name: write_folder(data, fetch, size=(32, 32)),
         )
@@ -133,7 +133,7 @@ def test_there_are_commands_to_try():
 
 
 def test_the_targets_of_make_and_the_benchmarks_exist():
-    from tools.bench import main
+    from rsa_fast.tools.bench import main
 
     assert set(BENCHMARKS) <= main.commands.keys()
     for target in set(re.findall(r"^make ([\w-]+)", SHELL, re.M)):
@@ -148,8 +148,8 @@ def test_the_lines_for_a_notebook_are_those_that_are_run(code):
 def test_the_method_in_the_readme_trains_and_is_barlow_twins():
     space: dict = {}
     exec(METHOD, space)
-    from pipelines.views import Batch
     from rsa_fast.networks import Encoder
+    from rsa_fast.pipelines.views import Batch
 
     torch.manual_seed(0)
     recipe = SimpleNamespace(hidden_dim=16, out_dim=3, off_diagonal=0.005)

@@ -42,7 +42,8 @@ from simplejpeg import decode_jpeg as decode_by_simplejpeg
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines import (
+from rsa_fast.insight.measure import EndlessOrder, median_ratio, open_loader
+from rsa_fast.pipelines import (
     VIEWS,
     AggressiveOn,
     Batch,
@@ -54,15 +55,14 @@ from pipelines import (
     open_source,
     open_views,
 )
-from pipelines.draws import draw
-from pipelines.loading import Loader
-from pipelines.machine import cores
-from pipelines.manifest import array_manifest
-from rsa_fast.insight.measure import EndlessOrder, median_ratio, open_loader
+from rsa_fast.pipelines.draws import draw
+from rsa_fast.pipelines.loading import Loader
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.manifest import array_manifest
 from rsa_fast.recipes import build_recipe
+from rsa_fast.tools.to_ffcv import main as to_ffcv
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, train_step
-from tools.to_ffcv import main as to_ffcv
 
 CIFAR = build_recipe("cifar10", "rsa").views
 data_option = click.option(
@@ -350,7 +350,13 @@ def lightly_loaders(source: Source, spec: ViewSpec, batch_size: int) -> dict[str
 
     samples = RandomSampler(range(len(source.manifest)), num_samples=10**9, replacement=True)
     return {
-        name: DataLoader(Files(transform), batch_size, sampler=samples, num_workers=2)
+        name: DataLoader(
+            Files(transform),
+            batch_size,
+            sampler=samples,
+            num_workers=2,
+            multiprocessing_context="fork",
+        )
         for name, transform in {"lightly_byol": byol, "lightly_multi_crop": multi_crop}.items()
     }
 
@@ -498,7 +504,7 @@ def everything(data: Path, plain: bool) -> None:
     on_arrays: list[str] = []
     benchmarks = {"views": on_arrays, "step": on_arrays, "backends": on_files, "training": on_files}
     for name, arguments in benchmarks.items():
-        command = [sys.executable, "-m", "tools.bench", name, *arguments]
+        command = [sys.executable, "-m", "rsa_fast.tools.bench", name, *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         *table_lines, last = done.stdout.splitlines()
         figures[name] = json.loads(last)

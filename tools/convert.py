@@ -39,12 +39,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.draws import sample_keys
-from pipelines.files import write_whole
-from pipelines.layouts import has_test_split, inventory, open_source
-from pipelines.machine import cores
-from pipelines.packed import ENTRY, VERSION, Packed
-from pipelines.sources import Source, open_image, to_rgb
+from rsa_fast.pipelines.draws import sample_keys
+from rsa_fast.pipelines.files import write_whole
+from rsa_fast.pipelines.layouts import has_test_split, inventory, open_source
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.packed import ENTRY, VERSION, Packed
+from rsa_fast.pipelines.sources import Source, open_image, to_rgb
 
 Result = TypeVar("Result")
 

@@ -20,15 +20,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import open_source
-from pipelines.files import write_whole
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.insight.preview import preview
 from rsa_fast.insight.report import KNN, LOSS, draw_figure, read_runs, report
+from rsa_fast.pipelines import open_source
+from rsa_fast.pipelines.files import write_whole
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.tools.make_demo import make_demo
 from rsa_fast.training.engine import train
 from rsa_fast.training.step import build_run
-from tools.make_demo import make_demo
 
 METHODS = ("rsa", "byol")
 

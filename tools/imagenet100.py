@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from pipelines.files import read_list_text
-from pipelines.folders import images_below
-from tools.convert import progress
+from rsa_fast.pipelines.files import read_list_text
+from rsa_fast.pipelines.folders import images_below
+from rsa_fast.tools.convert import progress
 
 VERSION = 1  # of subset.json, which says what a subset was made from
 SPLITS = ("train", "val", "test")

@@ -30,15 +30,15 @@ from typing import Any, BinaryIO, cast
 import click
 import numpy as np
 
-from pipelines.beton import MAX_CLASSES
-from pipelines.files import write_whole
-from pipelines.folders import IMAGE_SUFFIXES
-from pipelines.machine import cores
-from pipelines.manifest import MAX_PIXELS
-from pipelines.packed import ENTRY, VERSION
-from pipelines.shards import BLOCK, kind_of, tar_names, write_index
-from pipelines.sources import open_image
-from tools.convert import in_order, note, progress, write_json
+from rsa_fast.pipelines.beton import MAX_CLASSES
+from rsa_fast.pipelines.files import write_whole
+from rsa_fast.pipelines.folders import IMAGE_SUFFIXES
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.manifest import MAX_PIXELS
+from rsa_fast.pipelines.packed import ENTRY, VERSION
+from rsa_fast.pipelines.shards import BLOCK, kind_of, tar_names, write_index
+from rsa_fast.pipelines.sources import open_image
+from rsa_fast.tools.convert import in_order, note, progress, write_json
 
 LABEL_KEYS = ("label", "cls", "class", "class_name", "class_id", "target")
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
@@ -228,7 +228,7 @@ def shard_folders(place: Path) -> list[Path]:
     for folder in folders:
         if (folder / "index.npz").exists() and not (folder / "index.json").exists():
             raise ValueError(
-                f"{folder} has the index that python -m tools.to_dali wrote: train on it"
+                f"{folder} has the index that rsa-fast convert dali wrote: train on it"
             )
     return folders
 

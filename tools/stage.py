@@ -26,10 +26,10 @@ from typing import Any
 
 import click
 
-from pipelines.files import json_text, partial_name, write_text
-from pipelines.layouts import has_test_split, open_source, packed_place
-from pipelines.packed import state_of
-from tools.convert import note, sync_folder
+from rsa_fast.pipelines.files import json_text, partial_name, write_text
+from rsa_fast.pipelines.layouts import has_test_split, open_source, packed_place
+from rsa_fast.pipelines.packed import state_of
+from rsa_fast.tools.convert import note, sync_folder
 
 PIECE_BYTES = 2**26  # is on the disk before the next piece is begun
 AGAIN = "delete DST and start again"
@@ -48,8 +48,8 @@ def packed_files(src: Path) -> list[str]:
             files |= {path for path in [*inside, beside] if path.is_file() and path.name[0] != "."}
     if not files:
         raise FileNotFoundError(
-            f"{src} has no .beton files or tar shards: convert it with tools.to_ffcv or "
-            "tools.to_dali, or index its shards with tools.index"
+            f"{src} has no .beton files or tar shards: convert it with "
+            "rsa-fast convert, or index its shards with rsa-fast convert index"
         )
     below = [path for path in files if path.is_relative_to(src)]
     below.sort(key=lambda path: (path.stat().st_size >= PIECE_BYTES, str(path)))
@@ -186,7 +186,7 @@ def main(src: Path, dst: Path, background: bool) -> None:
                 copy_all(src, dst, plan)
         if background:
             with (dst / ".rsa-fast" / "stage.log").open("w") as log:
-                command = [sys.executable, "-m", "tools.stage", str(src), str(dst)]
+                command = [sys.executable, "-m", "rsa_fast.tools.stage", str(src), str(dst)]
                 subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
-from pipelines.order import epoch_order
-from pipelines.shards import ShardWriter, open_shards, stored_label
-from tools.convert import PARAMS, Encoding, Format, run
+from rsa_fast.pipelines.order import epoch_order
+from rsa_fast.pipelines.shards import ShardWriter, open_shards, stored_label
+from rsa_fast.tools.convert import PARAMS, Encoding, Format, run
 
 
 @click.command(params=[*PARAMS])

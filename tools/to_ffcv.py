@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipelines.beton import MAX_SIDE_PX, BetonWriter, open_beton, page_bytes
-from pipelines.order import epoch_order
-from tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
+from rsa_fast.pipelines.beton import MAX_SIDE_PX, BetonWriter, open_beton, page_bytes
+from rsa_fast.pipelines.order import epoch_order
+from rsa_fast.tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
 
 
 def writer(path: Path, sizes: np.ndarray, done: np.ndarray) -> BetonWriter:

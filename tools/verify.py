@@ -31,14 +31,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipelines.files import write_whole
-from pipelines.folders import counts_of, images_below
-from pipelines.layouts import has_test_split, has_train_folder, open_source, packed_place
-from pipelines.machine import cores
-from pipelines.manifest import MAX_PIXELS, Paths
-from pipelines.scan import header_size
-from pipelines.sources import Source, exif_orientation, open_image, to_rgb
-from tools.convert import in_order, note, progress
+from rsa_fast.pipelines.files import write_whole
+from rsa_fast.pipelines.folders import counts_of, images_below
+from rsa_fast.pipelines.layouts import has_test_split, has_train_folder, open_source, packed_place
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.manifest import MAX_PIXELS, Paths
+from rsa_fast.pipelines.scan import header_size
+from rsa_fast.pipelines.sources import Source, exif_orientation, open_image, to_rgb
+from rsa_fast.tools.convert import in_order, note, progress
 
 BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "no bytes at all"}
 NOTES = {
@@ -87,7 +87,7 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
             if unread := unread_size(data):
                 return hashlib.sha256(data).digest(), {"over_large": f"{unread}{UNREAD}"}
             raise ValueError(header)
-        with warnings.catch_warnings(action="ignore"), open_image(io.BytesIO(data)) as image:
+        with no_warnings(), open_image(io.BytesIO(data)) as image:
             notes = {}
             deep = ", 16 bits" if any(";16" in str(tile) for tile in image.tile) else ""
             if image.mode != "RGB" or deep:
@@ -110,10 +110,17 @@ def pil_of_any_size() -> Iterator[None]:
     bound = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = REPAIRABLE * MAX_PIXELS // 2  # PIL refuses twice as many
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with no_warnings():
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = bound
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def unread_size(data: bytes) -> str:

@@ -46,10 +46,10 @@ from torch.amp.grad_scaler import GradScaler
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.rpn import RPNHead
 
-from pipelines.coco import CocoImages, open_loader, reading_plan
-from pipelines.files import json_text, write_text
-from pipelines.order import Order
 from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.pipelines.coco import CocoImages, open_loader, reading_plan
+from rsa_fast.pipelines.files import json_text, write_text
+from rsa_fast.pipelines.order import Order
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import StoppedError, stop_signals
 from rsa_fast.training.metrics import Metrics, versions_and_hardware

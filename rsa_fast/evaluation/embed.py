@@ -43,13 +43,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.files import json_text, write_text, write_whole
-from pipelines.layouts import Data, has_test_split, inventory, places_of
-from pipelines.manifest import CHUNK, Manifest
-from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import checked_overrides, embed_in_own_dtype, recipe_for_images
+from rsa_fast.pipelines.files import json_text, write_text, write_whole
+from rsa_fast.pipelines.layouts import Data, has_test_split, inventory, places_of
+from rsa_fast.pipelines.machine import PIP
+from rsa_fast.pipelines.manifest import CHUNK, Manifest
+from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.training.checkpoint import newest_checkpoint
 from rsa_fast.training.run_folder import places_of_checkpoint
 from rsa_fast.training.step import choose_device, choose_dtype
@@ -176,8 +177,11 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):  # hashlib.file_digest came with Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -283,7 +287,7 @@ def writer_of(out: Path) -> Write:
             f"no format for --out {out.name}: wanted a name that ends in {', '.join(WRITERS)}"
         )
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ValueError(f"{out.name} needs pyarrow: pip install 'rsa-fast[embed]'")
+        raise ValueError(f"{out.name} needs pyarrow: {PIP} install pyarrow")
     return WRITERS[out.suffix]
 
 

@@ -51,6 +51,7 @@ from torch import Tensor, nn
 
 from rsa_fast.archs import OWN, RESNETS
 from rsa_fast.networks import Encoder, build_encoder
+from rsa_fast.pipelines.machine import PIP
 from rsa_fast.recipes import Recipe, checkpoint_recipe
 from rsa_fast.training import checkpoint
 
@@ -128,7 +129,7 @@ def read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors" and find_spec("safetensors") is None:
-        raise ValueError(f"to read {path}: pip install safetensors")
+        raise ValueError(f"to read {path}: {PIP} install safetensors")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

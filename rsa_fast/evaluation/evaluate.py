@@ -30,12 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import CropGroup, Loading, Order, Source, open_views
-from pipelines.combined import fraction_of, stratified_ids, subset
-from pipelines.files import json_text, write_text
-from pipelines.layouts import Data, described, has_test_split, inventory, places_of
-from pipelines.named import nearest
-from pipelines.plain import PlainImages
 from rsa_fast.archs import RESNETS, TIMM
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation import linear
@@ -50,6 +44,12 @@ from rsa_fast.evaluation.features import (
     gather_rows,
 )
 from rsa_fast.evaluation.linear import Batches
+from rsa_fast.pipelines import CropGroup, Loading, Order, Source, open_views
+from rsa_fast.pipelines.combined import fraction_of, stratified_ids, subset
+from rsa_fast.pipelines.files import json_text, write_text
+from rsa_fast.pipelines.layouts import Data, described, has_test_split, inventory, places_of
+from rsa_fast.pipelines.named import nearest
+from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe, build_recipe, replaced
 from rsa_fast.training.checkpoint import newest_checkpoint
 from rsa_fast.training.run_folder import places_of_checkpoint

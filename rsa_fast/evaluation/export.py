@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipelines.files import write_text, write_whole
 from rsa_fast.archs import OWN, RESNETS, TIMM, short_arch
 from rsa_fast.datasets import DATASETS
 from rsa_fast.evaluation.encoders import beginning, load_encoder, traits
 from rsa_fast.methods import short_name
 from rsa_fast.networks import Encoder, timm_options
+from rsa_fast.pipelines.files import write_text, write_whole
+from rsa_fast.pipelines.machine import PIP
 from rsa_fast.recipes import build_recipe, dump_yaml
 from rsa_fast.training import checkpoint
 
@@ -207,7 +208,8 @@ def export(
             f"{format} wants a file name that ends in {SUFFIXES[format]}, found {out.name}"
         )
     if missing := [name for name in NEEDS.get(format, ()) if find_spec(name) is None]:
-        raise ValueError(f"{format} needs {' and '.join(missing)}: pip install 'rsa-fast[export]'")
+        install = f"{PIP} install {' '.join(missing)}"
+        raise ValueError(f"{format} needs {' and '.join(missing)}: {install}")
     files = [out / "model.safetensors", out / "config.json"] if format == "hf-timm" else [out]
     if not overwrite and (there := [file for file in files if file.exists()]):
         raise FileExistsError(
@@ -267,7 +269,8 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
@@ -358,7 +361,7 @@ def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dic
     if arch == OWN:
         return values | {"build": "model = ...  # the module that was passed to training"}
     arch = short_arch(arch)
-    build = f'from pipelines.named import load_object\n\nmodel = load_object("{arch}")()'
+    build = f'from rsa_fast.pipelines.named import load_object\n\nmodel = load_object("{arch}")()'
     return values | {"arch": arch, "network": arch, "build": build}
 
 

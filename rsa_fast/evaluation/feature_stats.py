@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines import Batch
 from rsa_fast.evaluation.evaluate import embed
+from rsa_fast.pipelines import Batch
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
 # Bins of equal width from 0 to 1. A ResNet's features come from a ReLU, so no cosine is negative.

@@ -23,10 +23,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.files import user_cache, write_whole
-from pipelines.manifest import digest
-from pipelines.plain import PlainImages
 from rsa_fast.distributed import gather, rank, world_size
+from rsa_fast.pipelines.files import user_cache, write_whole
+from rsa_fast.pipelines.manifest import digest
+from rsa_fast.pipelines.plain import PlainImages
 
 LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); -1 labels an image that was not read
 

@@ -28,11 +28,6 @@ import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from pipelines.combined import fraction_of, listed_ids, stratified_ids, subset
-from pipelines.files import read_list_text
-from pipelines.layouts import Data, described
-from pipelines.named import nearest
-from pipelines.sources import Source
 from rsa_fast.archs import RESNET_FIELDS
 from rsa_fast.datasets import CHECKPOINTS, every, name_of
 from rsa_fast.distributed import world_size
@@ -41,6 +36,11 @@ from rsa_fast.evaluation.encoders import load_encoder, traits
 from rsa_fast.evaluation.evaluate import Evaluation, embed, recipe_for_images
 from rsa_fast.methods.supervised import Supervised, SupervisedRecipe
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.combined import fraction_of, listed_ids, stratified_ids, subset
+from rsa_fast.pipelines.files import read_list_text
+from rsa_fast.pipelines.layouts import Data, described
+from rsa_fast.pipelines.named import nearest
+from rsa_fast.pipelines.sources import Source
 from rsa_fast.recipes import (
     LOADING_FIELDS,
     Derived,

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.order import epoch_order
 from rsa_fast.distributed import rank
 from rsa_fast.evaluation.accuracy import Predictions
 from rsa_fast.evaluation.features import (
@@ -32,6 +31,7 @@ from rsa_fast.evaluation.features import (
     mean_and_variance,
     take_rows,
 )
+from rsa_fast.pipelines.order import epoch_order
 from rsa_fast.schedules import cosine_ramp
 
 Batches = Callable[[int], Iterable[LabelledFeatures]]

@@ -18,10 +18,6 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from pipelines.files import write_whole
-from pipelines.layouts import Data, inventory, open_source
-from pipelines.plain import PlainImages
-from pipelines.sources import Source
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation.embed import (
     BATCH_SIZE,
@@ -34,6 +30,10 @@ from rsa_fast.evaluation.embed import (
 from rsa_fast.evaluation.finetune import logits
 from rsa_fast.methods.method import build_method
 from rsa_fast.methods.supervised import Supervised
+from rsa_fast.pipelines.files import write_whole
+from rsa_fast.pipelines.layouts import Data, inventory, open_source
+from rsa_fast.pipelines.plain import PlainImages
+from rsa_fast.pipelines.sources import Source
 from rsa_fast.recipes import Recipe, stored_recipe
 from rsa_fast.training import checkpoint as checkpoints
 from rsa_fast.training.step import choose_device, choose_dtype, for_any_device

@@ -33,10 +33,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipelines.machine import read_cgroups
+from rsa_fast.pipelines.machine import PIP, read_cgroups
 
 GIB = 2**30
-PIP = f"{sys.executable} -m pip"
 TORCH_PIN = (
     f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} "
     "--index-url https://download.pytorch.org/whl/{0}"
@@ -314,8 +313,8 @@ def check_page_cache(data_gib: float, memory_gib: float) -> Check:
     data = f"{data_gib:.1f} GiB" if data_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
     too_large = (data_gib or IMAGENET_GIB) > 0.8 * memory_gib
     fix = (
-        "a local NVMe disk (python -m tools.stage DATA OUT), or smaller files: "
-        "python -m tools.to_ffcv DATA OUT --write-mode jpg --max-resolution 400; on a disk limited "
+        "a local NVMe disk (rsa-fast stage DATA OUT), or smaller files: "
+        "rsa-fast convert ffcv DATA OUT --write-mode jpg --max-resolution 400; on a disk limited "
         "in reads per second (a hard disk, an array, a network disk), packed files with "
         "--set order=blocks: 3,200 instead of 564 images/s at 500 reads per second"
     )
@@ -424,8 +423,10 @@ def diagnose(data: str | Path, out: str | Path) -> list[Check]:
     cpu = torch.backends.cpu.get_cpu_capability()
     cores, _ = read_cgroups(Path("/proc/self/cgroup").read_text())
     allowed = len(os.sched_getaffinity(0))
-    uncached = import_error("pipelines.host_ops")
-    cache = "" if uncached else sys.modules["pipelines.host_ops"].sample_views.stats.cache_path
+    uncached = import_error("rsa_fast.pipelines.host_ops")
+    cache = (
+        "" if uncached else sys.modules["rsa_fast.pipelines.host_ops"].sample_views.stats.cache_path
+    )
     try:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -468,7 +469,7 @@ def diagnose_gpu_libraries(
         nccl = ".".join(map(str, numbers))
     shipped_nccl = packages.get(f"nvidia-nccl-cu{Version(cuda or '0').major}")
     dali = {name: packages[name] for name in packages if name.startswith("nvidia-dali-cuda")}
-    ffcv_error = import_error("pipelines.ffcv_views") if "ffcv" in packages else ""
+    ffcv_error = import_error("rsa_fast.pipelines.ffcv_views") if "ffcv" in packages else ""
     return [
         check_driver(driver, cuda, len(gpus), read_cards()),
         check_architectures(archs, gpus),

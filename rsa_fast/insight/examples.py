@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines import Order, Source
-from pipelines.combined import subset
-from pipelines.plain import PlainImages
 from rsa_fast.evaluation.embed import Embeddings, filename, valid
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import extract_features
 from rsa_fast.insight.neighbours import TILE_PX, Pictures, nearest_html
 from rsa_fast.insight.page import Picture, data_url, picture_row
 from rsa_fast.insight.preview import view_levels
+from rsa_fast.pipelines import Order, Source
+from rsa_fast.pipelines.combined import subset
+from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.run_folder import stored_places

@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from pipelines import Batch, Loader, Loading, Order, Source, open_views
+from rsa_fast.pipelines import Batch, Loader, Loading, Order, Source, open_views
 from rsa_fast.training.step import Run
 
 

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines import Source, open_source
-from pipelines.files import write_text
-from pipelines.layouts import Data
 from rsa_fast.evaluation.embed import Embeddings, embed, read_embeddings, valid
 from rsa_fast.evaluation.features import BLOCK_ROWS
 from rsa_fast.insight.page import Picture, data_url, html_page, picture_row
+from rsa_fast.pipelines import Source, open_source
+from rsa_fast.pipelines.files import write_text
+from rsa_fast.pipelines.layouts import Data
+from rsa_fast.pipelines.machine import PIP
 
 log = logging.getLogger("rsa_fast")
 
@@ -111,7 +112,7 @@ def neighbours(
         raise ValueError(f"this is a web page: found --out {out}, wanted a name ending in .html")
     if points and find_spec("sklearn") is None:
         raise ValueError(
-            "the map needs scikit-learn: pip install 'rsa-fast[embed]', or leave it out: --points 0"
+            f"the map needs scikit-learn: {PIP} install scikit-learn, or leave it out: --points 0"
         )
     if embeddings is not None:
         return write_page(read_embeddings(embeddings), data, out, queries, nearest, points, seed)

@@ -42,11 +42,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pipelines import Batch, Loading, Order, Source, open_source, open_views
-from pipelines.backends import RESIDENT_BYTES
-from pipelines.layouts import Data
-from pipelines.named import nearest
-from pipelines.views import stage_and_crop, view_name
 from rsa_fast.archs import RESNETS
 from rsa_fast.datasets import DATASETS
 from rsa_fast.distributed import alone
@@ -55,6 +50,11 @@ from rsa_fast.evaluation.evaluate import KNN_CHUNK, KNN_SETTINGS, embed_in_own_d
 from rsa_fast.evaluation.features import BLOCK_ROWS
 from rsa_fast.methods import method_class, short_name
 from rsa_fast.methods.method import Method, build_method
+from rsa_fast.pipelines import Batch, Loading, Order, Source, open_source, open_views
+from rsa_fast.pipelines.backends import RESIDENT_BYTES
+from rsa_fast.pipelines.layouts import Data
+from rsa_fast.pipelines.named import nearest
+from rsa_fast.pipelines.views import stage_and_crop, view_name
 from rsa_fast.recipes import Recipe, build_recipe, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer
 from rsa_fast.training.step import Run, choose_dtype, train_on

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipelines import Order, Source, choose_backend, open_views
-from pipelines.draws import RandOp, draw
-from pipelines.views import ViewSpec, patch_px, stage_and_crop
+from rsa_fast.pipelines import Order, Source, choose_backend, open_views
+from rsa_fast.pipelines.draws import RandOp, draw
+from rsa_fast.pipelines.views import ViewSpec, patch_px, stage_and_crop
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import choose_device, for_any_device
 

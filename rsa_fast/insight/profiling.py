@@ -25,9 +25,6 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from pipelines import BACKENDS, Batch, Loader, Loading, Order, Source, open_views
-from pipelines.layouts import Data
-from pipelines.machine import cores
 from rsa_fast.insight.doctor import read_memory_bytes
 from rsa_fast.insight.measure import (
     by_step,
@@ -44,6 +41,9 @@ from rsa_fast.insight.timeline import (
     reset_peak,
     used_bytes,
 )
+from rsa_fast.pipelines import BACKENDS, Batch, Loader, Loading, Order, Source, open_views
+from rsa_fast.pipelines.layouts import Data
+from rsa_fast.pipelines.machine import cores
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import (
     Run,
@@ -70,9 +70,9 @@ TOLERANCE = 0.05  # within which two times count as equal
 KNOBS = {
     "compute-bound": "precision, batch_size: the loader has time to spare",
     "decode-bound": "threads, up to the cores; "
-    "smaller images (tools.to_ffcv --max-resolution); backend dali on a GPU",
-    "read-bound": "few large files (tools.to_ffcv, tools.to_dali), then order=blocks where they do "
-    "not fit in memory; a local disk (tools.stage), memory that holds the data",
+    "smaller images (rsa-fast convert ffcv --max-resolution); backend dali on a GPU",
+    "read-bound": "few large files (rsa-fast convert), then order=blocks where they do "
+    "not fit in memory; a local disk (rsa-fast stage), memory that holds the data",
     "host-bound": "threads, prefetch_batches, aggressive_on: try --tune; "
     "a larger batch_size if a GPU waits for launches",
 }
@@ -80,7 +80,7 @@ KNOBS = {
 # reads 5,100 to 6,100 images/s and blocks 6,100 to 6,700.
 BLOCKS_KNOB = (
     "order=blocks, which reads 1 MiB at once: up to 6 times the images/s where a disk is limited "
-    "in reads per second (hard disks, arrays, network disks); a local NVMe disk (tools.stage), "
+    "in reads per second (hard disks, arrays, network disks); a local NVMe disk (rsa-fast stage), "
     "which needs no blocks; memory that holds the data"
 )
 SHARED_CORES_KNOB = (
@@ -333,8 +333,10 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
     The stages are reading from the page cache, decoding, making all crops, and their aggressive
     stages. All run on one thread.
     """
-    from pipelines.host_ops import batch_views  # imports numba, without which a GPU can train
-    from pipelines.native_views import NativeViews
+    from rsa_fast.pipelines.host_ops import (
+        batch_views,  # imports numba, without which a GPU can train
+    )
+    from rsa_fast.pipelines.native_views import NativeViews
 
     images, spec = len(source.manifest), run.recipe.views
     order = Order(images, min(STAGE_IMAGES, images), run.recipe.seed)

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipelines.files import write_text
 from rsa_fast.insight.examples import examples
 from rsa_fast.insight.page import (
     COLOURS,
@@ -35,6 +34,7 @@ from rsa_fast.insight.page import (
 )
 from rsa_fast.insight.runs import live_html
 from rsa_fast.methods import short_name
+from rsa_fast.pipelines.files import write_text
 from rsa_fast.training.meter import COLLAPSE_STD, HEALTHY_STD
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.run_folder import read_starts

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines import BACKENDS, Loading, Source, choose_backend
-from pipelines.files import write_text
-from pipelines.layouts import Data
-from pipelines.loading import AggressiveOn, DecodeOn
-from pipelines.machine import cores
 from rsa_fast.insight.measure import open_loader, skip_prefetched
 from rsa_fast.insight.timeline import Timeline
+from rsa_fast.pipelines import BACKENDS, Loading, Source, choose_backend
+from rsa_fast.pipelines.files import write_text
+from rsa_fast.pipelines.layouts import Data
+from rsa_fast.pipelines.loading import AggressiveOn, DecodeOn
+from rsa_fast.pipelines.machine import cores
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import Run, build_run, for_any_device, train_steps
 

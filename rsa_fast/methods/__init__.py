@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pipelines.named import absolute, is_file, load_module, load_object, nearest
 from rsa_fast.datasets import DATASETS
+from rsa_fast.pipelines.named import absolute, is_file, load_module, load_object, nearest
 from rsa_fast.sourced import Sourced
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import PAIRS, Loss, Now, TargetMethod, TargetRecipe, mlp, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 
 BOOTSTRAP_ROWS = {

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.views import Batch
 from rsa_fast.distributed import gather
 from rsa_fast.methods.method import (
     Loss,
@@ -42,6 +41,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import (
     QUEUE_FIELDS,
     STRONG_JITTER,
@@ -41,6 +40,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite, merged_rows
 
 

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import BankMethod, BankRecipe, Loss, Now, unit
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 
 # What InstDis and PIRL have in common.

@@ -29,7 +29,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pipelines.views import Batch
 from rsa_fast.distributed import world_size
 from rsa_fast.methods.method import (
     EIGHT_GPUS,
@@ -41,6 +40,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Derived
 from rsa_fast.sourced import Rows, cite
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pipelines.device_ops import send
-from pipelines.draws import hash_keys
-from pipelines.views import Batch
 from rsa_fast import schedules
 from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.methods import method_class, short_name
 from rsa_fast.networks import Encoder, Projected, build_encoder
+from rsa_fast.pipelines.device_ops import send
+from rsa_fast.pipelines.draws import hash_keys
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Derived, Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import bn_groups, convert_batchnorm
@@ -421,7 +421,8 @@ def negative_ids(seed: int, now: Now, count: int, images: int) -> np.ndarray:
     They are the same on all ranks.
     """
     keys = hash_keys(seed ^ NEGATIVES_SALT, int(now["step"]), np.arange(count))
-    return (keys % np.uint64(images)).astype(np.int64)
+    ids: np.ndarray = (keys % np.uint64(images)).astype(np.int64)
+    return ids
 
 
 def joint_features(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:

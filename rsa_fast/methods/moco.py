@@ -18,7 +18,6 @@ from typing import ClassVar
 
 import torch
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import (
     EIGHT_GPUS,
     PAIRS,
@@ -31,6 +30,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 
 

@@ -31,7 +31,6 @@ from typing import ClassVar
 
 from torch import nn
 
-from pipelines.views import Batch
 from rsa_fast.methods.inst_dis import BANK_ROWS
 from rsa_fast.methods.method import (
     BankMethod,
@@ -45,6 +44,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, merged_rows
 
 

@@ -21,7 +21,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import (
     EIGHT_GPUS,
     PAIRS,
@@ -33,6 +32,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 
 

@@ -15,9 +15,9 @@ the noisy aggressive pairs count less as training goes on. All four views are re
 
 from __future__ import annotations
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast.methods.byol import BOOTSTRAP_ROWS, BootstrapMethod, BootstrapRecipe, distance
 from rsa_fast.methods.method import BETA_ROWS, BetaRecipe, Loss, Now
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.sourced import merged_rows
 
 

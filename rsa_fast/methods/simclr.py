@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipelines.views import Batch
 from rsa_fast.distributed import gather, rank
 from rsa_fast.methods.method import PAIRS, STRONG_JITTER, Loss, Method, Now, mlp, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
 

@@ -19,9 +19,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import PAIRS, Loss, Method, Now, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
 

@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast.methods.method import BETA_ROWS, BetaRecipe, Loss, Now, unit
 from rsa_fast.methods.simsiam import SimSiam, SimSiamRecipe, negative_cosine
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.sourced import Rows, cite, merged_rows
 
 

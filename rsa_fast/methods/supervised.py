@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import Loss, Method, Now, unit
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
 

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.views import Batch
 from rsa_fast.distributed import gather, rank
 from rsa_fast.methods.method import (
     STRONG_JITTER,
@@ -47,6 +46,7 @@ from rsa_fast.methods.method import (
     unit,
 )
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Derived
 from rsa_fast.sourced import Rows, cite
 

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipelines.views import Batch
 from rsa_fast.distributed import gather
 from rsa_fast.methods.barlow_twins import ASYMMETRIC, expander, products
 from rsa_fast.methods.method import PAIRS, Loss, Method, Now, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import at_least_float32

@@ -40,12 +40,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pipelines.device_ops import send
-from pipelines.draws import hash_keys
-from pipelines.views import Batch
 from rsa_fast.distributed import gather
 from rsa_fast.methods.method import STRONG_JITTER, Loss, Method, Now, StepRecipe, mlp, unit
 from rsa_fast.networks import Encoder, Projected
+from rsa_fast.pipelines.device_ops import send
+from rsa_fast.pipelines.draws import hash_keys
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import at_least_float32
 

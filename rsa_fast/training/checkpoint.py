@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from pipelines.files import partial_name, write_whole
+from rsa_fast.pipelines.files import partial_name, write_whole
 
 log = logging.getLogger("rsa_fast")
 

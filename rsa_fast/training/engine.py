@@ -24,9 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines import Loader, Source, open_views
-from pipelines.files import json_text, write_text
-from pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.datasets import OWN_STEPS
 from rsa_fast.distributed import (
     Heartbeat,
@@ -42,6 +39,9 @@ from rsa_fast.evaluation.evaluate import Evaluation, NoLabelsError
 from rsa_fast.evaluation.feature_stats import feature_stats
 from rsa_fast.methods import short_name
 from rsa_fast.networks import check_arch
+from rsa_fast.pipelines import Loader, Source, open_views
+from rsa_fast.pipelines.files import json_text, write_text
+from rsa_fast.pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.recipes import FREE_FIELDS, Recipe, dump_yaml, recipe_of_own_encoder, stored_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.callbacks import Callback
@@ -949,5 +949,5 @@ def announce_blocks(recipe: Recipe, source: Source) -> None:
     if extents.sorted_by(labels) > STORED_BY_CLASS:
         log.warning(
             "the images are stored by class, so that order = blocks makes batches of few classes: "
-            "convert them with tools.to_ffcv or tools.to_dali, which shuffle, or set order=full"
+            "convert them with rsa-fast convert, which shuffles, or set order=full"
         )

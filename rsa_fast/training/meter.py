@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines import Batch
 from rsa_fast.distributed import world_size
 from rsa_fast.methods.method import Loss
+from rsa_fast.pipelines import Batch
 
 log = logging.getLogger("rsa_fast")
 

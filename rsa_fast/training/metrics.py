@@ -21,8 +21,9 @@ from rich.progress import Progress, Task
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from pipelines.files import json_text, write_text
 from rsa_fast.distributed import rank
+from rsa_fast.pipelines.files import json_text, write_text
+from rsa_fast.pipelines.machine import PIP
 from rsa_fast.terminal import RECORDED_SCORES, duration
 from rsa_fast.training.run_folder import read_metrics as read_metrics
 
@@ -261,15 +262,14 @@ def check_wandb() -> None:
     """Raise ValueError if Weights & Biases cannot be used, before a run touches anything."""
     if find_spec("wandb") is None:
         raise ValueError(
-            "wandb is wanted and not installed: "
-            "pip install 'rsa-fast[wandb]', or set wandb to false"
+            f"wandb is wanted and not installed: {PIP} install wandb, or set wandb to false"
         )
     try:
         import wandb  # noqa: F401
     except Exception as error:  # a version that does not fit the other packages can raise anything
         raise ValueError(
             f"wandb is wanted and cannot be imported ({type(error).__name__}: {error}): "
-            "pip install -U wandb, or set wandb to false"
+            f"{PIP} install -U wandb, or set wandb to false"
         ) from error
 
 

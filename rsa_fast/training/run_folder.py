@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.files import json_text, partial_name, write_text
+from rsa_fast.pipelines.files import json_text, partial_name, write_text
 
 log = logging.getLogger("rsa_fast")
 

@@ -6,6 +6,7 @@ one after the other, so that only one has to be on the device.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from pipelines import Batch
-from pipelines.draws import hash_keys
 from rsa_fast.distributed import gpu_index, rank, world_size
 from rsa_fast.methods.method import Loss, Method, build_method
+from rsa_fast.pipelines import Batch
+from rsa_fast.pipelines.draws import hash_keys
 from rsa_fast.recipes import Derived, Recipe, recipe_of_own_encoder, resolve
 from rsa_fast.training.optim import build_optimizer, clip_each_grad_norm_, set_learning_rate
 
@@ -74,12 +75,16 @@ def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> R
         # Buffers are not broadcast: every rank has its own BatchNorm statistics, and the queue is
         # the same on all ranks anyway. The graph is not declared static: DDP would then look for
         # tensors in what forward returns, find none in a Loss, and never reduce a gradient.
-        forward = DistributedDataParallel(
-            method,
-            [device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 deprecates broadcast_buffers. Its successor copies the buffers once at the
+            # start, and earlier versions do not have it.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            forward = DistributedDataParallel(
+                method,
+                [device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
     return Run(
         recipe=recipe,
         derived=derived,

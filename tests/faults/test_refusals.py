@@ -16,8 +16,8 @@ import torch
 from conftest import write_folder
 from torch.amp.grad_scaler import GradScaler
 
-from pipelines import Order
 from rsa_fast import schedules
+from rsa_fast.pipelines import Order
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training import step as step_module

@@ -30,11 +30,11 @@ from conftest import natural_image
 from PIL import Image
 from programs import RANKS, Watch, as_rank_0_of_8
 
-from pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
-from pipelines.beton import BetonWriter
-from pipelines.loading import Job, Loader, Loading
-from pipelines.packed import ENTRY
-from pipelines.transfer import Transfer
+from rsa_fast.pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
+from rsa_fast.pipelines.beton import BetonWriter
+from rsa_fast.pipelines.loading import Job, Loader, Loading
+from rsa_fast.pipelines.packed import ENTRY
+from rsa_fast.pipelines.transfer import Transfer
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint, engine
 from rsa_fast.training.meter import Meter
@@ -194,7 +194,7 @@ def training(folder: Path) -> dict[str, dict[str, object]]:
 
 def planted(folder: Path) -> dict[str, dict[str, object]]:
     """Return, by fault, the second batch's gap and number of waits, or the error."""
-    from pipelines.dali_views import DaliViews
+    from rsa_fast.pipelines.dali_views import DaliViews
 
     class ReleasedEarly(DaliViews):
         def batch_on_gpu(self, crops, ids, params):

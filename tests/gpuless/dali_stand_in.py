@@ -22,7 +22,7 @@ import torch
 from nvidia.dali import Pipeline
 from nvidia.dali.tensors import TensorGPU, TensorListGPU
 
-from pipelines import dali_views
+from rsa_fast.pipelines import dali_views
 
 REUSED = 0xA5  # Memory that was given back to DALI is overwritten with this level.
 

@@ -24,7 +24,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
-from pipelines import device_ops
+from rsa_fast.pipelines import device_ops
 
 FOLDER = Path(sys.argv[1])
 os.environ |= {

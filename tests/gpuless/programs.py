@@ -21,9 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from gpulint import GpuLint
 
-from pipelines import VIEWS, Batch, Order, open_source, open_views
 from rsa_fast.distributed import max_over_ranks, process_group
 from rsa_fast.methods import METHODS
+from rsa_fast.pipelines import VIEWS, Batch, Order, open_source, open_views
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter

@@ -62,7 +62,8 @@ def test_with_another_torch_a_warning_lists_the_counts_that_are_not_held(hold):
     ("changes", "version"), [({"peak_gib": 11.2}, torch.__version__), ({"peak_gib": 11.5}, "0.0")]
 )
 def test_what_is_within_its_tolerance_passes_in_silence(hold, changes, version):
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         hold(changes, version)
 
 

@@ -13,11 +13,11 @@ import torch
 from conftest import natural_image
 from PIL import Image
 
-from pipelines import beton
-from pipelines.beton import BetonWriter, beton_source, page_bytes
-from pipelines.layouts import open_source
-from pipelines.packed import ENTRY
-from pipelines.sources import to_rgb
+from rsa_fast.pipelines import beton
+from rsa_fast.pipelines.beton import BetonWriter, beton_source, page_bytes
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.packed import ENTRY
+from rsa_fast.pipelines.sources import to_rgb
 
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
 PAGE = 2**21  # the smallest that FFCV allows

@@ -11,12 +11,12 @@ import torch
 from conftest import natural_image
 from PIL import Image, ImageOps
 
-from pipelines import CropGroup, Loading, Order, ViewSpec, open_source, open_views
-from pipelines.draws import draw
-from pipelines.host_ops import sample_views
-from pipelines.loading import Job
-from pipelines.torchvision_views import aggressive_view, weak_view
-from pipelines.views import VIEWS
+from rsa_fast.pipelines import CropGroup, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.draws import draw
+from rsa_fast.pipelines.host_ops import sample_views
+from rsa_fast.pipelines.loading import Job
+from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
+from rsa_fast.pipelines.views import VIEWS
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PAIR = ViewSpec(32, MEAN, STD)
@@ -102,7 +102,7 @@ def folder(tmp_path_factory):
 def beton_of(folder, tmp_path):
     from click.testing import CliRunner
 
-    from tools.to_ffcv import main
+    from rsa_fast.tools.to_ffcv import main
 
     out = tmp_path / "beton"
     result = CliRunner().invoke(main, [str(folder), str(out), "--write-mode", "raw"])
@@ -191,7 +191,7 @@ def test_views_do_not_depend_on_what_else_is_read(folder, backend):
 
 
 def test_what_is_not_read_is_neither_cropped_nor_sent(folder, monkeypatch):
-    import pipelines.torchvision_views as module
+    import rsa_fast.pipelines.torchvision_views as module
 
     source, order, sides = open_source(folder, "pretrain"), Order(8, 4, 7), []
 
@@ -207,7 +207,7 @@ def test_what_is_not_read_is_neither_cropped_nor_sent(folder, monkeypatch):
     assert sides == 4 * 3 * [12]  # three crops of four images
     assert set(batch.views) == {"aggressive_5", "aggressive_6", "aggressive_7"}
     # The host's memory of a batch: the three weak crops, or the three aggressive views.
-    from pipelines.transfer import Transfer
+    from rsa_fast.pipelines.transfer import Transfer
 
     for where, stage in (("device", "weak"), ("host", "aggressive")):
         loading = Loading("native", aggressive_on=where)

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from pipelines import VIEWS, Loading, Order, open_source
-from pipelines.loading import Job
-from pipelines.views import ViewSpec
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_source
+from rsa_fast.pipelines.loading import Job
+from rsa_fast.pipelines.views import ViewSpec
 
 pytestmark = pytest.mark.skipif(
     find_spec("nvidia.dali") is None,
@@ -50,7 +50,7 @@ def operators(pipe) -> list[tuple[str, str, dict[str, str]]]:
 def test_every_operator_of_the_gpu_graph_has_its_kernel(folder, decode_on):
     from nvidia.dali import backend
 
-    from pipelines.dali_views import build_graph
+    from rsa_fast.pipelines.dali_views import build_graph
 
     found = operators(build_graph(job(folder, decode_on=decode_on), "gpu", None))
     for name, device, _ in found:
@@ -61,7 +61,7 @@ def test_every_operator_of_the_gpu_graph_has_its_kernel(folder, decode_on):
 
 
 def test_the_cpu_graph_is_the_gpu_s_twin(folder):
-    from pipelines.dali_views import build_graph
+    from rsa_fast.pipelines.dali_views import build_graph
 
     gpu, cpu = (operators(build_graph(job(folder), device, None)) for device in ("gpu", "cpu"))
     assert [name for name, *_ in gpu] == [name for name, *_ in cpu]
@@ -76,7 +76,7 @@ def test_the_cpu_graph_is_the_gpu_s_twin(folder):
 
 
 def test_one_decode_and_only_the_crops_that_are_read(folder):
-    from pipelines.dali_views import build_graph
+    from rsa_fast.pipelines.dali_views import build_graph
 
     for reads, crops in ((VIEWS, 2), (("aggressive_1", "weak_2"), 2), (("weak_2",), 1)):
         names = [name for name, *_ in operators(build_graph(job(folder, reads), "cpu", None))]
@@ -86,7 +86,7 @@ def test_one_decode_and_only_the_crops_that_are_read(folder):
 
 
 def test_views_made_on_the_host_are_refused_on_a_gpu_before_dali_starts(folder):
-    from pipelines.dali_views import DaliViews
+    from rsa_fast.pipelines.dali_views import DaliViews
 
     made_on_host = Loading("dali", aggressive_on="host")
     on_gpu = replace(job(folder), device=torch.device("cuda"), loading=made_on_host)

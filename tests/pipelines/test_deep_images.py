@@ -12,8 +12,8 @@ import pytest
 from conftest import natural_image
 from PIL import Image
 
-from pipelines.layouts import open_source
-from pipelines.sources import read_rgb
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.sources import read_rgb
 
 RAMP = np.arange(64 * 64).reshape(64, 64)  # 0 to 4095
 LEVELS = RAMP >> 4  # what it is in 8 bits

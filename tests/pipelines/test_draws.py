@@ -9,8 +9,8 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.draws import DRAWS, ORDERS, batch_seed, draw, mirrors, uniforms
-from pipelines.views import ViewSpec
+from rsa_fast.pipelines.draws import DRAWS, ORDERS, batch_seed, draw, mirrors, uniforms
+from rsa_fast.pipelines.views import ViewSpec
 
 SPEC = ViewSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from conftest import natural_image, write_folder
 from PIL import ExifTags, Image, ImageOps
 
-from pipelines import Loading, Order, ViewSpec, open_source, open_views
-from pipelines.layouts import inventory
-from pipelines.order import epoch_order
-from pipelines.plain import PlainImages, plain_image
+from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.layouts import inventory
+from rsa_fast.pipelines.order import epoch_order
+from rsa_fast.pipelines.plain import PlainImages, plain_image
 from rsa_fast.recipes import build_recipe
-from tools.to_dali import main as to_dali
-from tools.to_ffcv import main as to_ffcv
+from rsa_fast.tools.to_dali import main as to_dali
+from rsa_fast.tools.to_ffcv import main as to_ffcv
 
 FORMATS = ("jpg", "png", "webp", "tif")
 SPEC = ViewSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT
 from test_loaders import SPEC, batches, every_backend
 
-from pipelines import VIEWS, Order, open_source, open_views
-from pipelines.draws import batch_seed
-from pipelines.named import load_module
 from rsa_fast.evaluation.evaluate import evaluate
+from rsa_fast.pipelines import VIEWS, Order, open_source, open_views
+from rsa_fast.pipelines.draws import batch_seed
+from rsa_fast.pipelines.named import load_module
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train

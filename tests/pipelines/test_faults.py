@@ -21,10 +21,10 @@ import torch
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
-from pipelines.beton import BetonWriter, open_beton
-from pipelines.packed import ENTRY, Packed
-from pipelines.shards import ShardWriter, open_shards, shard_path
+from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.beton import BetonWriter, open_beton
+from rsa_fast.pipelines.packed import ENTRY, Packed
+from rsa_fast.pipelines.shards import ShardWriter, open_shards, shard_path
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 COUNT, BATCH = 24, 8  # An epoch reads every image.
@@ -369,7 +369,7 @@ def test_a_beton_replaced_before_ffcv_opens_it_is_refused(tmp_path):
 @FFCV
 def test_a_process_that_used_ffcv_and_forked_ends_on_one_core():
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    code += "from pipelines import ffcv_views\n"
+    code += "from rsa_fast.pipelines import ffcv_views\n"
     subprocess.run(
         [sys.executable, "-c", code + "os.fork() or os._exit(0); os.wait()"], timeout=60, check=True
     )

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import read_bytes, write_raw_beton
 
-from pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
-from pipelines.extents import Extents
 from rsa_fast.insight.profiling import evict
+from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.extents import Extents
 
 pytestmark = pytest.mark.skipif(
     find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
@@ -150,8 +150,8 @@ def test_the_device_makes_the_aggressive_views_of_the_same_weak_ones(beton, refe
 def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
     from click.testing import CliRunner
 
-    from pipelines.beton import open_beton
-    from tools.to_ffcv import main
+    from rsa_fast.pipelines.beton import open_beton
+    from rsa_fast.tools.to_ffcv import main
 
     assert (
         CliRunner()
@@ -178,7 +178,7 @@ def test_an_error_on_ffcv_s_thread_reaches_the_one_who_reads(beton, monkeypatch)
 
 
 def test_another_loader_compiles_nothing(loader, beton):
-    from pipelines.ffcv_views import decode_views
+    from rsa_fast.pipelines.ffcv_views import decode_views
 
     list(loader.batches(0))
     compiled = decode_views.signatures
@@ -207,7 +207,7 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
     from click.testing import CliRunner
     from ffcv.libffcv import imdecode
 
-    from tools.to_ffcv import main
+    from rsa_fast.tools.to_ffcv import main
 
     assert (
         CliRunner()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.files import json_text, write_whole
+from rsa_fast.pipelines.files import json_text, write_whole
 
 
 def test_the_name_appears_after_the_bytes_are_on_the_disk_and_then_the_folder_is_synced(

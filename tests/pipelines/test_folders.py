@@ -10,8 +10,8 @@ import pytest
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines.folders import images_below, list_images
-from pipelines.layouts import inventory, open_source
+from rsa_fast.pipelines.folders import images_below, list_images
+from rsa_fast.pipelines.layouts import inventory, open_source
 
 
 def write_images(root: Path, *names: str) -> Path:
@@ -309,7 +309,7 @@ def test_bad_images_can_be_left_out_from_the_scan_on(tmp_path):
     data = write_folder(tmp_path / "data", {"train": 4, "val": 2})
     bad = data / "train" / "class_0" / "001.jpg"
     bad.write_bytes(bad.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"tools\.verify .* --fix.*--on-bad-image skip"):
+    with pytest.raises(ValueError, match=r"rsa-fast verify .* --fix.*--on-bad-image skip"):
         open_source(data, "pretrain")
     source = open_source(data, "pretrain", on_bad_image="skip")
     assert list(source.bad) == ["train/class_0/001.jpg"] and len(source.manifest) == 7

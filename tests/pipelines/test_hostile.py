@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines import beton
-from pipelines.beton import BetonWriter, beton_source
-from pipelines.layouts import open_source
-from pipelines.manifest import MAX_PIXELS, Manifest, Paths
-from pipelines.npz import read_npz
-from pipelines.packed import ENTRY, read_classes
-from pipelines.scan import read_cache
-from pipelines.shards import INDEX, ShardWriter, shard_source
+from rsa_fast.pipelines import beton
+from rsa_fast.pipelines.beton import BetonWriter, beton_source
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.manifest import MAX_PIXELS, Manifest, Paths
+from rsa_fast.pipelines.npz import read_npz
+from rsa_fast.pipelines.packed import ENTRY, read_classes
+from rsa_fast.pipelines.scan import read_cache
+from rsa_fast.pipelines.shards import INDEX, ShardWriter, shard_source
 
 COUNT = 6
 quick = settings(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Loading, Order, ViewSpec, open_source, open_views
-from pipelines.host_ops import jpeg_header
-from pipelines.loading import Job
-from pipelines.native_views import NativeViews
+from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.host_ops import jpeg_header
+from rsa_fast.pipelines.loading import Job
+from rsa_fast.pipelines.native_views import NativeViews
 
 # Codes for the numbers of bits 0 to 11 of a block's mean, and for the end of a block.
 DC_BITS = [0, 1, 5, 1, 1, 1, 1, 1, 1, *[0] * 7]

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines.combined import held_out_ids, joined, subset
-from pipelines.draws import sample_keys
-from pipelines.layouts import inventory, open_source
-from pipelines.manifest import array_manifest
-from pipelines.sources import Source
+from rsa_fast.pipelines.combined import held_out_ids, joined, subset
+from rsa_fast.pipelines.draws import sample_keys
+from rsa_fast.pipelines.layouts import inventory, open_source
+from rsa_fast.pipelines.manifest import array_manifest
+from rsa_fast.pipelines.sources import Source
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from conftest import natural_image, write_folder
 from PIL import Image
 
-from pipelines import (
+from rsa_fast.pipelines import (
     VIEWS,
     Loading,
     Order,
@@ -27,7 +27,7 @@ from pipelines import (
     open_source,
     open_views,
 )
-from pipelines.manifest import Manifest
+from rsa_fast.pipelines.manifest import Manifest
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
@@ -208,7 +208,7 @@ def test_images_of_many_sizes_are_resident_on_the_host_and_refused_on_the_device
 
 
 def test_a_dataset_larger_than_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("pipelines.backends.available_memory_bytes", lambda: 100)
+    monkeypatch.setattr("rsa_fast.pipelines.backends.available_memory_bytes", lambda: 100)
     with pytest.raises(ValueError, match="too large for the resident backend"):
         batches(folder, "resident")
 
@@ -292,7 +292,7 @@ def test_images_that_are_no_rgb_jpegs_are_decoded_as_pil_does(tmp_path, backend)
 def test_auto_says_what_it_chose_and_why(folder, caplog, monkeypatch):
     caplog.set_level("INFO", "rsa_fast")
     source = open_source(folder, "pretrain")
-    monkeypatch.setattr("pipelines.backends.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("rsa_fast.pipelines.backends.free_bytes", lambda device: 2**30)
     with open_views(source, SPEC, frozenset(VIEWS), Order(40, 8, 5)):
         assert "backend resident: the images take 0.00 GiB decoded" in caplog.text
 
@@ -338,9 +338,9 @@ CHOICES = {
 
 @pytest.mark.parametrize(("kind", "device"), CHOICES)
 def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
-    monkeypatch.setattr("pipelines.backends.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("rsa_fast.pipelines.backends.free_bytes", lambda device: 2**30)
     if "small" not in kind:
-        monkeypatch.setattr("pipelines.backends.RESIDENT_BYTES", 0)
+        monkeypatch.setattr("rsa_fast.pipelines.backends.RESIDENT_BYTES", 0)
     sizes = np.array([[20, 20], [20, 20 if "one size" in kind else 30]], np.int32)
     source = Source(
         Manifest("train", (), np.zeros(2, np.int64), sizes, ""),
@@ -353,7 +353,7 @@ def test_every_choice_is_for_the_reason_given(kind, device, monkeypatch):
         (dali | {"ffcv"}, dali, {"ffcv"}, set()), CHOICES[kind, device], strict=True
     ):
         monkeypatch.setattr(
-            "pipelines.backends.find_spec",
+            "rsa_fast.pipelines.backends.find_spec",
             lambda name, installed=installed: name in installed or None,
         )
         assert choose_backend(source, torch.device(device)) == choice

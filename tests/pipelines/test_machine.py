@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Loading, Source, ViewSpec, machine
-from pipelines.manifest import array_manifest
-from pipelines.plain import PlainImages
+from rsa_fast.pipelines import Loading, Source, ViewSpec, machine
+from rsa_fast.pipelines.manifest import array_manifest
+from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import build_recipe
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 900 kB\n"  # mostly page cache
@@ -83,7 +83,7 @@ def test_tools_take_one_process_per_allowed_core(tool):
     arguments = ["."] if tool == "verify" else [".", "dst"]
     code = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        f"from tools.{tool} import main\n"
+        f"from rsa_fast.tools.{tool} import main\n"
         f"print(main.make_context('tool', {arguments}).params['workers'])"
     )
     root = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ import pytest
 import torch.distributed as dist
 from conftest import write_folder
 
-from pipelines import layouts, manifest, scan
-from pipelines.folders import IMAGE_SUFFIXES, images_below
-from pipelines.layouts import open_source
-from pipelines.manifest import Manifest, Paths
+from rsa_fast.pipelines import layouts, manifest, scan
+from rsa_fast.pipelines.folders import IMAGE_SUFFIXES, images_below
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.manifest import Manifest, Paths
 
 FORK = multiprocessing.get_context("fork")
 
@@ -214,8 +214,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipelines import layouts, manifest, scan
-from pipelines.layouts import open_source
+from rsa_fast.pipelines import layouts, manifest, scan
+from rsa_fast.pipelines.layouts import open_source
 
 DATA, CLASSES, PER_CLASS = Path(sys.argv[1]), 1000, 1281
 stats = listings = 0

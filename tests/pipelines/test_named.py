@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.named import absolute_spec, load_module, load_object
+from rsa_fast.pipelines.named import absolute_spec, load_module, load_object
 
 
 def write(path: Path, text: str) -> Path:

@@ -12,12 +12,20 @@ from conftest import natural_image
 from numba.core.caching import CacheImpl
 from PIL import Image
 
-from pipelines import device_ops, host_ops
-from pipelines.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, VIEW_PARAMS, draw
-from pipelines.host_ops import sample_views, shift_hue
-from pipelines.layouts import open_source
-from pipelines.torchvision_views import aggressive_view, weak_view
-from pipelines.views import ViewSpec
+from rsa_fast.pipelines import device_ops, host_ops
+from rsa_fast.pipelines.draws import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    ORDERS,
+    SATURATION,
+    VIEW_PARAMS,
+    draw,
+)
+from rsa_fast.pipelines.host_ops import sample_views, shift_hue
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
+from rsa_fast.pipelines.views import ViewSpec
 
 LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # This table does not normalise.
 

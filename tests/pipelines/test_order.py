@@ -3,8 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.extents import Extents
-from pipelines.order import Blocks, Order, block_order, count_windows, epoch_order, lanes_of
+from rsa_fast.pipelines.extents import Extents
+from rsa_fast.pipelines.order import (
+    Blocks,
+    Order,
+    block_order,
+    count_windows,
+    epoch_order,
+    lanes_of,
+)
 
 
 def test_an_epoch_visits_every_sample_once():

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pipelines import device_ops, host_ops
-from pipelines.draws import (
+from rsa_fast.pipelines import device_ops, host_ops
+from rsa_fast.pipelines.draws import (
     ORDERS,
     RAND_DRAWS,
     RAND_FILL,
@@ -24,9 +24,9 @@ from pipelines.draws import (
     rand_augment,
     uniforms,
 )
-from pipelines.torchvision_views import aggressive_view
-from pipelines.torchvision_views import rand_augment as pil_rand_augment
-from pipelines.views import CropGroup, ViewSpec
+from rsa_fast.pipelines.torchvision_views import aggressive_view
+from rsa_fast.pipelines.torchvision_views import rand_augment as pil_rand_augment
+from rsa_fast.pipelines.views import CropGroup, ViewSpec
 
 TABLES = [op for op in RandOp if RandOp.AUTO_CONTRAST <= op <= RandOp.SOLARIZE_ADD]
 BLENDS = [op for op in RandOp if RandOp.COLOR <= op <= RandOp.SHARPNESS]

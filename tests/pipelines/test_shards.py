@@ -15,10 +15,16 @@ import pytest
 from conftest import natural_image
 from PIL import Image
 
-from pipelines.layouts import open_source
-from pipelines.packed import ENTRY
-from pipelines.shards import ShardWriter, open_shards, shard_path, shard_source, stored_label
-from pipelines.sources import to_rgb
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.packed import ENTRY
+from rsa_fast.pipelines.shards import (
+    ShardWriter,
+    open_shards,
+    shard_path,
+    shard_source,
+    stored_label,
+)
+from rsa_fast.pipelines.sources import to_rgb
 
 COUNT = 23
 SHARD_BYTES = 40_000
@@ -177,7 +183,7 @@ def test_damaged_and_missing_files_are_named(data):
     with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
         shard_source(data / "train", "train")
     (data / "train" / "index.npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .*index\.npz: python -m tools\.index"):
+    with pytest.raises(FileNotFoundError, match=r"no .*index\.npz: rsa-fast convert index"):
         shard_source(data / "train", "train")
 
 
@@ -230,8 +236,8 @@ MANY = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipelines.packed import free_descriptors
-from pipelines.shards import shard_source
+from rsa_fast.pipelines.packed import free_descriptors
+from rsa_fast.pipelines.shards import shard_source
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 sources = [shard_source(Path(sys.argv[1]), split) for split in ("pretrain", "train", "test")]
@@ -276,7 +282,7 @@ def test_few_shards_stay_open_and_a_reopened_one_must_be_the_same(many, monkeypa
     for i in range(100):
         packed.stored(i)
     assert packed.opened.cache_info().misses == 100
-    monkeypatch.setattr("pipelines.packed.free_descriptors", lambda: 8)
+    monkeypatch.setattr("rsa_fast.pipelines.packed.free_descriptors", lambda: 8)
     packed = open_shards(many)
     assert packed.stored(99) == bytes([99]) * 100 and packed.stored(0) == b"\0"
     shard_path(many, 50).write_bytes(bytes(20_000))

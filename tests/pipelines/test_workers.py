@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.coco import open_loader
+
 ROOT = Path(__file__).parents[2]
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 SMALL = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "
 CODE = """
 import logging, sys, torch
 from pathlib import Path
-from pipelines import Loading, Order, ViewSpec, open_source, open_views
-from pipelines.coco import parcel
+from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.coco import parcel
 from torch.utils.data import DataLoader
 
 logging.basicConfig(level="INFO", format="%(message)s")
@@ -68,3 +73,36 @@ def test_batches_larger_than_dev_shm_arrive_and_it_is_said(tmp_path):
         for (image, objects), (same_image, same_objects) in zip(batch, small, strict=True):
             assert torch.equal(image, same_image)
             assert torch.equal(objects["labels"], same_objects["labels"])
+
+
+@pytest.fixture
+def forkserver():
+    """The start method that is the default on Linux from Python 3.14 on."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_the_workers_of_views_are_forked_whatever_the_default(folder, forkserver):
+    on_disk = open_source(folder, "pretrain")
+    source = replace(on_disk, read=lambda sample: on_disk.read(sample))  # cannot be pickled
+    spec = ViewSpec(16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    order, threads = Order(40, 8, 5), Loading("torchvision", threads=1)
+    with open_views(source, spec, frozenset(["weak_1"]), order, loading=threads) as loader:
+        assert next(loader.batches(0)).weak_1.shape == (8, 3, 16, 16)
+
+
+class Detected(list):
+    """Images with their objects, which cannot be sent to another process."""
+
+    def __reduce__(self):
+        raise TypeError("not to be pickled")
+
+
+def test_the_workers_of_detection_are_forked_whatever_the_default(forkserver):
+    objects = {"labels": torch.tensor([1])}
+    images = Detected([(torch.zeros(3, 8, 8), objects)] * 4)
+    plan = (ids for ids in ([0, 1], [2, 3]))
+    loader = open_loader(images, plan, 1, torch.device("cpu"))
+    assert [len(batch) for batch in loader] == [2, 2]

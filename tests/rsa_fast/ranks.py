@@ -42,8 +42,8 @@ def steps_of_every_method() -> dict[tuple, tuple]:
     """
     from test_other_methods import BATCH, batch_of, tiny_fields
 
-    from pipelines.views import Batch
     from rsa_fast.methods import METHODS, method_class
+    from rsa_fast.pipelines.views import Batch
     from rsa_fast.recipes import build_recipe
     from rsa_fast.training.step import build_run, train_step
 

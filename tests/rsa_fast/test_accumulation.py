@@ -12,11 +12,11 @@ from test_engine import check_resumption, tiny
 from test_other_methods import TINY
 from torch.amp.grad_scaler import GradScaler
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast import networks
 from rsa_fast.archs import ResNetLayers
 from rsa_fast.distributed import world_size
 from rsa_fast.methods import METHODS, method_class
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.engine import checkpoint_state, restore, train
 from rsa_fast.training.metrics import read_metrics

@@ -10,10 +10,10 @@ import torch
 from ranks import mean, run_ranks
 from torch import nn
 
-from pipelines.views import Batch
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.methods.barlow_twins import products
 from rsa_fast.methods.method import Loss, build_method
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
 
 GATHERED = {"barlow-twins": 2, "vicreg": 2, "w-mse": 3}  # and how many views each gets here

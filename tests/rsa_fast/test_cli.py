@@ -179,6 +179,34 @@ def test_the_module_runs_as_the_command():
     assert "train" in out and "eval" in out
 
 
+def test_a_tool_is_imported_only_when_it_is_used():
+    code = (
+        "import sys; from rsa_fast.cli import main; main(['--help'], standalone_mode=False); "
+        "print(*sorted({'numpy', 'PIL', 'torch', 'rsa_fast.tools'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *_, last = done.stdout.splitlines()
+    assert last == "" and " verify " in done.stdout
+
+
+TOOLS = [
+    main.commands["verify"],
+    main.commands["subset"],
+    *main.commands["convert"].commands.values(),
+]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_the_help_and_the_errors_of_a_tool_are_those_of_its_module(tool):
+    words = ("convert", tool.name) if tool not in main.commands.values() else (tool.name,)
+    done = run(*words, "--help")
+    assert done.exit_code == 0 and f"Usage: main {' '.join(words)} [OPTIONS]" in done.output
+    assert " ".join(tool.help.split()) in " ".join(done.output.split())
+    done = run(*words, "--no-such-option")
+    assert done.exit_code == 2 and "No such option" in done.output
+
+
 def test_more_gpus_than_there_are_are_refused_before_anything_starts(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("nothing may start"))

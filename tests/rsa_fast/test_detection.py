@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torchvision.ops import masks_to_boxes
 
-from pipelines.coco import CocoImages, reading_plan
-from pipelines.order import Order
 from rsa_fast.cli import main
 from rsa_fast.evaluation import detection
 from rsa_fast.evaluation.detection import (
@@ -33,6 +31,8 @@ from rsa_fast.evaluation.detection import (
     restore,
 )
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.coco import CocoImages, reading_plan
+from rsa_fast.pipelines.order import Order
 from rsa_fast.training import checkpoint
 from rsa_fast.training.metrics import Metrics, read_metrics
 from rsa_fast.training.run_folder import hold_folder

@@ -12,9 +12,9 @@ from test_other_methods import BATCH, dot, log_softmax, small
 from test_swav import STEP, some_crops
 from torch.nn.utils.parametrizations import weight_norm
 
-from pipelines.views import Batch
 from rsa_fast.methods.dino import Head
 from rsa_fast.methods.method import Method
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.step import Run, build_run, train_step
 

@@ -147,11 +147,11 @@ def test_the_best_code_counts_for_one_gpu_and_the_worst_gpu_for_the_machine():
         ("data_disk", (3.0, 144.0), "ok", ""),
         ("data_disk", (200.0, 0.0), "warning", "ImageNet-1K"),
         ("page_cache", (144.0, 244.0), "ok", ""),
-        ("page_cache", (144.0, 160.0), "warning", "tools.to_ffcv"),
-        ("page_cache", (0.0, 160.0), "warning", "tools.to_ffcv"),
+        ("page_cache", (144.0, 160.0), "warning", "convert ffcv"),
+        ("page_cache", (0.0, 160.0), "warning", "convert ffcv"),
         ("page_cache", (144.0, 160.0), "warning", "limited in reads per second"),
         ("page_cache", (144.0, 160.0), "warning", "order=blocks"),
-        ("page_cache", (144.0, 160.0), "warning", "tools.stage"),
+        ("page_cache", (144.0, 160.0), "warning", "rsa-fast stage"),
         ("page_cache", (1.0, 2.0), "ok", ""),
         ("extras", (dict.fromkeys(doctor.EXTRAS, "1.0"),), "ok", ""),
         (
@@ -337,7 +337,22 @@ def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder
     )
     by_name = {check["name"]: check for check in found["checks"]}
     assert by_name["Python"]["status"] == by_name["numba cache"]["status"] == "ok"
-    assert len(by_name) == 16 and not (tmp_path / "not").exists()
+    assert not (tmp_path / "not").exists()
+
+
+def test_every_check_that_there_is_looks_at_this_machine(tmp_path, monkeypatch):
+    """A check that `diagnose` does not call would never warn anybody."""
+    called = set()
+
+    def observed(name, check):
+        return lambda *facts, **named: called.add(name) or check(*facts, **named)
+
+    checks = {name for name in vars(doctor) if name.startswith("check_")}
+    for name in checks:
+        monkeypatch.setattr(doctor, name, observed(name, getattr(doctor, name)))
+    found = doctor.diagnose(tmp_path, tmp_path)
+    assert called == checks
+    assert len({check.name for check in found}) == len(found)
 
 
 def test_json_prints_the_object_alone(monkeypatch):

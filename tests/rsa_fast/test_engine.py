@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 from conftest import write_folder, write_raw_beton
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast.cli import main
 from rsa_fast.methods import method_class
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train, unused_gpus

@@ -20,14 +20,6 @@ from PIL import Image
 from torchvision import transforms
 
 import rsa_fast
-from pipelines.beton import BetonWriter
-from pipelines.draws import draw
-from pipelines.layouts import open_source
-from pipelines.order import epoch_order
-from pipelines.packed import ENTRY
-from pipelines.plain import PlainImages, plain_image
-from pipelines.torchvision_views import weak_view
-from pipelines.views import ViewSpec
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.evaluation import evaluate, features, linear
@@ -35,6 +27,14 @@ from rsa_fast.evaluation.accuracy import Predictions
 from rsa_fast.evaluation.evaluate import Evaluation, extract_features, gather_rows, knn
 from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.beton import BetonWriter
+from rsa_fast.pipelines.draws import draw
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.order import epoch_order
+from rsa_fast.pipelines.packed import ENTRY
+from rsa_fast.pipelines.plain import PlainImages, plain_image
+from rsa_fast.pipelines.torchvision_views import weak_view
+from rsa_fast.pipelines.views import ViewSpec
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines import VIEWS, Batch
 from rsa_fast.evaluation.feature_stats import COSINE_BINS, effective_rank, feature_stats
+from rsa_fast.pipelines import VIEWS, Batch
 
 
 def some_batch(*views: str) -> Batch:

@@ -14,13 +14,13 @@ from conftest import write_folder
 from ranks import run_ranks
 from test_engine import same, tiny, weights
 
-from pipelines import Batch, open_source
-from pipelines.combined import listed_ids, stratified_ids
 from rsa_fast.cli import main
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.evaluation.finetune import PRESETS, finetune, fraction_of
+from rsa_fast.pipelines import Batch, open_source
+from rsa_fast.pipelines.combined import listed_ids, stratified_ids
 from rsa_fast.recipes import build_recipe, resolve
 from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train

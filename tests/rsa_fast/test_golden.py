@@ -19,10 +19,10 @@ import torch
 from conftest import natural_image
 from PIL import Image
 
-from pipelines import VIEWS, Batch, Loading, Order, ViewSpec, open_source, open_views
-from pipelines.beton import BetonWriter
-from pipelines.packed import ENTRY
 from rsa_fast.methods import METHODS
+from rsa_fast.pipelines import VIEWS, Batch, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines.beton import BetonWriter
+from rsa_fast.pipelines.packed import ENTRY
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.step import build_run, train_step
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines import VIEWS, Loading, Order, open_source, open_views
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.recipes import build_recipe
 from rsa_fast.syncbn import SyncBatchNorm
 from rsa_fast.training.step import build_run, train_step

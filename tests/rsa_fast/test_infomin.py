@@ -10,8 +10,8 @@ from test_inst_dis import STEP
 from test_other_methods import BATCH, rows, small
 from test_pirl import embed_by_loops
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import info_nce, patch_orders, unit
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
 
 

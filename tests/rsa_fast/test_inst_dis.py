@@ -11,8 +11,8 @@ from ranks import mean, mine, run_ranks
 from test_jcl import losses_and_queues
 from test_other_methods import dot, log_softmax, rows, small
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import BankMethod, negative_ids, unit
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 
 IMAGES = 11

@@ -10,9 +10,9 @@ import torch
 from ranks import mean, mine
 from test_other_methods import BATCH, dot, rows, small
 
-from pipelines.views import Batch
 from rsa_fast.methods.jcl import joint_nce
 from rsa_fast.methods.method import info_nce, unit
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 
 NOW = {"lambda_": 0.7}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.order import epoch_order
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.linear import fast, fit, rsa_large, rsa_small, train_head
+from rsa_fast.pipelines.order import epoch_order
 
 CLASSES, DIM = 3, 8
 

@@ -11,9 +11,9 @@ import torch
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast.methods.method import build_method, mlp
 from rsa_fast.networks import Encoder, StridedPointwise
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.schedules import tau
 

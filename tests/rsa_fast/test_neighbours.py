@@ -19,11 +19,11 @@ from PIL import Image
 from test_embed import write_run
 
 import rsa_fast
-from pipelines.layouts import open_source
 from rsa_fast.cli import main
 from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.insight import neighbours as module
 from rsa_fast.insight.neighbours import nearest_rows, same_class
+from rsa_fast.pipelines.layouts import open_source
 
 
 @pytest.fixture(scope="module")
@@ -226,5 +226,5 @@ def test_what_does_not_fit_is_refused(options, message):
 
 def test_a_map_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'rsa-fast\[embed\]', or leave it out"):
+    with pytest.raises(ValueError, match=r"-m pip install scikit-learn, or leave it out"):
         rsa_fast.neighbours("run", None, "nn.html")

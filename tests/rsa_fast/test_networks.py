@@ -11,11 +11,11 @@ from ranks import mine, run_ranks
 from test_engine import tiny, weights
 from test_other_methods import BATCH, TINY, some_batch
 
-from pipelines.views import Batch
 from rsa_fast import networks
 from rsa_fast.archs import ResNetLayers
 from rsa_fast.methods import method_class
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.engine import train
 from rsa_fast.training.step import build_run, train_step

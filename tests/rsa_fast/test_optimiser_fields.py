@@ -12,7 +12,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from pipelines.views import VIEWS, Batch
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.training.optim import build_optimizer, set_learning_rate
 from rsa_fast.training.step import Run, build_run, train_step
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torchvision.models.resnet import BasicBlock
 
-from pipelines.views import VIEWS, Batch
 from rsa_fast.methods import METHODS, method_class
 from rsa_fast.methods.method import Method, build_method, info_nce, shuffle, unit
 from rsa_fast.methods.ressl import relational
 from rsa_fast.methods.simclr import nt_xent
 from rsa_fast.methods.simsiam import negative_cosine, projector
 from rsa_fast.networks import Encoder
+from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import build_recipe
 
 BATCH, IMAGES = 6, 20

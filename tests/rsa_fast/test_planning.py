@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
 
-from pipelines import VIEWS, Batch, open_source
 from rsa_fast.cli import main
 from rsa_fast.evaluation import evaluate, features, linear
 from rsa_fast.insight import planning
 from rsa_fast.insight.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
+from rsa_fast.pipelines import VIEWS, Batch, open_source
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import build_run, train_step
 
@@ -170,7 +170,7 @@ def test_the_plan_of_imagenet_on_eight_v100s():
 
 MEMORY_OF_A_STEP = """
 import torch
-from pipelines import VIEWS, Batch
+from rsa_fast.pipelines import VIEWS, Batch
 from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 
@@ -193,7 +193,7 @@ def test_peak_memory_is_that_of_the_caching_allocator():
 IMAGENET_STEP = """
 import sys
 import torch
-from pipelines import VIEWS, Batch
+from rsa_fast.pipelines import VIEWS, Batch
 from rsa_fast.training.step import build_run, train_step
 from rsa_fast.recipes import build_recipe
 

@@ -11,8 +11,6 @@ from click.testing import CliRunner
 from conftest import write_folder
 from PIL import Image
 
-from pipelines import VIEWS, Loading, Order, open_source, open_views
-from pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.cli import main
 from rsa_fast.insight import preview as module
 from rsa_fast.insight.preview import (
@@ -24,6 +22,8 @@ from rsa_fast.insight.preview import (
     view_levels,
     windows,
 )
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
+from rsa_fast.pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.recipes import build_recipe
 
 # DALI's resize rounds differently from PIL's: see tests/pipelines/test_loaders.py.

@@ -24,8 +24,6 @@ from click.testing import CliRunner
 from conftest import write_raw_beton
 from fake_gpu import on_fake_gpu
 
-from pipelines import VIEWS, Batch, Loading, open_source
-from pipelines.native_views import NativeViews
 from rsa_fast.cli import main
 from rsa_fast.insight import profiling, timeline, tuning
 from rsa_fast.insight.profiling import evict, open_subject, profile, verdict
@@ -33,6 +31,8 @@ from rsa_fast.insight.timeline import PARTS, Timeline, mark_parts, peak_bytes, r
 from rsa_fast.insight.tuning import tune
 from rsa_fast.methods import METHODS
 from rsa_fast.methods import rsa as rsa_method
+from rsa_fast.pipelines import VIEWS, Batch, Loading, open_source
+from rsa_fast.pipelines.native_views import NativeViews
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import step
 from rsa_fast.training.step import build_run, train_step
@@ -575,7 +575,7 @@ def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_deco
 ):
     monkeypatch.setattr(tuning, "choose_backend", lambda source, device: ("dali", ""))
     # DALI is installed, FFCV is not.
-    monkeypatch.setattr("pipelines.backends.find_spec", lambda name: name != "ffcv")
+    monkeypatch.setattr("rsa_fast.pipelines.backends.find_spec", lambda name: name != "ffcv")
     source = open_source(folder, "pretrain")
     settings = tuning.candidates(Loading(), source, torch.device("cuda"))
     backends = [loading.backend for loading in settings]

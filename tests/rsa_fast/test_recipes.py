@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines import Loading
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import ABLATIONS, METHODS
+from rsa_fast.pipelines import Loading
 from rsa_fast.recipes import (
     LOADING_FIELDS,
     build_recipe,

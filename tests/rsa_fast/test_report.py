@@ -15,11 +15,11 @@ from browser import browse, needs_browser, title_after
 from click.testing import CliRunner
 from PIL import Image
 
-from pipelines.layouts import open_source
 from rsa_fast.cli import main
 from rsa_fast.insight import report as module
 from rsa_fast.insight.page import UNITS, Axis, Line, chart, command_line, ticks
 from rsa_fast.insight.report import read_runs, report
+from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.training.run_folder import try_to_report
 
 STEPS_PER_EPOCH = 10  # of write_run

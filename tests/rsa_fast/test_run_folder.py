@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from conftest import ROOT, write_folder
 from test_engine import same, tiny, weights
 
-from pipelines.layouts import open_source
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.evaluation.export import export
 from rsa_fast.insight.report import report
+from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.recipes import build_recipe, dump_yaml, stored_recipe
 from rsa_fast.training import checkpoint, metrics
 from rsa_fast.training import step as step_module

@@ -19,8 +19,6 @@ from click.testing import CliRunner
 from conftest import ROOT, write_folder
 
 import rsa_fast
-from pipelines import BACKENDS, OnBadImage
-from pipelines.layouts import SPLITS
 from rsa_fast import cli, methods, recipes
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
@@ -31,6 +29,8 @@ from rsa_fast.evaluation.finetune import PRESETS
 from rsa_fast.insight import planning
 from rsa_fast.methods import ABLATIONS, METHODS, method_class
 from rsa_fast.methods.method import Method
+from rsa_fast.pipelines import BACKENDS, OnBadImage
+from rsa_fast.pipelines.layouts import SPLITS
 from rsa_fast.training import engine
 
 SCALES = {"all"} | {scale for dataset in DATASETS.values() for scale in dataset.scales}
@@ -263,6 +263,7 @@ COMPLETIONS = {
     "eval k": {"knn"},
     "em": {"embed"},
     "embed --split pre": {"pretrain"},
+    "convert ffcv --max": {"--max-resolution"},
     "neighbours --que": {"--queries"},
     "recipes imagenet100/s": {
         f"imagenet100/{name}" for name in ("simsiam", "simsiam-rsa", "simclr", "supervised", "swav")

@@ -10,9 +10,9 @@ import torch
 from ranks import mine, run_ranks
 from test_other_methods import BATCH, dot, log_softmax, small
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import Method, cross_view_entropy, joint_features, unit
 from rsa_fast.methods.swav import sinkhorn
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 from rsa_fast.training.step import Run, build_run, train_step
 

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from conftest import write_folder
 from PIL import Image
 
-from pipelines import Source, open_source
-from pipelines.plain import PlainImages
 from rsa_fast import build_recipe, evaluate, train
 from rsa_fast.cli import main
 from rsa_fast.insight import planning, profiling, tuning
+from rsa_fast.pipelines import Source, open_source
+from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe
 
 FIELDS = {

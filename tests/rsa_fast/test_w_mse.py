@@ -14,9 +14,9 @@ import torch
 from scipy.linalg import cholesky, solve_triangular
 from test_barlow_twins import noise, of_embeddings
 
-from pipelines.views import Batch
 from rsa_fast.methods.method import build_method
 from rsa_fast.methods.w_mse import division, w_mse, whiten
+from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 from rsa_fast.training.step import build_run, train_step
 

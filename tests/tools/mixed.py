@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import natural_image
 from PIL import Image
 
-from pipelines.sources import Source
+from rsa_fast.pipelines.sources import Source
 
 TO_JPEG = ("gray_alpha.png", "rgb.png", "cmyk.jpg")  # Passthrough cannot keep these.
 

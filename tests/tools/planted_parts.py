@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from tools.gpu_report.worker import Case, SkippedError
+from rsa_fast.tools.gpu_report.worker import Case, SkippedError
 
 
 def sound(settings):
@@ -46,7 +46,7 @@ def skipping(settings):
 
 
 def ours(settings):
-    from tools import gpu_nothing
+    from rsa_fast.tools import gpu_nothing
 
     return gpu_nothing
 

@@ -15,9 +15,9 @@ import torch
 
 from rsa_fast.evaluation import evaluate, linear
 from rsa_fast.insight import planning
+from rsa_fast.tools.gpu_report import checks, loops
+from rsa_fast.tools.gpu_report.__main__ import main
 from rsa_fast.training import engine
-from tools.gpu_report import checks, loops
-from tools.gpu_report.__main__ import main
 
 in_process = loops.in_process
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from conftest import write_folder
 
 from rsa_fast.methods import METHODS
-from tools import compare
+from rsa_fast.tools import compare
 
 
 def test_every_method_has_a_row_whose_recipe_is_sound():

@@ -22,10 +22,10 @@ from conftest import natural_image
 from mixed import digests, mixed_folder
 from PIL import Image
 
-from pipelines.beton import BetonWriter
-from pipelines.layouts import open_source
-from pipelines.shards import ShardWriter
-from tools import convert, to_dali, to_ffcv
+from rsa_fast.pipelines.beton import BetonWriter
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.shards import ShardWriter
+from rsa_fast.tools import convert, to_dali, to_ffcv
 
 TOOLS = {
     "ffcv": (to_ffcv.main, ["--write-mode", "proportion", "--max-resolution", "60"]),

@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 
 from rsa_fast.recipes import build_recipe
+from rsa_fast.tools.demo import METHODS, baselines, draw_curves
+from rsa_fast.tools.make_demo import make_demo
 from rsa_fast.training.engine import train
-from tools.demo import METHODS, baselines, draw_curves
-from tools.make_demo import make_demo
 
 
 def test_the_demo_scores_its_baselines_and_draws_its_curves(tmp_path):

@@ -18,12 +18,12 @@ from conftest import ROOT
 
 from rsa_fast.insight import planning
 from rsa_fast.recipes import build_recipe
-from tools.gpu_report import __main__ as gpu_report
-from tools.gpu_report import checks, inputs, loops
-from tools.gpu_report.__main__ import Part, share_of
-from tools.gpu_report.predictions import predict
-from tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
-from tools.gpu_report.worker import Settings, SkippedError
+from rsa_fast.tools.gpu_report import __main__ as gpu_report
+from rsa_fast.tools.gpu_report import checks, inputs, loops
+from rsa_fast.tools.gpu_report.__main__ import Part, share_of
+from rsa_fast.tools.gpu_report.predictions import predict
+from rsa_fast.tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
+from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
 
 SIZE = {"size": "{size:.1f}"}
 
@@ -99,7 +99,7 @@ def test_a_part_stops_when_its_share_is_over_and_a_stuck_one_is_killed(monkeypat
 def test_a_stop_in_the_middle_loses_only_the_measurement_under_way(tmp_path, number):
     program = """
 import sys
-from tools.gpu_report import __main__ as gpu_report
+from rsa_fast.tools.gpu_report import __main__ as gpu_report
 part = gpu_report.Part("stopped", 1, "planted_parts:stopped", "A title", {"size": "{size}"})
 gpu_report.PARTS = (part,)
 gpu_report.main(["--out", sys.argv[1]])

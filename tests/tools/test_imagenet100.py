@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import write_folder
 
-from pipelines.layouts import open_source
-from tools.imagenet100 import main, make_subset, read_classes
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.tools.imagenet100 import main, make_subset, read_classes
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def test_an_interrupted_copy_leaves_nothing_and_the_next_run_finishes(
     source, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "tools.imagenet100.shutil.copy2", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "rsa_fast.tools.imagenet100.shutil.copy2",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
         make_subset(source, tmp_path / "subset", ["class_0"], copy=True)

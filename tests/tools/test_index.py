@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from conftest import natural_image
 from PIL import Image
 
-from pipelines import VIEWS, Loading, Order, ViewSpec, open_views
-from pipelines.shards import holds_shards, shard_source
-from pipelines.sources import to_rgb
-from tools.index import main
+from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_views
+from rsa_fast.pipelines.shards import holds_shards, shard_source
+from rsa_fast.pipelines.sources import to_rgb
+from rsa_fast.tools.index import main
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 Member = tuple[str, bytes]
@@ -193,7 +193,9 @@ def test_incomplete_and_compressed_files_are_refused_with_the_reason(tmp_path):
 
 def test_a_folder_without_an_index_names_the_command_and_new_shards_are_noticed(tmp_path):
     write_tar(tmp_path / "train" / "a.tar", sample(0, 1))
-    with pytest.raises(FileNotFoundError, match=rf"index\.npz: python -m tools.index {tmp_path} w"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"index\.npz: rsa-fast convert index {tmp_path} w"
+    ):
         shard_source(tmp_path / "train", "train")
     index(tmp_path)
     write_tar(tmp_path / "train" / "b.tar", sample(1, 1))

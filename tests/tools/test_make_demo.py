@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipelines.layouts import open_source
-from tools.make_demo import CLASSES, SHAPES, TEXTURES, main, make_demo
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.tools.make_demo import CLASSES, SHAPES, TEXTURES, main, make_demo
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -62,7 +62,7 @@ def test_a_second_call_draws_nothing_and_a_foreign_folder_is_refused(tmp_path):
 
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_finishes(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tools.make_demo.render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "rsa_fast.tools.make_demo.render", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         make_demo(tmp_path / "a", per_class=5)

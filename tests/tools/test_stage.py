@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, write_folder, write_raw_beton
 
-from pipelines import open_source
-from pipelines.files import partial_name
-from tools import stage
-from tools.to_dali import main as to_dali
+from rsa_fast.pipelines import open_source
+from rsa_fast.pipelines.files import partial_name
+from rsa_fast.tools import stage
+from rsa_fast.tools.to_dali import main as to_dali
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,14 @@ def test_unsuitable_places_are_refused(src, tmp_path, monkeypatch):
 
 def test_in_the_background_the_command_returns_when_training_can_start(src, tmp_path):
     dst = tmp_path / "dst"
-    command = [sys.executable, "-m", "tools.stage", "--background", str(src["shards"]), str(dst)]
+    command = [
+        sys.executable,
+        "-m",
+        "rsa_fast.tools.stage",
+        "--background",
+        str(src["shards"]),
+        str(dst),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "training can start" in done.stderr, done.stderr
     assert same_images(src["shards"], dst, "pretrain")

@@ -15,12 +15,12 @@ from conftest import ROOT, natural_image, write_folder
 from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
-from pipelines.beton import open_beton
-from pipelines.layouts import open_source
-from pipelines.order import epoch_order
-from pipelines.sources import to_rgb
-from tools.convert import RESIZE_FILTER, Encoding, psnr_db
-from tools.to_ffcv import main
+from rsa_fast.pipelines.beton import open_beton
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.order import epoch_order
+from rsa_fast.pipelines.sources import to_rgb
+from rsa_fast.tools.convert import RESIZE_FILTER, Encoding, psnr_db
+from rsa_fast.tools.to_ffcv import main
 
 ORDER = epoch_order(14, 0, 0)  # in which the 14 training images are written
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
@@ -44,7 +44,7 @@ def test_the_module_runs_and_its_last_line_is_the_result(images, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tools.to_ffcv",
+        "rsa_fast.tools.to_ffcv",
         str(images),
         str(tmp_path / "a"),
         "--workers",

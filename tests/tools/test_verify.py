@@ -12,12 +12,12 @@ from conftest import natural_image, write_folder
 from PIL import ExifTags, Image
 from torchvision.datasets import ImageFolder
 
-from pipelines.layouts import open_source
-from pipelines.manifest import array_manifest
-from pipelines.sources import Source, read_rgb
-from tools.to_dali import main as to_dali
-from tools.to_ffcv import main as to_ffcv
-from tools.verify import main
+from rsa_fast.pipelines.layouts import open_source
+from rsa_fast.pipelines.manifest import array_manifest
+from rsa_fast.pipelines.sources import Source, read_rgb
+from rsa_fast.tools.to_dali import main as to_dali
+from rsa_fast.tools.to_ffcv import main as to_ffcv
+from rsa_fast.tools.verify import main
 
 LIMIT = 64 * 64  # pixels
 
@@ -167,7 +167,11 @@ def test_fix_repairs_or_moves_away_keeps_all_originals_and_a_second_run_is_clean
 
 def test_an_image_too_large_for_training_is_bad_and_reduced(tmp_path, monkeypatch, recwarn):
     # As 179 million pixels, which PIL refuses, and half of them, of which it warns.
-    for module in ("tools.verify", "pipelines.scan", "pipelines.manifest"):
+    for module in (
+        "rsa_fast.tools.verify",
+        "rsa_fast.pipelines.scan",
+        "rsa_fast.pipelines.manifest",
+    ):
         monkeypatch.setattr(f"{module}.MAX_PIXELS", 10_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
     sizes = {"huge.jpg": (90, 200), "huge.png": (90, 200), "warned.png": (60, 100)}
@@ -297,7 +301,7 @@ def test_a_converted_set_is_read_through_its_source(tmp_path, monkeypatch):
 
     for name in ("train", "val"):
         (tmp_path / f"{name}.beton").touch()
-    monkeypatch.setattr("tools.verify.open_source", opened)
+    monkeypatch.setattr("rsa_fast.tools.verify.open_source", opened)
     code, result = run(tmp_path, "--report", str(tmp_path / "report.json"))
     assert code == 1 and (result["images"], result["bad"]) == (25, 2)
     assert json.loads((tmp_path / "report.json").read_text())["paths"]["corrupt"] == {

@@ -24,9 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools.gpu_report.predictions import Predictions
-from tools.gpu_report.table import Columns, as_markdown
-from tools.gpu_report.worker import Message, Settings, Worker
+from rsa_fast.tools.gpu_report.predictions import Predictions
+from rsa_fast.tools.gpu_report.table import Columns, as_markdown
+from rsa_fast.tools.gpu_report.worker import Message, Settings, Worker
 
 # The seconds that a measurement may take beyond 1.5 shares of its part, or beyond all minutes.
 GRACE_S = 15.0
@@ -49,14 +49,14 @@ PARTS = (
     Part(
         name="machine",
         share=2,
-        place="tools.gpu_report.checks:machine",
+        place="rsa_fast.tools.gpu_report.checks:machine",
         title="Machine",
         columns={},
     ),
     Part(
         name="values",
         share=12,
-        place="tools.gpu_report.checks:values",
+        place="rsa_fast.tools.gpu_report.checks:values",
         title="Views of a GPU against PIL's, in 8-bit levels",
         columns={
             "tests passed": "{passed} of {tests}",
@@ -70,14 +70,14 @@ PARTS = (
     Part(
         name="sync",
         share=10,
-        place="tools.gpu_report.checks:sync",
+        place="rsa_fast.tools.gpu_report.checks:sync",
         title="Steps of the ImageNet-1K recipes in which the host never waits for the GPU",
         columns=BATCH_COLUMNS | {"steps": "{steps}"},
     ),
     Part(
         name="memory",
         share=18,
-        place="tools.gpu_report.steps:memory",
+        place="rsa_fast.tools.gpu_report.steps:memory",
         title="Peak memory of a step on the ImageNet-1K recipes",
         columns={
             "allocated, GiB": "{allocated_gib:.2f}",
@@ -89,7 +89,7 @@ PARTS = (
     Part(
         name="step",
         share=22,
-        place="tools.gpu_report.steps:step",
+        place="rsa_fast.tools.gpu_report.steps:step",
         title="Training step on a ready batch, ImageNet-1K recipes",
         columns=BATCH_COLUMNS
         | {
@@ -106,7 +106,7 @@ PARTS = (
     Part(
         name="loop",
         share=16,
-        place="tools.gpu_report.loops:loop",
+        place="rsa_fast.tools.gpu_report.loops:loop",
         title="Training from photographs, RSA on ImageNet-1K",
         columns=BATCH_COLUMNS
         | {
@@ -122,7 +122,7 @@ PARTS = (
     Part(
         name="resident",
         share=4,
-        place="tools.gpu_report.loops:resident",
+        place="rsa_fast.tools.gpu_report.loops:resident",
         title="Training on images in the GPU's memory, RSA on CIFAR-10",
         columns=BATCH_COLUMNS
         | {
@@ -137,7 +137,7 @@ PARTS = (
     Part(
         name="resume",
         share=10,
-        place="tools.gpu_report.loops:resume",
+        place="rsa_fast.tools.gpu_report.loops:resume",
         title="A run that was stopped and resumed against one left alone, RSA on ImageNet-1K",
         columns=BATCH_COLUMNS
         | {
@@ -149,7 +149,7 @@ PARTS = (
     Part(
         name="learn",
         share=10,
-        place="tools.gpu_report.loops:learn",
+        place="rsa_fast.tools.gpu_report.loops:learn",
         title="RSA's accuracy against the minutes of training",
         columns={
             "minutes": "{minutes:.2f}",
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(names)}")
     try:
-        from pipelines.files import write_whole
+        from rsa_fast.pipelines.files import write_whole
         from rsa_fast.recipes import parse_set
 
         overrides = parse_set(tuple(options.set))

@@ -21,17 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines import VIEWS, Order, Source, open_source, open_views
-from pipelines.draws import draw
-from pipelines.machine import cores
-from pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.insight.measure import open_loader
 from rsa_fast.insight.planning import GIB, gpu_row
 from rsa_fast.methods import METHODS
+from rsa_fast.pipelines import VIEWS, Order, Source, open_source, open_views
+from rsa_fast.pipelines.draws import draw
+from rsa_fast.pipelines.machine import cores
+from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.recipes import Recipe
-from rsa_fast.training.meter import Meter
-from rsa_fast.training.step import build_run, train_step
-from tools.gpu_report.inputs import (
+from rsa_fast.tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,
     check_dali,
@@ -41,9 +39,11 @@ from tools.gpu_report.inputs import (
     nvidia_smi,
     photographs,
 )
-from tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.step import build_run, train_step
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # rsa_fast/tools may be a link
 TESTS = Path("tests/rsa_fast/test_gpu.py")
 STEADY_STEPS = 3
 COMPARED_IMAGES = 256  # the images whose views are compared with PIL's

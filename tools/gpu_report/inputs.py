@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipelines import Batch, Source, open_source
-from pipelines.machine import cores
 from rsa_fast.insight.planning import of_one_rank, photograph
+from rsa_fast.pipelines import Batch, Source, open_source
+from rsa_fast.pipelines.machine import cores
 from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
 from rsa_fast.training.step import Run, choose_device, choose_dtype
-from tools.gpu_report.worker import Settings, SkippedError
 
 NODE_GPUS = 8  # the batch sizes of the ImageNet-1K recipes are for a node of 8 GPUs
 SMALL_PX = 96  # images up to this size train as CIFAR's do; larger ones are photographs
@@ -115,11 +115,11 @@ def photographs(settings: Settings, backend: str = "native") -> Path:
         return folder
     converted = settings.scratch / ("beton" if settings.data else "drawn-beton")
     if not converted.exists():
-        from tools.to_ffcv import main as to_ffcv
+        from rsa_fast.tools.to_ffcv import main as to_ffcv
 
         if (count := len(open_source(folder, "pretrain").manifest)) > MAX_CONVERTED:
             raise SkippedError(
-                f"{count:,} images take too long to convert: give a folder that tools.to_ffcv made"
+                f"{count:,} images take too long to convert: give a folder of .beton files"
             )
         to_ffcv([str(folder), str(converted), "--write-mode", "passthrough"], standalone_mode=False)
     return converted

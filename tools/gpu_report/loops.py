@@ -16,18 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines import Source, open_source
-from pipelines.manifest import array_manifest
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.insight.measure import median_ratio, open_loader, skip_prefetched
 from rsa_fast.insight.timeline import Timeline
+from rsa_fast.pipelines import Source, open_source
+from rsa_fast.pipelines.manifest import array_manifest
 from rsa_fast.recipes import Recipe
-from rsa_fast.training import checkpoint
-from rsa_fast.training.engine import train
-from rsa_fast.training.meter import Meter
-from rsa_fast.training.metrics import read_metrics
-from rsa_fast.training.step import build_run, train_step
-from tools.gpu_report.inputs import (
+from rsa_fast.tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,
     build,
@@ -39,7 +34,12 @@ from tools.gpu_report.inputs import (
     ready_batch,
     small,
 )
-from tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.training import checkpoint
+from rsa_fast.training.engine import train
+from rsa_fast.training.meter import Meter
+from rsa_fast.training.metrics import read_metrics
+from rsa_fast.training.step import build_run, train_step
 
 TURNS = 5
 STOP_AT, END_AT = 3, 6  # steps of the run that is stopped and resumed
@@ -270,7 +270,7 @@ def labelled_images(settings: Settings) -> tuple[str, Path]:
             if (settings.data / folder).is_dir():
                 return dataset, settings.data
         return "cifar10", settings.data
-    from tools.make_demo import make_demo
+    from rsa_fast.tools.make_demo import make_demo
 
     make_demo(settings.scratch / "demo")
     return "demo", settings.scratch / "demo"

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_report.worker import Row, classify
+from rsa_fast.tools.gpu_report.worker import Row, classify
 
 
 class Predictions:

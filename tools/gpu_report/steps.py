@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from pipelines import Batch
 from rsa_fast.insight.measure import median_ratio
 from rsa_fast.insight.planning import GIB
 from rsa_fast.insight.timeline import Timeline
-from rsa_fast.training.step import Run, build_run, train_step
-from tools.gpu_report.inputs import (
+from rsa_fast.pipelines import Batch
+from rsa_fast.tools.gpu_report.inputs import (
     STEPS,
     WARM_UP_STEPS,
     free_memory,
@@ -26,7 +25,8 @@ from tools.gpu_report.inputs import (
     nvidia_smi,
     ready_batch,
 )
-from tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.tools.gpu_report.worker import Case, Row, Settings, SkippedError
+from rsa_fast.training.step import Run, build_run, train_step
 
 
 def memory(settings: Settings) -> list[Case]:

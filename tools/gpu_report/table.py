@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tools.gpu_report.worker import Row
+from rsa_fast.tools.gpu_report.worker import Row
 
 Columns = Mapping[str, str]  # the heading of a column, and the format string of its cells
 MAX_ROWS = 40  # of a table

@@ -31,7 +31,7 @@ Row = dict[str, Any]  # the results of a case: JSON values by name
 Message = tuple[str, Any]
 
 # A module of these packages that cannot be imported is a fault and not a missing library.
-OUR_PACKAGES = ("pipelines", "rsa_fast", "tools")
+OUR_PACKAGES = ("rsa_fast", "tools")
 TRACEBACK_LINES = 12
 
 
