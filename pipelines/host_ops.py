@@ -351,7 +351,8 @@ def resize_down(
 def gray_level(r: np.uint8, g: np.uint8, b: np.uint8) -> np.int32:
     """The ITU-R 601 luma of one pixel, in Convert.c's 16-bit fixed point."""
     scaled = np.int32(np.int32(r) * 19595 + np.int32(g) * 38470 + np.int32(b) * 7471 + 0x8000)
-    return np.int32(scaled >> 16)
+    gray: np.int32 = np.int32(scaled >> 16)
+    return gray
 
 
 @kernel

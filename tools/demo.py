@@ -4,7 +4,7 @@
 
 This draws the images of tools/make_demo.py and trains RSA and BYOL on them, both with the `demo`
 recipe and the same budget. Both are compared with a randomly initialised network and with raw
-pixels. The results are a table of accuracies, a sheet of views, curves and a report.
+pixels. The results are a table of accuracies, a sheet of views and a report with the curves.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from rich.table import Table
 
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.insight.preview import preview
-from rsa_fast.insight.report import KNN, LOSS, draw_figure, read_runs, report
+from rsa_fast.insight.report import report
 from rsa_fast.pipelines import open_source
-from rsa_fast.pipelines.files import write_whole
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.tools.make_demo import make_demo
 from rsa_fast.training.engine import train
@@ -52,7 +51,6 @@ def main(out: Path, data: Path) -> None:
     for method in METHODS:
         train(recipes[method], data, out / method, overwrite=True)
         scores[method] = json.loads((out / method / "result.json").read_text())
-    draw_curves(out, scores, out / "curves.png")
     report([out / method for method in METHODS], out / "report.html")
     show(scores, out, time.perf_counter() - began)
 
@@ -78,21 +76,10 @@ def show(scores: dict[str, dict[str, Any]], out: Path, seconds: float) -> None:
     for name, score in scores.items():
         table.add_row(name, *(f"{score[column]:.1f}" for column in columns))
     Console().print(table)
-    files = "   ".join(str(out / name) for name in ("curves.png", "views.png", "report.html"))
+    files = "   ".join(str(out / name) for name in ("report.html", "views.png"))
     click.echo(f"{files}   {seconds / 60:.1f} minutes")
     result = {name: {key: score[key] for key in columns} for name, score in scores.items()}
     click.echo(json.dumps(result))
-
-
-def draw_curves(out: Path, scores: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the losses, each on its method's own scale, and the accuracies with their baselines."""
-    figure = draw_figure(read_runs([out / method for method in METHODS]), (LOSS, KNN))
-    knn = figure.axes[1]
-    for name, colour in (("raw pixels", "gray"), ("chance", "black")):
-        knn.axhline(scores[name]["knn_top1"], color=colour, linestyle="--", label=name)
-    knn.set_ylim(bottom=0)
-    knn.legend(fontsize=7)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 if __name__ == "__main__":

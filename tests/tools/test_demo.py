@@ -1,31 +1,32 @@
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image
+import json
+
+from click.testing import CliRunner
 
 from rsa_fast.recipes import build_recipe
-from rsa_fast.tools.demo import METHODS, baselines, draw_curves
+from rsa_fast.tools import demo
 from rsa_fast.tools.make_demo import make_demo
-from rsa_fast.training.engine import train
+
+SMALL = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 40, "epochs": 2}
 
 
-def test_the_demo_scores_its_baselines_and_draws_its_curves(tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
-    make_demo(data, per_class=15)
-    overrides = {
-        "width": 4,
-        "hidden_dim": 16,
-        "out_dim": 8,
-        "batch_size": 40,
-        "epochs": 2,
-        "precision": "fp32",
-    }
-    recipe = build_recipe("demo", "rsa", overrides=overrides)
-    scores = baselines(recipe, data)
-    assert scores["chance"]["knn_top1"] == 10
-    assert scores["raw pixels"].keys() == scores["random network"].keys()
-    for method in METHODS:
-        train(build_recipe("demo", method, overrides=overrides), data, out / method)
-    draw_curves(out, scores, out / "curves.png")
-    picture = np.asarray(Image.open(out / "curves.png").convert("RGB"))
-    assert picture.shape[0] > 300 and picture.std() > 20  # The picture is not blank.
+def test_the_demo_trains_both_methods_beside_its_baselines(tmp_path, monkeypatch):
+    overrides = SMALL | {"precision": "fp32"}
+    monkeypatch.setattr(demo, "make_demo", lambda data: make_demo(data, per_class=15))
+    monkeypatch.setattr(
+        demo, "build_recipe", lambda *names: build_recipe(*names, overrides=overrides)
+    )
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--data", str(tmp_path / "data")]
+    done = CliRunner().invoke(demo.main, arguments)
+    assert done.exit_code == 0, done.output
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert list(scores) == ["chance", "raw pixels", "random network", "rsa", "byol"]
+    assert set(scores["chance"].values()) == {10}
+    for method in ("rsa", "byol"):
+        result = json.loads((out / method / "result.json").read_text())
+        assert scores[method] == {name: result[name] for name in scores["chance"]}
+    page = (out / "report.html").read_text()
+    assert all(f"{scores[method]['knn_top1']:.1f}" in page for method in ("rsa", "byol"))
+    assert (out / "views.png").is_file()
