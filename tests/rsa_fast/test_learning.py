@@ -17,7 +17,7 @@ from rsa_fast.tools.make_demo import TEXTURES, mix, texture_mask, tint
 from rsa_fast.training.engine import train
 
 SIZE_PX = 24
-IMAGES = {"train": 60, "test": 40}  # of each class
+IMAGES = {"train": 60, "test": 100}  # of each class
 
 
 def draw_texture(name: str, rng: np.random.Generator) -> Image.Image:
@@ -60,7 +60,10 @@ def small() -> nn.Module:
 
 @pytest.mark.slow
 def test_rsa_learns_to_find_images_of_a_texture(tmp_path):
-    """With two seeds, kNN rose from 50.0 to 70.5 and from 52.5 to 75.5, in 23 s of CPU time."""
+    """With three seeds, kNN rose from 46, 44 and 56 to 85, 88 and 80, in 53 s of CPU time each.
+
+    After 540 steps instead of 1170, it had not risen with every seed.
+    """
     draw_textures(tmp_path / "data")
     (tmp_path / "net.py").write_text(NETWORK)
     overrides = {
@@ -69,7 +72,7 @@ def test_rsa_learns_to_find_images_of_a_texture(tmp_path):
         "arch": f"{tmp_path / 'net.py'}:small",  # a step takes a tenth of a ResNet-18's time
         "hidden_dim": 128,
         "out_dim": 32,
-        "epochs": 60,
+        "epochs": 130,
         "precision": "fp32",
         "knn_every_epochs": 0,
     }
