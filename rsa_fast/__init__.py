@@ -24,11 +24,17 @@ torch.Size([32, 3, 32, 32])
 >>> encoder, recipe = load_encoder(checkpoint)
 >>> encoder.eval()(batch.weak_1).shape  # features
 torch.Size([32, 64])
+
+Public are the names in `rsa_fast.__all__` and `rsa_fast.pipelines.__all__`, the commands of
+`rsa-fast`, and, for methods of one's own, `rsa_fast.methods.method`, `rsa_fast.recipes.Recipe`,
+`rsa_fast.sourced`, `rsa_fast.networks.Encoder` and `rsa_fast.distributed.gather`. CHANGELOG.md
+lists every change of these. All other modules and names can change in any version.
 """
 
 import getpass
 import os
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 # torch names a folder of its compiler after the user. A container may run under a number that has
@@ -55,6 +61,8 @@ __all__ = list(EXPORTS)
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is used, so that `rsa-fast --help` does not import torch."""
+    if name == "__version__":
+        return version("rsa-fast")
     if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"rsa_fast.{EXPORTS[name]}"), name)

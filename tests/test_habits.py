@@ -1,0 +1,60 @@
+"""The files by which others join the project agree with it."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import rsa_fast
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_short_says_that_it_was_not_run_and_calls_make(path):
+    text = path.read_text()
+    assert text.startswith("# Not run yet") and len(text.splitlines()) <= 13
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    (command,) = (step["run"] for step in job["steps"] if "run" in step)
+    make, target = command.split()[:2]
+    assert make == "make" and target == {"lint": "lint", "tests": "test", "docs": "docs"}[path.stem]
+    assert target in TARGETS or target == "docs"  # which comes with the documentation
+
+
+def test_the_hooks_run_what_make_lint_runs():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    linters = {
+        line.strip().removeprefix("$(BIN)/").removesuffix(" .") for line in recipe.split("\n")
+    }
+    hooks = [
+        hook
+        for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repo["hooks"]
+    ]
+    entries = {hook.get("entry", "").removeprefix(".venv/bin/") for hook in hooks}
+    assert linters - {""} <= entries
+    assert {"codespell", "links"} <= {hook["id"] for hook in hooks}
+
+
+def test_the_version_is_one_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rsa_fast.__version__ == version("rsa-fast")
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_public_modules_exist():
+    listed = rsa_fast.__doc__.partition("Public are")[2]
+    names = re.findall(r"`(rsa_fast\.[\w.]+)`", listed)
+    assert len(names) == 7
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(import_module(module), attribute), name
