@@ -25,6 +25,7 @@ from click.shell_completion import CompletionItem
 
 from rsa_fast import terminal
 from rsa_fast.datasets import DATASETS, name_of, own_rules
+from rsa_fast.expected import expectations
 from rsa_fast.methods import ABLATIONS, METHODS, check_name, installed_methods, short_name
 from rsa_fast.pipelines.backends import BACKENDS
 from rsa_fast.pipelines.files import json_text
@@ -787,9 +788,7 @@ def recipes(name: str | None, data: Path | None) -> None:
     if data and (not name or name.partition("/")[0] != "auto"):
         raise click.UsageError("--data is for the recipe auto: no other one reads the images")
     if not name:
-        methods = [*METHODS, *installed_methods()]
-        listed = f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}"
-        answer({"datasets": list(DATASETS), "methods": methods}, lambda: click.echo(listed))
+        list_recipes()
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -824,6 +823,45 @@ def recipes(name: str | None, data: Path | None) -> None:
             explained.append(f"\nsource: {sources[head].source}", "dim")
         table.add_row(Text(field), Text(plain(value)), explained)
     answer(recipe.model_dump(mode="json"), partial(Console().print, table))
+
+
+def list_recipes() -> None:
+    """What each recipe is expected to reach and to cost, and the command that trains it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    methods = [*METHODS, *installed_methods()]
+    rows = expectations()
+    table = Table("recipe", "top-1 %", "GPU-hours", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    for row in rows:
+        top1 = f"{row.top1.value} ({row.top1.source})" if row.top1 else "not measured"
+        several = f" on {row.gpus} GPUs" if row.gpus > 1 else ""
+        table.add_row(row.name, top1, f"{row.gpu_hours:g}{several}")
+    notes = (
+        "To train one: rsa-fast train --dataset DATASET --method METHOD --data DATA --gpus GPUS\n"
+        "Top-1 is that of a linear classifier, as published for runs of this length. GPU-hours are "
+        "predicted for V100s of 32 GB (rsa-fast plan).\n"
+        f"datasets: {', '.join(DATASETS)}\nmethods: {', '.join(methods)}"
+    )
+    listed = [
+        {
+            "recipe": row.name,
+            "top1": row.top1 and row.top1.value,
+            "source": row.top1 and row.top1.source,
+            "gpus": row.gpus,
+            "gpu_hours": row.gpu_hours,
+            "command": row.command,
+        }
+        for row in rows
+    ]
+
+    def show() -> None:
+        Console().print(table)
+        click.echo(notes)
+
+    answer({"datasets": list(DATASETS), "methods": methods, "recipes": listed}, show)
 
 
 def plain(value: Any) -> str:

@@ -145,7 +145,15 @@ def test_bad_input_is_one_line_and_a_failure(folder, tmp_path, arguments, messag
 def test_recipes_are_listed_and_shown_with_sources():
     listed = CliRunner().invoke(main, ["recipes"])
     names = json.loads(listed.output.splitlines()[-1])
+    rows = names.pop("recipes")
     assert listed.exit_code == 0 and names == {"datasets": list(DATASETS), "methods": list(METHODS)}
+    (rsa,) = [row for row in rows if row["recipe"] == "imagenet100/rsa"]
+    assert (rsa["top1"], rsa["source"]) == (85.5, "PAPER Table 3")
+    assert (
+        rsa["command"] == "rsa-fast train --dataset imagenet100 --method rsa --data DATA --gpus 4"
+    )
+    (line,) = [line for line in listed.output.splitlines() if line.strip().startswith("stl10/dino")]
+    assert "not measured" in line
     shown = CliRunner().invoke(main, ["recipes", "imagenet100/moco"])
     fields = json.loads(shown.output.splitlines()[-1])
     assert (
