@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-slow test-gpu gpu-report test-faults lint check bench help clean
+.PHONY: setup demo test test-slow test-gpu gpu-report test-faults lint check bench docs help clean
 
 VENV := .venv
 PYTHON ?= python3.11
@@ -29,7 +29,7 @@ test-gpu: setup ## what only a GPU can show; one line where there is none
 	then OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/rsa_fast/test_gpu.py tests/rsa_fast/test_checkpoint.py -k "test_gpu or cuda"; \
 	else echo "torch finds no GPU: nothing was tested (rsa-fast doctor says why)"; fi
 
-gpu-report: setup ## measure on the GPU that is there, in 9 minutes: runs/gpu.json, and runs/gpu.md for the README
+gpu-report: setup ## measure on the GPU that is there, in 9 minutes: runs/gpu.json, and runs/gpu.md for docs/results.md
 	$(BIN)/python -m tools.gpu_report --out runs/gpu.json
 
 test-faults: setup ## inject faults: kills, signals, full disks, silent ranks (under 10 minutes)
@@ -46,9 +46,13 @@ bench: setup ## speed of the views and of the training step, as ratios
 	$(BIN)/python -m tools.bench views
 	$(BIN)/python -m tools.bench step
 
+docs: setup ## write the generated pages of docs/, and build the site in site/
+	$(BIN)/python -m tools.docs docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 16
 
 clean: ## remove runs, generated data and caches, not .venv
-	rm -rf runs data .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf runs data site .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

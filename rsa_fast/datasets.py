@@ -160,7 +160,7 @@ DATASETS = {
     "demo": Dataset(
         fields=SMALL
         | cite(
-            "chosen: tools/make_demo.py's images on two CPU cores (README)",
+            "chosen: tools/make_demo.py's images on two CPU cores (docs/results.md)",
             views={
                 "size_px": 32,
                 "mean": (0.5, 0.5, 0.5),
@@ -378,7 +378,7 @@ def own_rules() -> list[tuple[str, str, str]]:
             "batch_size",
             f"the largest power of two from {LEAST_BATCH} that leaves {LEAST_STEPS_PER_EPOCH} "
             f"steps an epoch; at most {by_size([own.largest_batch for own in OWN_SIZES])}",
-            "chosen: on few images the number of steps decides (README, Measured)",
+            "chosen: on few images the number of steps decides (docs/results.md)",
         ),
         (
             "epochs",

@@ -495,7 +495,7 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
 @data_option
 @click.option("--json", "plain", is_flag=True, help="Print the JSON object only.")
 def everything(data: Path, plain: bool) -> None:
-    """Measure all speeds that the README states.
+    """Measure all speeds in docs/results.md.
 
     Each benchmark runs in a process of its own, as the memory and threads of one slow the next.
     """

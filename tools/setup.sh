@@ -13,7 +13,7 @@ if ! command -v "$python" >/dev/null; then
     exit 1
 fi
 "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali-cu12,detection,embed,export,tensorboard,dev]'
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali-cu12,detection,embed,export,tensorboard,dev,docs]'
 
 have_headers() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }

@@ -29,7 +29,7 @@ from rsa_fast.sourced import Rows, cite
 BOOTSTRAP_ROWS = {
     "all": cite("PAPER 4.1", hidden_dim=1024, out_dim=128, tau_base=0.99),
     "224px": cite("CODE methods/BYOL.py", hidden_dim=4096, out_dim=256),
-    # A target that follows faster is worth more than twice the epochs there (README, Measured).
+    # A target that follows faster is worth more than twice the epochs there (docs/results.md).
     "short": cite("chosen: runs of few steps", tau_base=0.97),
 }
 

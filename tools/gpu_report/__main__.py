@@ -1,4 +1,4 @@
-"""Measure what only a GPU can show, and print the results as a Markdown table for the README.
+"""Measure what only a GPU can show, and print the results as a Markdown table for docs/results.md.
 
     python -m tools.gpu_report --out gpu.json --minutes 9 --data data/cifar10
 
