@@ -19,14 +19,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_folder
-from test_readme import METHOD
+from test_readme import METHOD, make_context
 
-from rsa_fast import build_recipe, cli, train
+from rsa_fast import build_recipe, train
 from rsa_fast.methods.method import build_method
 from rsa_fast.pipelines import open_source
 from rsa_fast.training.checkpoint import paths_in
@@ -99,16 +98,7 @@ def test_all_that_docstrings_indent_is_an_example_or_known_to_be_none():
 @pytest.mark.parametrize(("module", "line"), COMMANDS, ids=[line for _, line in COMMANDS])
 def test_a_command_has_only_options_that_exist(place, module, line):
     words = [word for word in shlex.split(line, comments=True) if word != "..."]
-    if words[0] == "rsa-fast":
-        command, rest = cli.main, words[1:]
-    elif words[2] == "tools.gpu_report":
-        import_module("rsa_fast.tools.gpu_report.__main__").make_parser().parse_args(words[3:])
-        return
-    else:
-        command, rest = import_module(words[2]).main, words[3:]
-    if isinstance(command, click.Group):
-        command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(command.name, rest)  # refuses unknown options and missing files
+    make_context(words)
 
 
 # ---- Code

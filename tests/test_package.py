@@ -171,6 +171,7 @@ def test_the_extras_are_those_that_the_code_and_the_set_up_name():
         "embed",
         "export",
         "timm",
+        "docs",
         "dev",
     }
     assert EXTRAS.keys() == wanted

@@ -1,7 +1,12 @@
-"""What the README shows works: its commands run on a few small images, its method trains."""
+"""What the README and the documents show works.
+
+The commands in their blocks run on a few small images. Commands within a sentence, and those of
+generated pages, are parsed. The blocks of Python run too, here or in the tests of their subjects.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,35 +18,70 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, write_folder
 
 import rsa_fast
-import rsa_fast.pipelines.layouts
-from rsa_fast import cli
+from rsa_fast import build_recipe, cli, datasets
 from rsa_fast.evaluation import detection
+from rsa_fast.pipelines import VIEWS, Loading, Order, backends, layouts, open_source, open_views
+from rsa_fast.tools.docs import GENERATED
 from rsa_fast.training import checkpoint
 
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+WRITTEN = "\n".join(text for text in PAGES.values() if GENERATED not in text)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
-SHELL = "".join(text for language, text in FENCED if language in ("", "bash")).replace(" \\\n", " ")
-PYTHON = [text for language, text in FENCED if language == "python"]
-(METHOD,) = [text for text in PYTHON if "class BarlowTwins" in text]
-LINES = re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL} .*?) *(?:#.*)?$", SHELL, re.M)
+
+
+def commands_in(text: str) -> list[str]:
+    """The lines of a shell that start with a command of this project, without the comments."""
+    return re.findall(rf"^(?:srun +)?(?:\.venv/bin/)?({TOOL}(?: .*?)?) *(?:#.*)?$", text, re.M)
+
+
+def shell_of(text: str) -> str:
+    blocks = [code for language, code in FENCE.findall(text) if language in ("", "bash")]
+    return "".join(blocks).replace(" \\\n", " ")
+
+
+SHELL = shell_of(WRITTEN)
+COMMANDS = list(dict.fromkeys(commands_in(SHELL)))
+PYTHON = [code for language, code in FENCE.findall(WRITTEN) if language == "python"]
+
+
+def python_with(text: str) -> str:
+    """The one block of Python that contains `text`."""
+    (code,) = [code for code in PYTHON if text in code]
+    return code
+
+
+METHOD = python_with("class BarlowTwins")
+NOTEBOOK = python_with(">>>")
+TEN_LINES = python_with("embed, evaluate, load_encoder, train")
+ROW = python_with('DATASETS["birds"]')
+BACKEND = python_with("class PlainViews")
+OTHER_TESTS = ("def small()", "def noise(", 'BACKENDS["plain"]')
+
+EVERYTHING = "\n".join(PAGES.values())
 INLINE = [
     line
-    for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", README)
-    if not line.startswith(("python -m tools.bench", "python -m tools.compare"))
+    for line in re.findall(rf"`({TOOL}(?: [^`]*)?)`", FENCE.sub("", EVERYTHING))
+    if "COMMAND" not in line
 ]
-COMMANDS = list(dict.fromkeys([*LINES, *INLINE]))
-# tests/tools/test_bench.py runs them, and test_compare.py the comparison.
-BENCHMARKS = re.findall(r"`python -m tools\.bench (\w+)", README)
+CONTAINER = [
+    f"rsa-fast {line}" for line in re.findall(r"^docker run .* rsa-fast +(.*)$", SHELL, re.M)
+]
+PARSED = sorted({*INLINE, *CONTAINER, *commands_in(shell_of(EVERYTHING))} - set(COMMANDS))
 
 # Options that make a command short. The rest of the command is unchanged.
 NARROW = "--set arch=resnet18 --set width=4"
@@ -57,8 +97,10 @@ SMALL = {
     "detect": "--steps 1 --batch-size 2 --workers 0",
     "profile": f"{RECIPE} {NARROW} --repeats 1 --seconds 0 --budget-s 0",
 }
+CONVERTERS = tuple(f"rsa-fast {name}" for name in ("convert", "verify", "subset", "stage"))
 PLACES = {
     "DATA": "data/cifar10",
+    "FOLDER": "data/imagenet",
     "OUT": "runs/out",
     "runs/a": "runs/cifar10",
     "runs/b": "runs/imagenet",
@@ -66,15 +108,8 @@ PLACES = {
 
 
 def ready(line: str) -> list[str]:
-    """Return the words of a command as it runs here.
-
-    Its run is small, and an existing checkpoint gets the name that the README uses.
-    """
+    """Return the words of a command as it runs here, with a small run."""
     words = [PLACES.get(word, word) for word in shlex.split(line)]
-    for path in (Path(word) for word in words if re.search(r"checkpoints/step_\d+\.pt$", word)):
-        for newest in sorted(path.parent.glob("step_*.pt"))[-1:]:
-            if newest.name < path.name:
-                path.symlink_to(newest.name)
     for start, options in SMALL.items():
         if line.startswith(f"rsa-fast {start}"):
             words += shlex.split(options)
@@ -82,8 +117,8 @@ def ready(line: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Run every command in a folder with the README's data, and return the results.
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Result]]:
+    """Run every command in a folder with the documents' data, and return the results.
 
     Commands that convert and train run first, because others read their files.
     """
@@ -103,7 +138,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         write_coco(place / "data" / "coco")
         fetch = {"train": 20, "test": 10}
         patch.setattr(
-            rsa_fast.pipelines.layouts,
+            layouts,
             "download",
             lambda data, name: write_folder(data, fetch, size=(32, 32)),
         )
@@ -111,7 +146,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         patch.setattr(detection, "PRECISE_BN_STEPS", 1)
         for line in sorted(
             COMMANDS,
-            key=lambda line: 2 - line.startswith("rsa-fast train") - 2 * line.startswith("python"),
+            key=lambda line: (
+                2 - line.startswith("rsa-fast train") - 2 * line.startswith(CONVERTERS),
+                "--download" not in line,
+            ),
         ):
             words = ready(line)
             command = cli.main if words[0] == "rsa-fast" else importlib.import_module(words[2]).main
@@ -128,24 +166,99 @@ def test_the_commands_run(outcomes, line):
         assert isinstance(json.loads(result.stdout.splitlines()[-1]), dict)
 
 
+def make_context(words: list[str]) -> None:
+    """Parse a command. Raises click's errors for unknown options and missing files."""
+    if words[0] == "rsa-fast":
+        command, rest = cli.main, words[1:]
+    elif words[2] == "tools.gpu_report":
+        importlib.import_module("rsa_fast.tools.gpu_report.__main__").make_parser().parse_args(
+            words[3:]
+        )
+        return
+    else:
+        command, rest = importlib.import_module(words[2]).main, words[3:]
+    while isinstance(command, click.Group) and rest:
+        assert rest[0] in command.commands, rest
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(command.name, rest)
+
+
+@pytest.mark.parametrize("line", PARSED)
+def test_the_other_commands_have_only_options_that_exist(outcomes, line):
+    words = [PLACES.get(word, word) for word in shlex.split(line)]
+    # A sentence may name a command without what it requires.
+    with contextlib.suppress(click.MissingParameter, click.exceptions.NoArgsIsHelpError):
+        make_context(words)
+
+
 def test_there_are_commands_to_try():
-    assert len(LINES) > 15 and len(COMMANDS) > 18 and len(BENCHMARKS) >= 4
+    assert len(COMMANDS) > 25 and len(PARSED) > 25
+    assert len(CONTAINER) == 1 and CONTAINER[0].startswith("rsa-fast train --dataset imagenet1k")
+    assert sum("tools.bench" in line for line in PARSED) >= 5
 
 
-def test_the_targets_of_make_and_the_benchmarks_exist():
-    from rsa_fast.tools.bench import main
-
-    assert set(BENCHMARKS) <= main.commands.keys()
-    for target in set(re.findall(r"^make ([\w-]+)", SHELL, re.M)):
+def test_the_targets_of_make_exist():
+    targets = set(re.findall(r"^make ([\w-]+)", SHELL, re.M))
+    targets |= set(re.findall(r"`make ([\w-]+)`", WRITTEN))
+    assert len(targets) > 6
+    for target in targets:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("code", [code for code in PYTHON if ">>>" in code])
-def test_the_lines_for_a_notebook_are_those_that_are_run(code):
-    assert code in rsa_fast.__doc__  # tests/rsa_fast/test_surface.py runs it.
+def test_every_block_of_python_is_run_by_a_test():
+    others = [python_with(text) for text in OTHER_TESTS]
+    assert set(PYTHON) == {METHOD, NOTEBOOK, TEN_LINES, ROW, BACKEND, *others}
 
 
-def test_the_method_in_the_readme_trains_and_is_barlow_twins():
+def test_the_lines_for_a_notebook_are_those_that_are_run():
+    assert NOTEBOOK in rsa_fast.__doc__  # tests/rsa_fast/test_surface.py runs it.
+
+
+def test_the_ten_lines_of_the_readme_run(outcomes):
+    assert TEN_LINES in PAGES["README.md"] and TEN_LINES.count("\n") <= 10
+    scope: dict = {}
+    exec(TEN_LINES, scope)
+    assert scope["result"]["step"] > 0 and 0 <= scope["scores"]["linear_top1"] <= 100
+    assert Path("features.npz").is_file()
+    assert isinstance(scope["encoder"], torch.nn.Module)
+
+
+def test_the_row_of_a_dataset_is_one(monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "birds", None)  # what the row adds is removed again
+    exec(ROW, dict(vars(datasets)))
+    recipe = build_recipe("birds", "rsa")
+    assert (recipe.arch, recipe.views.size_px, recipe.epochs) == ("resnet18", 224, 400)
+
+
+def test_the_crops_in_the_documents_are_those_of_swav(tmp_path):
+    (code,) = [code for language, code in FENCE.findall(WRITTEN) if language == "yaml"]
+    (tmp_path / "crops.yaml").write_text(code)
+    recipe = build_recipe("imagenet100", "swav", tmp_path / "crops.yaml")
+    assert [crop.size_px for crop in recipe.views.crops] == [224] * 2 + [96] * 6
+
+
+def test_the_backend_in_the_documents_makes_the_views_of_torchvision(folder, monkeypatch):
+    module = ModuleType("rsa_fast.pipelines.plain_views")
+    exec(BACKEND, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(backends.BACKENDS, "plain", None)
+    exec(python_with('BACKENDS["plain"]'), vars(backends))
+    source = open_source(folder, "pretrain")
+    spec, order = build_recipe("cifar10", "rsa").views, Order(len(source.manifest), 8, seed=0)
+
+    def batches(backend: str) -> list:
+        loading = Loading(backend=backend, threads=1)
+        with open_views(source, spec, frozenset(VIEWS), order, loading=loading) as loader:
+            return list(loader.batches(epoch=1, step=2))
+
+    plain, usual = batches("plain"), batches("torchvision")
+    assert len(plain) == len(usual) == len(order) - 2
+    for one, other in zip(plain, usual, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.label, other.label)
+        assert all(torch.equal(one.views[name], other.views[name]) for name in VIEWS)
+
+
+def test_the_method_in_the_documents_trains_and_is_barlow_twins():
     space: dict = {}
     exec(METHOD, space)
     from rsa_fast.networks import Encoder
@@ -178,7 +291,7 @@ def test_the_method_in_the_readme_trains_and_is_barlow_twins():
 
 @pytest.fixture
 def my_twins(tmp_path) -> Path:
-    """The README's method, saved outside of this project."""
+    """The method of the documents, saved outside of this project."""
     path = tmp_path / "mine" / "my_twins.py"
     path.parent.mkdir()
     path.write_text(METHOD)

@@ -20,28 +20,16 @@ from typing import Any
 
 import click
 
-import pipelines
 import rsa_fast
-from pipelines.files import write_text
-from rsa_fast import cli
+from rsa_fast import cli, pipelines
 from rsa_fast.datasets import DATASETS, SHORT_STEPS, own_rules
 from rsa_fast.methods import METHODS, method_class
+from rsa_fast.pipelines.files import write_text
 from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Fields
 
 GENERATED = "<!-- python -m tools.docs writes this page. Change the code, not the page. -->"
-TOOLS = (
-    "verify",
-    "to_ffcv",
-    "to_dali",
-    "index",
-    "imagenet100",
-    "make_demo",
-    "demo",
-    "compare",
-    "bench",
-    "docs",
-)
+TOOLS = ("make_demo", "bench", "compare", "docs")  # those without a command of rsa-fast
 # A method's rows in the table of docs/results.md.
 MEASURED = {
     "byol": ("BYOL, AA", "BYOL, AW"),
@@ -124,15 +112,18 @@ def commands() -> str:
     text = "# Commands\n\nThis is what `--help` prints.\n"
     for path, command in every_command("rsa-fast", cli.main):
         text += f"\n## {path}\n\n{fenced(help_of(path, command))}\n"
-    text += "\nThe tools convert and check data. They run from a clone or an installed package.\n"
+    text += "\nThese tools are for a clone of the repository.\n"
     for name in TOOLS:
-        main = importlib.import_module(f"tools.{name}").main
+        main = importlib.import_module(f"rsa_fast.tools.{name}").main
         for path, command in every_command(f"python -m tools.{name}", main):
             text += f"\n## {path}\n\n{fenced(help_of(path, command))}\n"
     return text
 
 
 def every_command(path: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    """A command and those below it."""
+    if isinstance(command, cli.Tool):
+        command = importlib.import_module(f"rsa_fast.tools.{command.module}").main
     yield path, command
     if isinstance(command, click.Group):
         for name, part in sorted(command.commands.items()):
@@ -153,8 +144,8 @@ def fenced(text: str) -> str:
 
 def api() -> str:
     text = (
-        "# Python API\n\nThe public names are those of `rsa_fast` and of `pipelines` on this page. "
-        "Everything else may change without notice. [Python](python.md) shows them in use.\n"
+        "# Python API\n\nThe names on this page are public. Everything else may change without "
+        "notice. [Python](python.md) shows them in use.\n"
     )
     for package in (rsa_fast, pipelines):
         for name in package.__all__:

@@ -181,9 +181,9 @@ def test_an_evaluation_executes_no_file_that_a_checkpoint_names(folder, tmp_path
     assert evaluate(path, folder, "linear", variant="rsa-small", epochs=1)
 
 
-def test_the_readme_s_example_runs(folder, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"^```python\n(import torch\n\n\ndef noise.*?)^```$", readme, re.M | re.S)
+def test_the_example_in_the_documents_runs(folder, tmp_path):
+    page = (ROOT / "docs" / "views.md").read_text()
+    (code,) = re.findall(r"^```python\n(import torch\n\n\ndef noise.*?)^```$", page, re.M | re.S)
     (tmp_path / "my_views.py").write_text(code)
     (ours, *_), (plain, *_) = (
         changed(tmp_path / "my_views.py", folder, "native", dtype=torch.bfloat16),

@@ -152,8 +152,9 @@ def test_a_model_of_timm_with_one_channel_sees_the_mean_too():
     assert torch.equal(encoder(images), raw(images.mean(1, keepdim=True)))
 
 
-def test_the_network_in_the_readme_is_an_encoder(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_the_network_in_the_documents_is_an_encoder(tmp_path):
+    page = (ROOT / "docs" / "networks.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     (code,) = [code for code in blocks if "def small()" in code]
     (tmp_path / "my_nets.py").write_text(code)
     encoder = build_encoder(own_recipe(f"{tmp_path}/my_nets.py:small"))
