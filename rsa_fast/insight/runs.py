@@ -100,7 +100,7 @@ def state_of(folder: Path) -> RunState:
         total_steps=total_steps,
         score=name,
         score_pct=score_pct,
-        images_per_s=speeds[-1]["images_per_s"] if speeds else None,
+        images_per_s=speeds[-1].get("images_per_s") if speeds else None,
         eta_s=eta_s,
         age_s=max(0.0, time.time() - max(file.stat().st_mtime for file in written)),
     )
