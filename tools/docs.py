@@ -298,7 +298,7 @@ def own_fields(recipe: type[Recipe]) -> str:
     if not heads:
         return ""
     return "\n## Fields\n\nA field without a value gets it from the tables below.\n\n" + (
-        code("\n\n".join(heads)) + "\n"
+        code("\n\n\n".join(heads)) + "\n"
     )
 
 
