@@ -25,7 +25,7 @@ import torch
 from conftest import ROOT, write_folder
 from test_readme import METHOD, make_context
 
-from rsa_fast import build_recipe, train
+from rsa_fast import build_recipe, embed, train
 from rsa_fast.methods.method import build_method
 from rsa_fast.pipelines import open_source
 from rsa_fast.training.checkpoint import paths_in
@@ -40,8 +40,8 @@ MODULES = [
 COMMAND = re.compile(r"rsa-fast |python -m tools\.")
 # The modules whose docstrings also indent what is neither: file listings and settings.
 OTHER = {
-    "rsa_fast.pipelines.beton",
-    "rsa_fast.pipelines.shards",
+    "pipelines.beton",
+    "pipelines.shards",
     "rsa_fast.methods",
     "rsa_fast.training.checkpoint",
 }
@@ -128,12 +128,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "my_views.py").write_text(
         "def motion_blur(views, generator):\n    return views\n\n\nerase = motion_blur\n"
     )
+    (images / "imagenet-ffcv").mkdir()
     (place / "imagenet100.txt").write_text("class_0\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         train(small("cifar10", "rsa"), images / "cifar10", Path("runs/a"))
         for name in ("rsa", "byol"):
             shutil.copytree("runs/a", f"runs/{name}")
+        train(
+            small("cifar10", "supervised", overrides={"classes": 2}),
+            images / "cifar10",
+            Path("runs/tuned"),
+        )
+        embed("runs/a", images / "cifar10", "emb.npz")
         (newest,) = paths_in(Path("runs/a/checkpoints"))
         newest.rename(newest.with_name("step_00039000.pt"))
         encoder = build_method(small("cifar10", "rsa")).encoder

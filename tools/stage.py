@@ -1,6 +1,6 @@
 """Copy .beton files or tar shards to a node's own disk, while training already reads them.
 
-    python -m tools.stage --background /network/imagenet-ffcv /local/imagenet
+    python -m tools.stage --background data/imagenet-ffcv /local/imagenet
     rsa-fast train --data /local/imagenet ...
 
 DST has links to the files of SRC from the start, so that training can begin at once. Each link is

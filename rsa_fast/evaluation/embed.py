@@ -1,7 +1,7 @@
 """The features of all images of a folder, a row per image, in a file for other programs.
 
     result = embed("runs/a", None, "emb.parquet")  # of the images that the run was trained on
-    result = embed("moco_v2.pth.tar", "photos", "emb.npz", dataset="imagenet1k")
+    result = embed("moco_v2_800ep_pretrain.pth.tar", "my_photos", "emb.npz", dataset="imagenet1k")
 
 | file | content |
 |---|---|

@@ -1,6 +1,6 @@
 """The classes of images by a trained classifier, in a csv file.
 
-    result = predict("runs/a-1pct", "photos", "predictions.csv", top=5)
+    result = predict("runs/tuned", "my_photos", "predictions.csv", top=2)
 
 The columns are file, class and probability, and with `top` class_2, probability_2 and so on. A row
 per image follows, in the order of the images in their source, whatever the number of ranks. A file

@@ -1,6 +1,7 @@
 """What all web pages of rsa-fast share: style, charts, bars, tables and pictures.
 
-    text = html_page("Two runs", chart("loss", lines, Axis(200, "epoch")))
+    loss = Line("loss", x=[0, 100, 200], y=[1.5, 0.7, 0.6])
+    text = html_page("One run", chart("loss", [loss], Axis(200, "epoch")))
 
 A page is one HTML file with everything inside: it loads nothing. It follows the reader's choice of
 light or dark colours, and fits a phone. Charts are complete without the script, which only shows

@@ -1,7 +1,7 @@
 """The runs in a folder: which of them are running, how far they are, and how one goes on.
 
     states = find_runs(Path("runs"))
-    watch(Path("runs/photos-rsa"))
+    watch(Path("runs/a"))
 
 Everything is read from the folders of the runs. Nothing has to be told by the processes that train.
 """
