@@ -180,7 +180,9 @@ def make_context(words: list[str]) -> None:
     while isinstance(command, click.Group) and rest:
         assert rest[0] in command.commands, rest
         command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(command.name, rest)
+    # A command keeps the help option of its first context: with the group's settings it has -h too.
+    settings = cli.main.context_settings if words[0] == "rsa-fast" else {}
+    command.make_context(command.name, rest, **settings)
 
 
 @pytest.mark.parametrize("line", PARSED)
