@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from rsa_fast.distributed import world_size
 from rsa_fast.evaluation.embed import Embeddings, filename, valid
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import extract_features
@@ -43,6 +44,8 @@ def examples(folder: Path) -> str:
     if not checkpoints:
         return ""
     try:
+        if world_size() > 1:
+            raise ValueError(f"several processes are together; rsa-fast report {folder} draws them")
         network, recipe = load_encoder(checkpoints[-1])
         assert recipe is not None
         recipe = for_any_device(recipe)

@@ -143,6 +143,7 @@ def train(
     if recipe.wandb:
         check_wandb()
     with (
+        ExitStack() as afterwards,
         process_group(
             recipe.device, recipe.timeout_s, stored_threads(out) if resume else None
         ) as heartbeat,
@@ -213,6 +214,10 @@ def train(
             end=min(stop_at_step or run.derived.total_steps, run.derived.total_steps),
             callbacks=callbacks,
         )
+        # A run that was stopped has no time for the report. One process draws it, after all have
+        # parted: among others, reading the images would wait for them.
+        if rank() == 0 and run.step == run.derived.total_steps:
+            afterwards.callback(try_to_report, out)
         return result if rank() == 0 else None
 
 
@@ -415,9 +420,6 @@ class Loop:
             # The result is written last: once it is there, so is the checkpoint of its step.
             self.writer.wait()
             write_text(self.out / "result.json", json_text(result))
-            # A run stopped by a signal has no time for the report.
-            if complete:
-                try_to_report(self.out)
         for callback in self.callbacks:
             callback.on_end(run, result)
         return result

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 from html import escape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -550,3 +552,14 @@ def test_a_thousand_classes_make_one_picture_without_names(tmp_path):
     path = report([folder])
     assert len(Page(path).table("Classes by linear, rsa")) == 1 + module.LISTED_CLASSES
     assert path.stat().st_size < 3e6 and "n00000999" not in path.read_text()
+
+
+def test_the_page_of_a_run_of_two_processes_has_its_pictures(folder, tmp_path):
+    words = ["--dataset", "cifar10", "--data", folder, "--out", tmp_path / "run", "--nproc", 2]
+    words += ["--epochs", 1, "--batch-size", 8, "--no-eval"]
+    for field in ("width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"):
+        words += ["--set", field]
+    command = [sys.executable, "-m", "rsa_fast", "train", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Nearest images" in page and page.count("<img") > 4 * 5
