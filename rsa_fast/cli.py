@@ -140,7 +140,8 @@ class Command(click.Command):
         # torch takes seconds to import: until then this line is all there is to see. The processes
         # of a job are started by a command that has written it.
         job = "TORCHELASTIC_RUN_ID" in os.environ
-        if self.imports_torch and self.params and terminal.speaks() and not job:
+        person = sys.stderr.isatty()  # in a log or a pipe, nobody waits
+        if self.imports_torch and self.params and person and terminal.speaks() and not job:
             logging.getLogger("rsa_fast").info(header(ctx))
         return super().invoke(ctx)
 

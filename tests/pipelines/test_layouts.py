@@ -125,7 +125,8 @@ def test_a_part_of_a_packed_split_is_held_out_too(beton, tmp_path):
     whole = open_source(tmp_path, "pretrain")
     held = held_out_ids(whole.manifest.labels, 0.2)
     test = open_source(tmp_path, "test", val_fraction=0.2)
-    assert test.manifest.labels.tolist() == [0] * 4 + [1] * 4 and test.beton is None
+    assert test.manifest.labels.tolist() == whole.manifest.labels[held].tolist()
+    assert np.bincount(test.manifest.labels).tolist() == [4, 4] and test.beton is None
     for sample, own in enumerate(held):
         assert (test.read(sample) == whole.read(int(own))).all()
     assert test.files(range(8)) == [tmp_path / "train.beton"]

@@ -277,4 +277,4 @@ def test_an_encoder_from_elsewhere_is_fine_tuned_from_the_command_line(run, fold
 def test_pre_training_does_not_offer_it(folder):
     asked = ["train", "--method", "finetune", "--dataset", "cifar10", "--data", str(folder)]
     refused = CliRunner().invoke(main, asked)
-    assert refused.exit_code == 2 and "no method 'finetune'" in refused.output
+    assert refused.exit_code == 1 and "no method 'finetune'" in refused.output
