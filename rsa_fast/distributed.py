@@ -160,20 +160,22 @@ def process_group(
 ) -> Iterator[Heartbeat]:
     """Join the other ranks, if there are any: with NCCL between GPUs, with gloo between CPUs.
 
-    A single process on a CPU computes with `torch_threads` threads, or see `use_idle_cores`.
+    A single process on a CPU leaves busy cores to other programs meanwhile (`use_idle_cores`); a
+    resumed run passes the number of its threads as `torch_threads`.
 
     Raises ConnectionError if the ranks do not all start, or if one of them dies or keeps the others
     waiting for longer than `timeout_s` seconds. The message then names that rank and what it was
     doing.
     """
     env = {} if dist.is_initialized() else launcher_variables(os.environ)
-    if not (env or dist.is_initialized()) and (device == "cpu" or not torch.cuda.is_available()):
+    cuda = device != "cpu" and torch.cuda.is_available()
+    threads_before = torch.get_num_threads()
+    if not (env or cuda or dist.is_initialized()):
         use_idle_cores(torch_threads)
     if env:
         if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
             log.info(f"LOCAL_RANK is not set: rank {env['RANK']} takes {env['LOCAL_RANK']}")
         os.environ.update(env)
-        cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(gpu_index())
         backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
@@ -197,25 +199,27 @@ def process_group(
                     raise
                 raise ConnectionError(f"{heartbeat.verdict()}\n{error}") from error
     finally:
+        torch.set_num_threads(threads_before)
         if env:
             dist.destroy_process_group()
 
 
 def use_idle_cores(recorded: int | None = None) -> None:
-    """Let torch compute on a CPU with as many threads as there are idle cores, at least one.
+    """Let torch compute on a CPU with no more threads than there are idle cores, but at least one.
 
     All threads wait for each other at the end of every operator. With one thread for each core, a
     single busy program beside them therefore costs much more than its share. The number of threads
-    changes the last bits of the results, so a resumed run has the number that it `recorded`. A
-    number in OMP_NUM_THREADS is the user's choice and is left as it is.
+    changes the last bits of the results, so a resumed run has the number that it `recorded`. The
+    number that torch has is never raised: it is a user's choice, or one for each physical core. A
+    number in OMP_NUM_THREADS is left as it is.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
     available = cores()
     idle = idle_cores()
-    threads = min(recorded or max(1, round(idle)), available)
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    chosen = min(torch.get_num_threads(), max(1, round(idle)))
+    threads = min(recorded or chosen, available)
+    torch.set_num_threads(threads)
     if round(idle) < available:
         why = "as before the run stopped" if recorded else "OMP_NUM_THREADS chooses another number"
         log.info(

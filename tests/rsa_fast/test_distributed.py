@@ -260,6 +260,7 @@ def test_one_process_on_a_cpu_leaves_busy_cores_to_others(
     monkeypatch, caplog, idle, recorded, threads, said
 ):
     before = torch.get_num_threads()
+    torch.set_num_threads(4)
     monkeypatch.setattr(distributed, "cores", lambda: 4)
     monkeypatch.setattr(distributed, "idle_cores", lambda: idle)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -267,7 +268,11 @@ def test_one_process_on_a_cpu_leaves_busy_cores_to_others(
     try:
         with distributed.process_group("cpu", 60, recorded):
             assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 4
         assert (said in caplog.text) if said else "cores" not in caplog.text
+        torch.set_num_threads(1)  # the user's choice, also on an idle machine
+        with distributed.process_group("cpu", 60):
+            assert torch.get_num_threads() == 1
         monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's choice
         torch.set_num_threads(2)
         with distributed.process_group("cpu", 60, recorded):
