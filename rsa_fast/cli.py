@@ -1244,8 +1244,8 @@ def finetune(
 ) -> None:
     """Train an encoder and a linear classifier on labelled images.
 
-    The run is one as of `train`, with its folder, --resume and signals. The result is the accuracy
-    of the classifier on the test images. `rsa-fast predict` uses the classifier.
+    It is a run like those of `train`: folder, --resume and signals are the same. The result is the
+    accuracy of the classifier on the test images. `rsa-fast predict` uses the classifier.
     """
     refuse_both("--resume", resume, "--overwrite", overwrite)
     refuse_both("--gpus", gpus, "--nproc", nproc)

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import checked_overrides, embed_in_own_dtype, recipe_for_images
+from rsa_fast.evaluation.features import plain_images
 from rsa_fast.pipelines.files import json_text, write_text, write_whole
 from rsa_fast.pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.pipelines.machine import PIP
@@ -117,18 +118,8 @@ def embed(
             if split != "test" and not recipe.unlabelled and any(map(has_test_split, images_at)):
                 log.info("the test images are not among them: --split test")
         device = choose_device(recipe.device)
-        images = PlainImages(
-            source,
-            recipe.views,
-            recipe.eval_resize_px,
-            batch_size=BATCH_SIZE,
-            device=device,
-            dtype=choose_dtype(recipe.precision, device),
-            threads=recipe.threads,
-            rank=rank(),
-            world_size=world_size(),
-            on_bad_image="skip",
-        )
+        dtype = choose_dtype(recipe.precision, device)
+        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
         network = network.to(device)
         started, done = time.perf_counter(), Progress()
         with eval_mode(network), torch.no_grad():

@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -49,6 +48,7 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
+from rsa_fast import terminal
 from rsa_fast.archs import OWN, RESNETS
 from rsa_fast.networks import Encoder, build_encoder
 from rsa_fast.pipelines.machine import PIP
@@ -246,7 +246,7 @@ def listed(names: Iterable[str]) -> str:
 
 def log_left_out(path: Path, found: Found) -> None:
     """Log what a file has besides the network, once if there are several ranks."""
-    if found.left_out and os.environ.get("RANK", "0") == "0":
+    if found.left_out and terminal.speaks():
         log.info(f"{path.name}: {found.left_out}")
 
 

@@ -42,6 +42,7 @@ from rsa_fast.evaluation.features import (
     cached,
     gather_features,
     gather_rows,
+    plain_images,
 )
 from rsa_fast.evaluation.linear import Batches
 from rsa_fast.pipelines import CropGroup, Loading, Order, Source, open_views
@@ -474,18 +475,7 @@ class Evaluation:
         self.labels, self.cached = labels, cached
         self.predictions: dict[str, Predictions] = {}
         self.train, self.test = (
-            PlainImages(
-                source,
-                recipe.views,
-                recipe.eval_resize_px,
-                batch_size=linear.BATCH_SIZE,
-                device=device,
-                dtype=dtype,
-                threads=recipe.threads,
-                rank=rank(),
-                world_size=world_size(),
-                on_bad_image=policy,
-            )
+            plain_images(source, recipe, device, dtype, linear.BATCH_SIZE, policy)
             # A bad test image is not scored, whatever happens to training images.
             for source, policy in zip(sources, (recipe.on_bad_image, "skip"), strict=True)
         )

@@ -27,6 +27,9 @@ from rsa_fast.distributed import gather, rank, world_size
 from rsa_fast.pipelines.files import user_cache, write_whole
 from rsa_fast.pipelines.manifest import digest
 from rsa_fast.pipelines.plain import PlainImages
+from rsa_fast.pipelines.scan import OnBadImage
+from rsa_fast.pipelines.sources import Source
+from rsa_fast.recipes import Recipe
 
 LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); -1 labels an image that was not read
 
@@ -102,6 +105,29 @@ def mean_and_variance(
     mean = total(lambda block: block) / count
     variance = total(lambda block: (block - mean).square()) / (count - 1)
     return mean.float(), variance.float()
+
+
+def plain_images(
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    on_bad_image: OnBadImage = "skip",
+) -> PlainImages:
+    """This rank's part of the images, sized and normalised as the recipe says."""
+    return PlainImages(
+        source,
+        recipe.views,
+        recipe.eval_resize_px,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        threads=recipe.threads,
+        rank=rank(),
+        world_size=world_size(),
+        on_bad_image=on_bad_image,
+    )
 
 
 def cached(

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from rsa_fast import terminal
 from rsa_fast.archs import RESNET_FIELDS
 from rsa_fast.datasets import CHECKPOINTS, every, name_of
 from rsa_fast.distributed import world_size
@@ -385,7 +386,7 @@ def build_finetune_recipe(
     changes = {name: sourced.value for name, sourced in row.items()}
     shorter = run_length(len(source), changes, given)
     changes |= shorter | {"classes": len(whole.classes)}
-    if is_rank_0():
+    if terminal.speaks():
         counts = np.bincount(source.labels, minlength=len(whole.classes))
         each = " to ".join(dict.fromkeys(map(str, (counts.min(), counts.max()))))
         listed = f", those in {in_words(choice['images_list'])}" if choice["images_list"] else ""
@@ -432,11 +433,6 @@ def in_words(images_list: str | Path) -> str:
     md5 = hashlib.md5(Path(images_list).read_bytes(), usedforsecurity=False).hexdigest()
     official = f", {OFFICIAL_LISTS[md5]}" if md5 in OFFICIAL_LISTS else ""
     return f"{images_list} (MD5 {md5}{official})"
-
-
-def is_rank_0() -> bool:
-    """Whether this process logs. The ranks have not met yet."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def read_names(path: str | Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from rsa_fast.distributed import gather, process_group, rank, world_size
+from rsa_fast.distributed import gather, process_group, rank
 from rsa_fast.evaluation.embed import (
     BATCH_SIZE,
     Block,
@@ -27,12 +27,12 @@ from rsa_fast.evaluation.embed import (
     filename,
     table_writer,
 )
+from rsa_fast.evaluation.features import plain_images
 from rsa_fast.evaluation.finetune import logits
 from rsa_fast.methods.method import build_method
 from rsa_fast.methods.supervised import Supervised
 from rsa_fast.pipelines.files import write_whole
 from rsa_fast.pipelines.layouts import Data, inventory, open_source
-from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.pipelines.sources import Source
 from rsa_fast.recipes import Recipe, stored_recipe
 from rsa_fast.training import checkpoint as checkpoints
@@ -106,18 +106,8 @@ def predict(
         if rank() == 0:
             log.info(inventory(source))
         device = choose_device(recipe.device)
-        images = PlainImages(
-            source,
-            recipe.views,
-            recipe.eval_resize_px,
-            batch_size=BATCH_SIZE,
-            device=device,
-            dtype=choose_dtype(recipe.precision, device),
-            threads=recipe.threads,
-            rank=rank(),
-            world_size=world_size(),
-            on_bad_image="skip",
-        )
+        dtype = choose_dtype(recipe.precision, device)
+        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
         with eval_mode(classifier.to(device)):
             blocks = features_of(classifier, images)
             if rank() == 0:

@@ -15,12 +15,12 @@ from rsa_fast.distributed import world_size
 from rsa_fast.evaluation.embed import Embeddings, filename, valid
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import extract_features
+from rsa_fast.evaluation.features import plain_images
 from rsa_fast.insight.neighbours import TILE_PX, Pictures, nearest_html
 from rsa_fast.insight.page import Picture, data_url, picture_row
 from rsa_fast.insight.preview import view_levels
 from rsa_fast.pipelines import Order, Source
 from rsa_fast.pipelines.combined import subset
-from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.run_folder import stored_places
@@ -45,7 +45,9 @@ def examples(folder: Path) -> str:
         return ""
     try:
         if world_size() > 1:
-            raise ValueError(f"several processes are together; rsa-fast report {folder} draws them")
+            raise ValueError(
+                f"one process draws them, and this run has several: rsa-fast report {folder}"
+            )
         network, recipe = load_encoder(checkpoints[-1])
         assert recipe is not None
         recipe = for_any_device(recipe)
@@ -57,16 +59,8 @@ def examples(folder: Path) -> str:
         ids = np.sort(draw.choice(count, min(POOL, count), replace=False))
         source = subset(whole, ids, "pretrain")
         device = choose_device(recipe.device)
-        images = PlainImages(
-            source,
-            recipe.views,
-            recipe.eval_resize_px,
-            batch_size=BATCH_SIZE,
-            device=device,
-            dtype=choose_dtype(recipe.precision, device),
-            threads=recipe.threads,
-            on_bad_image="skip",
-        )
+        dtype = choose_dtype(recipe.precision, device)
+        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
         features, labels = extract_features(network.to(device), images)
         readable = np.array([i for i in range(len(ids)) if i not in images.bad], int)
         rows = Embeddings(

@@ -15,7 +15,6 @@ are functions of it, so no random generator state is saved.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from rsa_fast import terminal
 from rsa_fast.pipelines.files import partial_name, write_whole
 
 log = logging.getLogger("rsa_fast")
@@ -268,7 +268,7 @@ def newest_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    is_rank_0 = terminal.speaks()
     for newest in reversed(paths_in(folder)):
         try:
             check_archive(newest)

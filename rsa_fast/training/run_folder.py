@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rsa_fast import terminal
 from rsa_fast.pipelines.files import json_text, partial_name, write_text
 
 log = logging.getLogger("rsa_fast")
@@ -183,7 +184,7 @@ def places_of_checkpoint(checkpoint: str | Path) -> list[Path]:
     run = folder.parent if folder.name == "checkpoints" else folder
     if not (places := stored_places(run)):
         raise ValueError(f"{checkpoint} does not say where its images are: give --data")
-    if os.environ.get("RANK", "0") == "0":
+    if terminal.speaks():
         log.info(f"images of the run in {run}: {', '.join(map(str, places))}")
     return places
 
