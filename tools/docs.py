@@ -132,6 +132,8 @@ def every_command(path: str, command: click.Command) -> Iterator[tuple[str, clic
 
 def help_of(path: str, command: click.Command) -> str:
     settings = {**cli.main.context_settings, "terminal_width": 80}
+    # click keeps the help option of a command's first context, which may have had no -h.
+    command._help_option = None
     return command.get_help(click.Context(command, info_name=path, **settings))
 
 
