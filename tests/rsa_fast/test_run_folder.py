@@ -86,7 +86,18 @@ class Intruder(Callback):
         self.changed.append(content(self.out) != before)
 
 
-def test_a_second_start_in_the_folder_of_a_living_run_is_refused_and_names_it(data, tmp_path):
+def test_a_second_start_in_the_folder_of_a_living_run_is_refused_and_names_it(
+    data, tmp_path, monkeypatch
+):
+    # The living run itself writes checkpoints in the background. Here it waits for each of them, so
+    # that a file that changes during the refused starts was changed by them.
+    save = checkpoint.Writer.save
+
+    def save_and_wait(writer, state, name=None):
+        save(writer, state, name)
+        writer.wait()
+
+    monkeypatch.setattr(checkpoint.Writer, "save", save_and_wait)
     out = tmp_path / "run"
     intruder = Intruder(data, out)
     train(tiny(log_every_steps=5), data, tmp_path / "alone")
