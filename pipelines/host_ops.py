@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
 
 from rsa_fast.pipelines.draws import BRIGHTNESS, CONTRAST, RAND_FILL, SATURATION, RandOp
 
@@ -48,6 +52,13 @@ kernel = njit(nogil=True, cache=CACHE, error_model="numpy", fastmath=False)
 # Numba's sum or product of two int32 is an int64, which AVX2 can neither multiply nor convert to a
 # float. An expression of them is therefore wrapped in np.int32 as a whole: LLVM then computes it in
 # 32 bits, and vectorises the loop.
+
+# LLVM does not vectorise a look-up in a table. Where the CPU has AVX-512's VBMI and VNNI (Ice Lake,
+# Zen 4 and later), some inner loops are therefore replaced by `look_up_64`, `normalise_64` and
+# `resize_16` at the end of this file, which give the same bits. Numba leaves out the branches of a
+# constant that is False, and keeps the machine code of each kind of CPU separately.
+CPU_FEATURES = str(cpu_target.target_context.codegen().magic_tuple()[2]).split(",")
+AVX512 = "+avx512vbmi" in CPU_FEATURES and "+avx512vnni" in CPU_FEATURES
 
 RESIZE_BITS = 22  # Resample.c: PRECISION_BITS
 HALF = np.int32(1 << (RESIZE_BITS - 1))
@@ -181,11 +192,43 @@ def aggressive_stage(planes: np.ndarray, p: np.void) -> None:
 @kernel
 def normalise(planes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write `planes` `(3, S, S)` uint8 to `out` `(S, S, 3)` through `table` `(3, 256)`."""
-    size = planes.shape[1]
-    for y in range(size):
-        for x in range(size):
-            for c in range(3):
-                out[y, x, c] = table[c, planes[c, y, x]]
+    channels, pixels = planes.reshape(3, -1), out.reshape(-1, 3)
+    count, done = len(pixels), 0
+    if AVX512:
+        done = count // 64 * 64
+        separate = bytes_of(table)
+        for i in range(0, done, 64):
+            normalise_64(planes, count, separate, pixels, i)
+    for i in range(done, count):
+        for c in range(3):
+            pixels[i, c] = table[c, channels[c, i]]
+
+
+@kernel
+def bytes_of(table: np.ndarray) -> np.ndarray:
+    """The first bytes of all values of `table` `(3, 256)`, the second ones, and so on.
+
+    Returns `(3, itemsize, 256)` uint8.
+    """
+    separate = np.empty((3, table.itemsize, 256), np.uint8)
+    for c in range(3):
+        values = table[c].view(np.uint8)
+        for k in range(table.itemsize):
+            separate[c, k] = values[k :: table.itemsize]
+    return separate
+
+
+@kernel
+def look_up(levels: np.ndarray, table: np.ndarray) -> None:
+    """Replace `levels` `(S, S)` uint8 by their entries in `table` `(1, 256)` uint8, in place."""
+    flat = levels.reshape(-1)
+    done = 0
+    if AVX512:
+        done = flat.size // 64 * 64
+        for i in range(0, done, 64):
+            look_up_64(levels, table, i)
+    for i in range(done, flat.size):
+        flat[i] = table[0, flat[i]]
 
 
 @kernel
@@ -283,6 +326,8 @@ def resize_across(
         for t in range(len(weights)):
             weight[t, out] = weights[t, x]
     rows = np.empty((height, 3 * size), np.uint8)
+    if AVX512 and resize_rows_16(pixels, top, left, place, weight, rows):
+        return rows
     # Each integer of these two contains red, green and blue.
     line, tap = np.empty(width, np.int32), np.empty(size, np.int32)
     total = np.empty(3 * size, np.int32)
@@ -313,6 +358,62 @@ def resize_across(
         for i in range(3 * size):
             row[i] = total[i] >> RESIZE_BITS
     return rows
+
+
+@kernel
+def resize_rows_16(
+    pixels: np.ndarray,
+    top: int,
+    left: int,
+    place: np.ndarray,
+    weight: np.ndarray,
+    rows: np.ndarray,
+) -> bool:
+    """The loop over the rows of `resize_across`, 16 outputs at once by `resize_16`.
+
+    Returns False and does nothing if 16 neighbouring outputs depend on more than 128 bytes of a row
+    or on more than 8 taps each, that is if the image is made smaller by more than a factor of about
+    2.3. The same is true for images and outputs that are narrower than the registers.
+
+    `place` `(size,)` and `weight` `(taps, size)` are those of `resize_across`.
+    """
+    taps, size = weight.shape
+    row_bytes = pixels.shape[1] - 3 * left
+    if taps > 8 or size < 16 or pixels.shape[1] < 128:
+        return False
+    blocks, groups = (size + 15) // 16, (taps + 3) // 4
+    begin, first_byte = np.empty(blocks, np.int64), np.empty(blocks, np.int64)
+    # Of each block: the bytes of the four taps of an output in each group, and the weights.
+    index = np.zeros((blocks, groups, 16, 4), np.uint8)
+    digits = np.zeros((blocks, 3, groups, 16, 4), np.int8)
+    for b in range(blocks):
+        begin[b] = min(16 * b, size - 16)  # the last block may overlap the one before
+        low, high = np.int64(place[begin[b]]), np.int64(place[begin[b]])
+        for x in range(begin[b], begin[b] + 16):
+            low, high = min(low, np.int64(place[x])), max(high, np.int64(place[x]))
+        # The 128 bytes never extend beyond the row, and so not beyond the image.
+        first_byte[b] = min(3 * low, row_bytes - 128)
+        if 3 * (high + taps) - first_byte[b] > 128:
+            return False
+        for i in range(16):
+            x = begin[b] + i
+            for t in range(taps):
+                index[b, t // 4, i, t % 4] = 3 * (np.int64(place[x]) + t) - first_byte[b]
+                # The weight is d2 * 256**2 + d1 * 256 + d0 with signed bytes, as VNNI multiplies.
+                rest = weight[t, x]
+                for digit in range(3):
+                    low_digit = ((rest & 255) ^ 128) - 128
+                    digits[b, digit, t // 4, i, t % 4] = low_digit
+                    rest = (rest - low_digit) >> 8
+    for y in range(len(rows)):
+        line = (top + y) * pixels.strides[0] + 3 * left
+        for b in range(blocks):
+            source, out = line + first_byte[b], 3 * size * y + begin[b]
+            if groups == 1:
+                resize_16(pixels, source, index, digits, b, rows, out, size, 1)
+            else:
+                resize_16(pixels, source, index, digits, b, rows, out, size, 2)
+    return True
 
 
 @kernel
@@ -376,9 +477,15 @@ def blend_level(level: np.uint8, centre: int | np.int32, factor: np.float32) -> 
 @kernel
 def blend_constant(planes: np.ndarray, centre: int, factor: np.float32) -> None:
     """Brightness (with centre 0) or contrast (with centre mean gray) of `(3, S, S)`, in place."""
-    flat = planes.reshape(-1)
-    for i in range(flat.size):
-        flat[i] = blend_level(flat[i], centre, factor)
+    if AVX512:
+        table = np.empty((1, 256), np.uint8)
+        for level in range(256):
+            table[0, level] = blend_level(np.uint8(level), centre, factor)
+        look_up(planes, table)
+    else:
+        flat = planes.reshape(-1)
+        for i in range(flat.size):
+            flat[i] = blend_level(flat[i], centre, factor)
 
 
 @kernel
@@ -630,22 +737,22 @@ def change_levels(plane: np.ndarray, operation: int, value: np.float32) -> None:
     step = (plane.size - count[high]) // 255
     darker = step // 2  # the number of darker pixels, rounded to steps
     whole = int(value)
-    table = np.arange(256)
+    table = np.empty((1, 256), np.uint8)
     for level in range(256):
+        new = level
         if operation == RandOp.AUTO_CONTRAST and high > low:
-            table[level] = int(level * scale + -low * scale)
+            new = int(level * scale + -low * scale)
         elif operation == RandOp.EQUALIZE and step > 0:
-            table[level] = darker // step
+            new = darker // step
         elif operation == RandOp.INVERT or (operation == RandOp.SOLARIZE and level >= whole):
-            table[level] = 255 - level
+            new = 255 - level
         elif operation == RandOp.POSTERIZE:
-            table[level] = level >> (8 - whole) << (8 - whole)
+            new = level >> (8 - whole) << (8 - whole)
         elif operation == RandOp.SOLARIZE_ADD and level < 128:
-            table[level] = level + whole
+            new = level + whole
         darker += count[level]
-    for row in plane:
-        for x in range(len(row)):
-            row[x] = min(max(table[row[x]], 0), 255)
+        table[0, level] = min(max(new, 0), 255)
+    look_up(plane, table)
 
 
 @kernel
@@ -735,3 +842,158 @@ def interpolate(
         return low + (high - low) * part
     square = 2 * (before - low) + high - after
     return low + part * (high - before + part * (square + part * (low - before - high + after)))
+
+
+# Inner loops in AVX-512, written in LLVM's intermediate representation. Numba has no type for a
+# vector, so that each of them reads its vectors from arrays and writes the result to one. Offsets
+# are in bytes.
+
+inner_loop: Any = intrinsic(prefer_literal=True)  # mypy counts numba's argument `typing`, too
+BYTE, ADDRESS = ir.IntType(8), ir.IntType(64)
+BYTES, INTEGERS = ir.VectorType(BYTE, 64), ir.VectorType(ir.IntType(32), 16)
+
+
+def addresses(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> list[Any]:
+    """The arguments of an inner loop, with the address of the data in place of each array."""
+    return [
+        builder.ptrtoint(context.make_array(type_)(context, builder, value).data, ADDRESS)
+        if isinstance(type_, types.Array)
+        else value
+        for type_, value in zip(signature.args, arguments, strict=True)
+    ]
+
+
+def pointer(builder: ir.IRBuilder, address: ir.Value, offset: int, type_: ir.Type) -> ir.Value:
+    """A pointer to a `type_` at `offset` after `address`."""
+    return builder.inttoptr(builder.add(address, ADDRESS(offset)), type_.as_pointer())
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+    """The 64 bytes at `offset` after `address`."""
+    return builder.load(pointer(builder, address, offset, BYTES), align=1)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, pointer(builder, address, 0, value.type), align=1)
+
+
+def call(builder: ir.IRBuilder, name: str, *vectors: ir.Value) -> ir.Value:
+    """One of LLVM's functions for AVX-512. Its result has the type of the first argument."""
+    name = f"llvm.x86.avx512.{name}.512"
+    function = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(vectors[0].type, [v.type for v in vectors]), name
+    )
+    return builder.call(function, vectors)
+
+
+def permute(builder: ir.IRBuilder, low: ir.Value, index: ir.Value, high: ir.Value) -> ir.Value:
+    """For each byte of `index`, modulo 128, the byte at that place in the 128 of `low`, `high`."""
+    return call(builder, "vpermi2var.qi", low, index, high)
+
+
+def entries(builder: ir.IRBuilder, levels: ir.Value, table: ir.Value, offset: int) -> ir.Value:
+    """The entries of 64 `levels` in the 256 bytes at `offset` after the address `table`."""
+    part = [load(builder, table, offset + 64 * k) for k in range(4)]
+    return builder.select(
+        builder.icmp_signed("<", levels, BYTES([0] * 64)),  # whether the level is above 127
+        permute(builder, part[2], levels, part[3]),
+        permute(builder, part[0], levels, part[1]),
+    )
+
+
+def shuffle(builder: ir.IRBuilder, low: ir.Value, high: ir.Value, order: list[int]) -> ir.Value:
+    """The elements of `low` and then of `high`, in this order."""
+    return builder.shuffle_vector(low, high, ir.VectorType(ir.IntType(32), len(order))(order))
+
+
+@inner_loop
+def look_up_64(typing, levels, table, i):  # type: ignore[no-untyped-def]
+    """Replace 64 of `levels`, from the `i`-th on, by their entries in `table` `(1, 256)` uint8."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        levels, table, i = addresses(context, builder, signature, arguments)
+        at = builder.add(levels, i)
+        store(builder, entries(builder, load(builder, at, 0), table, 0), at)
+        return context.get_dummy_value()
+
+    return types.void(levels, table, types.intp), codegen
+
+
+@inner_loop
+def normalise_64(typing, planes, count, separate, pixels, i):  # type: ignore[no-untyped-def]
+    """Write 64 of the `count` pixels of `planes`, from the `i`-th on, to `pixels` `(count, 3)`.
+
+    `separate` is the result of `bytes_of`.
+    """
+    itemsize = pixels.dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        planes, count, separate, pixels, i = addresses(context, builder, signature, arguments)
+        channels = []
+        for c in range(3):
+            at = builder.add(planes, builder.add(i, builder.mul(count, ADDRESS(c))))
+            levels = load(builder, at, 0)
+            first = 256 * itemsize * c
+            parts = [entries(builder, levels, separate, first + 256 * k) for k in range(itemsize)]
+            bits = 8
+            while len(parts) > 1:  # bytes to 16-bit integers, and these to 32-bit ones
+                bits *= 2
+                type_ = ir.VectorType(ir.IntType(bits), 64)
+                order = [64 * (k % 2) + k // 2 for k in range(128)]
+                parts = [
+                    builder.bitcast(shuffle(builder, low, high, order), type_)
+                    for low, high in zip(parts[::2], parts[1::2], strict=True)
+                ]
+            channels += parts
+        red_green = shuffle(builder, channels[0], channels[1], list(range(128)))
+        twice_blue = shuffle(builder, channels[2], channels[2], list(range(128)))
+        order = [64 * (k % 3) + k // 3 for k in range(192)]
+        rgb = shuffle(builder, red_green, twice_blue, order)
+        store(builder, rgb, builder.add(pixels, builder.mul(i, ADDRESS(3 * itemsize))))
+        return context.get_dummy_value()
+
+    return types.void(planes, types.intp, separate, pixels, types.intp), codegen
+
+
+@inner_loop
+def resize_16(typing, pixels, source, index, digits, block, rows, out, size, groups):  # type: ignore[no-untyped-def]
+    """Make 16 outputs of a resized row from the 128 bytes at the offset `source` in `pixels`.
+
+    Three times 16 bytes are written to the offset `out` in `rows`, `size` bytes apart. `index` and
+    `digits` are the tables of `resize_rows_16`, and `groups` is their number of groups.
+    """
+    number = groups.literal_value
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pixels, source, index, digits, block, rows, out, size, _ = addresses(
+            context, builder, signature, arguments
+        )
+        line, out = builder.add(pixels, source), builder.add(rows, out)
+        index = builder.add(index, builder.mul(block, ADDRESS(64 * number)))
+        digits = builder.add(digits, builder.mul(block, ADDRESS(3 * 64 * number)))
+        low, high = load(builder, line, 0), load(builder, line, 64)
+        places = [load(builder, index, 64 * g) for g in range(number)]
+        for _ in range(3):  # channels
+            taps = [
+                builder.bitcast(permute(builder, low, place, high), INTEGERS) for place in places
+            ]
+            # Horner's scheme: the largest of the three digits first.
+            total = INTEGERS([int(HALF) >> 16] * 16)
+            for digit in (2, 1, 0):
+                if digit < 2:
+                    total = builder.shl(total, INTEGERS([8] * 16))
+                for g, tap in enumerate(taps):
+                    weights = load(builder, digits, 64 * (digit * number + g))
+                    weights = builder.bitcast(weights, INTEGERS)
+                    total = call(builder, "vpdpbusd", total, tap, weights)
+            levels = builder.ashr(total, INTEGERS([RESIZE_BITS] * 16))
+            for limit, outside in ((0, "<"), (255, ">")):  # only bicubic results can be outside
+                bound = INTEGERS([limit] * 16)
+                levels = builder.select(builder.icmp_signed(outside, levels, bound), bound, levels)
+            store(builder, builder.trunc(levels, ir.VectorType(BYTE, 16)), out)
+            places = [builder.add(place, BYTES([1] * 64)) for place in places]
+            out = builder.add(out, size)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(pixels, intp, index, digits, intp, rows, intp, intp, groups), codegen

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import natural_image
+from numba import njit
 from numba.core.caching import CacheImpl
 from PIL import Image
 
@@ -221,3 +222,60 @@ def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch, capl
     assert host_ops.can_cache()
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     assert not host_ops.can_cache() and "NUMBA_CACHE_DIR" in caplog.text
+
+
+def plain(kernel, monkeypatch):
+    """The kernel, compiled without the inner loops in AVX-512."""
+    if not host_ops.AVX512:
+        pytest.skip("this CPU has no AVX-512 VBMI and VNNI, so that all kernels are plain")
+    compiled = njit(error_model="numpy")(kernel.py_func)
+
+    def call(*arguments):
+        # Numba compiles at the first call. Only this kernel may see the change: the others are
+        # kept in numba's cache.
+        with monkeypatch.context() as patch:
+            patch.setattr(host_ops, "AVX512", False)
+            return compiled(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_normalise_in_avx512_equals_the_plain_loop(monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    plain_normalise = plain(host_ops.normalise, monkeypatch)
+    for size in (1, 7, 8, 18, 96, 224):
+        planes = rng.integers(0, 256, (3, size, size), dtype=np.uint8)
+        table = rng.integers(0, 256, (3, 256 * dtype().itemsize), dtype=np.uint8).view(dtype)
+        out, expected = np.empty((2, size, size, 3), dtype)
+        host_ops.normalise(planes, table, out)
+        plain_normalise(planes, table, expected)
+        assert out.tobytes() == expected.tobytes()
+
+
+def test_brightness_and_contrast_in_avx512_equal_the_plain_loop(monkeypatch):
+    planes = np.random.default_rng(0).integers(0, 256, (3, 33, 33), dtype=np.uint8)
+    plain_blend = plain(host_ops.blend_constant, monkeypatch)
+    for centre in (0, 113, 255):
+        for factor in np.linspace(0, 2, 41, dtype=np.float32):
+            out, expected = planes.copy(), planes.copy()
+            host_ops.blend_constant(out, centre, factor)
+            plain_blend(expected, centre, factor)
+            assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("bicubic", [False, True])
+def test_resize_in_avx512_equals_the_plain_loop(monkeypatch, bicubic):
+    rng = np.random.default_rng(0)
+    plain_resize = plain(host_ops.resize_across, monkeypatch)
+    vectorised = 0
+    for _ in range(300):
+        size = int(rng.integers(1, 130))
+        width = int(rng.integers(1, min(int(3 * size) + 2, 300)))
+        left, right = rng.integers(0, 3, 2) * rng.integers(0, 100, 2)  # often at a border
+        # Black and white pixels: bicubic results exceed both ends of the levels.
+        pixels = rng.choice(np.array([0, 255], np.uint8), (4, 3 * (left + width + right)))
+        place = (1, left, 2, width, bool(rng.integers(2)), size, bicubic)
+        assert np.array_equal(host_ops.resize_across(pixels, *place), plain_resize(pixels, *place))
+        vectorised += size >= 16 and width < 2 * size and left + width + right >= 43
+    assert vectorised > 100
