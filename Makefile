@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 # two threads unless the caller says otherwise: OpenMP's spinning threads slow each other down beyond the cores
 export OMP_NUM_THREADS ?= 2
 
-setup: $(VENV)/.ready ## make .venv with the pinned packages (3 to 6 minutes the first time)
+setup: $(VENV)/.ready ## make .venv with the pinned packages (3 to 4 minutes the first time)
 
-$(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh
-	PYTHON=$(PYTHON) bash tools/setup.sh $(VENV)
+$(VENV)/.base: pyproject.toml constraints.txt tools/setup.sh
+	PYTHON=$(PYTHON) bash tools/setup.sh $(VENV) base
 	@touch $@
 
-demo: setup ## train RSA and BYOL on generated images, evaluate both, draw curves and views (7 minutes where the CPU has bf16)
+$(VENV)/.ready: $(VENV)/.base
+	bash tools/setup.sh $(VENV) all
+	@touch $@
+
+demo: $(VENV)/.base ## train RSA and BYOL on generated images, and compare them (3 minutes where the CPU has bf16)
 	$(BIN)/python -m tools.demo --out runs/demo
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

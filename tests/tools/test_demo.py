@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from click.testing import CliRunner
 
 from rsa_fast.recipes import build_recipe
@@ -30,3 +31,13 @@ def test_the_demo_trains_both_methods_beside_its_baselines(tmp_path, monkeypatch
     page = (out / "report.html").read_text()
     assert all(f"{scores[method]['knn_top1']:.1f}" in page for method in ("rsa", "byol"))
     assert (out / "views.png").is_file()
+    assert str(out / "report.html") in done.stdout
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(0, 1), (1e6, 2)])
+def test_the_demo_is_shortened_to_its_time_and_says_so(tmp_path, caplog, seconds, epochs):
+    make_demo(tmp_path / "data", per_class=15)
+    recipe = build_recipe("demo", "rsa", overrides=SMALL | {"precision": "fp32"})
+    assert demo.epochs_within(seconds, recipe, tmp_path / "data") == epochs
+    shortened = "both methods are trained for 1 of 2 epochs" in caplog.text
+    assert shortened == (epochs == 1)
