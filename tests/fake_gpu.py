@@ -4,7 +4,7 @@ This checks code paths, devices, dtypes, memory and counts, and that the host ne
 check values or times. tests/gpuless/README.md describes the runtime and its settings. To run it by
 hand:
 
-    .venv/bin/python tests/fake_gpu.py PROGRAM.py ARGUMENTS...
+    .venv/bin/python -m tests.fake_gpu -m MODULE ARGUMENTS...
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from gpuless.ghost import build
+
+from tests.gpuless.ghost import build
+from tests.helpers import ROOT
 
 
 def missing() -> str | None:
@@ -38,8 +39,7 @@ def missing() -> str | None:
 
 def environment() -> dict[str, str]:
     """Return the environment variables of a process that runs on the fake runtime."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "LD_PRELOAD": str(build.build())}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(build.build())}
     if folder := os.environ.get("RSA_FAST_GPU_COVERAGE"):  # see gpuless/gpu_lines.py
         own["COVERAGE_FILE"] = str(Path(folder).absolute() / "data")
         own["COVERAGE_PROCESS_START"] = str(ROOT / "tests" / "gpuless" / "coverage.ini")

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from rsa_fast.methods import METHODS
 from rsa_fast.tools.docs import ABOUT, GENERATED, MEASURED, pages, small_budget
+from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()

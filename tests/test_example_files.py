@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_folder
 from safetensors.torch import load_file
 
 from rsa_fast import build_recipe, load_encoder, train
@@ -14,6 +13,7 @@ from rsa_fast.methods.method import build_method
 from rsa_fast.pipelines.named import load_module, load_object
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.training.metrics import read_metrics
+from tests.helpers import ROOT, write_folder
 
 EXAMPLES = ROOT / "examples"
 SMALL = {"epochs": 1, "hidden_dim": 16, "out_dim": 8, "precision": "fp32", "knn_every_epochs": 0}

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_folder
-from test_readme import METHOD, make_context
 
 from rsa_fast import build_recipe, embed, train
 from rsa_fast.methods.method import build_method
 from rsa_fast.pipelines import open_source
 from rsa_fast.training.checkpoint import paths_in
 from rsa_fast.training.step import build_run, train_step
+from tests.documents import METHOD, make_context
+from tests.helpers import ROOT, write_folder
 
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

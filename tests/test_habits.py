@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib import import_module
 from importlib.metadata import version
 
 import pytest
 import yaml
-from conftest import ROOT
 
 import rsa_fast
+from tests.helpers import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -40,6 +41,26 @@ def test_the_hooks_run_what_make_lint_runs():
     entries = {hook.get("entry", "").removeprefix(".venv/bin/") for hook in hooks}
     assert linters - {""} <= entries
     assert {"codespell", "links"} <= {hook["id"] for hook in hooks}
+
+
+def test_tests_import_each_other_s_helpers_by_full_names_and_no_test():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert all(file.with_name("__init__.py") in files for file in files)
+    local = {part for file in files for part in file.relative_to(ROOT).with_suffix("").parts}
+    local -= {"tests", "pipelines", "rsa_fast", "tools"}  # These are packages at the top too.
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                first, *rest = name.split(".")
+                assert first not in local, f"{file}: {name}"
+                tests = [part for part in rest if part == "conftest" or part.startswith("test_")]
+                assert first != "tests" or not tests, f"{file}: {name}"
 
 
 def test_the_version_is_one_everywhere():

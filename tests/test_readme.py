@@ -26,21 +26,16 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import ROOT, write_folder
 
 import rsa_fast
 from rsa_fast import build_recipe, cli, datasets
 from rsa_fast.evaluation import detection
 from rsa_fast.pipelines import VIEWS, Loading, Order, backends, layouts, open_source, open_views
-from rsa_fast.tools.docs import GENERATED
 from rsa_fast.training import checkpoint
+from tests.documents import FENCE, METHOD, PAGES, PYTHON, WRITTEN, make_context, python_with
+from tests.helpers import ROOT, write_folder
+from tests.rsa_fast.tiny_detection import MODEL_OPTIONS, write_coco
 
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-}
-WRITTEN = "\n".join(text for text in PAGES.values() if GENERATED not in text)
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
 
 
@@ -56,16 +51,8 @@ def shell_of(text: str) -> str:
 
 SHELL = shell_of(WRITTEN)
 COMMANDS = list(dict.fromkeys(commands_in(SHELL)))
-PYTHON = [code for language, code in FENCE.findall(WRITTEN) if language == "python"]
 
 
-def python_with(text: str) -> str:
-    """The one block of Python that contains `text`."""
-    (code,) = [code for code in PYTHON if text in code]
-    return code
-
-
-METHOD = python_with("class BarlowTwins")
 NOTEBOOK = python_with(">>>")
 TEN_LINES = python_with("embed, evaluate, load_encoder, train")
 ROW = python_with('DATASETS["birds"]')
@@ -132,9 +119,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Res
     (place / "my_twins.py").write_text(METHOD)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.syspath_prepend(ROOT / "tests" / "rsa_fast")
-        from test_detection import TINY, write_coco
-
         write_coco(place / "data" / "coco")
         fetch = {"train": 20, "test": 10}
         patch.setattr(
@@ -142,7 +126,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Res
             "download",
             lambda data, name: write_folder(data, fetch, size=(32, 32)),
         )
-        patch.setattr(detection, "MODEL_OPTIONS", TINY)
+        patch.setattr(detection, "MODEL_OPTIONS", MODEL_OPTIONS)
         patch.setattr(detection, "PRECISE_BN_STEPS", 1)
         for line in sorted(
             COMMANDS,
@@ -164,25 +148,6 @@ def test_the_commands_run(outcomes, line):
     assert result.exit_code == 0, result.output
     if line.startswith("rsa-fast"):
         assert isinstance(json.loads(result.stdout.splitlines()[-1]), dict)
-
-
-def make_context(words: list[str]) -> None:
-    """Parse a command. Raises click's errors for unknown options and missing files."""
-    if words[0] == "rsa-fast":
-        command, rest = cli.main, words[1:]
-    elif words[2] == "tools.gpu_report":
-        importlib.import_module("rsa_fast.tools.gpu_report.__main__").make_parser().parse_args(
-            words[3:]
-        )
-        return
-    else:
-        command, rest = importlib.import_module(words[2]).main, words[3:]
-    while isinstance(command, click.Group) and rest:
-        assert rest[0] in command.commands, rest
-        command, rest = command.commands[rest[0]], rest[1:]
-    # A command keeps the help option of its first context: with the group's settings it has -h too.
-    settings = cli.main.context_settings if words[0] == "rsa-fast" else {}
-    command.make_context(command.name, rest, **settings)
 
 
 @pytest.mark.parametrize("line", PARSED)

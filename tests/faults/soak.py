@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from tests.conftest import write_folder
 from tests.faults.jobs import EPOCH_STEPS, Job, losses, newest, until
+from tests.helpers import write_folder
 
 WARM_UP = 0.25  # share of the time
 # The medians of the first and the last window after the warm-up are compared.

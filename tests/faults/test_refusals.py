@@ -13,7 +13,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import write_folder
 from torch.amp.grad_scaler import GradScaler
 
 from rsa_fast import schedules
@@ -23,6 +22,7 @@ from rsa_fast.training import checkpoint
 from rsa_fast.training import step as step_module
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
+from tests.helpers import write_folder
 
 TINY = {
     "width": 4,

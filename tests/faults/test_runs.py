@@ -21,8 +21,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import write_folder, write_raw_beton
-from jobs import (
+
+from rsa_fast.evaluation.encoders import load_encoder
+from rsa_fast.evaluation.evaluate import Evaluation
+from rsa_fast.training import checkpoint
+from tests.faults.jobs import (
     EPOCH_STEPS,
     Job,
     arguments,
@@ -34,10 +37,7 @@ from jobs import (
     state,
     until,
 )
-
-from rsa_fast.evaluation.encoders import load_encoder
-from rsa_fast.evaluation.evaluate import Evaluation
-from rsa_fast.training import checkpoint
+from tests.helpers import write_folder, write_raw_beton
 
 LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
 STOPPED = 75

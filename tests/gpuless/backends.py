@@ -1,14 +1,15 @@
-"""`python backends.py training FOLDER` trains ImageNet-1K's RSA recipe from every backend.
+"""Programs for a fake GPU that load and train from every backend.
 
-It runs on a fake GPU. Each case takes three steps of rank 0 of eight, with a damaged image in the
-second batch, and one more step after a resume in the middle of the epoch. It prints for each case
-what the third step waited for, which images were skipped, and how far the crops in the device's
-memory are from those of the same backend on a CPU, in 8-bit levels.
+`python -m tests.gpuless.backends training FOLDER` trains ImageNet-1K's RSA recipe. Each case takes
+three steps of rank 0 of eight, with a damaged image in the second batch, and one more step after a
+resume in the middle of the epoch. It prints for each case what the third step waited for, which
+images were skipped, and how far the crops in the device's memory are from those of the same backend
+on a CPU, in 8-bit levels.
 
 Kernels compute nothing here, so only what the host sends to the device can be compared.
 
-`python backends.py planted FOLDER` loads batches with a DALI backend that has one fault at a time.
-The checks above have to find each fault.
+`python -m tests.gpuless.backends planted FOLDER` loads batches with a DALI backend that has one
+fault at a time. The checks above have to find each fault.
 """
 
 from __future__ import annotations
@@ -25,10 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from backend_cases import CASES
-from conftest import natural_image
 from PIL import Image
-from programs import RANKS, Watch, as_rank_0_of_8
 
 from rsa_fast.pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
 from rsa_fast.pipelines.beton import BetonWriter
@@ -39,8 +37,11 @@ from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint, engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
+from tests.gpuless.backend_cases import CASES
+from tests.gpuless.programs import RANKS, Watch, as_rank_0_of_8
+from tests.helpers import natural_image
 
-dali = importlib.import_module("dali_stand_in") if find_spec("nvidia.dali") else None
+dali = importlib.import_module("tests.gpuless.dali_stand_in") if find_spec("nvidia.dali") else None
 PER_RANK, STEPS, BAD_STEP = 8, 3, 1
 COUNT = PER_RANK * RANKS * 5  # An epoch has five steps; the resume is in the middle.
 SIDE_PX = 40

@@ -14,7 +14,6 @@ import os
 import torch
 import torch.distributed as dist
 import triton
-from lowering import Driver, Unlaunched
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
@@ -25,6 +24,7 @@ from rsa_fast import networks
 from rsa_fast.archs import ResNetLayers
 from rsa_fast.insight.planning import Ledger
 from rsa_fast.syncbn import convert_batchnorm
+from tests.gpuless.lowering import Driver, Unlaunched
 
 IMAGES, SIZE_PX = 64, 224
 

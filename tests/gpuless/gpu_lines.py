@@ -1,6 +1,7 @@
-"""`python gpu_lines.py FOLDER` lists the lines for GPUs that no test on the fake runtime executes.
+"""List the lines for GPUs that no test on the fake runtime executes.
 
-FOLDER contains the coverage data of the tests, which they write with
+The program is `python -m tests.gpuless.gpu_lines FOLDER`. FOLDER contains the coverage data of the
+tests, which they write with
 
     RSA_FAST_GPU_COVERAGE=FOLDER python -m pytest tests -k "gpu or sync or step"
 
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from coverage import CoverageData
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+
 ASKS = re.compile(r"""["']cuda|on_gpu|is_cuda|["']nccl|torch\.cuda\.|self\.stream is""")
 ASKS_FOR_CPU = re.compile(r"""stream is None|["']cpu["'] or|not torch\.cuda""")
 CUDA_CALL = re.compile(r"torch\.cuda\.|record_stream|wait_stream|pin_memory|batch_on_gpu")

@@ -1,7 +1,7 @@
 """The programs that the tests run on fake GPUs.
 
-`python programs.py NAME ARGUMENTS...` calls a function of this file and prints its result as JSON.
-Values are garbage there, so nothing may depend on them.
+`python -m tests.gpuless.programs NAME ARGUMENTS...` calls a function of this file and prints its
+result as JSON. Values are garbage there, so nothing may depend on them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gpulint import GpuLint
 
 from rsa_fast.distributed import max_over_ranks, process_group
 from rsa_fast.methods import METHODS
@@ -29,6 +28,7 @@ from rsa_fast.training import engine
 from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
 from rsa_fast.training.step import build_run, train_on, train_step
+from tests.gpuless.gpulint import GpuLint
 
 RUNTIME = ctypes.CDLL(None)  # the fake runtime
 RUNTIME.ghost_count.restype = RUNTIME.ghost_nccl.restype = ctypes.c_long

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from backend_cases import CASES
-from fake_gpu import on_fake_gpu
 
-PROGRAM = Path(__file__).with_name("backends.py")
+from tests.fake_gpu import on_fake_gpu
+from tests.gpuless.backend_cases import CASES
+
+PROGRAM = ("-m", "tests.gpuless.backends")
 LEVELS = 1e-3  # This allows for float32's rounding; the pixels are equal.
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backends")
-    return json.loads(on_fake_gpu(PROGRAM, "training", folder))
+    return json.loads(on_fake_gpu(*PROGRAM, "training", folder))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,7 +38,7 @@ def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(res
     reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
 )
 def test_the_stand_in_for_dali_finds_memory_given_back_early_waits_and_unknown_keywords(tmp_path):
-    found = json.loads(on_fake_gpu(PROGRAM, "planted", tmp_path))
+    found = json.loads(on_fake_gpu(*PROGRAM, "planted", tmp_path))
     assert found["DaliViews"] == {"gap": pytest.approx(0, abs=LEVELS), "waits": 0}
     assert found["ReleasedEarly"]["gap"] > 50
     assert found["HostWaits"]["waits"] == 1

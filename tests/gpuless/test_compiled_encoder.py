@@ -6,15 +6,15 @@ This concerns BatchNorm, ReLU and residual sums.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from budget import hold, rewrite
-from fake_gpu import on_fake_gpu
+
+from tests.fake_gpu import on_fake_gpu
+from tests.gpuless.budget import hold, rewrite
 
 
 def test_a_compiled_encoder_moves_fewer_bytes_also_where_ranks_share_their_statistics(tmp_path):
-    found = json.loads(on_fake_gpu(Path(__file__).with_name("compiled_encoder.py"), tmp_path))
+    found = json.loads(on_fake_gpu("-m", "tests.gpuless.compiled_encoder", tmp_path))
     rewrite("compiled_encoder", found)
     eager, local, sync = (
         found[name]["forward_gb"] + found[name]["backward_gb"]

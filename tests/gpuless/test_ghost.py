@@ -9,11 +9,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fake_gpu
 import pytest
 import torch
-from fake_gpu import on_fake_gpu
-from gpuless.ghost import build
+
+from tests import fake_gpu
+from tests.fake_gpu import on_fake_gpu
+from tests.gpuless.ghost import build
 
 RUNTIME = """
 import ctypes, json, torch

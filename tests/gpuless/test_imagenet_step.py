@@ -6,13 +6,12 @@ The loop runs on one of eight fake GPUs with 256 images each.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from budget import hold, rewrite
-from fake_gpu import on_fake_gpu
 
 from rsa_fast.methods import METHODS
+from tests.fake_gpu import on_fake_gpu
+from tests.gpuless.budget import hold, rewrite
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +19,7 @@ def costs(folder, tmp_path_factory):
     """Return `Watch.found` of the third step, by case."""
     place = tmp_path_factory.mktemp("imagenet_steps")
     (place / "train").symlink_to(folder / "train")
-    costs = json.loads(
-        on_fake_gpu(Path(__file__).with_name("programs.py"), "imagenet_steps", place)
-    )
+    costs = json.loads(on_fake_gpu("-m", "tests.gpuless.programs", "imagenet_steps", place))
     rewrite("imagenet_step_per_gpu", costs)
     return costs
 

@@ -6,14 +6,13 @@ Kernels and registers are counted, and nothing spills.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from budget import hold, rewrite
-from fake_gpu import on_fake_gpu
+from tests.fake_gpu import on_fake_gpu
+from tests.gpuless.budget import hold, rewrite
 
 
 def test_fused_operations_take_the_budget_s_kernels_and_registers_and_never_spill(tmp_path):
-    found = json.loads(on_fake_gpu(Path(__file__).with_name("lowering.py"), tmp_path))
+    found = json.loads(on_fake_gpu("-m", "tests.gpuless.lowering", tmp_path))
     planted = found.pop("planted")
     assert planted["kernels"] == 2 and planted["registers"] == 24 and planted["spilled_bytes"] > 0
     rewrite("lowered", found)

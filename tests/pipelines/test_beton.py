@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.pipelines import beton
@@ -18,6 +17,7 @@ from rsa_fast.pipelines.beton import BetonWriter, beton_source, page_bytes
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.packed import ENTRY
 from rsa_fast.pipelines.sources import to_rgb
+from tests.helpers import natural_image
 
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
 PAGE = 2**21  # the smallest that FFCV allows

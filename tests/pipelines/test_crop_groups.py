@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image
 from PIL import Image, ImageOps
 
 from rsa_fast.pipelines import CropGroup, Loading, Order, ViewSpec, open_source, open_views
@@ -17,6 +16,7 @@ from rsa_fast.pipelines.host_ops import sample_views
 from rsa_fast.pipelines.loading import Job
 from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.pipelines.views import VIEWS
+from tests.helpers import natural_image
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PAIR = ViewSpec(32, MEAN, STD)

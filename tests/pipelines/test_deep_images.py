@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.sources import read_rgb
+from tests.helpers import natural_image
 
 RAMP = np.arange(64 * 64).reshape(64, 64)  # 0 to 4095
 LEVELS = RAMP >> 4  # what it is in 8 bits

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import natural_image, write_folder
 from PIL import ExifTags, Image, ImageOps
 
 from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
@@ -19,6 +18,7 @@ from rsa_fast.pipelines.plain import PlainImages, plain_image
 from rsa_fast.recipes import build_recipe
 from rsa_fast.tools.to_dali import main as to_dali
 from rsa_fast.tools.to_ffcv import main as to_ffcv
+from tests.helpers import natural_image, write_folder
 
 FORMATS = ("jpg", "png", "webp", "tif")
 SPEC = ViewSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

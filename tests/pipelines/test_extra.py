@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_loaders import SPEC, batches, every_backend
 
 from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.pipelines import VIEWS, Order, open_source, open_views
@@ -19,6 +17,8 @@ from rsa_fast.pipelines.named import load_module
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
+from tests.helpers import ROOT
+from tests.pipelines.backends import SPEC, batches, every_backend
 
 OWN = """
 import torch

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image, write_folder
 from PIL import Image
 
 from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
 from rsa_fast.pipelines.beton import BetonWriter, open_beton
 from rsa_fast.pipelines.packed import ENTRY, Packed
 from rsa_fast.pipelines.shards import ShardWriter, open_shards, shard_path
+from tests.helpers import natural_image, write_folder
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 COUNT, BATCH = 24, 8  # An epoch reads every image.

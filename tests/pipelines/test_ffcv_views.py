@@ -12,11 +12,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import read_bytes, write_raw_beton
 
 from rsa_fast.insight.profiling import evict
 from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
 from rsa_fast.pipelines.extents import Extents
+from tests.helpers import read_bytes, write_raw_beton
 
 pytestmark = pytest.mark.skipif(
     find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import natural_image, write_folder
 from PIL import Image
 
 from rsa_fast.pipelines.folders import images_below, list_images
 from rsa_fast.pipelines.layouts import inventory, open_source
+from tests.helpers import natural_image, write_folder
 
 
 def write_images(root: Path, *names: str) -> Path:

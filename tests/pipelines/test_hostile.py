@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import natural_image, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +27,7 @@ from rsa_fast.pipelines.npz import read_npz
 from rsa_fast.pipelines.packed import ENTRY, read_classes
 from rsa_fast.pipelines.scan import read_cache
 from rsa_fast.pipelines.shards import INDEX, ShardWriter, shard_source
+from tests.helpers import natural_image, write_folder
 
 COUNT = 6
 quick = settings(

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch.distributed as dist
-from conftest import natural_image, write_folder
 from PIL import Image
 
 from rsa_fast.pipelines.combined import held_out_ids, joined, subset
@@ -15,6 +14,7 @@ from rsa_fast.pipelines.draws import sample_keys
 from rsa_fast.pipelines.layouts import inventory, open_source
 from rsa_fast.pipelines.manifest import array_manifest
 from rsa_fast.pipelines.sources import Source
+from tests.helpers import natural_image, write_folder
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image, write_folder
 from PIL import Image
 
 from rsa_fast.pipelines import (
@@ -28,48 +26,15 @@ from rsa_fast.pipelines import (
     open_views,
 )
 from rsa_fast.pipelines.manifest import Manifest
+from tests.helpers import DALI, natural_image, write_folder
+from tests.pipelines.backends import SPEC, batches, every_backend
 
-SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
-DALI = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
-EVERY = [
-    *[(backend, place) for backend in ("resident", "native") for place in ("host", "device")],
-    *[pytest.param("dali", place, marks=DALI) for place in ("host", "device")],
-    ("torchvision", "host"),
-]
-every_backend = pytest.mark.parametrize(("backend", "aggressive_on"), EVERY)
+
+
 # DALI's resize rounds differently from PIL's, and repeats the pixels at the edges of the window
 # where PIL leaves them out. This shows on images as small as these.
 RESIZE_LEVELS = {"dali": 0.6}
-
-
-def batches(
-    folder,
-    backend,
-    aggressive_on="host",
-    reads=VIEWS,
-    epoch=0,
-    step=0,
-    rank=0,
-    world_size=1,
-    dtype=torch.float32,
-    spec=SPEC,
-    **options,
-):
-    source = open_source(folder, "pretrain")
-    order = Order(len(source.manifest), 8, 5, rank, world_size)
-    with open_views(
-        source,
-        spec,
-        frozenset(reads),
-        order,
-        dtype=dtype,
-        loading=Loading(backend, aggressive_on=aggressive_on, **options),
-    ) as loader:
-        return list(loader.batches(epoch, step))
 
 
 @every_backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from rsa_fast.pipelines import Loading, Source, ViewSpec, machine
 from rsa_fast.pipelines.manifest import array_manifest
 from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import build_recipe
+from tests.helpers import ROOT
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 900 kB\n"  # mostly page cache
 V1 = "total_active_file 3072\ntotal_inactive_file 1024\nactive_file 1\ninactive_file 1\n"
@@ -86,9 +86,8 @@ def test_tools_take_one_process_per_allowed_core(tool):
         f"from rsa_fast.tools.{tool} import main\n"
         f"print(main.make_context('tool', {arguments}).params['workers'])"
     )
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "1", done.stderr
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from conftest import write_folder
 
 from rsa_fast.pipelines import layouts, manifest, scan
 from rsa_fast.pipelines.folders import IMAGE_SUFFIXES, images_below
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.manifest import Manifest, Paths
+from tests.helpers import write_folder
 
 FORK = multiprocessing.get_context("fork")
 

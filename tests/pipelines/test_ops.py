@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image
 from numba import njit
 from numba.core.caching import CacheImpl
 from PIL import Image
@@ -27,6 +26,7 @@ from rsa_fast.pipelines.host_ops import sample_views, shift_hue
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.pipelines.views import ViewSpec
+from tests.helpers import natural_image
 
 LEVELS = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # This table does not normalise.
 

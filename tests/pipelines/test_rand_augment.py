@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image
 from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -27,6 +26,7 @@ from rsa_fast.pipelines.draws import (
 from rsa_fast.pipelines.torchvision_views import aggressive_view
 from rsa_fast.pipelines.torchvision_views import rand_augment as pil_rand_augment
 from rsa_fast.pipelines.views import CropGroup, ViewSpec
+from tests.helpers import natural_image
 
 TABLES = [op for op in RandOp if RandOp.AUTO_CONTRAST <= op <= RandOp.SOLARIZE_ADD]
 BLENDS = [op for op in RandOp if RandOp.COLOR <= op <= RandOp.SHARPNESS]

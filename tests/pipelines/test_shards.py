@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.pipelines.layouts import open_source
@@ -25,6 +24,7 @@ from rsa_fast.pipelines.shards import (
     stored_label,
 )
 from rsa_fast.pipelines.sources import to_rgb
+from tests.helpers import ROOT, natural_image
 
 COUNT = 23
 SHARD_BYTES = 40_000
@@ -268,7 +268,7 @@ def many(tmp_path) -> Path:
 def test_many_shards_leave_descriptors_free(many):
     done = subprocess.run(
         [sys.executable, "-c", MANY, str(many)],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+
+from tests.helpers import ROOT
 
 SHORT = "import pipelines.order, pipelines.packed; from pipelines.views import Batch"
 LONG = "import rsa_fast.pipelines.order; from rsa_fast.pipelines.views import Batch as Same"

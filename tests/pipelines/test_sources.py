@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import datasets
 
 from rsa_fast.pipelines.layouts import open_source, packed_place
 from rsa_fast.pipelines.sources import read_rgb
+from tests.helpers import natural_image, write_folder
 
 
 def test_an_image_folder_lists_classes_labels_and_sizes(folder):

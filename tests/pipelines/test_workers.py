@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from PIL import Image
 
 from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
 from rsa_fast.pipelines.coco import open_loader
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 SMALL = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "
 CODE = """

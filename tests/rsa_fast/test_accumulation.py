@@ -7,9 +7,6 @@ import logging
 
 import pytest
 import torch
-from ranks import mean, mine, run_ranks
-from test_engine import check_resumption, tiny
-from test_other_methods import TINY
 from torch.amp.grad_scaler import GradScaler
 
 from rsa_fast import networks
@@ -21,6 +18,9 @@ from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.engine import checkpoint_state, restore, train
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import Run, build_run, train_step
+from tests.rsa_fast.ranks import mean, mine, run_ranks
+from tests.rsa_fast.small_methods import FIELDS
+from tests.tiny_runs import check_resumption, tiny
 
 PARTS, PART_IMAGES, STEPS = 4, 4, 2  # a step has so many parts, of so many images
 MEANS = ("rsa", "byol", "simsiam", "simsiam-rsa", "supervised")
@@ -40,7 +40,7 @@ EXACT = {"rtol": 1e-6, "atol": 1e-9}
 
 def recipe_of(case: str, **overrides) -> Recipe:
     method, fields = CASES[case]
-    fields = TINY | {
+    fields = FIELDS | {
         "batch_size": PARTS * PART_IMAGES,
         "zero_init_residual": False,
         "peak_lr": 0.01,
@@ -139,9 +139,9 @@ def test_four_passes_on_one_rank_or_two_on_two_equal_four_ranks(tmp_path):
     BatchNorm's running statistics are not: every rank has those of its own batches, and a rank that
     accumulates has seen the batches of all of its passes in turn.
     """
-    ranks = run_ranks("steps_in_every_case", PARTS, tmp_path)
+    ranks = run_ranks(steps_in_every_case, PARTS, tmp_path)
     (tmp_path / "two").mkdir()
-    two = run_ranks("steps_in_every_case", 2, tmp_path / "two")
+    two = run_ranks(steps_in_every_case, 2, tmp_path / "two")
     for found, replaced in (
         (steps_in_every_case(), ranks),
         (two[0], ranks[:2]),

@@ -7,34 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import mean, run_ranks
-from torch import nn
 
 from rsa_fast.distributed import rank, world_size
 from rsa_fast.methods.barlow_twins import products
-from rsa_fast.methods.method import Loss, build_method
-from rsa_fast.pipelines.views import Batch
-from rsa_fast.recipes import build_recipe
+from tests.rsa_fast.ranks import mean, run_ranks
+from tests.rsa_fast.small_methods import noise, of_embeddings
 
 GATHERED = {"barlow-twins": 2, "vicreg": 2, "w-mse": 3}  # and how many views each gets here
-
-
-def of_embeddings(name: str, z: torch.Tensor, step: int = 0, **overrides) -> Loss:
-    """The loss of a method whose networks pass their input on, for `z` `(V, B, D)`."""
-    views, rows, dim = z.shape
-    fields = {"width": 4, "batch_size": rows * world_size(), "out_dim": dim, "hidden_dim": 4}
-    crops = {"views.groups": [{"name": "crops", "count": views}]}
-    recipe = build_recipe("cifar10", name, overrides=fields | crops | overrides)
-    method = build_method(recipe).to(torch.promote_types(z.dtype, torch.float32))
-    method.online = nn.Identity()
-    if name == "w-mse":
-        method.online.encoder = method.online.projector = nn.Identity()
-    batch = Batch(torch.zeros(rows), {f"aggressive_{i + 1}": view for i, view in enumerate(z)})
-    return method(batch, {"step": step})
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_the_loss_is_that_of_the_correlations_one_by_one():
@@ -132,7 +111,7 @@ def losses_and_gradients() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def test_two_ranks_have_the_losses_and_the_gradients_of_one(tmp_path):
     """The 3 dimensions do not divide equally, and W-MSE's groups have images of both ranks."""
-    ranks = run_ranks("losses_and_gradients", 2, tmp_path)
+    ranks = run_ranks(losses_and_gradients, 2, tmp_path)
     for name, (loss, gradient) in losses_and_gradients().items():
         assert gradient.abs().sum() > 0
         for result in ranks:

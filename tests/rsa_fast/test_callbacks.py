@@ -6,20 +6,22 @@ import json
 import logging
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from ranks import run_ranks
-from test_engine import same, tiny, weights
 
 import rsa_fast
 from rsa_fast.cli import main
+from rsa_fast.distributed import rank
 from rsa_fast.evaluation.evaluate import Evaluation
 from rsa_fast.training import checkpoint
 from rsa_fast.training.callbacks import Callback, EarlyStopping
 from rsa_fast.training.engine import StoppedError, train
 from rsa_fast.training.metrics import read_metrics
+from tests.rsa_fast.ranks import run_ranks
+from tests.tiny_runs import same, tiny, weights
 
 
 class Diary(Callback):
@@ -155,9 +157,30 @@ def test_what_is_no_callback_is_refused_before_anything_happens(folder, tmp_path
     assert not (tmp_path / "run").exists() and rsa_fast.Callback is Callback
 
 
+def runs_with_callbacks(folder: Path) -> dict[str, dict]:
+    """Train twice. A callback of rank 1 asks to stop: once at a record, once after an epoch.
+
+    Return what the callbacks of this rank were told, and where the run ended.
+    """
+    told = {}
+    for place, stop in (("record", {"stop_step": 4}), ("epoch", {"stop_epoch": 1})):
+        diary = Diary(**(stop if rank() == 1 else {}))
+        recipe = tiny(knn_every_epochs=1, checkpoint_every_epochs=2)
+        result = train(recipe, folder / "data", folder / place, callbacks=[diary])
+        weight = next(iter(diary.run.method.encoder.parameters())).detach()
+        told[place] = {
+            "records": diary.records,
+            "epochs": diary.epochs,
+            "step": diary.run.step,
+            "returned": result is not None,
+            "weight": weight,
+        }
+    return told
+
+
 def test_two_ranks_are_told_the_same_and_stop_together_when_one_is_asked(folder, tmp_path):
     (tmp_path / "data").symlink_to(folder)
-    ranks = run_ranks("runs_with_callbacks", 2, tmp_path)
+    ranks = run_ranks(runs_with_callbacks, 2, tmp_path)
     own = ("step_ms", "images_per_s", "wait_pct")  # times of each rank
 
     def common(records):

@@ -15,9 +15,9 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import pytest
 import torch
-from fake_gpu import on_fake_gpu
 
 from rsa_fast.training import checkpoint
+from tests.fake_gpu import on_fake_gpu
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

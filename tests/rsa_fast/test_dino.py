@@ -8,28 +8,31 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_other_methods import BATCH, dot, log_softmax, small
-from test_swav import STEP, some_crops
 from torch.nn.utils.parametrizations import weight_norm
 
 from rsa_fast.methods.dino import Head
 from rsa_fast.methods.method import Method
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
-from rsa_fast.training.step import Run, build_run, train_step
+from rsa_fast.training.step import train_step
+from tests.rsa_fast.small_methods import (
+    BATCH,
+    MULTI_CROP,
+    STEP,
+    dot,
+    float_crops,
+    log_softmax,
+    multi_crop_run,
+    small,
+    some_crops,
+)
 
-CROPS = [
-    {"name": "global_1", "count": 1, "blur_p": 1.0},
-    {"name": "global_2", "count": 1, "blur_p": 0.1, "solarize_p": 0.2},
-    {"name": "local", "count": 2, "size_px": 16},
-]
-TINY = {"bottleneck_dim": 6, "views.groups": CROPS}  # the scores are 5
 NOW = {"tau": 0.99, "frozen": 0.0}
 
 
 def dino(**overrides) -> Method:
     """Return a method whose teacher and centre are not those of the start."""
-    method = small("dino", **TINY | overrides)
+    method = small("dino", **MULTI_CROP["dino"] | overrides)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in method.target.parameters():
@@ -104,7 +107,7 @@ def test_the_loss_and_the_centre_equal_lightly_s():
 
 
 def test_the_centre_is_the_decaying_mean_of_the_teacher_s_scores():
-    run, means = dino_run(), []
+    run, means = multi_crop_run("dino"), []
     for step in range(6):
         batch, teacher = float_crops(step), copy.deepcopy(run.method.target)
         means.append(scores_of(teacher, batch, 2).mean((0, 1)).detach())
@@ -198,19 +201,8 @@ def test_scores_are_float32_under_autocast():
 # --- in a run
 
 
-def dino_run(**fields) -> Run:
-    fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, "batch_size": BATCH, "epochs": 5} | fields
-    fields |= TINY | {"precision": "fp32", "device": "cpu", "peak_lr": 0.05}
-    return build_run(build_recipe("cifar10", "dino", overrides=fields), 4 * BATCH)
-
-
-def float_crops(seed: int) -> Batch:
-    batch = some_crops(seed)
-    return Batch(batch.label, {name: view.float() for name, view in batch.views.items()})
-
-
 def test_the_last_layer_stays_in_the_first_epoch_and_the_teacher_follows_from_the_start():
-    run = dino_run(weight_decay=0.1)
+    run = multi_crop_run("dino", weight_decay=0.1)
     start = copy.deepcopy(run.method)
     for step in range(6):  # an epoch has four
         before = copy.deepcopy(run.method.target)
@@ -226,7 +218,7 @@ def test_the_last_layer_stays_in_the_first_epoch_and_the_teacher_follows_from_th
         ):
             torch.testing.assert_close(new, tau * old + (1 - tau) * online)
     state = run.method.state_dict()
-    other = dino_run().method
+    other = multi_crop_run("dino").method
     other.load_state_dict(state)
     assert torch.equal(other.centre, run.method.centre) and other.centre.any()
 

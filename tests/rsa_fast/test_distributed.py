@@ -8,12 +8,86 @@ import socket
 
 import pytest
 import torch
-from ranks import batchnorm_cases, run_ranks, steps_of_every_method
+import torch.distributed as dist
 from torch import nn
 
 from rsa_fast import distributed
 from rsa_fast.distributed import first_host, gpu_index, is_launched, launcher_variables
+from rsa_fast.methods import METHODS, method_class
+from rsa_fast.pipelines.views import Batch
+from rsa_fast.recipes import build_recipe
 from rsa_fast.syncbn import SplitBatchNorm, SyncBatchNorm, bn_groups, convert_batchnorm
+from rsa_fast.training.step import build_run, train_step
+from tests.rsa_fast.ranks import mean, mine, run_ranks
+from tests.rsa_fast.small_methods import BATCH, batch_of, fields_of
+
+
+def steps_of_every_method() -> dict[tuple, tuple]:
+    """Take two of the engine's steps on this rank's part of the batch, in double precision.
+
+    Return, by method and `bn`, the losses, and all weights, statistics and queues after the steps.
+    """
+    results = {}
+    cases = [(name, "sync") for name in METHODS]
+    cases += [(name, "split:2") for name in ("moco", "ressl", "jcl", "infomin")]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, bn in cases:
+            # The initial gain of zero would stop the gradient of its block's convolutions.
+            options = fields_of(name) | {
+                "bn": bn,
+                "zero_init_residual": False,
+                "precision": "fp32",
+                "device": "cpu",
+                "peak_lr": 0.01,
+            }
+            fields = {
+                key: value
+                for key, value in options.items()
+                if key in method_class(name).recipe_type.model_fields
+            }
+            run, losses = build_run(build_recipe("cifar10", name, overrides=fields), 10 * BATCH), []
+            for step in range(2):  # Each step amplifies rounding tenfold.
+                whole = batch_of(run.method, step)
+                views = {key: mine(view) for key, view in whole.views.items()}
+                batch = Batch(mine(whole.label), views, mine(whole.ids))
+                losses.append(train_step(run, batch).total.detach())
+            results[name, bn] = mean(torch.stack(losses)), run.method.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return results
+
+
+def sync_batchnorm() -> list[tuple]:
+    """Return outputs, input gradients and running statistics of this rank's part.
+
+    The inputs are 2-D and 4-D, and the layers are affine or not.
+    """
+    results = []
+    for layer, x, weight in batchnorm_cases():
+        layer = convert_batchnorm(layer, 1)
+        x, weight = mine(x).clone().requires_grad_(), mine(weight)
+        out = layer(x)
+        (out * weight).sum().backward()
+        grads = [p.grad for p in layer.parameters()]
+        for grad in grads:
+            dist.all_reduce(grad)
+        results.append((out.detach(), x.grad, grads, layer.running_mean, layer.running_var))
+    return results
+
+
+def batchnorm_cases():
+    """Yield layers, inputs and weights of the outputs: 2-D and 4-D, affine or not."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((8, 5), (4, 5, 3, 2)):
+        for affine in (True, False):
+            kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+            layer = kind(5, affine=affine).double()
+            if affine:
+                torch.nn.init.uniform_(layer.weight, generator=generator)
+            # The values are far from zero, so that cancellation would show.
+            x = 100 + torch.randn(shape, generator=generator, dtype=torch.float64)
+            yield layer, x, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -22,7 +96,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def test_steps_of_every_method_are_the_same_on_two_ranks_as_on_one(tmp_path):
     expected = steps_of_every_method()
-    for found in run_ranks("steps_of_every_method", 2, tmp_path):
+    for found in run_ranks(steps_of_every_method, 2, tmp_path):
         for (name, bn), (losses, state) in expected.items():
             found_losses, found_state = found[name, bn]
             close(found_losses, losses)
@@ -181,7 +255,7 @@ def test_a_rank_that_waits_for_the_others_says_for_whom(monkeypatch, caplog):
 
 
 def test_synchronised_batchnorm_equals_batchnorm_of_the_whole_batch(tmp_path):
-    ranks = run_ranks("sync_batchnorm", 2, tmp_path)
+    ranks = run_ranks(sync_batchnorm, 2, tmp_path)
     for case, (layer, x, weight) in enumerate(batchnorm_cases()):
         x.requires_grad_()
         out = layer(x)

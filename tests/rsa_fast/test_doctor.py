@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import rsa_fast.insight.doctor as doctor
 from rsa_fast.cli import main
 from rsa_fast.insight.doctor import Check, arch_status, summary
+from tests.helpers import ROOT
 
 V100, A10, H100 = ("Tesla V100-SXM2-32GB", (7, 0)), ("NVIDIA A10", (8, 6)), ("NVIDIA H100", (9, 0))
 TORCH_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -171,7 +172,7 @@ def test_a_check_tells_ok_warning_and_fail_apart_and_names_the_fix(check, facts,
 def test_the_torch_that_is_advised_is_the_pinned_one_and_has_what_is_said():
     import torch
 
-    pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
     wanted = doctor.TORCH_PIN.format("cu128").split()
     assert [
         f"{pin}+cu128" in wanted for pin in pins if pin.startswith(("torch==", "torchvision=="))

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import natural_image, write_folder
 from PIL import Image
 
 import rsa_fast
@@ -24,46 +23,18 @@ from rsa_fast.distributed import rank
 from rsa_fast.evaluation import embed as module
 from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.evaluation.encoders import load_encoder
-from rsa_fast.methods.method import build_method
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.order import epoch_order
-from rsa_fast.pipelines.plain import plain_image
-from rsa_fast.recipes import build_recipe
-from rsa_fast.training import checkpoint
+from tests.helpers import natural_image, write_folder
+from tests.rsa_fast.ranks import run_ranks
+from tests.tiny_runs import expected_features, write_untrained_run
 
 SUFFIXES = (".npz", ".npy", ".parquet", ".csv")
 
 
-def write_run(run: Path, data: Path | None = None, **fields: object) -> Path:
-    """Write a run's folder with two checkpoints of networks with random weights."""
-    options = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16}
-    recipe = build_recipe("cifar10", "rsa", overrides=options | {"precision": "fp32"} | fields)
-    for step in (1, 2):
-        torch.manual_seed(step)
-        weights = build_method(recipe).state_dict()
-        state = {"step": step, "recipe": recipe.model_dump(mode="json"), "method": weights}
-        checkpoint.save(run / "checkpoints", state, 2)
-    if data:
-        (run / "env.json").write_text(json.dumps([{"data": [str(data)]}]))
-    return run
-
-
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "a", folder)
-
-
-def expected_features(run: Path, source) -> torch.Tensor:
-    """What the newest encoder makes of each image, one at a time."""
-    encoder, recipe = load_encoder(run / "checkpoints" / "step_00000002.pt")
-    views, rows = recipe.views, []
-    for i in range(len(source.manifest)):
-        pixels = plain_image(source.read(i), views.size_px, recipe.eval_resize_px)
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
-        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (views.mean, views.std))
-        with torch.no_grad():
-            rows.append(encoder.eval()((image - mean) / std))
-    return torch.cat(rows)
+    return write_untrained_run(tmp_path_factory.mktemp("runs") / "a", folder)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -248,7 +219,7 @@ def test_a_failed_start_leaves_the_file_as_it_was(run, folder, tmp_path, monkeyp
 
 
 def embeddings_of_ranks(folder: Path) -> dict[str, dict]:
-    """What this rank of two gets. `tests/rsa_fast/ranks.py` calls it on each."""
+    """What this rank gets."""
     module.BATCH_SIZE, results = 4, {}
     for name in ("data", "one"):
         for suffix in (".npy", ".parquet"):
@@ -260,14 +231,12 @@ def embeddings_of_ranks(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_write_what_one_writes(tmp_path, monkeypatch, ranks):
-    from ranks import run_ranks
-
-    write_run(tmp_path / "run")
+    write_untrained_run(tmp_path / "run")
     # 21 images in batches of 4 for each rank: the last batch has none for some ranks.
     data = write_folder(tmp_path / "data", {"train": 7}, classes=3)
     (tmp_path / "one").mkdir()
     Image.fromarray(natural_image(1, 20, 20)).save(tmp_path / "one" / "a.png")
-    results = run_ranks("embeddings", ranks, tmp_path)
+    results = run_ranks(embeddings_of_ranks, ranks, tmp_path)
     assert [one["data.npy"] for one in results] == [{"rows": 21, "rank": r} for r in range(ranks)]
     assert [one["one.npy"]["rows"] for one in results] == [1] * ranks
     embed(tmp_path / "run", data, tmp_path / "alone.npy")

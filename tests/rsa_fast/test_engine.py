@@ -7,39 +7,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder, write_raw_beton
 
 from rsa_fast.cli import main
 from rsa_fast.methods import method_class
 from rsa_fast.pipelines.views import VIEWS, Batch
-from rsa_fast.recipes import Recipe, build_recipe
+from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train, unused_gpus
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, choose_dtype, train_step
-
-TINY = {
-    "width": 4,
-    "hidden_dim": 16,
-    "out_dim": 8,
-    "batch_size": 8,
-    "epochs": 3,
-    "views.size_px": 16,
-}
-TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
-
-
-def tiny(method: str = "rsa", **overrides) -> Recipe:
-    return build_recipe("cifar10", method, overrides={**TINY, **overrides})
-
-
-def weights(out) -> dict:
-    return checkpoint.load_latest(out / "checkpoints")["method"]
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
+from tests.helpers import write_folder, write_raw_beton
+from tests.tiny_runs import TINY, check_resumption, same, tiny, weights
 
 DALI = pytest.mark.skipif(
     find_spec("nvidia.dali") is None,
@@ -140,18 +118,6 @@ def test_the_state_of_every_method_is_resumed_within_an_epoch(folder, tmp_path, 
     fields = {name: value for name, value in fields.items() if name in known}
     recipe = build_recipe("cifar10", method, overrides=fields)
     check_resumption(recipe, folder, tmp_path, stop=7)
-
-
-def check_resumption(recipe, folder, tmp_path, stop=3):
-    train(recipe, folder, tmp_path / "whole")
-    train(recipe, folder, tmp_path / "parts", stop_at_step=stop)
-    train(recipe, folder, tmp_path / "parts", resume=True)
-    one, other = (
-        checkpoint.load_latest(tmp_path / out / "checkpoints") for out in ("whole", "parts")
-    )
-    assert same(one["method"], other["method"]) and one["scaler"] == other["scaler"]
-    moments = (state["optimizer"]["state"] for state in (one, other))
-    assert all(same(a, b) for a, b in zip(*(state.values() for state in moments), strict=True))
 
 
 def test_a_run_folder_is_complete(folder, tmp_path):

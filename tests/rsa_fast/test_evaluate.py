@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner, Result
-from conftest import natural_image, write_folder
 from PIL import Image
 from torchvision import transforms
 
@@ -37,6 +36,7 @@ from rsa_fast.pipelines.torchvision_views import weak_view
 from rsa_fast.pipelines.views import ViewSpec
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
+from tests.helpers import natural_image, write_folder
 
 CPU = torch.device("cpu")
 

@@ -26,6 +26,7 @@ from rsa_fast.networks import Encoder
 from rsa_fast.pipelines.plain import plain_image
 from rsa_fast.recipes import Recipe, build_recipe, validate
 from rsa_fast.training import checkpoint
+from tests.helpers import code_of
 
 INSTALL = "is not installed: pip install 'rsa-fast[export,dev]'"
 safetensors = pytest.importorskip("safetensors", reason=f"safetensors {INSTALL}")
@@ -78,11 +79,6 @@ def assert_same_features(found: torch.Tensor, expected: torch.Tensor) -> None:
     """
     scale = expected.detach().abs().max()
     torch.testing.assert_close(found.detach() / scale, expected.detach() / scale, rtol=0, atol=1e-5)
-
-
-def code_of(card: Path, file: str) -> str:
-    """Return the code that the card gives for loading a file."""
-    return re.search(rf"\n## Load `{file}`\n\n```\w+\n(.+?)\n```", card.read_text(), re.DOTALL)[1]
 
 
 @pytest.mark.parametrize(

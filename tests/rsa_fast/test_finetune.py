@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder
-from ranks import run_ranks
-from test_engine import same, tiny, weights
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation import linear
@@ -26,6 +23,9 @@ from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, train_step
+from tests.helpers import write_folder
+from tests.rsa_fast.ranks import run_ranks
+from tests.tiny_runs import same, tiny, weights
 
 SHORT = {"epochs": 2, "batch_size": 8, "log_every_steps": 1, "knn_every_epochs": 1}
 
@@ -200,7 +200,7 @@ def finetuned(work: Path) -> tuple:
 def test_two_ranks_train_what_one_does(folder, tmp_path):
     train(tiny(epochs=1, evaluate=False), folder, tmp_path / "run")
     alone = finetuned(tmp_path)
-    first, second = run_ranks("finetuned", 2, tmp_path)
+    first, second = run_ranks(finetuned, 2, tmp_path)
     assert first[1] == alone[1] and second[1] is None
     for name, value in alone[0].items():
         torch.testing.assert_close(first[0][name], value, rtol=1e-3, atol=1e-5, msg=name)

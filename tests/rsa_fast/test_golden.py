@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.methods import METHODS
@@ -25,6 +24,7 @@ from rsa_fast.pipelines.beton import BetonWriter
 from rsa_fast.pipelines.packed import ENTRY
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.step import build_run, train_step
+from tests.helpers import natural_image
 
 PLACE = Path(__file__).with_name("golden.json")
 TINY = {"width": 8, "views.size_px": 16, "precision": "fp32", "batch_size": 8, "device": "cpu"}

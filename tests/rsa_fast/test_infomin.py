@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from test_inst_dis import STEP
-from test_other_methods import BATCH, rows, small
-from test_pirl import embed_by_loops
 
 from rsa_fast.methods.method import info_nce, patch_orders, unit
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
+from tests.rsa_fast.small_methods import BATCH, NOW, embed_by_loops, rows, small
 
 
 def some_batch() -> Batch:
@@ -29,13 +27,13 @@ def test_both_queries_find_one_key_in_one_snapshot_of_the_queue_which_then_gets_
     method, batch = small("infomin"), some_batch()
     probe = copy.deepcopy(method)
     q = unit(probe.online(batch.aggressive_1))
-    orders = patch_orders(method.seed, STEP, BATCH)
+    orders = patch_orders(method.seed, NOW, BATCH)
     w = embed_by_loops(probe.encoder, probe.jigsaw, batch.view("patches_3"), orders)
     k = unit(probe.target(batch.aggressive_2)).detach()
     image, jigsaw = (info_nce(x, k, probe.queue, 0.15) for x in (q, w))
     expected = (image + jigsaw) / 2
     expected.backward()
-    loss = method(batch, STEP)
+    loss = method(batch, NOW)
     loss.total.backward()
     assert loss.total.item() == pytest.approx(expected.item(), abs=1e-12)
     assert loss.parts["image"].item() == pytest.approx(image.item(), abs=1e-12)

@@ -7,70 +7,40 @@ import math
 
 import pytest
 import torch
-from ranks import mean, mine, run_ranks
-from test_jcl import losses_and_queues
-from test_other_methods import dot, log_softmax, rows, small
 
-from rsa_fast.methods.method import BankMethod, negative_ids, unit
+from rsa_fast.methods.method import negative_ids, unit
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
+from tests.rsa_fast.ranks import mean, mine, run_ranks
+from tests.rsa_fast.small_methods import (
+    BANK_IMAGES,
+    IDS,
+    NOW,
+    bank_batch,
+    bank_by_loops,
+    loss_by_loops,
+    rows,
+    with_bank,
+)
 
-IMAGES = 11
-STEP = {"step": 3}
-IDS = torch.tensor([7, 0, 10, 3, 2, 9])
 WITH_DUPLICATES = torch.tensor([7, 0, 7, 3, 0, 7])
 
 
-def with_bank(name: str, images: int = IMAGES, **overrides) -> BankMethod:
-    method = small(name, **{"negatives": 4, **overrides})
-    method.allocate(images)
-    return method.double()
-
-
-def batch_of(ids: torch.Tensor, seed: int = 0) -> Batch:
-    """Return a batch with all views that a method of a bank reads."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(len(ids), *shape, generator=generator, dtype=torch.float64)
-
-    views = {"aggressive_1": noise(3, 8, 8), "patches_2": noise(9, 3, 8, 8)}
-    return Batch(torch.zeros_like(ids), views, ids)
-
-
-def loss_by_loops(v: list, bank: list, ids: list, temperature: float, others: list | None) -> float:
-    """Compute the batch mean, against the rows `others` of the bank, or against all."""
-    total = 0.0
-    for row, i in zip(v, ids, strict=True):
-        drawn = [j for j in range(len(bank)) if j != i] if others is None else others
-        total -= log_softmax([dot(row, bank[j]) / temperature for j in (i, *drawn)])[0]
-    return total / len(v)
-
-
-def bank_by_loops(bank: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Add the rows of the batch to those that the bank had before the step, one by one."""
-    moved = bank.clone()
-    for row, i in zip(v, ids.tolist(), strict=True):
-        middle = [(a + b) / 2 for a, b in zip(bank[i].tolist(), row.tolist(), strict=True)]
-        moved[i] = torch.tensor(middle, dtype=bank.dtype) / math.sqrt(dot(middle, middle))
-    return moved
-
-
 @pytest.mark.parametrize("ids", [IDS, WITH_DUPLICATES], ids=["distinct", "duplicates"])
-@pytest.mark.parametrize("negatives", [0, 4, 10, IMAGES, 99])
+@pytest.mark.parametrize("negatives", [0, 4, 10, BANK_IMAGES, 99])
 def test_a_step_finds_the_old_rows_of_the_images_and_then_moves_them(negatives, ids):
-    method, batch = with_bank("inst-dis", negatives=negatives), batch_of(ids)
+    method, batch = with_bank("inst-dis", negatives=negatives), bank_batch(ids)
     before, probe = method.bank.clone(), copy.deepcopy(method)
     v = unit(probe.online(batch.aggressive_1)).detach()
     others = None
     if negatives in (4, 10):
-        others = negative_ids(method.seed, STEP, negatives, IMAGES).tolist()
+        others = negative_ids(method.seed, NOW, negatives, BANK_IMAGES).tolist()
     expected = loss_by_loops(v.tolist(), before.tolist(), ids.tolist(), 0.1, others)
-    loss = method(batch, STEP)
+    loss = method(batch, NOW)
     assert loss.total.item() == pytest.approx(expected, abs=1e-12)
     assert torch.equal(loss.embeddings, v)
     torch.testing.assert_close(method.bank, bank_by_loops(before, v, ids), rtol=0, atol=1e-12)
-    elsewhere = [i for i in range(IMAGES) if i not in ids.tolist()]
+    elsewhere = [i for i in range(BANK_IMAGES) if i not in ids.tolist()]
     assert torch.equal(method.bank[elsewhere], before[elsewhere])
     # The backward pass after the update needs the old rows.
     loss.total.backward()
@@ -90,18 +60,18 @@ def test_of_an_image_s_rows_in_a_batch_the_last_one_counts():
 def test_equal_similarities_have_the_loss_of_a_guess(negatives):
     method = with_bank("inst-dis", negatives=negatives)
     method.bank.copy_(method.bank[:1].clone().expand_as(method.bank))
-    choices = 1 + negatives if negatives else IMAGES
-    assert method(batch_of(IDS), STEP).total.item() == pytest.approx(math.log(choices), abs=1e-12)
+    choices = 1 + negatives if negatives else BANK_IMAGES
+    assert method(bank_batch(IDS), NOW).total.item() == pytest.approx(math.log(choices), abs=1e-12)
 
 
 @pytest.mark.parametrize("negatives", [0, 4])
 def test_gradients_by_the_embeddings_equal_finite_differences(negatives):
-    method, batch = with_bank("inst-dis", negatives=negatives), batch_of(IDS)
+    method, batch = with_bank("inst-dis", negatives=negatives), bank_batch(IDS)
     bank = method.bank.clone()
 
     def losses(v: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
         method.bank.copy_(bank)
-        return method.bank_losses(batch, [v, w], STEP)
+        return method.bank_losses(batch, [v, w], NOW)
 
     inputs = [rows(6, 5, seed).requires_grad_() for seed in (0, 1)]
     assert torch.autograd.gradcheck(losses, inputs)
@@ -115,7 +85,7 @@ def test_a_row_turns_steadily_towards_an_embedding_that_stays(momentum):
     for _ in range(5):
         method.update_bank(v, IDS)
         cosines.append((method.bank[IDS] * v).sum(1))
-        torch.testing.assert_close(method.bank.norm(dim=1), torch.ones(IMAGES).double())
+        torch.testing.assert_close(method.bank.norm(dim=1), torch.ones(BANK_IMAGES).double())
     expected = unit(momentum * before[IDS] + (1 - momentum) * v)
     torch.testing.assert_close(cosines[0], (expected * v).sum(1))
     steps = torch.stack(cosines).diff(dim=0)
@@ -143,30 +113,30 @@ def test_the_bank_has_a_row_for_each_image_and_is_saved():
     assert method.bank.shape == (1000, 5)
     torch.testing.assert_close(method.bank.norm(dim=1), torch.ones(1000).double())
     assert method.bank.mean(0).abs().max() < 0.1
-    method(batch_of(IDS), STEP)
+    method(bank_batch(IDS), NOW)
     assert not torch.equal(method.bank, other.bank)
     other.load_state_dict(method.state_dict())
     assert torch.equal(method.bank, other.bank)
 
 
 def test_a_batch_without_ids_is_refused():
-    batch = batch_of(IDS)
+    batch = bank_batch(IDS)
     batch.ids = None
     with pytest.raises(ValueError, match="no ids, the rows of its images in the bank: pass ids="):
-        with_bank("inst-dis")(batch, STEP)
+        with_bank("inst-dis")(batch, NOW)
 
 
 def losses_and_banks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The losses of two steps, averaged over the ranks, and then the bank, or the queue of JCL.
+    """The losses of two steps, averaged over the ranks, and then the bank.
 
     Image 7 is on both of two ranks, twice on the first.
     """
-    results = losses_and_queues()
+    results = {}
     for name in ("inst-dis", "pirl"):
         for negatives in (0, 4):
             method, losses = with_bank(name, negatives=negatives, bn="sync"), []
             for step in range(2):
-                whole = batch_of(WITH_DUPLICATES, seed=step)
+                whole = bank_batch(WITH_DUPLICATES, seed=step)
                 views = {key: mine(view) for key, view in whole.views.items()}
                 batch = Batch(mine(whole.label), views, mine(whole.ids))
                 losses.append(mean(method(batch, {"step": step}).total.detach()))
@@ -174,8 +144,8 @@ def losses_and_banks() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
-def test_two_ranks_have_the_losses_and_the_bank_or_queue_of_one(tmp_path):
-    ranks = run_ranks("losses_and_banks", 2, tmp_path)
+def test_two_ranks_have_the_losses_and_the_bank_of_one(tmp_path):
+    ranks = run_ranks(losses_and_banks, 2, tmp_path)
     for case, expected in losses_and_banks().items():
         for found in ranks:
             for a, b in zip(found[case], expected, strict=True):

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from ranks import mean, mine
-from test_other_methods import BATCH, dot, rows, small
 
 from rsa_fast.methods.jcl import joint_nce
 from rsa_fast.methods.method import info_nce, unit
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
+from tests.rsa_fast.ranks import mean, mine, run_ranks
+from tests.rsa_fast.small_methods import BATCH, dot, rows, small
 
 NOW = {"lambda_": 0.7}
 KEYS = 4  # of each query
@@ -110,10 +110,7 @@ def test_each_part_of_the_keys_comes_from_every_part_of_the_queries():
 
 
 def losses_and_queues() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The losses of two steps, averaged over the ranks, and then the queue.
-
-    test_inst_dis.py compares those of two ranks with those of one.
-    """
+    """The losses of two steps, averaged over the ranks, and then the queue."""
     results = {}
     for bn in ("sync", "split:2"):
         method, losses = small("jcl", bn=bn), []
@@ -121,8 +118,16 @@ def losses_and_queues() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             whole = some_batch(step)
             batch = Batch(mine(whole.label), {k: mine(view) for k, view in whole.views.items()})
             losses.append(mean(method(batch, NOW).total.detach()))
-        results[f"jcl, {bn}"] = torch.stack(losses), method.queue
+        results[bn] = torch.stack(losses), method.queue
     return results
+
+
+def test_two_ranks_have_the_losses_and_the_queue_of_one(tmp_path):
+    ranks = run_ranks(losses_and_queues, 2, tmp_path)
+    for case, expected in losses_and_queues().items():
+        for found in ranks:
+            for a, b in zip(found[case], expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_lambda_increases_with_every_epoch_and_stays_at_the_end():

@@ -11,11 +11,11 @@ from types import ModuleType
 
 import pytest
 from rich.console import Console
-from test_engine import same, tiny, weights
 
 from rsa_fast.training import engine, metrics, run_folder
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import Metrics, numbers, read_metrics
+from tests.tiny_runs import same, tiny, weights
 
 RECIPE = tiny(knn_every_epochs=1, epochs=2)
 TIMES = ("step_ms", "images_per_s", "wait_pct")

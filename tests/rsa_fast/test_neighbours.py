@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import needs_browser, title_after
 from click.testing import CliRunner
-from conftest import write_folder
 from PIL import Image
-from test_embed import write_run
 
 import rsa_fast
 from rsa_fast.cli import main
@@ -24,11 +21,14 @@ from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.insight import neighbours as module
 from rsa_fast.insight.neighbours import nearest_rows, same_class
 from rsa_fast.pipelines.layouts import open_source
+from tests.helpers import write_folder
+from tests.rsa_fast.browser import needs_browser, title_after
+from tests.tiny_runs import write_untrained_run
 
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "a", folder)
+    return write_untrained_run(tmp_path_factory.mktemp("runs") / "a", folder)
 
 
 class Page(HTMLParser):

@@ -7,9 +7,6 @@ import shutil
 
 import pytest
 import torch
-from ranks import mine, run_ranks
-from test_engine import tiny, weights
-from test_other_methods import BATCH, TINY, some_batch
 
 from rsa_fast import networks
 from rsa_fast.archs import ResNetLayers
@@ -19,6 +16,9 @@ from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.engine import train
 from rsa_fast.training.step import build_run, train_step
+from tests.rsa_fast.ranks import mine, run_ranks
+from tests.rsa_fast.small_methods import BATCH, FIELDS, some_batch
+from tests.tiny_runs import tiny, weights
 
 METHODS = ("rsa", "simclr", "moco")
 COMPILER = os.environ.get("CXX", "g++")
@@ -30,7 +30,7 @@ def two_steps(method: str, dtype: torch.dtype = torch.float32, **fields) -> tupl
     Return the losses and gradients of the steps, and the state after them.
     """
     # The initial gain of zero would stop the gradient of its block's convolutions.
-    options = TINY | {"zero_init_residual": False, "peak_lr": 0.1}
+    options = FIELDS | {"zero_init_residual": False, "peak_lr": 0.1}
     options |= {"precision": "fp32", "device": "cpu"} | fields
     known = method_class(method).recipe_type.model_fields
     options = {key: value for key, value in options.items() if key in known}
@@ -78,7 +78,7 @@ def test_recomputed_stages_learn_the_same_bit_for_bit(method, precision):
 
 def test_the_same_on_two_ranks_and_compiled_without_a_break(tmp_path):
     """`fullgraph` raises where torch would break the graph, as at an untraceable collective."""
-    for steps in run_ranks("steps_in_every_way", 2, tmp_path):
+    for steps in run_ranks(steps_in_every_way, 2, tmp_path):
         for (method, *_), result in steps.items():
             assert_same(result, steps[method, 0, False])
 

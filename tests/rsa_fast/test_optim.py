@@ -5,22 +5,7 @@ import torch
 from torch import nn
 
 from rsa_fast.training.optim import Larc, Lars, Sgd, clip_each_grad_norm_
-
-SHAPES = [(8, 3, 3, 3), (8,), (5, 8), (5,)]
-
-
-def parameters(
-    seed: int = 0, layout: torch.memory_format = torch.contiguous_format
-) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    return [nn.Parameter(t.to(memory_format=layout) if t.ndim == 4 else t) for t in tensors]
-
-
-def gradients(step: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
+from tests.rsa_fast.small_methods import gradients, parameters
 
 DECAY = {"sgd": 5e-4, "lars": 1e-2, "larc": 1e-2}
 NAMES = tuple(DECAY)

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from test_engine import tiny
-from test_optim import SHAPES, gradients, parameters
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -15,6 +13,8 @@ from torch.optim import Optimizer
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.training.optim import build_optimizer, set_learning_rate
 from rsa_fast.training.step import Run, build_run, train_step
+from tests.rsa_fast.small_methods import SHAPES, gradients, parameters
+from tests.tiny_runs import tiny
 
 SIMSIAM = {"projector_layers": 2, "hidden_dim": 8, "out_dim": 8}
 NAMES = ("sgd", "lars", "larc", "adam", "adamw")

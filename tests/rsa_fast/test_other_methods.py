@@ -7,86 +7,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torchvision.models.resnet import BasicBlock
 
-from rsa_fast.methods import METHODS, method_class
-from rsa_fast.methods.method import Method, build_method, info_nce, shuffle, unit
+from rsa_fast.methods import METHODS
+from rsa_fast.methods.method import build_method, info_nce, shuffle, unit
 from rsa_fast.methods.ressl import relational
 from rsa_fast.methods.simclr import nt_xent
 from rsa_fast.methods.simsiam import negative_cosine, projector
 from rsa_fast.networks import Encoder
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import build_recipe
-
-BATCH, IMAGES = 6, 20
-NOW = {"beta": 0.3, "step": 3, "lambda_": 1.0, "frozen": 0.0, "queue": 0.0}
-TINY = {
-    "width": 4,
-    "batch_size": BATCH,
-    "hidden_dim": 12,
-    "out_dim": 5,
-    "queue_size": 16,
-    "bn": "local",
-    "classes": 3,
-    "bottleneck_dim": 4,
-    "prototypes": 7,
-    "negatives": 8,
-}
-OWN = {"w-mse": {"out_dim": 3}}  # it whitens 2 * out_dim images together
-
-
-def tiny_fields(name: str) -> dict:
-    """Return the entries of `TINY` that are fields of the method's recipe."""
-    known = method_class(name).recipe_type.model_fields
-    fields = TINY | OWN.get(name, {})
-    return {key: value for key, value in fields.items() if key in known}
-
-
-def small(name: str, **overrides) -> Method:
-    torch.manual_seed(0)
-    recipe = build_recipe("cifar10", name, overrides=tiny_fields(name) | overrides)
-    method = build_method(recipe)
-    method.allocate(IMAGES)
-    method.double()
-    # The initial gain of zero stops the gradient of its block's convolutions.
-    for block in method.modules():
-        if isinstance(block, BasicBlock):
-            torch.nn.init.ones_(block.bn2.weight)
-    return method
-
-
-def some_batch(seed: int = 0, names: Sequence[str] = VIEWS) -> Batch:
-    """Return a batch of random views of 8 px, and patches of 4 px."""
-    generator, views = torch.Generator().manual_seed(seed), {}
-    for name in names:
-        shape = (BATCH, 9, 3, 4, 4) if name.startswith("patches") else (BATCH, 3, 8, 8)
-        views[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
-    ids = torch.randperm(IMAGES, generator=generator)[:BATCH]
-    return Batch(torch.arange(BATCH) % 3, views, ids)
-
-
-def batch_of(method: Method, seed: int = 0) -> Batch:
-    """Return a batch of the views that the method reads, and of RSA's four."""
-    return some_batch(seed, (*VIEWS, *sorted(method.reads - set(VIEWS))))
-
-
-def rows(count: int, dim: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return unit(torch.randn(count, dim, generator=generator, dtype=torch.float64))
-
-
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def log_softmax(values: list[float]) -> list[float]:
-    total = sum(math.exp(v) for v in values)
-    return [v - math.log(total) for v in values]
-
+from tests.rsa_fast.small_methods import (
+    BATCH,
+    IMAGES,
+    NOW,
+    batch_of,
+    dot,
+    fields_of,
+    log_softmax,
+    rows,
+    small,
+    some_batch,
+)
 
 # --- the losses, pair by pair
 
@@ -324,7 +269,7 @@ def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     """Take a few steps on one batch, with the row's own optimiser and heads at a small width."""
     from rsa_fast.training.step import build_run, train_step
 
-    fields = tiny_fields(name)
+    fields = fields_of(name)
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
     run = build_run(build_recipe("cifar10", name, overrides=fields), IMAGES)
     double = batch_of(run.method)

@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast import cli, distributed
 from rsa_fast.datasets import own_dataset, own_rules
 from rsa_fast.methods import METHODS
 from rsa_fast.recipes import build_recipe, dump_yaml, name_of, own_row, row
+from tests.helpers import natural_image
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
-from test_engine import TINY, same, weights
 
 from rsa_fast import methods
 from rsa_fast.cli import main
@@ -26,6 +24,8 @@ from rsa_fast.methods.byol import Byol
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
+from tests.helpers import ROOT
+from tests.tiny_runs import TINY, same, weights
 
 # Pulls both views of an image together, by the share that the recipe says.
 CODE = """

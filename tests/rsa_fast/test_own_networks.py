@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
-from test_engine import same, tiny, weights
-from test_export import code_of
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -35,6 +32,8 @@ from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.start import take_weights
 from rsa_fast.training.step import build_run
+from tests.helpers import ROOT, code_of
+from tests.tiny_runs import same, tiny, weights
 
 INSTALL = "timm is not installed: pip install 'rsa-fast[timm]'"
 timm = pytest.importorskip("timm", reason=INSTALL)

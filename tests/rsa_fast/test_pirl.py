@@ -10,37 +10,34 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_inst_dis import IDS, IMAGES, STEP, bank_by_loops, batch_of, loss_by_loops, with_bank
-from test_other_methods import rows
 
 from rsa_fast.methods import method as module
 from rsa_fast.methods.method import JigsawHead, negative_ids, patch_orders, unit
 from rsa_fast.recipes import build_recipe
-
-
-def embed_by_loops(
-    encoder: torch.nn.Module, head: JigsawHead, patches: torch.Tensor, orders: np.ndarray
-) -> torch.Tensor:
-    """Embed the patches of each image one after the other, but for BatchNorm's common batch."""
-    features = encoder(patches.reshape(-1, *patches.shape[2:]))  # (9B, F)
-    embeddings = []
-    for i, order in enumerate(orders.tolist()):
-        places = [head.projector(features[9 * i + place]) for place in order]
-        embeddings.append(head.join(torch.cat(places)))
-    return unit(torch.stack(embeddings))
+from tests.rsa_fast.small_methods import (
+    BANK_IMAGES,
+    IDS,
+    NOW,
+    bank_batch,
+    bank_by_loops,
+    embed_by_loops,
+    loss_by_loops,
+    rows,
+    with_bank,
+)
 
 
 def test_the_image_and_its_jigsaw_find_the_same_old_row_and_the_image_moves_it():
-    method, batch = with_bank("pirl"), batch_of(IDS)
+    method, batch = with_bank("pirl"), bank_batch(IDS)
     before, probe = method.bank.clone(), copy.deepcopy(method)
     v = unit(probe.online(batch.aggressive_1)).detach()
-    orders = patch_orders(method.seed, STEP, len(IDS))
+    orders = patch_orders(method.seed, NOW, len(IDS))
     w = embed_by_loops(probe.encoder, probe.jigsaw, batch.view("patches_2"), orders).detach()
-    others = negative_ids(method.seed, STEP, 4, IMAGES).tolist()
+    others = negative_ids(method.seed, NOW, 4, BANK_IMAGES).tolist()
     image, jigsaw = (
         loss_by_loops(x.tolist(), before.tolist(), IDS.tolist(), 0.1, others) for x in (v, w)
     )
-    loss = method(batch, STEP)
+    loss = method(batch, NOW)
     assert loss.total.item() == pytest.approx((image + jigsaw) / 2, abs=1e-12)
     assert loss.parts["image"].item() == pytest.approx(image, abs=1e-12)
     assert loss.parts["jigsaw"].item() == pytest.approx(jigsaw, abs=1e-12)
@@ -51,12 +48,12 @@ def test_the_image_and_its_jigsaw_find_the_same_old_row_and_the_image_moves_it()
 
 def test_the_terms_do_not_reach_each_other_s_heads():
     """The embeddings are compared with the bank only, so the encoder is all they share."""
-    method, batch = with_bank("pirl"), batch_of(IDS)
+    method, batch = with_bank("pirl"), bank_batch(IDS)
     v = unit(method.online(batch.aggressive_1))
     patches = batch.view("patches_2").flatten(0, 1)
-    w = unit(method.jigsaw(method.encoder(patches), patch_orders(0, STEP, len(IDS))))
+    w = unit(method.jigsaw(method.encoder(patches), patch_orders(0, NOW, len(IDS))))
     heads = [*method.online.projector.parameters()], [*method.jigsaw.parameters()]
-    for i, loss in enumerate(method.bank_losses(batch, [v, w], STEP)):
+    for i, loss in enumerate(method.bank_losses(batch, [v, w], NOW)):
         options = {"retain_graph": True, "allow_unused": True}
         own, other = (torch.autograd.grad(loss, head, **options) for head in (heads[i], heads[~i]))
         assert all(gradient.abs().sum() > 0 for gradient in own)
@@ -77,8 +74,8 @@ def test_a_change_of_order_is_one_of_the_joint_layer_s_columns():
 
 
 def test_changing_the_order_of_features_equals_changing_that_of_patches():
-    method, patches = with_bank("pirl"), batch_of(IDS).view("patches_2")
-    orders = patch_orders(0, STEP, len(IDS))
+    method, patches = with_bank("pirl"), bank_batch(IDS).view("patches_2")
+    orders = patch_orders(0, NOW, len(IDS))
     in_order = np.tile(np.arange(9), (len(IDS), 1))
     permuted = torch.stack([image[order] for image, order in zip(patches, orders, strict=True)])
     found, expected = (

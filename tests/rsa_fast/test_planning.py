@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from conftest import write_folder
-from fake_gpu import on_fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
@@ -21,6 +19,8 @@ from rsa_fast.insight.planning import GIB, GPUS, Ledger, gpu_row, plan, trace
 from rsa_fast.pipelines import VIEWS, Batch, open_source
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import build_run, train_step
+from tests.fake_gpu import on_fake_gpu
+from tests.helpers import write_folder
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")

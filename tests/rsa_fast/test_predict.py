@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder
 from PIL import Image
-from test_engine import tiny
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
@@ -20,6 +18,8 @@ from rsa_fast.evaluation.finetune import finetune
 from rsa_fast.evaluation.predict import predict
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
+from tests.helpers import write_folder
+from tests.tiny_runs import tiny
 
 CLASSES = ("class_0", "class_1", "class_2")
 

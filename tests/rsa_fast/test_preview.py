@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder
 from PIL import Image
 
 from rsa_fast.cli import main
@@ -25,6 +24,7 @@ from rsa_fast.insight.preview import (
 from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.recipes import build_recipe
+from tests.helpers import write_folder
 
 # DALI's resize rounds differently from PIL's: see tests/pipelines/test_loaders.py.
 RESIZE_LEVELS = {"dali": 0.6}

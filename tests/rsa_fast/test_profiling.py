@@ -21,8 +21,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import write_raw_beton
-from fake_gpu import on_fake_gpu
 
 from rsa_fast.cli import main
 from rsa_fast.insight import profiling, timeline, tuning
@@ -36,6 +34,8 @@ from rsa_fast.pipelines.native_views import NativeViews
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import step
 from rsa_fast.training.step import build_run, train_step
+from tests.fake_gpu import on_fake_gpu
+from tests.helpers import write_raw_beton
 
 TINY = {
     "width": 4,

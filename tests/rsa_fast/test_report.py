@@ -12,8 +12,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import test_embed
-from browser import browse, needs_browser, title_after
 from click.testing import CliRunner
 from PIL import Image
 
@@ -23,6 +21,8 @@ from rsa_fast.insight.page import UNITS, Axis, Line, chart, command_line, ticks
 from rsa_fast.insight.report import read_runs, report
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.training.run_folder import try_to_report
+from tests.rsa_fast.browser import browse, needs_browser, title_after
+from tests.tiny_runs import expected_features, write_untrained_run
 
 STEPS_PER_EPOCH = 10  # of write_run
 
@@ -388,7 +388,7 @@ def test_the_command_is_as_one_types_it(command, wanted):
 
 def test_the_pictures_are_views_and_the_nearest_by_brute_force(tmp_path, folder):
     run = write_run(tmp_path / "rsa")
-    test_embed.write_run(run, folder)
+    write_untrained_run(run, folder)
     text = report([run]).read_text()
     parts = text.partition("<h2>Nearest images</h2>")
     views = re.findall(r'<figure title="([^"]*)">.*?<figcaption>([^<]*)<', parts[0])
@@ -396,7 +396,7 @@ def test_the_pictures_are_views_and_the_nearest_by_brute_force(tmp_path, folder)
     assert [caption for _, caption in views] == 4 * names
     assert len({title.split(":")[0] for title, _ in views}) == 4
     source = open_source(folder, "pretrain")
-    features = test_embed.expected_features(run, source).double().numpy()
+    features = expected_features(run, source).double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     paths = list(source.manifest.paths)
     rows = parts[2].partition("<h2>")[0].split('<div class="row">')[1:]
@@ -418,7 +418,7 @@ def test_the_pictures_are_views_and_the_nearest_by_brute_force(tmp_path, folder)
 
 def test_a_page_without_its_images_says_so(tmp_path, folder, caplog):
     run = write_run(tmp_path / "rsa")
-    test_embed.write_run(run, tmp_path / "gone")
+    write_untrained_run(run, tmp_path / "gone")
     caplog.set_level("INFO", "rsa_fast")
     assert "<h2>Views</h2>" not in report([run]).read_text()
     assert f"the page of {run} has no pictures: " in caplog.text and "gone" in caplog.text

@@ -18,8 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, write_folder
-from test_engine import same, tiny, weights
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
@@ -33,6 +31,8 @@ from rsa_fast.training import step as step_module
 from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.run_folder import hold_folder, read_starts
+from tests.helpers import ROOT, write_folder
+from tests.tiny_runs import same, tiny, weights
 
 
 @pytest.fixture(scope="module")

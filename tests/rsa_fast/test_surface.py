@@ -16,7 +16,6 @@ from typing import get_args
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, write_folder
 
 import rsa_fast
 from rsa_fast import cli, methods, recipes
@@ -32,6 +31,7 @@ from rsa_fast.methods.method import Method
 from rsa_fast.pipelines import BACKENDS, OnBadImage
 from rsa_fast.pipelines.layouts import SPLITS
 from rsa_fast.training import engine
+from tests.helpers import ROOT, write_folder
 
 # The others are those of tools/, of which the command line only has the names.
 OWN = sorted(name for name, command in main.commands.items() if isinstance(command, cli.Command))

@@ -7,33 +7,30 @@ import math
 
 import pytest
 import torch
-from ranks import mine, run_ranks
-from test_other_methods import BATCH, dot, log_softmax, small
 
 from rsa_fast.methods.method import Method, cross_view_entropy, joint_features, unit
 from rsa_fast.methods.swav import sinkhorn
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
-from rsa_fast.training.step import Run, build_run, train_step
+from rsa_fast.training.step import train_step
+from tests.rsa_fast.ranks import mine, run_ranks
+from tests.rsa_fast.small_methods import (
+    BATCH,
+    MULTI_CROP,
+    STEP,
+    dot,
+    float_crops,
+    log_softmax,
+    multi_crop_run,
+    small,
+    some_crops,
+)
 
-MULTI_CROP = [{"name": "global", "count": 2}, {"name": "local", "count": 2, "size_px": 16}]
-TINY = {"prototypes": 7, "views.groups": MULTI_CROP}
-SIZES = (8, 8, 6, 6)  # px of the four crops in these tests
-STEP = 1e-8  # of finite differences; a longer one passes kinks of ReLUs
 NOW = {"queue": 0.0, "frozen": 0.0}
 
 
 def swav(**overrides) -> Method:
-    return small("swav", **TINY | overrides)
-
-
-def some_crops(seed: int = 0, images: int = BATCH) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        f"aggressive_{k + 1}": torch.randn(images, 3, side, side, generator=generator).double()
-        for k, side in enumerate(SIZES)
-    }
-    return Batch(torch.zeros(images, dtype=torch.int64), views)
+    return small("swav", **MULTI_CROP["swav"] | overrides)
 
 
 def random_scores(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -232,20 +229,9 @@ def test_the_loss_is_float32_under_autocast():
 # --- in a run
 
 
-def swav_run(**fields) -> Run:
-    fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, "batch_size": BATCH, "epochs": 5} | fields
-    fields |= TINY | {"precision": "fp32", "device": "cpu", "peak_lr": 0.05}
-    return build_run(build_recipe("cifar10", "swav", overrides=fields), 4 * BATCH)
-
-
-def float_crops(seed: int) -> Batch:
-    batch = some_crops(seed)
-    return Batch(batch.label, {name: view.float() for name, view in batch.views.items()})
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "larc"])
 def test_prototypes_keep_their_directions_in_the_first_epoch(optimizer):
-    run = swav_run(optimizer=optimizer, queue_size=0, weight_decay=0.1)
+    run = multi_crop_run("swav", optimizer=optimizer, queue_size=0, weight_decay=0.1)
     start = unit(run.method.prototypes.weight.detach().clone())
     for step in range(6):  # an epoch has four
         train_step(run, float_crops(step))
@@ -255,11 +241,11 @@ def test_prototypes_keep_their_directions_in_the_first_epoch(optimizer):
 
 def test_the_queue_has_the_newest_embeddings_first_and_is_used_from_its_epoch_on_once_full():
     """It has 16 places for batches of 6: it is full after three steps."""
-    run = swav_run(queue_size=16, queue_start_epoch=0)
+    run = multi_crop_run("swav", queue_size=16, queue_start_epoch=0)
     assert [run.schedule(step)["queue"] for step in range(5)] == [0, 0, 0, 1, 1]
-    later = swav_run(queue_size=16, queue_start_epoch=1)
+    later = multi_crop_run("swav", queue_size=16, queue_start_epoch=1)
     assert [later.schedule(step)["queue"] for step in (3, 4, 5)] == [0, 1, 1]
-    assert swav_run(queue_size=0, queue_start_epoch=0).schedule(0)["queue"] == 1
+    assert multi_crop_run("swav", queue_size=0, queue_start_epoch=0).schedule(0)["queue"] == 1
     seen: list[torch.Tensor] = []
     for step in range(4):
         probe = with_unit_prototypes(run.method)
@@ -267,20 +253,21 @@ def test_the_queue_has_the_newest_embeddings_first_and_is_used_from_its_epoch_on
         train_step(run, float_crops(step))
         expected = torch.cat([*seen, torch.zeros(2, 16, 5)], 1)[:, :16]
         torch.testing.assert_close(run.method.queue, expected, rtol=0, atol=1e-5)
-    assert torch.equal(swav_run(queue_size=16).method.queue, torch.zeros(2, 16, 5))
-    other = swav_run(queue_size=16).method
+    assert torch.equal(multi_crop_run("swav", queue_size=16).method.queue, torch.zeros(2, 16, 5))
+    other = multi_crop_run("swav", queue_size=16).method
     other.load_state_dict(run.method.state_dict())
     assert torch.equal(other.queue, run.method.queue)
 
 
 def multi_crop_steps() -> dict[str, tuple]:
     """Return the losses and the state of five steps on this rank's part of the batch, by method."""
-    from test_dino import dino_run
-
     results = {}
     torch.set_default_dtype(torch.float64)
     try:
-        for run in (swav_run(queue_size=16, queue_start_epoch=0, bn="sync"), dino_run(bn="sync")):
+        for run in (
+            multi_crop_run("swav", queue_size=16, queue_start_epoch=0, bn="sync"),
+            multi_crop_run("dino", bn="sync"),
+        ):
             losses = []
             for step in range(5):
                 whole = some_crops(step)
@@ -293,7 +280,7 @@ def multi_crop_steps() -> dict[str, tuple]:
 
 
 def test_two_ranks_equal_one_with_a_queue_or_a_centre_and_many_crops(tmp_path):
-    expected, ranks = multi_crop_steps(), run_ranks("multi_crop_steps", 2, tmp_path)
+    expected, ranks = multi_crop_steps(), run_ranks(multi_crop_steps, 2, tmp_path)
     for name, (expected_losses, expected_state) in expected.items():
         (one, state), (other, other_state) = (results[name] for results in ranks)
         torch.testing.assert_close((one + other) / 2, expected_losses, rtol=1e-6, atol=0)

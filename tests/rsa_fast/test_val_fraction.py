@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_folder
 from PIL import Image
 
 from rsa_fast import build_recipe, evaluate, train
@@ -20,6 +19,7 @@ from rsa_fast.insight import planning, profiling, tuning
 from rsa_fast.pipelines import Source, open_source
 from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe
+from tests.helpers import write_folder
 
 FIELDS = {
     "epochs": 1,

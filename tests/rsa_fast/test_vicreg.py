@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_barlow_twins import noise, of_embeddings
+
+from tests.rsa_fast.small_methods import noise, of_embeddings
 
 
 def test_the_loss_is_that_of_the_three_terms_one_by_one():

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import cholesky, solve_triangular
-from test_barlow_twins import noise, of_embeddings
 
 from rsa_fast.methods.method import build_method
 from rsa_fast.methods.w_mse import division, w_mse, whiten
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 from rsa_fast.training.step import build_run, train_step
+from tests.rsa_fast.small_methods import noise, of_embeddings
 
 TINY = {"width": 4, "batch_size": 6, "hidden_dim": 12, "out_dim": 3}
 FOUR = {"views.groups": [{"name": "crops", "count": 4}]}

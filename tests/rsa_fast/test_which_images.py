@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_folder
-from test_engine import tiny
 
 from rsa_fast import cli
 from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.recipes import dump_yaml
 from rsa_fast.training.engine import train
+from tests.helpers import write_folder
+from tests.tiny_runs import tiny
 
 ONE_EPOCH = {"epochs": 1, "backend": "resident"}
 

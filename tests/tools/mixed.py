@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 import numpy as np
 from click.testing import CliRunner
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.pipelines.sources import Source
+from tests.helpers import natural_image
 
 TO_JPEG = ("gray_alpha.png", "rgb.png", "cmyk.jpg")  # Passthrough cannot keep these.
 

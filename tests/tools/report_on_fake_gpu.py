@@ -33,7 +33,7 @@ planning.decode_images_per_s = lambda *_: 500.0  # It is a measurement.
 planning.efficiency = lambda *_: (0.5, "given")  # It traces a large network.
 os.fsync = lambda _: None  # No disk is tested here.
 if find_spec("nvidia.dali"):
-    from gpuless import dali_stand_in
+    from tests.gpuless import dali_stand_in
 
     dali_stand_in.install()
     checks.check_dali = loops.check_dali = lambda: None

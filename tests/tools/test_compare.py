@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import write_folder
 
 from rsa_fast.methods import METHODS
 from rsa_fast.tools import compare
+from tests.helpers import write_folder
 
 
 def test_every_method_has_a_row_whose_recipe_is_sound():

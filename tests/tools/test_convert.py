@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import natural_image
-from mixed import digests, mixed_folder
 from PIL import Image
 
 from rsa_fast.pipelines.beton import BetonWriter
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.shards import ShardWriter
 from rsa_fast.tools import convert, to_dali, to_ffcv
+from tests.helpers import natural_image
+from tests.tools.mixed import digests, mixed_folder
 
 TOOLS = {
     "ffcv": (to_ffcv.main, ["--write-mode", "proportion", "--max-resolution", "60"]),

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from rsa_fast.insight import planning
 from rsa_fast.recipes import build_recipe
@@ -24,6 +23,7 @@ from rsa_fast.tools.gpu_report.__main__ import Part, share_of
 from rsa_fast.tools.gpu_report.predictions import predict
 from rsa_fast.tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
 from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
+from tests.helpers import ROOT
 
 SIZE = {"size": "{size:.1f}"}
 
@@ -32,7 +32,7 @@ def planted(name: str, share: float = 1.0) -> Part:
     return Part(
         name=name,
         share=share,
-        place=f"planted_parts:{name}",
+        place=f"tests.tools.planted_parts:{name}",
         title=f"The {name} part",
         columns=SIZE,
     )
@@ -100,13 +100,13 @@ def test_a_stop_in_the_middle_loses_only_the_measurement_under_way(tmp_path, num
     program = """
 import sys
 from rsa_fast.tools.gpu_report import __main__ as gpu_report
-part = gpu_report.Part("stopped", 1, "planted_parts:stopped", "A title", {"size": "{size}"})
+place = "tests.tools.planted_parts:stopped"
+part = gpu_report.Part("stopped", 1, place, "A title", {"size": "{size}"})
 gpu_report.PARTS = (part,)
 gpu_report.main(["--out", sys.argv[1]])
 """
     out = tmp_path / "gpu.json"
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    env = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", program, str(out)], env=env) as process:
         table = out.with_suffix(".md")  # It is written after the JSON.
         while not (table.is_file() and table.read_text().endswith("- long: was under way\n")):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-
-from conftest import write_folder
-from fake_gpu import on_fake_gpu
 
 from rsa_fast.methods import METHODS
+from tests.fake_gpu import on_fake_gpu
+from tests.helpers import write_folder
 
 # The keys of each part's rows, and reasons why a row may be skipped on a fake V100.
 KEYS = {
@@ -39,11 +37,11 @@ def test_every_part_runs_on_a_fake_gpu(tmp_path, monkeypatch):
     # Compiling takes minutes and needs a real driver.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     data = write_folder(tmp_path / "small", {"train": 20, "test": 10})
-    program = Path(__file__).with_name("report_on_fake_gpu.py")
+    program = ("-m", "tests.tools.report_on_fake_gpu")
     small = ["--batch-sizes", 2, "--images", 8, "--repeats", 2, "--minutes", 30]
     fields = {"arch": "resnet18", "width": 8, "views.size_px": 32, "batch_size": 8, "epochs": 2}
     sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-    table = on_fake_gpu(program, "--out", out, "--data", data, *small, *sets)
+    table = on_fake_gpu(*program, "--out", out, "--data", data, *small, *sets)
 
     parts = json.loads(out.read_text())["parts"]
     assert {name: record["state"] for name, record in parts.items()} == dict.fromkeys(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import write_folder
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.tools.imagenet100 import main, make_subset, read_classes
+from tests.helpers import write_folder
 
 
 @pytest.fixture

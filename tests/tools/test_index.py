@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import natural_image
 from PIL import Image
 
 from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_views
 from rsa_fast.pipelines.shards import holds_shards, shard_source
 from rsa_fast.pipelines.sources import to_rgb
 from rsa_fast.tools.index import main
+from tests.helpers import natural_image
 
 SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 Member = tuple[str, bytes]

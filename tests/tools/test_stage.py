@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, write_folder, write_raw_beton
 
 from rsa_fast.pipelines import open_source
 from rsa_fast.pipelines.files import partial_name
 from rsa_fast.tools import stage
 from rsa_fast.tools.to_dali import main as to_dali
+from tests.helpers import ROOT, write_folder, write_raw_beton
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.order import epoch_order
 from rsa_fast.tools.convert import RESIZE_FILTER
 from rsa_fast.tools.to_dali import main
+from tests.tools.mixed import converted, digests, kept_as_they_are, mixed_folder
 
 NEEDS_DALI = "needs DALI: pip install rsa-fast[dali-cu12]"
 

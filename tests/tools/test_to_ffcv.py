@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, natural_image, write_folder
-from mixed import converted, digests, kept_as_they_are, mixed_folder
 from PIL import Image
 
 from rsa_fast.pipelines.beton import open_beton
@@ -21,6 +19,8 @@ from rsa_fast.pipelines.order import epoch_order
 from rsa_fast.pipelines.sources import to_rgb
 from rsa_fast.tools.convert import RESIZE_FILTER, Encoding, psnr_db
 from rsa_fast.tools.to_ffcv import main
+from tests.helpers import ROOT, natural_image, write_folder
+from tests.tools.mixed import converted, digests, kept_as_they_are, mixed_folder
 
 ORDER = epoch_order(14, 0, 0)  # in which the 14 training images are written
 NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"

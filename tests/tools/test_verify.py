@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import natural_image, write_folder
 from PIL import ExifTags, Image
 from torchvision.datasets import ImageFolder
 
@@ -18,6 +17,7 @@ from rsa_fast.pipelines.sources import Source, read_rgb
 from rsa_fast.tools.to_dali import main as to_dali
 from rsa_fast.tools.to_ffcv import main as to_ffcv
 from rsa_fast.tools.verify import main
+from tests.helpers import natural_image, write_folder
 
 LIMIT = 64 * 64  # pixels
 
