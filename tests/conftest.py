@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from tests.helpers import invoke, result_of
 
 # What is cached for a user is kept out of the home of whoever runs the tests.
 os.environ.setdefault("XDG_CACHE_HOME", f"{tempfile.gettempdir()}/rsa-fast-tests-{os.getuid()}")
@@ -29,6 +32,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder of two classes with 20 training and 10 test images each, of 20x20 px."""
     return write_folder(tmp_path_factory.mktemp("folder"), {"train": 20, "test": 10})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images of 20 px without a test split: an epoch has 5 steps, and nothing is evaluated."""
+    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
 
 
 def real_images(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
@@ -60,15 +69,11 @@ def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     JPEGs would be decoded with FFCV's own libjpeg settings.
     """
-    from click.testing import CliRunner
 
     from rsa_fast.tools.to_ffcv import main
 
     place = tmp_path_factory.mktemp("beton")
-    done = CliRunner().invoke(
-        main, [str(folder), str(place), "--write-mode", "raw", "--workers", "1"]
-    )
-    assert done.exit_code == 0, done.output
+    result_of(invoke(main, folder, place, "--write-mode", "raw", "--workers", "1"))
     return place
 
 
@@ -78,3 +83,12 @@ def features_of_no_other_test(request, tmp_path_factory, monkeypatch):
     if request.path.parent.name == "rsa_fast":
         place = tmp_path_factory.mktemp("features")
         monkeypatch.setattr("rsa_fast.evaluation.features.user_cache", lambda: place)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Use one thread. Layers of tests are too small for two, which then wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

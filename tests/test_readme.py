@@ -25,7 +25,7 @@ from types import ModuleType, SimpleNamespace
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 import rsa_fast
 from rsa_fast import build_recipe, cli, datasets
@@ -33,7 +33,7 @@ from rsa_fast.evaluation import detection
 from rsa_fast.pipelines import VIEWS, Loading, Order, backends, layouts, open_source, open_views
 from rsa_fast.training import checkpoint
 from tests.documents import FENCE, METHOD, PAGES, PYTHON, WRITTEN, make_context, python_with
-from tests.helpers import ROOT, write_folder
+from tests.helpers import ROOT, invoke, result_of, write_folder
 from tests.rsa_fast.tiny_detection import MODEL_OPTIONS, write_coco
 
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
@@ -137,7 +137,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Res
         ):
             words = ready(line)
             command = cli.main if words[0] == "rsa-fast" else importlib.import_module(words[2]).main
-            ran[line] = CliRunner().invoke(command, words[1 if words[0] == "rsa-fast" else 3 :])
+            ran[line] = invoke(command, *words[1 if words[0] == "rsa-fast" else 3 :])
         yield ran
     shutil.rmtree(place)
 
@@ -273,9 +273,7 @@ def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tr
     options += [word for text in [*sets, "knn_every_epochs=0"] for word in ("--set", text)]
 
     def rsa_fast(*words: object) -> dict:
-        done = CliRunner().invoke(cli.main, list(map(str, words)))
-        assert done.exit_code == 0, done.output
-        return json.loads(done.stdout.splitlines()[-1])
+        return result_of(invoke(cli.main, *words))
 
     # The uninterrupted run, and one that is killed once it has a checkpoint.
     monkeypatch.chdir(my_twins.parent)

@@ -14,19 +14,24 @@ from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
 
-TINY = {
-    "width": 4,
-    "hidden_dim": 16,
-    "out_dim": 8,
+NETWORK = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16}
+TINY = NETWORK | {
     "batch_size": 8,
     "epochs": 3,
-    "views.size_px": 16,
+    "precision": "fp32",
+    "base_lr": 0.5,
+    "log_every_steps": 2,
+    "knn_every_epochs": 0,
 }
-TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 2, "knn_every_epochs": 0}
 
 
 def tiny(method: str = "rsa", **overrides) -> Recipe:
-    return build_recipe("cifar10", method, overrides={**TINY, **overrides})
+    return build_recipe("cifar10", method, overrides=TINY | overrides)
+
+
+def set_options(fields: dict) -> list[str]:
+    """Return the options `--set FIELD=VALUE` of a command."""
+    return [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
 
 
 def weights(out) -> dict:
@@ -51,8 +56,7 @@ def check_resumption(recipe, folder, tmp_path, stop=3):
 
 def write_untrained_run(run: Path, data: Path | None = None, **fields: object) -> Path:
     """Write a run's folder with two checkpoints of networks with random weights."""
-    options = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16}
-    recipe = build_recipe("cifar10", "rsa", overrides=options | {"precision": "fp32"} | fields)
+    recipe = build_recipe("cifar10", "rsa", overrides=NETWORK | {"precision": "fp32"} | fields)
     for step in (1, 2):
         torch.manual_seed(step)
         weights = build_method(recipe).state_dict()

@@ -20,17 +20,16 @@ from pathlib import Path
 import torch
 
 from rsa_fast.training import checkpoint
+from tests.tiny_runs import NETWORK, same, set_options
 
 EPOCH_STEPS = 5  # 40 images in batches of 8
-SETTINGS = [
-    "width=4",
-    "hidden_dim=16",
-    "out_dim=8",
-    "views.size_px=16",
-    "precision=fp32",
-    "base_lr=0.5",
-]
-SETTINGS += ["knn_every_epochs=0", f"log_every_steps={EPOCH_STEPS}"]
+SETTINGS = NETWORK | {
+    "precision": "fp32",
+    "base_lr": 0.5,
+    "knn_every_epochs": 0,
+    "log_every_steps": EPOCH_STEPS,
+    "device": "cpu",
+}
 PATIENCE_S = 240  # An idle machine needs ten seconds.
 
 # Python and torch are imported once, and each run forks from there. A start then takes a tenth of a
@@ -40,9 +39,9 @@ FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
 
 
 def arguments(data: Path, out: Path, *options: object) -> list[str]:
-    sets = [part for setting in SETTINGS for part in ("--set", setting)]
-    names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8", "--set", "device=cpu"]
-    return ["train", *names, "--data", str(data), "--out", str(out), *sets, *map(str, options)]
+    names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8"]
+    places = ["--data", str(data), "--out", str(out)]
+    return ["train", *names, *places, *set_options(SETTINGS), *map(str, options)]
 
 
 def fork(data: Path, out: Path, *options: object) -> multiprocessing.Process:
@@ -155,8 +154,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Check that weights, target, momenta and step are equal bit for bit."""
     first, second = state(one), state(other)
     assert first["step"] == second["step"]
-    assert first["method"].keys() == second["method"].keys()
-    assert all(torch.equal(first["method"][key], second["method"][key]) for key in first["method"])
+    assert same(first["method"], second["method"])
     momenta = [
         [entry["momentum_buffer"] for entry in s["optimizer"]["state"].values()]
         for s in (first, second)

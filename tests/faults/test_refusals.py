@@ -12,37 +12,19 @@ import re
 from functools import partial
 
 import pytest
-import torch
 from torch.amp.grad_scaler import GradScaler
 
 from rsa_fast import schedules
 from rsa_fast.pipelines import Order
-from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training import step as step_module
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
+from tests import tiny_runs
 from tests.helpers import write_folder
+from tests.tiny_runs import same, weights
 
-TINY = {
-    "width": 4,
-    "hidden_dim": 16,
-    "out_dim": 8,
-    "batch_size": 8,
-    "epochs": 3,
-    "views.size_px": 16,
-}
-TINY |= {"precision": "fp32", "base_lr": 0.5, "log_every_steps": 100, "knn_every_epochs": 0}
-
-
-def tiny(**overrides) -> Recipe:
-    return build_recipe("cifar10", "rsa", overrides={**TINY, **overrides})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """40 images without a test split: an epoch has 5 steps, and nothing is evaluated."""
-    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
+tiny = partial(tiny_runs.tiny, log_every_steps=100)
 
 
 def saved(out) -> list[int]:
@@ -95,7 +77,7 @@ def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batc
 def test_force_refuses_in_a_line_what_cannot_fit(data, tmp_path, fields, sides, part):
     train(tiny(), data, tmp_path, stop_at_step=1)
     method = fields.pop("method", "rsa")
-    changed = build_recipe("cifar10", method, overrides={**TINY, **fields})
+    changed = tiny(method, **fields)
     with pytest.raises(ValueError, match=re.escape(sides)) as error:
         train(changed, data, tmp_path, resume=True, force=True)
     message = str(error.value)
@@ -170,18 +152,14 @@ def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrid
 def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_path, caplog):
     caplog.set_level("INFO", "rsa_fast")
     train(tiny(epochs=1, seed=1), data, tmp_path / "first")
-    (weights,) = checkpoint.paths_in(tmp_path / "first" / "checkpoints")
+    (first,) = checkpoint.paths_in(tmp_path / "first" / "checkpoints")
     (tmp_path / "run").mkdir()
-    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights, stop_at_step=5)
+    train(tiny(), data, tmp_path / "run", resume=True, init_from=first, stop_at_step=5)
     assert "has no checkpoint yet: starting at step 0" in caplog.text
     # The same command now continues the run instead of starting from the weights again.
-    train(tiny(), data, tmp_path / "run", resume=True, init_from=weights)
-    train(tiny(), data, tmp_path / "plain", init_from=weights)
-    one, other = (
-        checkpoint.load_latest(tmp_path / name / "checkpoints")["method"]
-        for name in ("run", "plain")
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    train(tiny(), data, tmp_path / "run", resume=True, init_from=first)
+    train(tiny(), data, tmp_path / "plain", init_from=first)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 
 def test_resuming_in_a_folder_that_holds_no_run_is_refused(data, tmp_path):

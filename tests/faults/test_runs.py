@@ -37,18 +37,12 @@ from tests.faults.jobs import (
     state,
     until,
 )
-from tests.helpers import write_folder, write_raw_beton
+from tests.helpers import write_raw_beton
 
 LONG, SHORT = 60, 16  # epochs of 5 steps, on one process and on several
 STOPPED = 75
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 HEEDS_HUP = ("env", "--default-signal=HUP")  # also where the tests were started with nohup
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """40 images of 20 px without a test split, so that a run ends without an evaluation."""
-    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import io
 import json
 import os
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from rsa_fast.pipelines import VIEWS, Order, Source, ViewSpec, device_ops, open_source, open_views
 from rsa_fast.pipelines.beton import BetonWriter
@@ -39,7 +37,7 @@ from rsa_fast.training.meter import Meter
 from rsa_fast.training.metrics import Screen
 from tests.gpuless.backend_cases import CASES
 from tests.gpuless.programs import RANKS, Watch, as_rank_0_of_8
-from tests.helpers import natural_image
+from tests.helpers import jpeg
 
 dali = importlib.import_module("tests.gpuless.dali_stand_in") if find_spec("nvidia.dali") else None
 PER_RANK, STEPS, BAD_STEP = 8, 3, 1
@@ -53,14 +51,13 @@ def write_images(data: Path, beton: bool) -> None:
     data.mkdir(parents=True)
     writer = BetonWriter(data / "train.beton", COUNT, 4096, entries[:0]) if beton else None
     for i in range(COUNT):
-        file, label = io.BytesIO(), i % 2
-        Image.fromarray(natural_image(i, SIDE_PX, SIDE_PX)).save(file, "JPEG", quality=92)
+        image, label = jpeg(i, SIDE_PX, SIDE_PX), i % 2
         if writer:
-            place = writer.append(file.getvalue(), label)
-            entries[i] = (*place, file.tell(), label, SIDE_PX, SIDE_PX, False)
+            place = writer.append(image, label)
+            entries[i] = (*place, len(image), label, SIDE_PX, SIDE_PX, False)
         else:
             (folder := data / "train" / f"class_{label}").mkdir(parents=True, exist_ok=True)
-            (folder / f"{i:03}.jpg").write_bytes(file.getvalue())
+            (folder / f"{i:03}.jpg").write_bytes(image)
     if writer:
         writer.finish(entries)
         writer.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
 from tests.fake_gpu import on_fake_gpu
 from tests.gpuless.backend_cases import CASES
+from tests.helpers import DALI
 
 PROGRAM = ("-m", "tests.gpuless.backends")
 LEVELS = 1e-3  # This allows for float32's rounding; the pixels are equal.
@@ -33,10 +33,7 @@ def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(res
     assert found["dali_pipelines"] == (3 if case.startswith("dali") else 0)
 
 
-@pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
+@DALI
 def test_the_stand_in_for_dali_finds_memory_given_back_early_waits_and_unknown_keywords(tmp_path):
     found = json.loads(on_fake_gpu(*PROGRAM, "planted", tmp_path))
     assert found["DaliViews"] == {"gap": pytest.approx(0, abs=LEVELS), "waits": 0}

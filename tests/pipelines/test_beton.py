@@ -17,9 +17,8 @@ from rsa_fast.pipelines.beton import BetonWriter, beton_source, page_bytes
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.packed import ENTRY
 from rsa_fast.pipelines.sources import to_rgb
-from tests.helpers import natural_image
+from tests.helpers import NO_FFCV, natural_image
 
-NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
 PAGE = 2**21  # the smallest that FFCV allows
 # As pixels, these images fill three pages.
 SIZES = [(480, 500), (300, 400), (500, 480), (20, 31), (490, 490), (480, 500), (33, 17)]
@@ -55,7 +54,7 @@ def written(tmp_path) -> Path:
 
 
 def ffcv_writes(path: Path, pixels: list[np.ndarray], workers: int, **field: object) -> Path:
-    pytest.importorskip("ffcv", reason=NEEDS_FFCV)
+    pytest.importorskip("ffcv", reason=NO_FFCV)
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -94,7 +93,7 @@ def ffcv_writes_fields(path: Path, order: tuple[str, ...], labels: list[int]) ->
 
     A field that is not in `FURTHER` is an image if its name says so, and otherwise the labels.
     """
-    fields = pytest.importorskip("ffcv.fields", reason=NEEDS_FFCV)
+    fields = pytest.importorskip("ffcv.fields", reason=NO_FFCV)
     from ffcv.writer import DatasetWriter
 
     types, values = {}, {}
@@ -149,7 +148,7 @@ def test_numbers_that_are_no_classes_are_no_labels(tmp_path):
 
 
 def test_the_types_are_ffcv_s():
-    types = pytest.importorskip("ffcv.types", reason=NEEDS_FFCV)
+    types = pytest.importorskip("ffcv.types", reason=NO_FFCV)
     from ffcv.fields import IntField, RGBImageField
 
     record = np.dtype([("image", beton.IMAGE), ("label", beton.FIELD_TYPES[1])], align=True)
@@ -195,7 +194,7 @@ def test_the_file_is_the_one_ffcv_writes_with_one_worker(written, tmp_path):
 
 
 def test_ffcv_reads_the_file(written):
-    reader = pytest.importorskip("ffcv.reader", reason=NEEDS_FFCV).Reader(str(written))
+    reader = pytest.importorskip("ffcv.reader", reason=NO_FFCV).Reader(str(written))
     assert (
         reader.field_names == ["image", "label"]
         and reader.num_samples == len(SIZES)

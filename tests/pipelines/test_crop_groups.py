@@ -16,7 +16,7 @@ from rsa_fast.pipelines.host_ops import sample_views
 from rsa_fast.pipelines.loading import Job
 from rsa_fast.pipelines.torchvision_views import aggressive_view, weak_view
 from rsa_fast.pipelines.views import VIEWS
-from tests.helpers import natural_image
+from tests.helpers import invoke, natural_image, result_of
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 PAIR = ViewSpec(32, MEAN, STD)
@@ -100,13 +100,11 @@ def folder(tmp_path_factory):
 
 
 def beton_of(folder, tmp_path):
-    from click.testing import CliRunner
 
     from rsa_fast.tools.to_ffcv import main
 
     out = tmp_path / "beton"
-    result = CliRunner().invoke(main, [str(folder), str(out), "--write-mode", "raw"])
-    assert result.exit_code == 0, result.output
+    result_of(invoke(main, folder, out, "--write-mode", "raw"))
     return out
 
 

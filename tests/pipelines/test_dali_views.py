@@ -6,7 +6,6 @@ test_loaders.py checks the pixels of the CPU twin.
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,11 +13,9 @@ import torch
 from rsa_fast.pipelines import VIEWS, Loading, Order, open_source
 from rsa_fast.pipelines.loading import Job
 from rsa_fast.pipelines.views import ViewSpec
+from tests.helpers import DALI
 
-pytestmark = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
+pytestmark = DALI
 
 
 def job(folder, reads=VIEWS, decode_on="gpu"):

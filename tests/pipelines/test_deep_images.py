@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.sources import read_rgb
-from tests.helpers import natural_image
+from tests.helpers import encoded, natural_image
 
 RAMP = np.arange(64 * 64).reshape(64, 64)  # 0 to 4095
 LEVELS = RAMP >> 4  # what it is in 8 bits
@@ -78,12 +77,6 @@ def packed_12(values: np.ndarray) -> bytes:
     return np.stack(triple, -1).astype(np.uint8).tobytes()
 
 
-def saved(form: str, pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form)
-    return file.getvalue()
-
-
 BYTE = (RAMP % 256).astype(np.uint8)
 # What each file must be read as.
 READ = {
@@ -97,9 +90,9 @@ READ = {
         tiff((RAMP << 4).astype(np.uint16), order=">", compressed=True),
         LEVELS,
     ),
-    "16 bits in a PNG": (saved("PNG", (RAMP << 4).astype(np.uint16)), LEVELS),
-    "16 bits in a PGM": (saved("PPM", (RAMP << 4).astype(np.uint16)), LEVELS),
-    "16 bits in a JPEG 2000": (saved("JPEG2000", (RAMP << 4).astype(np.uint16)), LEVELS),
+    "16 bits in a PNG": (encoded((RAMP << 4).astype(np.uint16), "PNG"), LEVELS),
+    "16 bits in a PGM": (encoded((RAMP << 4).astype(np.uint16), "PPM"), LEVELS),
+    "16 bits in a JPEG 2000": (encoded((RAMP << 4).astype(np.uint16), "JPEG2000"), LEVELS),
     "12 bits in a PGM": (b"P5 64 64 4095\n" + RAMP.astype(">u2").tobytes(), LEVELS),
     "12 bits": (tiff(RAMP.astype(np.uint16), packed=packed_12(RAMP)), LEVELS),
     "12 bits, compressed": (
@@ -134,7 +127,7 @@ REFUSED = {
         tiff(np.where(RAMP > 9, BYTE, np.nan).astype(np.float32)),
         "its values are nan to nan, but",
     ),
-    "floats in a PFM": (saved("PPM", (RAMP / 4095).astype(np.float32)), "its values are 0 to 1"),
+    "floats in a PFM": (encoded((RAMP / 4095).astype(np.float32), "PPM"), "its values are 0 to 1"),
     "five bands": (tiff(BANDS), "a TIFF of 5 bands of 8-bit unsigned integers, compression raw,"),
     "five bands, one after the other": (
         tiff(BANDS, separate=True, compressed=True),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import ExifTags, Image, ImageOps
 
 from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
@@ -18,14 +16,10 @@ from rsa_fast.pipelines.plain import PlainImages, plain_image
 from rsa_fast.recipes import build_recipe
 from rsa_fast.tools.to_dali import main as to_dali
 from rsa_fast.tools.to_ffcv import main as to_ffcv
-from tests.helpers import natural_image, write_folder
+from tests.helpers import DALI, invoke, natural_image, write_folder
 
 FORMATS = ("jpg", "png", "webp", "tif")
 SPEC = ViewSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-DALI = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +123,7 @@ def test_own_images_are_turned_and_the_benchmarks_are_not(tmp_path):
 def test_converters_store_images_upright_or_say_that_they_do_not(oriented, tmp_path, convert, on):
     options = ["--workers", "1", *["--write-mode", "passthrough"] * (convert is to_ffcv)]
     options += ["--exif-orientation"] * on
-    done = CliRunner().invoke(convert, [str(oriented), str(tmp_path), *options])
+    done = invoke(convert, oriented, tmp_path, *options)
     assert done.exit_code == 0, done.output
     assert f"EXIF orientation {'applied' if on else 'ignored'}: 21" in done.stderr
     stored = open_source(tmp_path, "train")

@@ -5,45 +5,31 @@ Either the loading stops and names the image, or the next image replaces it.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.pipelines.beton import BetonWriter, open_beton
 from rsa_fast.pipelines.packed import ENTRY, Packed
 from rsa_fast.pipelines.shards import ShardWriter, open_shards, shard_path
-from tests.helpers import natural_image, write_folder
+from tests.helpers import DALI, FFCV, jpeg, write_folder
+from tests.pipelines.backends import SPEC
 
-SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 COUNT, BATCH = 24, 8  # An epoch reads every image.
-DALI = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
-FFCV = pytest.mark.skipif(
-    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
-)
+
+
 READ_FILES = ["native", pytest.param("dali", marks=DALI), "torchvision"]
 while_reading = pytest.mark.parametrize("backend", READ_FILES)
 every_backend = pytest.mark.parametrize("backend", ["resident", *READ_FILES])
-
-
-def jpeg(seed: int, height: int, width: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(natural_image(seed, height, width)).save(file, "JPEG", quality=92)
-    return file.getvalue()
 
 
 def bomb(data: bytes) -> bytes:
@@ -262,7 +248,7 @@ def write_packed(data: Path, form: str) -> Callable[[], Packed]:
         description = {"format": "shards", "version": 1, "count": COUNT, "classes": ["a", "b", "c"]}
         (data / "train.json").write_text(json.dumps(description))
     for i in range(COUNT):
-        image = jpeg(i, 20, 20)
+        image = jpeg(i)
         entries[i] = (*writer.append(image, i % 3), len(image), i % 3, 20, 20, False)
     writer.finish(entries)
     writer.close()
@@ -293,7 +279,7 @@ def overwrite(packed: Packed, sample: int, content: bytes) -> None:
 def test_an_image_overwritten_in_its_file_is_named_or_stood_in_for(tmp_path, backend, form):
     packed = write_packed(tmp_path / "data", form)()
     source, order = open_source(tmp_path / "data", "pretrain"), Order(COUNT, BATCH, 5)
-    bad = {4: b"\xff\xd8", 5: jpeg(1, 8, 8), 23: bomb(jpeg(23, 20, 20))}
+    bad = {4: b"\xff\xd8", 5: jpeg(1, 8, 8), 23: bomb(jpeg(23))}
     file = "train.beton" if form == "beton" else r"shard-00000\d.tar"
     with open_loader(source, "torchvision", threads=1) as loader:
         whole = views_of(loader.batches(1), epoch_ids(order, 1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,33 +15,15 @@ import torch
 from rsa_fast.insight.profiling import evict
 from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
 from rsa_fast.pipelines.extents import Extents
-from tests.helpers import read_bytes, write_raw_beton
+from tests.helpers import FFCV, invoke, read_bytes, write_raw_beton
+from tests.pipelines.backends import SPEC, open_loader
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
-)
-SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
-
-def open_loader(
-    data,
-    backend="ffcv",
-    reads=VIEWS,
-    rank=0,
-    world_size=1,
-    dtype=torch.float32,
-    spec=SPEC,
-    **options,
-):
-    source = open_source(data, "pretrain")
-    order = Order(len(source.manifest), 8, 5, rank, world_size)
-    loading = Loading(backend, **options)
-    return open_views(source, spec, frozenset(reads), order, dtype=dtype, loading=loading)
+pytestmark = FFCV
 
 
 @pytest.fixture(scope="module")
 def loader(beton):
-    with open_loader(beton) as opened:
+    with open_loader(beton, "ffcv") as opened:
         yield opened
 
 
@@ -71,7 +52,7 @@ def test_views_equal_the_reference_and_are_never_overwritten(loader, reference):
 def test_flips_and_turns_equal_the_reference(beton, aggressive_on):
     aerial = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
     with (
-        open_loader(beton, spec=aerial, aggressive_on=aggressive_on) as ours,
+        open_loader(beton, "ffcv", spec=aerial, aggressive_on=aggressive_on) as ours,
         open_loader(beton, "torchvision", spec=aerial, threads=1) as theirs,
     ):
         reads = VIEWS if aggressive_on == "host" else VIEWS[:2]
@@ -90,7 +71,7 @@ def test_of_a_cold_file_only_the_images_of_the_batches_are_read(loader, tmp_path
     monkeypatch.setattr(
         Extents, "read_soon", lambda extents, ids: asked.append(ids) or ask(extents, ids)
     )
-    with open_loader(tmp_path, threads=1, prefetch_batches=1) as cold:
+    with open_loader(tmp_path, "ffcv", threads=1, prefetch_batches=1) as cold:
         if fault := evict([path]):
             pytest.skip(f"files cannot be dropped from the page cache here: {fault}")
         before = read_bytes()
@@ -140,7 +121,7 @@ def test_ranks_see_together_what_one_rank_sees_and_read_only_what_they_are_asked
 
 
 def test_the_device_makes_the_aggressive_views_of_the_same_weak_ones(beton, reference):
-    with open_loader(beton, aggressive_on="device", threads=1) as opened:
+    with open_loader(beton, "ffcv", aggressive_on="device", threads=1) as opened:
         ours = next(iter(opened.batches(0)))
     assert equal(ours, reference[0], ("weak_1", "weak_2"))
     gap = (ours.aggressive_1 - reference[0].aggressive_1).abs().mean() * 0.2 * 255
@@ -148,15 +129,12 @@ def test_the_device_makes_the_aggressive_views_of_the_same_weak_ones(beton, refe
 
 
 def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
-    from click.testing import CliRunner
 
     from rsa_fast.pipelines.beton import open_beton
     from rsa_fast.tools.to_ffcv import main
 
     assert (
-        CliRunner()
-        .invoke(main, [str(folder), str(tmp_path), "--write-mode", "passthrough", "--workers", "1"])
-        .exit_code
+        invoke(main, folder, tmp_path, "--write-mode", "passthrough", "--workers", "1").exit_code
         == 0
     )
     path = tmp_path / "train.beton"
@@ -165,12 +143,12 @@ def test_a_stored_jpeg_that_does_not_decode_is_named(folder, tmp_path):
     content[entry["offset"] : entry["offset"] + entry["size"]] = bytes(int(entry["size"]))
     path.write_bytes(content)
     named = pytest.raises(ValueError, match=r"cannot decode image 11 of .*train\.beton")
-    with open_loader(tmp_path, threads=1) as opened, named:
+    with open_loader(tmp_path, "ffcv", threads=1) as opened, named:
         list(opened.batches(0))
 
 
 def test_an_error_on_ffcv_s_thread_reaches_the_one_who_reads(beton, monkeypatch):
-    with open_loader(beton) as opened, pytest.raises(MemoryError, match="no room"):
+    with open_loader(beton, "ffcv") as opened, pytest.raises(MemoryError, match="no room"):
         monkeypatch.setattr(
             opened.transfer, "take", lambda count: (_ for _ in ()).throw(MemoryError("no room"))
         )
@@ -183,14 +161,14 @@ def test_another_loader_compiles_nothing(loader, beton):
     list(loader.batches(0))
     compiled = decode_views.signatures
     for options in ({}, {"threads": 1}, {"reads": VIEWS[2:]}):
-        with open_loader(beton, **options) as opened:
+        with open_loader(beton, "ffcv", **options) as opened:
             list(opened.batches(0))
     assert decode_views.signatures == compiled
 
 
 def test_other_data_are_refused(folder):
     with pytest.raises(ValueError, match=r"backend ffcv reads \.beton files: convert"):
-        open_loader(folder)
+        open_loader(folder, "ffcv")
 
 
 def test_the_dice_are_those_of_the_sample_whatever_came_before(loader, reference):
@@ -204,17 +182,11 @@ def test_views_of_stored_jpegs_equal_pil_s_of_ffcv_s_own_pixels(imagenet, tmp_pa
 
     FFCV decodes with a faster DCT than PIL, with a difference of 1.2 levels.
     """
-    from click.testing import CliRunner
     from ffcv.libffcv import imdecode
 
     from rsa_fast.tools.to_ffcv import main
 
-    assert (
-        CliRunner()
-        .invoke(main, [str(imagenet), str(tmp_path), "--write-mode", *settings])
-        .exit_code
-        == 0
-    )
+    assert invoke(main, imagenet, tmp_path, "--write-mode", *settings).exit_code == 0
     stored = open_source(tmp_path, "pretrain")
 
     def read(sample: int) -> np.ndarray:
@@ -259,6 +231,6 @@ def test_further_fields_are_not_decoded(beton, reference, tmp_path):
         1,
     )
     writer.from_indexed_dataset(rows)
-    with open_loader(tmp_path) as opened:
+    with open_loader(tmp_path, "ffcv") as opened:
         ours = list(opened.batches(0))
     assert len(ours) == 5 and all(map(equal, ours, reference))

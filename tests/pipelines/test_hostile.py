@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from rsa_fast.pipelines.npz import read_npz
 from rsa_fast.pipelines.packed import ENTRY, read_classes
 from rsa_fast.pipelines.scan import read_cache
 from rsa_fast.pipelines.shards import INDEX, ShardWriter, shard_source
-from tests.helpers import natural_image, write_folder
+from tests.helpers import Exploit, jpeg, natural_image, write_folder
 
 COUNT = 6
 quick = settings(
@@ -43,12 +42,6 @@ def little_memory(megabytes: float = 8):
         assert tracemalloc.get_traced_memory()[1] < megabytes * 1e6
     finally:
         tracemalloc.stop()
-
-
-def jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(natural_image(seed, 20, 20)).save(file, "JPEG")
-    return file.getvalue()
 
 
 def mutations(length: int):
@@ -177,14 +170,6 @@ def test_a_table_of_tiny_imagenet_cannot_lead_out_of_the_data(tmp_path):
     (tmp_path / "data" / "val" / "images" / "secret.jpg").write_bytes(jpeg(1))
     source = open_source(tmp_path / "data", "test")
     assert list(source.manifest.paths) == ["val/images/secret.jpg"]
-
-
-class Exploit:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_arrays_that_would_run_code_or_fill_the_memory_are_refused(tmp_path):

@@ -27,14 +27,9 @@ from rsa_fast.pipelines import (
 )
 from rsa_fast.pipelines.manifest import Manifest
 from tests.helpers import DALI, natural_image, write_folder
-from tests.pipelines.backends import SPEC, batches, every_backend
+from tests.pipelines.backends import RESIZE_LEVELS, SPEC, batches, every_backend
 
 AERIAL = replace(SPEC, vertical_flip_p=0.5, quarter_turns=True)
-
-
-# DALI's resize rounds differently from PIL's, and repeats the pixels at the edges of the window
-# where PIL leaves them out. This shows on images as small as these.
-RESIZE_LEVELS = {"dali": 0.6}
 
 
 @every_backend

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from rsa_fast.insight.profiling import evict
-from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_source, open_views
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.pipelines.combined import joined, subset
 from rsa_fast.pipelines.extents import REQUEST_BYTES, Extents
 from rsa_fast.pipelines.read_ahead import ReadAhead
 from tests.helpers import read_bytes, write_raw_beton
+from tests.pipelines.backends import SPEC
 
-SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 COUNT, SIDE_PX = 96, 200
 IMAGE_BYTES = 3 * SIDE_PX**2
 

@@ -24,20 +24,14 @@ from rsa_fast.pipelines.shards import (
     stored_label,
 )
 from rsa_fast.pipelines.sources import to_rgb
-from tests.helpers import ROOT, natural_image
+from tests.helpers import NO_DALI, ROOT, encoded, natural_image
 
 COUNT = 23
 SHARD_BYTES = 40_000
-NEEDS_DALI = "needs DALI: pip install rsa-fast[dali-cu12]"
 
 
 def jpegs() -> list[bytes]:
-    files = []
-    for i in range(COUNT):
-        file = io.BytesIO()
-        Image.fromarray(natural_image(i, 40 + i, 60 - i)).save(file, "JPEG", quality=90 - i)
-        files.append(file.getvalue())
-    return files
+    return [encoded(natural_image(i, 40 + i, 60 - i), quality=90 - i) for i in range(COUNT)]
 
 
 def label(sample: int) -> int:
@@ -111,7 +105,7 @@ def test_a_sample_larger_than_a_shard_has_one_of_its_own(tmp_path):
 
 
 def test_the_indices_are_those_of_wds2idx(data, tmp_path):
-    wds2idx = pytest.importorskip("wds2idx", reason=NEEDS_DALI)
+    wds2idx = pytest.importorskip("wds2idx", reason=NO_DALI)
     for shard in (data / "train").glob("shard-*.tar"):
         creator = wds2idx.IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False)
         creator.create_index()
@@ -120,7 +114,7 @@ def test_the_indices_are_those_of_wds2idx(data, tmp_path):
 
 
 def test_dali_reads_the_shards(data):
-    pytest.importorskip("nvidia.dali", reason=NEEDS_DALI)
+    pytest.importorskip("nvidia.dali", reason=NO_DALI)
     from nvidia.dali import fn, pipeline_def
 
     shards = sorted(map(str, (data / "train").glob("shard-*.tar")))

@@ -86,6 +86,8 @@ def log_softmax(values: list[float]) -> list[float]:
     return [v - math.log(total) for v in values]
 
 
+# ---- Methods that read crops of two sizes
+
 STEP = 1e-8  # of finite differences; a longer one passes kinks of ReLUs
 MULTI_CROP = {
     "swav": {
@@ -126,6 +128,8 @@ def float_crops(seed: int) -> Batch:
     batch = some_crops(seed)
     return Batch(batch.label, {name: view.float() for name, view in batch.views.items()})
 
+
+# ---- Methods with a memory bank, and the jigsaw
 
 BANK_IMAGES = 11
 IDS = torch.tensor([7, 0, 10, 3, 2, 9])
@@ -178,6 +182,9 @@ def embed_by_loops(
     return unit(torch.stack(embeddings))
 
 
+# ---- Losses of given embeddings
+
+
 def of_embeddings(name: str, z: torch.Tensor, step: int = 0, **overrides) -> Loss:
     """The loss of a method whose networks pass their input on, for `z` `(V, B, D)`."""
     views, rows, dim = z.shape
@@ -195,6 +202,8 @@ def of_embeddings(name: str, z: torch.Tensor, step: int = 0, **overrides) -> Los
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
+
+# ---- Parameters for optimisers
 
 SHAPES = [(8, 3, 3, 3), (8,), (5, 8), (5,)]
 

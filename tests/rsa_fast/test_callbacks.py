@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import rsa_fast
 from rsa_fast.cli import main
@@ -20,6 +19,7 @@ from rsa_fast.training import checkpoint
 from rsa_fast.training.callbacks import Callback, EarlyStopping
 from rsa_fast.training.engine import StoppedError, train
 from rsa_fast.training.metrics import read_metrics
+from tests.helpers import invoke, result_of
 from tests.rsa_fast.ranks import run_ranks
 from tests.tiny_runs import same, tiny, weights
 
@@ -280,7 +280,7 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
     assert "starting again at step 5: the records after it are replaced" in caplog.text
     names = [path.name for path in checkpoint.paths_in(out / "checkpoints")]
     assert names == ["step_00000005.pt", "step_00000008.pt"]
-    done = CliRunner().invoke(main, ["train", "--out", str(out), "--resume"])
+    done = invoke(main, "train", "--out", out, "--resume")
     assert done.exit_code == 0, done.output
     assert same(weights(out), whole)
 
@@ -291,12 +291,11 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
     # A finished run starts again too, and another folder may start from it.
     path = out / "checkpoints" / "step_00000010.pt"
     copy = shutil.copytree(out, tmp_path / "copy")
-    done = CliRunner().invoke(main, ["train", "--resume-from", str(path)])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["out"] == str(out)
+    done = invoke(main, "train", "--resume-from", path)
+    assert result_of(done)["out"] == str(out)
     branch = tmp_path / "branch"
     words = ["train", "--resume-from", str(path), "--out", str(branch)]
-    done = CliRunner().invoke(main, words)
+    done = invoke(main, *words)
     assert done.exit_code == 0, done.output
     for place in (out, branch):
         assert same(weights(place), whole)
@@ -308,5 +307,5 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint step_9\.pt; in .*step_00000015.pt"):
         train(recipe, folder, out, resume_from="step_9.pt")
     words = ["train", "--out", str(out), "--resume-from", str(path), "--overwrite"]
-    done = CliRunner().invoke(main, words)
+    done = invoke(main, *words)
     assert done.exit_code == 2 and "--resume-from and --overwrite exclude" in done.output

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import resource
 import shutil
 import signal
@@ -18,6 +17,7 @@ import torch
 
 from rsa_fast.training import checkpoint
 from tests.fake_gpu import on_fake_gpu
+from tests.helpers import Exploit
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -114,30 +114,20 @@ def test_no_checkpoint_and_foreign_files_are_errors(tmp_path):
         checkpoint.load(tmp_path / "step_1.pt")
 
 
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch):
     marker, path = tmp_path / "marker", tmp_path / "run" / "step_9.pt"
     checkpoint.save(path.parent, state(5), keep_last=1)
-    torch.save({**state(9), "method": Touch(marker)}, path)
+    torch.save({**state(9), "method": Exploit(marker)}, path)
     with pytest.raises(
         ValueError,
-        match=r"step_9\.pt is damaged or no .*: it holds calls of posix\.system; wanted tensors",
+        match=r"step_9\.pt is damaged or no .*: it holds calls of posix\.mkdir; wanted tensors",
     ):
         checkpoint.load(path)
-    with pytest.warns(UserWarning, match=r"posix\.system"):
+    with pytest.warns(UserWarning, match=r"posix\.mkdir"):
         assert checkpoint.load_latest(path.parent)["step"] == 5
     monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", lambda path: [])
     # The file is refused even if torch overlooks its globals.
-    with pytest.raises(ValueError, match=r"posix\.system"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir"):
         checkpoint.load(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)

@@ -3,34 +3,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rsa_fast import distributed
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
 from rsa_fast.methods import METHODS
 from rsa_fast.training import checkpoint
+from tests.helpers import invoke, result_of
+from tests.tiny_runs import NETWORK, set_options
 
-TINY = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+TINY = NETWORK | {"precision": "fp32"}
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+run = partial(invoke, main)
 
 
 def train(folder, out, *more):
-    sets = [part for item in TINY for part in ("--set", item)]
     names = ("--dataset", "cifar10", "--method", "rsa", "--epochs", 2, "--batch-size", 8)
-    return run("train", "--data", folder, "--out", out, *names, *sets, *more)
+    return run("train", "--data", folder, "--out", out, *names, *set_options(TINY), *more)
 
 
 def test_train_ends_with_one_json_line_and_eval_reads_its_checkpoint(folder, tmp_path):
     result = train(folder, tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = result_of(result)
     assert {"images_per_s", "step_ms", "wait_pct", "knn_top1", "linear_top1"} <= last.keys()
     assert result.stdout.count("\n") == 1 and "peak_lr" in result.stderr
     newest = checkpoint.paths_in(tmp_path / "run" / "checkpoints")[-1]
@@ -143,7 +142,7 @@ def test_bad_input_is_one_line_and_a_failure(folder, tmp_path, arguments, messag
 
 
 def test_recipes_are_listed_and_shown_with_sources():
-    listed = CliRunner().invoke(main, ["recipes"])
+    listed = invoke(main, "recipes")
     names = json.loads(listed.output.splitlines()[-1])
     rows = names.pop("recipes")
     assert listed.exit_code == 0 and names == {"datasets": list(DATASETS), "methods": list(METHODS)}
@@ -154,12 +153,12 @@ def test_recipes_are_listed_and_shown_with_sources():
     )
     (line,) = [line for line in listed.output.splitlines() if line.strip().startswith("stl10/dino")]
     assert "not measured" in line
-    shown = CliRunner().invoke(main, ["recipes", "imagenet100/moco"])
+    shown = invoke(main, "recipes", "imagenet100/moco")
     fields = json.loads(shown.output.splitlines()[-1])
     assert (
         fields["queue_size"] == 65536 and "MoCo v2" in shown.output and "PAPER 4.1" in shown.output
     )
-    assert "did you mean 'cifar10'?" in CliRunner().invoke(main, ["recipes", "cifar11"]).output
+    assert "did you mean 'cifar10'?" in invoke(main, "recipes", "cifar11").output
 
 
 def test_an_ablation_is_a_method_with_its_fields(folder, tmp_path):

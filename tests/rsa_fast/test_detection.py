@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torchvision.ops import masks_to_boxes
@@ -34,6 +33,7 @@ from rsa_fast.pipelines.order import Order
 from rsa_fast.training import checkpoint
 from rsa_fast.training.metrics import Metrics, read_metrics
 from rsa_fast.training.run_folder import hold_folder
+from tests.helpers import invoke
 from tests.rsa_fast.tiny_detection import (
     CATEGORIES,
     MODEL_OPTIONS,
@@ -81,15 +81,12 @@ def weights(encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def tiny():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # Layers are too small for two threads.
+def tiny(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detection, "MODEL_OPTIONS", MODEL_OPTIONS)
         patch.setattr(detection, "LOG_STEPS", 1)
         patch.setattr(detection, "PRECISE_BN_STEPS", 1)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -352,17 +349,17 @@ def test_a_signal_stops_the_command_which_then_goes_on_to_the_same_result(
     monkeypatch.setattr(detection, "Metrics", Signalled)
     out = runs / "signalled"
     arguments = command_of(weights, coco, out)
-    stopped = CliRunner().invoke(main, arguments)
+    stopped = invoke(main, *arguments)
     assert stopped.exit_code == 75 and "SIGTERM: stopped after step 3, which is" in stopped.output
     assert [path.name for path in checkpoint.paths_in(out / "checkpoints")] == ["step_00000003.pt"]
     monkeypatch.setattr(detection, "Metrics", Metrics)
-    resumed = CliRunner().invoke(main, [*arguments, "--resume"])
+    resumed = invoke(main, *arguments, "--resume")
     assert json.loads(resumed.stdout) == {**whole_run[1], "out": str(out)}
 
 
 def test_the_command_ends_with_one_json_line(whole_run, weights, coco):
     out, result = whole_run
-    done = CliRunner().invoke(main, [*command_of(weights, coco, out), "--resume"])
+    done = invoke(main, *command_of(weights, coco, out), "--resume")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == result
 

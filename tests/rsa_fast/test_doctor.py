@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 import rsa_fast.insight.doctor as doctor
 from rsa_fast.cli import main
 from rsa_fast.insight.doctor import Check, arch_status, summary
-from tests.helpers import ROOT
+from tests.helpers import ROOT, invoke
 
 V100, A10, H100 = ("Tesla V100-SXM2-32GB", (7, 0)), ("NVIDIA A10", (8, 6)), ("NVIDIA H100", (9, 0))
 TORCH_2_11 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
@@ -316,7 +315,7 @@ def test_only_a_failed_check_fails_the_command(monkeypatch, statuses, code):
         for i, status in enumerate(statuses)
     ]
     monkeypatch.setattr(doctor, "diagnose", lambda data, out: checks)
-    result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "200"})
+    result = invoke(main, "doctor", env={"COLUMNS": "200"})
     assert result.exit_code == code
     *_, last = result.stdout.splitlines()
     assert json.loads(last) == summary(checks) and json.loads(last)["ok"] == (code == 0)
@@ -327,7 +326,7 @@ def test_only_a_failed_check_fails_the_command(monkeypatch, statuses, code):
 
 def test_this_machine_is_examined_and_the_table_says_what_the_object_says(folder, tmp_path):
     options = ["doctor", "--data", str(folder), "--out", str(tmp_path / "not" / "yet")]
-    result = CliRunner().invoke(main, options, env={"COLUMNS": "1000"})
+    result = invoke(main, *options, env={"COLUMNS": "1000"})
     *_, last = result.stdout.splitlines()
     found = json.loads(last)
     assert table_rows(result.stdout) == [list(check.values()) for check in found["checks"]]
@@ -358,7 +357,7 @@ def test_every_check_that_there_is_looks_at_this_machine(tmp_path, monkeypatch):
 
 def test_json_prints_the_object_alone(monkeypatch):
     monkeypatch.setattr(doctor, "diagnose", lambda data, out: [Check("n", "ok", "f")])
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = invoke(main, "doctor", "--json")
     assert json.loads(result.stdout) == {
         "ok": True,
         "checks": [{"name": "n", "status": "ok", "found": "f", "fix": ""}],

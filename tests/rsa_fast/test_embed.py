@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 import rsa_fast
@@ -25,7 +24,7 @@ from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.order import epoch_order
-from tests.helpers import natural_image, write_folder
+from tests.helpers import invoke, natural_image, result_of, write_folder
 from tests.rsa_fast.ranks import run_ranks
 from tests.tiny_runs import expected_features, write_untrained_run
 
@@ -97,9 +96,8 @@ def test_every_format_gives_the_same_numbers_bit_for_bit(run, folder, tmp_path):
 
 def test_the_command_and_the_function_write_the_same_file(run, folder, tmp_path):
     words = ["embed", "--checkpoint", run, "--data", folder, "--out", tmp_path / "a.csv"]
-    done = CliRunner().invoke(main, list(map(str, words)))
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 40
+    done = invoke(main, *words)
+    assert result_of(done)["rows"] == 40
     rsa_fast.embed(run, folder, tmp_path / "b.csv")
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
@@ -168,7 +166,7 @@ def test_tar_shards_are_read(run, folder, tmp_path):
     (tmp_path / "wds").mkdir()
     with tarfile.open(tmp_path / "wds" / "shard-0.tar", "w") as tar:
         tar.add(folder / "train", "train")
-    done = CliRunner().invoke(index, [str(tmp_path / "wds")])
+    done = invoke(index, tmp_path / "wds")
     assert done.exit_code == 0, done.output
     result = embed(run, tmp_path / "wds", tmp_path / "emb.npz")
     rows = read_embeddings(tmp_path / "emb.npz")

@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 from torchvision.models import resnet18
 
@@ -21,6 +18,7 @@ from rsa_fast.methods.method import build_method
 from rsa_fast.networks import Encoder
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
+from tests.helpers import Exploit, invoke, result_of
 
 
 def lived_in(network: nn.Module) -> nn.Module:
@@ -378,21 +376,20 @@ def test_eval_export_and_init_from_take_the_key(folder, tmp_path):
     scores = {}
     for key in ("student", "teacher"):
         extra = ["--dataset", "stl10", "--key", key]
-        result = CliRunner().invoke(main, [*arguments, *extra])
-        assert result.exit_code == 0, result.output
-        scores[key] = json.loads(result.stdout.splitlines()[-1])
+        result = invoke(main, *arguments, *extra)
+        scores[key] = result_of(result)
         assert scores[key] == evaluate(path, folder, "knn", dataset="stl10", key=key)
     assert scores["teacher"]["key"] == "teacher"
 
     arguments = ["export", "--checkpoint", str(path), "--key", "teacher"]
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     out = tmp_path / "teacher.safetensors"
-    result = CliRunner().invoke(main, [*arguments, "--format", "safetensors", "--out", str(out)])
+    result = invoke(main, *arguments, "--format", "safetensors", "--out", out)
     assert result.exit_code == 0, result.output
     (teacher, _), (exported, _) = load_encoder(path, key="teacher"), load_encoder(out)
     assert torch.equal(exported.conv1.weight, teacher.conv1.weight)
     assert "--key teacher" in (tmp_path / "README.md").read_text()
-    refused = CliRunner().invoke(main, ["train", str(folder), "--key", "teacher"])
+    refused = invoke(main, "train", folder, "--key", "teacher")
     assert "--key is only valid with --init-from" in refused.output
 
 
@@ -414,20 +411,10 @@ def test_the_card_of_another_network_than_the_scored_one_has_no_scores(tmp_path)
 # ---- Files that cannot be used
 
 
-class Touch:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_nothing_in_a_file_is_executed_and_what_it_wants_is_named(tmp_path, zipped):
     marker = tmp_path / "executed"
-    for content in (Touch(marker), {"args": argparse.Namespace(hook=Touch(marker))}):
+    for content in (Exploit(marker), {"args": argparse.Namespace(hook=Exploit(marker))}):
         state = {"state_dict": small().state_dict(), "more": content}
         path = tmp_path / "there.pth"
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -496,8 +483,7 @@ def test_one_flipped_bit_of_an_encoder_is_found(tmp_path):
 def test_an_encoder_from_elsewhere_is_scored_by_the_views_of_a_dataset_s_row(folder, tmp_path):
     torch.save(of_simsiam()[1], tmp_path / "there.pth")
     arguments = ["eval", "knn", "--checkpoint", str(tmp_path / "there.pth"), "--data", str(folder)]
-    refused = CliRunner().invoke(main, arguments)
+    refused = invoke(main, *arguments)
     assert refused.exit_code != 0 and "has no recipe: --dataset says" in refused.output
-    scored = CliRunner().invoke(main, [*arguments, "--dataset", "stl10"])
-    assert scored.exit_code == 0, scored.output
-    assert json.loads(scored.stdout.splitlines()[-1])["test_transform"] == "centre crop 64 px"
+    scored = invoke(main, *arguments, "--dataset", "stl10")
+    assert result_of(scored)["test_transform"] == "centre crop 64 px"

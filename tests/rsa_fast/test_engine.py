@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib.util import find_spec
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.methods import method_class
@@ -16,16 +14,8 @@ from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train, unused_gpus
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, choose_dtype, train_step
-from tests.helpers import write_folder, write_raw_beton
+from tests.helpers import DALI, FFCV, invoke, result_of, write_folder, write_raw_beton
 from tests.tiny_runs import TINY, check_resumption, same, tiny, weights
-
-DALI = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
-FFCV = pytest.mark.skipif(
-    find_spec("ffcv") is None, reason="FFCV is not installed: make setup says what it needs"
-)
 
 
 # An epoch has 5 steps: the run stops in the middle of one, or between two.
@@ -302,9 +292,8 @@ def test_an_evaluation_that_fails_leaves_a_result_and_the_commands_to_repeat_it(
     monkeypatch.undo()
     commands = [line for line in caplog.text.splitlines() if line.startswith("rsa-fast eval")]
     for command, score in zip(commands, ("knn_top1", "linear_top1"), strict=True):
-        done = CliRunner().invoke(main, shlex.split(command)[1:])
-        assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout.splitlines()[-1])[score] >= 0
+        done = invoke(main, *shlex.split(command)[1:])
+        assert result_of(done)[score] >= 0
 
 
 def test_a_gpu_without_enough_memory_is_an_error_that_says_what_helps(

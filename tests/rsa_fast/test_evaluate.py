@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 from torchvision import transforms
 
@@ -36,18 +36,10 @@ from rsa_fast.pipelines.torchvision_views import weak_view
 from rsa_fast.pipelines.views import ViewSpec
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
-from tests.helpers import natural_image, write_folder
+from tests.helpers import clusters, invoke, natural_image, result_of, write_folder
+from tests.tiny_runs import tiny
 
 CPU = torch.device("cpu")
-
-
-def clusters(
-    count: int, spread: float, seed: int, classes: int = 3
-) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % classes
-    centres = torch.eye(8)[:classes] * 2
-    return centres[labels] + spread * torch.randn(count, 8, generator=generator), labels
 
 
 def naive_knn(bank, bank_labels, queries, labels, classes, k, temperature) -> float:
@@ -311,14 +303,6 @@ def test_a_crop_larger_than_the_resized_image_is_refused(folder):
         )
 
 
-def tiny(**overrides):
-    return build_recipe(
-        "cifar10",
-        "rsa",
-        overrides={"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16, **overrides},
-    )
-
-
 def test_classifiers_are_trained_on_crops_of_8_percent_or_more_and_flips(folder):
     small = {"count": 2, "size_px": 8, "crop_area": (0.1, 0.2), "vertical_flip_p": 1}
     evaluation = Evaluation(
@@ -482,7 +466,7 @@ def untrained(tmp_path) -> Path:
 def run_eval(command: str, path: Path, data: Path) -> Result:
     """The outcome of `rsa-fast eval` with the words of `command`."""
     words = [*command.split(), "--checkpoint", str(path), "--data", str(data)]
-    return CliRunner().invoke(main, ["eval", *words])
+    return invoke(main, "eval", *words)
 
 
 @pytest.mark.parametrize(
@@ -525,8 +509,7 @@ def test_the_command_and_the_function_give_the_same_scores(
     folder, untrained, command, options, expected
 ):
     done = run_eval(command, untrained, folder)
-    assert done.exit_code == 0, done.output
-    scores, protocol = json.loads(done.stdout.splitlines()[-1]), command.split()[0]
+    scores, protocol = result_of(done), command.split()[0]
     assert expected.items() <= scores.items() and 0 <= scores[f"{protocol}_top1"] <= 100
     assert scores.get("linear_best_top1", 100) >= scores.get("linear_top1", 0)
     assert rsa_fast.evaluate(untrained, folder, protocol, **options) == scores
@@ -592,9 +575,8 @@ def test_a_run_s_folder_is_its_newest_whole_checkpoint_and_its_images(run, folde
     expected = rsa_fast.evaluate(path, folder, "knn")
     place = run.parent / "images"
     for given in (run, run / "checkpoints", path):
-        done = CliRunner().invoke(main, ["eval", "knn", "--checkpoint", str(given)])
-        assert done.exit_code == 0, done.output
-        scores = json.loads(done.stdout.splitlines()[-1])
+        done = invoke(main, "eval", "knn", "--checkpoint", given)
+        scores = result_of(done)
         assert scores == expected | {"data": str(place)}
         assert f"images of the run in {run}: {place}" in caplog.text
         assert ("newest whole checkpoint is step_00000009.pt" in caplog.text) == (given != path)
@@ -656,9 +638,8 @@ def test_fields_say_how_images_are_sized_and_normalised(folder, untrained, tmp_p
 def test_train_and_test_folders_are_given_apart(folder, untrained):
     expected = rsa_fast.evaluate(untrained, folder, "linear")
     words = ["--train", str(folder / "train"), "--test", str(folder / "test")]
-    done = CliRunner().invoke(main, ["eval", "linear", "--checkpoint", str(untrained), *words])
-    assert done.exit_code == 0, done.output
-    scores = json.loads(done.stdout.splitlines()[-1])
+    done = invoke(main, "eval", "linear", "--checkpoint", untrained, *words)
+    scores = result_of(done)
     assert expected.pop("data") == str(folder)
     assert (scores.pop("train"), scores.pop("test")) == (words[1], words[3])
     assert scores == expected
@@ -666,11 +647,9 @@ def test_train_and_test_folders_are_given_apart(folder, untrained):
     scores = rsa_fast.evaluate(untrained, train=folder, test=folder, protocol="linear")
     assert expected.items() <= scores.items()
     for wrong in (["--train", str(folder)], [*words, "--data", str(folder)]):
-        done = CliRunner().invoke(main, ["eval", "knn", "--checkpoint", str(untrained), *wrong])
+        done = invoke(main, "eval", "knn", "--checkpoint", untrained, *wrong)
         assert done.exit_code == 1 and "--train and --test go together" in done.output
-    done = CliRunner().invoke(
-        main, ["eval", "knn", "--checkpoint", str(untrained), *words[:3], words[1]]
-    )
+    done = invoke(main, "eval", "knn", "--checkpoint", untrained, *words[:3], words[1])
     assert done.exit_code == 1 and "are among the training and the test images" in done.output
 
 
@@ -768,7 +747,7 @@ def test_the_encoder_of_a_gpu_s_run_is_scored_and_exported_on_a_cpu(folder, untr
     scores, others = (json.loads(one.stdout.splitlines()[-1]) for one in (done, expected))
     assert scores == others | {"checkpoint": str(path)}
     exported = ["--format", "safetensors", "--out", str(tmp_path / "encoder.safetensors")]
-    done = CliRunner().invoke(main, ["export", "--checkpoint", str(path), *exported])
+    done = invoke(main, "export", "--checkpoint", path, *exported)
     assert done.exit_code == 0, done.output
 
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.datasets import DATASETS
@@ -12,6 +11,7 @@ from rsa_fast.expected import GPU_HOURS, GPUS, REPORTED, expectations
 from rsa_fast.methods import METHODS
 from rsa_fast.recipes import build_recipe
 from rsa_fast.tools.gpu_hours import gpu_hours
+from tests.helpers import invoke
 
 # The epochs of the published runs: PAPER 4.1, and Table 4 for ImageNet-1K.
 EPOCHS = dict.fromkeys(DATASETS, 200) | {"imagenet1k-100ep": 100}
@@ -50,7 +50,7 @@ def test_a_row_s_command_starts_its_recipe(folder, tmp_path):
     for row in expectations()[:: len(METHODS) + 1]:
         _, *words = row.command.replace("DATA", str(folder)).split()
         words += ["--dry-run", "--out", str(tmp_path), "--batch-size", "32"]
-        done = CliRunner().invoke(main, words)
+        done = invoke(main, *words)
         assert done.exit_code == 0, done.output
         assert row.method in done.output and row.dataset in done.output
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -26,7 +25,7 @@ from rsa_fast.networks import Encoder
 from rsa_fast.pipelines.plain import plain_image
 from rsa_fast.recipes import Recipe, build_recipe, validate
 from rsa_fast.training import checkpoint
-from tests.helpers import code_of
+from tests.helpers import code_of, invoke
 
 INSTALL = "is not installed: pip install 'rsa-fast[export,dev]'"
 safetensors = pytest.importorskip("safetensors", reason=f"safetensors {INSTALL}")
@@ -98,11 +97,8 @@ def test_the_card_s_code_loads_a_file_that_gives_the_encoder_s_features(
     for library in {"onnx": ["onnx", "onnxscript", "onnxruntime"]}.get(format, []):
         pytest.importorskip(library, reason=f"{library} {INSTALL}")
     out = tmp_path / f"encoder.v2{SUFFIXES[format]}"
-    result = CliRunner().invoke(
-        main,
-        ["export", "--checkpoint", path, "--format", format, "--out", out],
-        standalone_mode=False,
-    )
+    words = ("--checkpoint", path, "--format", format, "--out", out)
+    result = invoke(main, "export", *words, standalone_mode=False)
     assert result.exit_code == 0, result.output
     parameters = sum(p.numel() for p in encoder.parameters())
     assert json.loads(result.stdout) == {

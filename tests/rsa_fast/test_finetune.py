@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation import linear
@@ -23,7 +21,7 @@ from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, train_step
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
 from tests.rsa_fast.ranks import run_ranks
 from tests.tiny_runs import same, tiny, weights
 
@@ -265,9 +263,8 @@ def test_an_encoder_from_elsewhere_is_fine_tuned_from_the_command_line(run, fold
     command = ["finetune", "--checkpoint", foreign, "--data", folder, "--out", tmp_path / "out"]
     command += ["--dataset", "cifar10", "--epochs", 1, "--batch-size", 8, "--head-lr", 0.5]
     command += ["--set", "views.size_px=16", "--set", "eval_resize_px=null"]
-    done = CliRunner().invoke(main, list(map(str, command)))
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = invoke(main, *command)
+    result = result_of(done)
     assert result["method"] == "finetune" and result["finetune_top1"] is not None
     recipe = load_encoder(tmp_path / "out")[1]
     assert (recipe.arch, recipe.width, recipe.stem) == ("resnet18", 4, "cifar")
@@ -276,5 +273,5 @@ def test_an_encoder_from_elsewhere_is_fine_tuned_from_the_command_line(run, fold
 
 def test_pre_training_does_not_offer_it(folder):
     asked = ["train", "--method", "finetune", "--dataset", "cifar10", "--data", str(folder)]
-    refused = CliRunner().invoke(main, asked)
+    refused = invoke(main, *asked)
     assert refused.exit_code == 1 and "no method 'finetune'" in refused.output

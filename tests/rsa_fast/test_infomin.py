@@ -8,23 +8,14 @@ import pytest
 import torch
 
 from rsa_fast.methods.method import info_nce, patch_orders, unit
-from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe
-from tests.rsa_fast.small_methods import BATCH, NOW, embed_by_loops, rows, small
+from tests.rsa_fast.small_methods import BATCH, NOW, embed_by_loops, rows, small, some_batch
 
-
-def some_batch() -> Batch:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64)
-
-    views = {f"aggressive_{k}": noise(3, 8, 8) for k in (1, 2)}
-    return Batch(torch.zeros(BATCH, dtype=torch.int64), views | {"patches_3": noise(9, 3, 8, 8)})
+VIEWS = ("aggressive_1", "aggressive_2", "patches_3")
 
 
 def test_both_queries_find_one_key_in_one_snapshot_of_the_queue_which_then_gets_the_keys():
-    method, batch = small("infomin"), some_batch()
+    method, batch = small("infomin"), some_batch(names=VIEWS)
     probe = copy.deepcopy(method)
     q = unit(probe.online(batch.aggressive_1))
     orders = patch_orders(method.seed, NOW, BATCH)
@@ -65,7 +56,7 @@ def test_the_target_has_no_jigsaw_and_follows_the_rest():
 def test_gradients_by_queries_equal_finite_differences_and_keys_have_none():
     q, k, queue = rows(4, 3, 0).requires_grad_(), rows(4, 3, 1), rows(7, 3, 2).T
     assert torch.autograd.gradcheck(lambda q: info_nce(q, k, queue, 0.15), (q,))
-    keys, every = small("infomin").keys(some_batch().aggressive_2)
+    keys, every = small("infomin").keys(some_batch(names=VIEWS).aggressive_2)
     assert not keys.requires_grad and not every.requires_grad
 
 

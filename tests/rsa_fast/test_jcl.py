@@ -13,19 +13,11 @@ from rsa_fast.methods.method import info_nce, unit
 from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 from tests.rsa_fast.ranks import mean, mine, run_ranks
-from tests.rsa_fast.small_methods import BATCH, dot, rows, small
+from tests.rsa_fast.small_methods import BATCH, dot, rows, small, some_batch
 
 NOW = {"lambda_": 0.7}
 KEYS = 4  # of each query
-
-
-def some_batch(seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        f"aggressive_{k}": torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
-        for k in range(1, KEYS + 2)
-    }
-    return Batch(torch.zeros(BATCH, dtype=torch.int64), views)
+VIEWS = tuple(f"aggressive_{k}" for k in range(1, KEYS + 2))
 
 
 def keys_of(images: int, count: int = KEYS, dim: int = 3) -> torch.Tensor:
@@ -73,7 +65,7 @@ def test_gradients_by_queries_equal_finite_differences():
 
 
 def test_keys_pass_the_target_together_and_their_means_enter_the_queue():
-    method, batch = small("jcl"), some_batch()
+    method, batch = small("jcl"), some_batch(names=VIEWS)
     probe = copy.deepcopy(method)
     query, *others = batch.views.values()
     q = unit(probe.online(query))
@@ -99,7 +91,7 @@ def test_each_part_of_the_keys_comes_from_every_part_of_the_queries():
     """
     method, plain = small("jcl", bn="split:2"), small("jcl")
     plain.load_state_dict(method.state_dict())
-    batch, parts, order = some_batch(), [], [0, 3, 1, 4, 2, 5]
+    batch, parts, order = some_batch(names=VIEWS), [], [0, 3, 1, 4, 2, 5]
     for crops in ((2, 3), (4, 5)):
         images = torch.cat([batch.view(f"aggressive_{k}")[order] for k in crops])
         parts.append(unit(plain.target(images)))
@@ -115,7 +107,7 @@ def losses_and_queues() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for bn in ("sync", "split:2"):
         method, losses = small("jcl", bn=bn), []
         for step in range(2):
-            whole = some_batch(step)
+            whole = some_batch(step, VIEWS)
             batch = Batch(mine(whole.label), {k: mine(view) for k, view in whole.views.items()})
             losses.append(mean(method(batch, NOW).total.detach()))
         results[bn] = torch.stack(losses), method.queue

@@ -9,16 +9,9 @@ import torch
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.linear import fast, fit, rsa_large, rsa_small, train_head
 from rsa_fast.pipelines.order import epoch_order
+from tests.helpers import clusters
 
 CLASSES, DIM = 3, 8
-
-
-def clusters(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % CLASSES
-    return torch.eye(DIM)[labels] * 2 + spread * torch.randn(
-        count, DIM, generator=generator
-    ), labels
 
 
 def cut(epoch: int):

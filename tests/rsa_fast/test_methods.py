@@ -9,36 +9,13 @@ import sys
 import pytest
 import torch
 from torchvision.models import resnet18, resnet50
-from torchvision.models.resnet import BasicBlock
 
 from rsa_fast.methods.method import build_method, mlp
 from rsa_fast.networks import Encoder, StridedPointwise
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.schedules import tau
-
-BATCH = 6
-
-
-def small(name: str = "rsa", **overrides) -> torch.nn.Module:
-    torch.manual_seed(0)
-    fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, **overrides}
-    built = build_method(build_recipe("cifar10", name, overrides=fields)).double()
-    for network in (built.online, built.target):
-        # The initial gain of zero stops the gradient of its block's convolutions.
-        for block in network.modules():
-            if isinstance(block, BasicBlock):
-                torch.nn.init.ones_(block.bn2.weight)
-    return built
-
-
-def some_batch(seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    views = {
-        name: torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
-        for name in VIEWS
-    }
-    return Batch(torch.zeros(BATCH, dtype=torch.long), views)
+from tests.rsa_fast.small_methods import small, some_batch
 
 
 def unit_rows(x: torch.Tensor) -> list[list[float]]:
@@ -59,7 +36,7 @@ def mse(a: list[list[float]], b: list[list[float]]) -> float:
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_rsa_s_loss_is_equation_5(beta):
-    method, batch = small(), some_batch()
+    method, batch = small("rsa"), some_batch()
     probe = copy.deepcopy(method)
     views = (batch.aggressive_1, batch.aggressive_2)
     q = [unit_rows(probe.predictor(probe.online(view))) for view in views]
@@ -80,9 +57,9 @@ def test_rsa_s_gradient_holds_every_target_fixed():
     Without the stop-gradients the two would differ.
     """
     beta, batch = 0.4, some_batch()
-    method = small()
+    method = small("rsa")
     method(batch, {"beta": beta}).total.backward()
-    other = small()
+    other = small("rsa")
     q_1, q_2 = (other.predict(view) for view in (batch.aggressive_1, batch.aggressive_2))
     z_1, z_2 = (
         torch.tensor(other.project(view).tolist(), dtype=torch.float64)
@@ -103,7 +80,7 @@ def test_rsa_s_gradient_holds_every_target_fixed():
 def test_at_beta_1_no_target_network_is_heard_and_at_beta_0_no_aggressive_target():
     batch = some_batch()
     for beta, unheard in ((1.0, ("weak_1", "weak_2")), (0.0, ())):
-        one, other = small(), small()
+        one, other = small("rsa"), small("rsa")
         changed = Batch(batch.label, dict(batch.views))
         for name in unheard:
             changed.views[name] = some_batch(9).weak_1
@@ -143,7 +120,7 @@ def test_methods_need_only_the_views_they_read():
 
 
 def test_after_step_is_the_moving_average_of_weights_only():
-    method = small()
+    method = small("rsa")
     with torch.no_grad():
         for p in method.online.parameters():
             p.add_(torch.randn_like(p))
@@ -163,7 +140,7 @@ def test_the_target_moves_when_the_reference_code_moves_it():
     Our code moves it after the optimiser step.
     """
     total = 5
-    ours, theirs = small(), small()
+    ours, theirs = small("rsa"), small("rsa")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (ours, theirs)]
     losses = []
     for step in range(total):
@@ -183,7 +160,7 @@ def test_the_target_moves_when_the_reference_code_moves_it():
 
 
 def test_each_view_is_one_batchnorm_batch():
-    method = small()
+    method = small("rsa")
     method(some_batch(), {"beta": 0.3})
     for network in (method.online, method.target):
         assert network.encoder.bn1.num_batches_tracked == 2
@@ -191,7 +168,7 @@ def test_each_view_is_one_batchnorm_batch():
 
 
 def test_the_target_starts_as_a_copy_and_needs_no_gradient():
-    method = small()
+    method = small("rsa")
     for p, q in zip(method.online.parameters(), method.target.parameters(), strict=True):
         assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
         assert p.requires_grad and not q.requires_grad

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import rsa_fast
@@ -21,7 +20,7 @@ from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.insight import neighbours as module
 from rsa_fast.insight.neighbours import nearest_rows, same_class
 from rsa_fast.pipelines.layouts import open_source
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
 from tests.rsa_fast.browser import needs_browser, title_after
 from tests.tiny_runs import write_untrained_run
 
@@ -96,9 +95,8 @@ def test_the_share_of_the_same_class_and_its_chance():
 def test_the_page_shows_the_nearest_images_and_all_in_a_map(run, folder, tmp_path):
     out = tmp_path / "nn.html"
     words = ["neighbours", "--checkpoint", run, "--out", out, "--queries", 3, "--nearest", 4]
-    done = CliRunner().invoke(main, list(map(str, words)))
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = invoke(main, *words)
+    result = result_of(done)
     assert (result["images"], result["queries"], result["nearest"]) == (40, 3, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["nn.html"]  # no embeddings are left
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast import cli, distributed
 from rsa_fast.datasets import own_dataset, own_rules
 from rsa_fast.methods import METHODS
 from rsa_fast.recipes import build_recipe, dump_yaml, name_of, own_row, row
-from tests.helpers import natural_image
+from tests.helpers import invoke, natural_image, result_of
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,7 @@ def photos(tmp_path_factory):
     return place
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+run = partial(invoke, cli.main)
 
 
 def square(images: int, px: int) -> np.ndarray:
@@ -145,8 +144,7 @@ def test_a_run_needs_nothing_but_the_folder(photos, tmp_path, monkeypatch, caplo
     options = ("--epochs", 1, "--set", "width=4", "--set", "precision=fp32", "--workers", 1)
     with caplog.at_level(logging.INFO, "rsa_fast"):
         done = run("train", photos, *options)
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = result_of(done)
     assert 0 <= result["knn_top1"] <= 100
     assert (result["dataset"], result["out"]) == ("my_photos", "runs/my_photos-rsa")
     header = "\n".join(caplog.messages[:9])
@@ -175,8 +173,7 @@ def test_a_run_needs_nothing_but_the_folder(photos, tmp_path, monkeypatch, caplo
         resumed = run("train", photos, "--resume", "--epochs", 2)
     assert finished.stdout == second.stdout
     assert "the run in runs/my_photos-rsa-2 is finished" in caplog.text
-    assert resumed.exit_code == 0, resumed.output
-    assert json.loads(resumed.stdout.splitlines()[-1])["out"] == "runs/my_photos-rsa-2"
+    assert result_of(resumed)["out"] == "runs/my_photos-rsa-2"
     assert "start     at step 2 of the run in runs/my_photos-rsa-2" in caplog.text
 
     file = next((tmp_path / "runs" / "pictures" / "checkpoints").glob("*.pt"))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rsa_fast import methods
 from rsa_fast.cli import main
@@ -24,7 +23,7 @@ from rsa_fast.methods.byol import Byol
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
-from tests.helpers import ROOT
+from tests.helpers import ROOT, invoke
 from tests.tiny_runs import TINY, same, weights
 
 # Pulls both views of an image together, by the share that the recipe says.
@@ -115,7 +114,7 @@ def test_an_entry_point_is_a_method_by_its_name(installed, folder, tmp_path, nam
 
 def test_entry_points_are_listed_and_leave_the_names_of_this_package_alone(installed):
     assert method_class("byol") is Byol
-    listed = CliRunner().invoke(main, ["recipes"])
+    listed = invoke(main, "recipes")
     names = json.loads(listed.stdout.splitlines()[-1])["methods"]
     assert names == [*METHODS, "pull", "pull-module", "gone"]
     with pytest.raises(ValueError, match=r"no method 'pul' \(did you mean 'pull'\?\)"):
@@ -128,7 +127,7 @@ def test_a_name_of_this_package_looks_at_no_entry_points(monkeypatch):
     monkeypatch.setattr(metadata, "entry_points", lambda **_: pytest.fail("entry points were read"))
     method_class.cache_clear()
     assert method_class("byol") is Byol
-    assert CliRunner().invoke(main, ["train", "--help"]).exit_code == 0
+    assert invoke(main, "train", "--help").exit_code == 0
     methods.check_name("rsa")
     methods.check_name("not/there.py")
 
@@ -164,7 +163,7 @@ def test_a_faulty_file_is_refused_with_its_fault(tmp_path, fault):
     with pytest.raises(ValueError, match=message):
         build_recipe("cifar10", str(path), overrides=FIELDS)
     command = ["train", "--dataset", "cifar10", "--method", str(path), "--data", "x", "--out", "y"]
-    done = CliRunner().invoke(main, command)
+    done = invoke(main, *command)
     assert done.exit_code == 1 and done.output.startswith("Error: ")
 
 
@@ -177,7 +176,7 @@ def test_fields_of_an_own_method_are_refused_for_others_and_in_words(file):
 
 def test_the_command_line_shows_and_completes_an_own_method(file, monkeypatch):
     monkeypatch.chdir(file.parent)
-    done = CliRunner().invoke(main, ["recipes", "cifar10/pull_together.py"])
+    done = invoke(main, "recipes", "cifar10/pull_together.py")
     assert done.exit_code == 0 and "cifar10/pull-together" in done.output
     assert json.loads(done.output.splitlines()[-1])["method"] == str(file)
     (option,) = [param for param in main.commands["train"].params if param.name == "method"]

@@ -1,13 +1,11 @@
 """The planner against closed forms, a real step, the caching allocator and published figures."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
@@ -20,18 +18,12 @@ from rsa_fast.pipelines import VIEWS, Batch, open_source
 from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training.step import build_run, train_step
 from tests.fake_gpu import on_fake_gpu
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
+from tests.tiny_runs import NETWORK, set_options
 
 V100 = GPUS["v100-32g"]
 RSA = build_recipe("imagenet1k", "rsa")
-TINY = {
-    "width": 4,
-    "hidden_dim": 16,
-    "out_dim": 8,
-    "views.size_px": 16,
-    "batch_size": 8,
-    "epochs": 3,
-}
+TINY = NETWORK | {"batch_size": 8, "epochs": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +32,8 @@ def decoding(monkeypatch):
     monkeypatch.setattr(planning, "decode_images_per_s", lambda *_: 500.0)
 
 
-def tiny(dataset="cifar10", method="rsa", **fields):
-    return build_recipe(dataset, method, overrides=TINY | fields)
+def tiny(**fields):
+    return build_recipe("cifar10", "rsa", overrides=TINY | fields)
 
 
 def predicted(dataset, method, images, precision, gpu=V100, share=None):
@@ -516,12 +508,11 @@ def test_the_decode_rate_is_images_by_the_seconds_of_cpu_they_took(folder, monke
 )
 def test_bad_input_is_refused_in_one_line(arguments, message):
     names = ("--dataset", "cifar10", "--method", "rsa")
-    done = CliRunner().invoke(main, ["plan", *names, *map(str, arguments)])
+    done = invoke(main, "plan", *names, *arguments)
     assert done.exit_code == 1 and message in done.stderr and "Traceback" not in done.output
 
 
 def test_the_command_ends_with_one_json_line_and_calls_nothing_measured_but_decoding():
-    sets = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
     names = (
         "--dataset",
         "cifar10",
@@ -529,14 +520,10 @@ def test_the_command_ends_with_one_json_line_and_calls_nothing_measured_but_deco
         "rsa",
         "--gpu",
         "a100-80g",
-        "--set",
-        "backend=native",
-        "--set",
-        "precision=fp16",
     )
-    done = CliRunner().invoke(main, ["plan", *names, *sets])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout.splitlines()[-1])
+    fields = TINY | {"backend": "native", "precision": "fp16"}
+    done = invoke(main, "plan", *names, *set_options(fields))
+    found = result_of(done)
     names = (
         "peak_gib_per_gpu",
         "tflop_per_step",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast.cli import main
@@ -18,7 +16,7 @@ from rsa_fast.evaluation.finetune import finetune
 from rsa_fast.evaluation.predict import predict
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
 from tests.tiny_runs import tiny
 
 CLASSES = ("class_0", "class_1", "class_2")
@@ -79,9 +77,8 @@ def test_a_flat_folder_and_its_bad_image(tuned, tmp_path, caplog):
         (flat / f"{name}.jpg").write_bytes(path.read_bytes())
     (flat / "broken.jpg").write_bytes(images[0].read_bytes()[:50])
     command = ["predict", "--checkpoint", tuned, "--data", flat, "--out", tmp_path / "out.csv"]
-    done = CliRunner().invoke(main, list(map(str, command)))
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
+    done = invoke(main, *command)
+    result = result_of(done)
     assert (result["images"], result["left_out"]) == (3, 1) and "no row" in caplog.text
     rows = rows_in(tmp_path / "out.csv")
     assert list(rows[0]) == ["file", "class", "probability"]

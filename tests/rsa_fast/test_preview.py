@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast.cli import main
@@ -24,14 +21,8 @@ from rsa_fast.insight.preview import (
 from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.pipelines.draws import VIEW_PARAMS, draw
 from rsa_fast.recipes import build_recipe
-from tests.helpers import write_folder
-
-# DALI's resize rounds differently from PIL's: see tests/pipelines/test_loaders.py.
-RESIZE_LEVELS = {"dali": 0.6}
-DALI = pytest.mark.skipif(
-    find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install rsa-fast[dali-cu12]",
-)
+from tests.helpers import DALI, invoke, result_of, write_folder
+from tests.pipelines.backends import RESIZE_LEVELS
 
 
 def recipe(backend="resident", **overrides):
@@ -217,9 +208,7 @@ def test_a_comparison_states_and_shows_how_far_apart_two_backends_are(
 
 def command(folder, out, *more: object):
     sets = ("--dataset", "cifar10", "--set", "views.size_px=16")
-    return CliRunner().invoke(
-        main, ["preview", "--data", str(folder), "--out", str(out), *sets, *map(str, more)]
-    )
+    return invoke(main, "preview", "--data", folder, "--out", out, *sets, *more)
 
 
 @pytest.mark.parametrize("other", ["native", "torchvision", pytest.param("dali", marks=DALI)])
@@ -237,8 +226,7 @@ def test_the_command_compares_a_backend_with_itself_and_with_another(folder, tmp
             "--seed",
             2,
         )
-        assert done.exit_code == 0, done.output
-        result = json.loads(done.stdout.splitlines()[-1])
+        result = result_of(done)
         assert (result["backend"], result["compare"], result["images"]) == (backend, other, 5)
         assert (
             result["difference_levels"].keys() == set(VIEWS)
@@ -266,7 +254,7 @@ def test_the_command_draws_the_views_of_its_seed_epoch_and_recipe_file(folder, t
         "--images",
         2,
     ]
-    done = CliRunner().invoke(main, ["preview", *map(str, arguments)])
+    done = invoke(main, "preview", *arguments)
     assert done.exit_code == 0, done.output
     again = recipe(seed=4, **{"views.blur_p": 0})
     preview(again, open_source(folder, "pretrain"), tmp_path / "b.png", images=2, epoch=3)

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.insight import profiling, timeline, tuning
@@ -35,8 +34,10 @@ from rsa_fast.recipes import build_recipe
 from rsa_fast.training import step
 from rsa_fast.training.step import build_run, train_step
 from tests.fake_gpu import on_fake_gpu
-from tests.helpers import write_raw_beton
+from tests.helpers import invoke, result_of, write_raw_beton
+from tests.tiny_runs import set_options
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {
     "width": 4,
     "views.size_px": 16,
@@ -71,18 +72,6 @@ def noise(names: Iterable[str] = VIEWS) -> Batch:
         shape = (8, 9, 3, 8, 8) if name.startswith("patches") else (8, 3, 16, 16)
         views[name] = torch.randn(shape, generator=generator)
     return Batch(torch.arange(8) % 2, views, torch.arange(8))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Use one thread: threads that wait for each other are slow on a busy machine.
-
-    The figures here do not depend on the number of threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Clock:
@@ -445,21 +434,14 @@ def test_peak_memory_of_a_process_is_forgotten_and_found_again():
 
 
 def command(*words: object):
-    sets = (
-        part
-        for key, value in {**TINY, "out_dim": 8}.items()
-        for part in ("--set", f"{key}={value}")
-    )
-    return CliRunner().invoke(
-        main, [str(word) for word in ("profile", "--dataset", "cifar10", *sets, *words)]
-    )
+    sets = set_options(TINY | {"out_dim": 8})
+    return invoke(main, "profile", "--dataset", "cifar10", *sets, *words)
 
 
 def test_the_command_reports_a_table_a_page_a_trace_and_json(folder, tmp_path):
     files = ("--trace", tmp_path / "made" / "trace.json", "--html", tmp_path / "new" / "page.html")
     done = command("--data", folder, "--repeats", 1, "--seconds", 0, *files)
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = result_of(done)
     assert report["rsa_over_byol"] > 0 and report["stages_us"].keys() == {
         "read",
         "decode",
@@ -591,8 +573,7 @@ def test_tuning_on_a_gpu_tries_native_and_dali_by_turns_with_both_of_dali_s_deco
 def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp_path):
     out = tmp_path / "new" / "tuned.yaml"
     done = command("--data", folder, "--tune", "--budget-s", 0, "--out", out)
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = result_of(done)
     assert result["tried"] == 1 < result["candidates"] and result["over_own"] == 1
     words = (
         "train",
@@ -606,7 +587,7 @@ def test_the_command_tunes_in_no_time_and_train_takes_what_it_writes(folder, tmp
         "--out",
         tmp_path / "run",
     )
-    train = CliRunner().invoke(main, [str(word) for word in words])
+    train = invoke(main, *words)
     assert train.exit_code == 0 and "backend: native" in train.output
 
 

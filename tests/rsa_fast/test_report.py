@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast.cli import main
@@ -21,8 +20,9 @@ from rsa_fast.insight.page import UNITS, Axis, Line, chart, command_line, ticks
 from rsa_fast.insight.report import read_runs, report
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.training.run_folder import try_to_report
+from tests.helpers import invoke
 from tests.rsa_fast.browser import browse, needs_browser, title_after
-from tests.tiny_runs import expected_features, write_untrained_run
+from tests.tiny_runs import NETWORK, expected_features, set_options, write_untrained_run
 
 STEPS_PER_EPOCH = 10  # of write_run
 
@@ -449,7 +449,7 @@ def test_a_run_without_records_is_left_out_with_a_message(tmp_path, caplog):
 def test_the_command_writes_the_page_and_says_where(tmp_path):
     folders = [write_run(tmp_path / name) for name in ("rsa", "byol")]
     out = tmp_path / "both.html"
-    done = CliRunner().invoke(main, ["report", *map(str, folders), "--out", str(out)])
+    done = invoke(main, "report", *folders, "--out", out)
     assert done.exit_code == 0 and json.loads(done.stdout) == {"out": str(out)}
     assert "<title>rsa, byol</title>" in out.read_text()
 
@@ -471,7 +471,7 @@ def test_bad_input_is_one_line_and_no_page(tmp_path, monkeypatch, arguments, mes
     for name in ("empty", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "begun" / "metrics.jsonl").touch()
-    done = CliRunner().invoke(main, ["report", *arguments])
+    done = invoke(main, "report", *arguments)
     assert done.exit_code != 0 and message in done.output and "Traceback" not in done.output
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.pdf"))
 
@@ -557,8 +557,7 @@ def test_a_thousand_classes_make_one_picture_without_names(tmp_path):
 def test_the_page_of_a_run_of_two_processes_has_its_pictures(folder, tmp_path):
     words = ["--dataset", "cifar10", "--data", folder, "--out", tmp_path / "run", "--nproc", 2]
     words += ["--epochs", 1, "--batch-size", 8, "--no-eval"]
-    for field in ("width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"):
-        words += ["--set", field]
+    words += set_options(NETWORK | {"precision": "fp32"})
     command = [sys.executable, "-m", "rsa_fast", "train", *map(str, words)]
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     page = (tmp_path / "run" / "report.html").read_text()

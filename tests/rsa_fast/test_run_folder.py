@@ -12,12 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.evaluation.encoders import load_encoder
@@ -31,14 +31,8 @@ from rsa_fast.training import step as step_module
 from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.run_folder import hold_folder, read_starts
-from tests.helpers import ROOT, write_folder
+from tests.helpers import ROOT, invoke, write_folder
 from tests.tiny_runs import same, tiny, weights
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """40 images without a test split: an epoch has 5 steps, and nothing is evaluated."""
-    return write_folder(tmp_path_factory.mktemp("data"), {"train": 20})
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +42,7 @@ def finished(folder, tmp_path_factory) -> tuple[Path, dict]:
     return out, train(tiny(epochs=2), folder, out)
 
 
-def run(*words: object):
-    return CliRunner().invoke(main, list(map(str, words)))
+run = partial(invoke, main)
 
 
 def content(folder: Path) -> dict[Path, tuple[bytes, int]]:

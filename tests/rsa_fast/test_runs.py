@@ -7,13 +7,13 @@ import os
 import time
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.cli import main
 from rsa_fast.insight import runs
 from rsa_fast.insight.report import report
 from rsa_fast.insight.runs import find_runs, state_of, watch
 from rsa_fast.training.run_folder import LOCK, hold_lock
+from tests.helpers import invoke
 
 
 def write_run(folder, *, step, result=None, total_steps=40):
@@ -77,7 +77,7 @@ def test_runs_are_listed_from_the_newest_and_torch_is_not_imported(tmp_path, mon
             os.utime(path, (time.time() - age_s,) * 2)
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["runs", "."], env={"COLUMNS": "120"})
+    done = invoke(main, "runs", ".", env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     heading, *rows, last = done.stdout.splitlines()
     assert heading.split() == ["run", "state", "epoch", "last", "score", "images/s", "age"]
@@ -89,9 +89,9 @@ def test_runs_are_listed_from_the_newest_and_torch_is_not_imported(tmp_path, mon
 
 def test_a_folder_without_runs_is_said(tmp_path):
     assert find_runs(tmp_path) == []
-    assert "no folder" in CliRunner().invoke(main, ["runs", str(tmp_path / "none")]).stderr
+    assert "no folder" in invoke(main, "runs", tmp_path / "none").stderr
     (tmp_path / "empty").mkdir()
-    done = CliRunner().invoke(main, ["watch", str(tmp_path / "empty")])
+    done = invoke(main, "watch", tmp_path / "empty")
     assert done.exit_code == 1 and "no run in" in done.stderr
 
 

@@ -15,7 +15,6 @@ from typing import get_args
 
 import click
 import pytest
-from click.testing import CliRunner
 
 import rsa_fast
 from rsa_fast import cli, methods, recipes
@@ -31,7 +30,7 @@ from rsa_fast.methods.method import Method
 from rsa_fast.pipelines import BACKENDS, OnBadImage
 from rsa_fast.pipelines.layouts import SPLITS
 from rsa_fast.training import engine
-from tests.helpers import ROOT, write_folder
+from tests.helpers import ROOT, invoke, write_folder
 
 # The others are those of tools/, of which the command line only has the names.
 OWN = sorted(name for name, command in main.commands.items() if isinstance(command, cli.Command))
@@ -128,9 +127,7 @@ def named():
 def test_a_mistyped_name_is_told_the_nearest(command, param):
     for name in param.type.choices:
         typed = name + "q"
-        done = CliRunner().invoke(
-            main, [command, *[param.opts[0]] * (param.param_type_name == "option"), typed]
-        )
+        done = invoke(main, command, *[param.opts[0]] * (param.param_type_name == "option"), typed)
         assert (
             done.exit_code == 1
             and f"no {param.type.name} {typed!r} (did you mean {name!r}?)" in done.output
@@ -143,19 +140,19 @@ def test_a_mistyped_name_is_told_the_nearest(command, param):
 
 @pytest.mark.parametrize("name", sorted(main.commands))
 def test_a_mistyped_command_or_option_is_told_the_nearest(name):
-    done = CliRunner().invoke(main, [name[:-2] + name[-1] + name[-2]])
+    done = invoke(main, name[:-2] + name[-1] + name[-2])
     assert done.exit_code == 2 and re.search(f"Did you mean .*'{name}'", done.output)
     for option in [
         opt for param in main.commands[name].params for opt in param.opts if opt.startswith("--")
     ]:
-        done = CliRunner().invoke(main, [name, option + "q"])
+        done = invoke(main, name, option + "q")
         assert done.exit_code == 2 and re.search(f"Did you mean .*'{option}'", done.output)
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_help_shows_every_option_once_in_its_section(name):
     command = main.commands[name]
-    shown = CliRunner().invoke(main, [name, "--help"]).output
+    shown = invoke(main, name, "--help").output
     titles = [
         getattr(param, "section", "Options")
         for param in command.params
@@ -187,7 +184,7 @@ def failing(monkeypatch, tmp_path, name, error, *words):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(main.commands[name], "params", [])
     monkeypatch.setattr(main.commands[name], "callback", fail)
-    return CliRunner().invoke(main, [*words, name])
+    return invoke(main, *words, name)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -248,7 +245,7 @@ def test_a_message_is_one_line_on_stderr_with_its_rank(monkeypatch, caplog, envi
     monkeypatch.setattr(main.commands["doctor"], "params", [])
     monkeypatch.setattr(main.commands["doctor"], "callback", lambda: log.info("a message"))
     for _ in range(2):
-        done = CliRunner(env=environment).invoke(main, ["doctor"])
+        done = invoke(main, "doctor", env=environment)
         assert (done.exit_code, done.stdout, done.stderr) == (0, "", line)
     assert caplog.messages == ["a message"] * 2
 

@@ -14,12 +14,12 @@ import termios
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast import cli, terminal
 from rsa_fast.cli import main
 from rsa_fast.methods import FILES
 from rsa_fast.recipes import Recipe, meanings, recipe_type
+from tests.helpers import invoke
 
 
 def on_terminal(*arguments: object, columns: int = 80) -> tuple[int, str]:
@@ -49,7 +49,7 @@ def test_a_terminal_gets_a_table_where_a_pipe_gets_json_too(tmp_path):
     arguments = ("runs", str(tmp_path))
     code, shown = on_terminal(*arguments)
     assert code == 0 and shown == "no runs here: rsa-fast train my_photos starts one\n"
-    piped = CliRunner().invoke(main, arguments).stdout.splitlines()
+    piped = invoke(main, *arguments).stdout.splitlines()
     assert piped[:-1] == shown.splitlines() and json.loads(piped[-1]) == {"runs": []}
     code, shown = on_terminal(*arguments, "--json")
     assert json.loads(shown) == {"runs": []}

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast import build_recipe, evaluate, train
@@ -19,15 +17,13 @@ from rsa_fast.insight import planning, profiling, tuning
 from rsa_fast.pipelines import Source, open_source
 from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import Recipe
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
+from tests.tiny_runs import NETWORK
 
-FIELDS = {
+pytestmark = pytest.mark.usefixtures("one_thread")
+FIELDS = NETWORK | {
     "epochs": 1,
     "batch_size": 8,
-    "width": 4,
-    "hidden_dim": 16,
-    "out_dim": 8,
-    "views.size_px": 16,
     "device": "cpu",
     "precision": "fp32",
     "threads": 1,
@@ -35,16 +31,8 @@ FIELDS = {
 }
 
 
-def tiny(method: str = "byol", **overrides) -> Recipe:
-    return build_recipe("cifar10", method, overrides={**FIELDS, **overrides})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # Layers are too small for two threads.
-    yield
-    torch.set_num_threads(threads)
+def tiny(**overrides) -> Recipe:
+    return build_recipe("cifar10", "byol", overrides=FIELDS | overrides)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +128,7 @@ def test_plan_profile_and_tune_read_what_is_trained_on(photos, tmp_path, monkeyp
 
 
 def command(*words: object):
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
+    return result_of(invoke(main, *words))
 
 
 def test_the_commands_take_a_fraction_and_several_places(photos, folder, run, tmp_path):

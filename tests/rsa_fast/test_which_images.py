@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast import cli
 from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.recipes import dump_yaml
 from rsa_fast.training.engine import train
-from tests.helpers import write_folder
+from tests.helpers import invoke, result_of, write_folder
 from tests.tiny_runs import tiny
 
 ONE_EPOCH = {"epochs": 1, "backend": "resident"}
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+run = partial(invoke, cli.main)
 
 
 @pytest.fixture
@@ -92,8 +91,7 @@ def test_test_images_that_cannot_be_used_stop_the_start(
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe))
     words = ("--config", tmp_path / "recipe.yaml", "--no-eval", "--out", tmp_path / "out")
     done = run("train", data, *words)
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["knn_top1"] is None
+    assert result_of(done)["knn_top1"] is None
 
 
 def test_images_without_labels_need_no_option(tmp_path, caplog):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import click
 import numpy as np
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast.pipelines.sources import Source
-from tests.helpers import natural_image
+from tests.helpers import invoke, natural_image, result_of
 
 TO_JPEG = ("gray_alpha.png", "rgb.png", "cmyk.jpg")  # Passthrough cannot keep these.
 
@@ -54,6 +52,4 @@ def digests(root: Path) -> dict[str, str]:
 
 def converted(tool: click.Command, src: Path, dst: Path, *options: object) -> dict:
     """Convert, and return what `tool` reports about the train split."""
-    result = CliRunner().invoke(tool, [str(src), str(dst), "--workers", "1", *map(str, options)])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])["train"]
+    return result_of(invoke(tool, src, dst, "--workers", "1", *options))["train"]

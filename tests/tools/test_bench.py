@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.pipelines import Loader
 from rsa_fast.pipelines.views import view_name
 from rsa_fast.tools import bench
 from rsa_fast.tools.bench import main, median_ratio
+from tests.helpers import invoke, result_of
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,7 @@ from rsa_fast.tools.bench import main, median_ratio
     ],
 )
 def test_the_last_line_is_one_json_object(arguments, keys):
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout.splitlines()[-1])
+    figures = result_of(invoke(main, *arguments))
     assert keys <= figures.keys() and all(value > 0 for value in figures.values())
 
 
@@ -79,9 +77,8 @@ def test_backends_are_compared_by_the_views_that_each_makes(folder, monkeypatch)
     monkeypatch.setattr(bench, "speed_of", speed)
     monkeypatch.setattr(bench, "decoding_speed", lambda *_: (1 / DECODE_S, 2 * DECODE_S))
     words = f"backends --data {folder} --size 16 --batch-size 8 --turns 1 --seconds 0.05"
-    result = CliRunner().invoke(main, words.split())
-    assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout.splitlines()[-1])
+    result = invoke(main, *words.split())
+    figures = result_of(result)
     views_s = {backend: cost * 4 * 16**2 for backend, cost in PIXEL_S.items()}
     slowest = DECODE_S + views_s["torchvision"]
     wanted = {
@@ -137,9 +134,8 @@ def test_rsa_and_byol_train_on_every_file_backend(folder, monkeypatch):
     words = (
         f"training --data {folder} --arch resnet18 --size 16 --batch-size 8 --turns 3 --seconds 0"
     )
-    result = CliRunner().invoke(main, words.split())
-    assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout.splitlines()[-1])
+    result = invoke(main, *words.split())
+    figures = result_of(result)
     for backend in ("native", "dali", "ffcv"):
         names = ("rsa_step_ms", "byol_step_ms", "rsa_over_byol", "rsa_wait_pct")
         # The ratio is the median over the turns, and not the ratio of the medians, which is 4.
@@ -153,7 +149,7 @@ def test_all_of_them_end_in_one_json_object(monkeypatch, option):
         return SimpleNamespace(stdout=f'table of {context.info_name}\n{{"ratio": 1.5}}\n')
 
     monkeypatch.setattr("subprocess.run", measured)
-    result = CliRunner().invoke(main, ["all", "--data", ".", *option])
+    result = invoke(main, "all", "--data", ".", *option)
     assert result.exit_code == 0, result.output
     *tables, last = result.stdout.splitlines()
     names = ("views", "step", "backends", "training")

@@ -6,11 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.methods import METHODS
 from rsa_fast.tools import compare
-from tests.helpers import write_folder
+from tests.helpers import invoke, write_folder
 
 
 def test_every_method_has_a_row_whose_recipe_is_sound():
@@ -50,9 +49,9 @@ def test_a_stopped_comparison_trains_only_what_is_left(tmp_path, monkeypatch):
         return train(recipe, data, out, resume=resume)
 
     monkeypatch.setattr(compare, "train", once)
-    assert CliRunner().invoke(compare.main, arguments).exit_code == 1
+    assert invoke(compare.main, *arguments).exit_code == 1
     assert trained == ["simclr-seed0", "rsa-seed0", "rsa-seed1"]
-    result = CliRunner().invoke(compare.main, arguments)
+    result = invoke(compare.main, *arguments)
     assert result.exit_code == 0, result.output
     assert trained[3:] == ["rsa-seed1", "rsa-seed2"]
     figures = json.loads(result.stdout.splitlines()[-1])

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 from rsa_fast.pipelines.beton import BetonWriter
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.shards import ShardWriter
 from rsa_fast.tools import convert, to_dali, to_ffcv
-from tests.helpers import natural_image
-from tests.tools.mixed import digests, mixed_folder
+from tests.helpers import invoke, natural_image, result_of
+from tests.tools.mixed import digests
 
 TOOLS = {
     "ffcv": (to_ffcv.main, ["--write-mode", "proportion", "--max-resolution", "60"]),
@@ -35,21 +35,9 @@ WRITERS = {"ffcv": BetonWriter, "dali": ShardWriter}
 both = pytest.mark.parametrize("tool", TOOLS)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return mixed_folder(tmp_path_factory.mktemp("images"))
-
-
 def run(tool: str, src: Path, dst: Path, *options: object) -> Result:
     command, usual = TOOLS[tool]
-    return CliRunner().invoke(
-        command, [str(src), str(dst), "--workers", "1", *usual, *map(str, options)]
-    )
-
-
-def written(result: Result) -> dict:
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.splitlines()[-1])
+    return invoke(command, src, dst, "--workers", "1", *usual, *options)
 
 
 def refusal(result: Result) -> str:
@@ -98,20 +86,20 @@ def test_a_kill_at_any_moment_changes_no_byte(tool, images, tmp_path):
         dst = tmp_path / f"killed_{event}"
         assert forked(die_at, event, tool, src, dst) == -signal.SIGKILL
         assert digests(dst) != wanted or event == events - 1
-        written(run(tool, src, dst))
+        result_of(run(tool, src, dst))
         assert digests(dst) == wanted, event
 
 
 @both
 def test_what_a_kill_leaves_beyond_the_journal_is_cut(tool, images, tmp_path):
-    written(run(tool, images, tmp_path / "whole"))
+    result_of(run(tool, images, tmp_path / "whole"))
     assert forked(die_at, 21, tool, images, tmp_path / "killed") == -signal.SIGKILL
     work = tmp_path / "killed" / "train.partial"
     for path in (work / "journal", *work.glob("train.beton"), *work.glob("train/shard-*.tar")):
         with path.open("ab") as file:
             file.write(b"half written")
     result = run(tool, images, tmp_path / "killed")
-    assert written(result) and f"continuing with {work}" in result.stderr
+    assert result_of(result) and f"continuing with {work}" in result.stderr
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
@@ -132,13 +120,13 @@ def test_other_settings_or_another_source_are_refused(tool, images, tmp_path):
         (src / "train/class_0/new.jpg").unlink()
         assert digests(tmp_path / "dst") == before
         if state == "begun":
-            written(run(tool, src, tmp_path / "dst"))
+            result_of(run(tool, src, tmp_path / "dst"))
     result = run(tool, src, tmp_path / "dst")
-    assert written(result)["train"]["count"] == 14 and "is complete: left alone" in result.stderr
+    assert result_of(result)["train"]["count"] == 14 and "is complete: left alone" in result.stderr
     assert digests(tmp_path / "dst") == before
     (tmp_path / "dst" / ("val.beton" if tool == "ffcv" else "val")).rename(tmp_path / "moved")
     assert "val.json is there but" in refusal(run(tool, src, tmp_path / "dst"))
-    written(run(tool, src, tmp_path / "dst", "--jpeg-quality", 80, "--overwrite"))
+    result_of(run(tool, src, tmp_path / "dst", "--jpeg-quality", 80, "--overwrite"))
     assert (
         json.loads((tmp_path / "dst" / "train.json").read_text())["settings"]["jpeg_quality"] == 80
     )
@@ -160,7 +148,7 @@ def test_a_bad_header_is_named_before_anything_is_written(tool, images, tmp_path
 def test_damage_behind_a_header_stops_with_the_name_and_goes_on_once_repaired(
     tool, images, tmp_path
 ):
-    written(run(tool, images, tmp_path / "whole"))
+    result_of(run(tool, images, tmp_path / "whole"))
     src = shutil.copytree(images, tmp_path / "src")
     path = src / "train/class_0/rgb.png"
     whole = path.read_bytes()
@@ -168,7 +156,7 @@ def test_damage_behind_a_header_stops_with_the_name_and_goes_on_once_repaired(
     assert "train/class_0/rgb.png" in refusal(run(tool, src, tmp_path / "dst"))
     assert (tmp_path / "dst/train.partial").is_dir() and not (tmp_path / "dst/train.json").exists()
     path.write_bytes(whole)
-    written(run(tool, src, tmp_path / "dst"))
+    result_of(run(tool, src, tmp_path / "dst"))
     assert digests(tmp_path / "dst") == digests(tmp_path / "whole")
 
 
@@ -178,7 +166,7 @@ def test_damage_in_jpegs_kept_as_they_are_is_found_by_reading_back(images, tmp_p
     whole = path.read_bytes()
     middle = whole.index(b"\xff\xda") - 40  # This is in the last table before the scan.
     path.write_bytes(whole[:middle] + bytes(60) + whole[middle + 60 :])
-    result = CliRunner().invoke(to_dali.main, [str(src), str(tmp_path / "dst"), "--workers", "1"])
+    result = invoke(to_dali.main, src, tmp_path / "dst", "--workers", "1")
     assert (
         "train/class_0/3.jpg of the source is damaged" in refusal(result)
         and not (tmp_path / "dst/train").exists()
@@ -213,7 +201,7 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(tool, images, tmp_path, mo
     message = refusal(run(tool, images, tmp_path / "dst"))
     assert "is full (" in message and "run again" in message and "train.partial is kept" in message
     monkeypatch.undo()
-    written(run(tool, images, tmp_path / "dst"))
+    result_of(run(tool, images, tmp_path / "dst"))
 
 
 @both
@@ -287,8 +275,8 @@ def test_splits_and_their_order(tool, images, tmp_path):
     (tmp_path / "only_train").mkdir()
     shutil.copytree(images / "train", tmp_path / "only_train" / "train")
     result = run(tool, tmp_path / "only_train", tmp_path / "dst")
-    assert list(written(result)) == ["train"] and "has no val/ or test/" in result.stderr
-    result = written(run(tool, images, tmp_path / "both"))
+    assert list(result_of(result)) == ["train"] and "has no val/ or test/" in result.stderr
+    result = result_of(run(tool, images, tmp_path / "both"))
     assert [(split, found["count"]) for split, found in result.items()] == [
         ("train", 14),
         ("val", 2),
@@ -334,7 +322,7 @@ def test_a_class_whose_name_is_no_utf_8_comes_back(tool, tmp_path):
             (tmp_path / "src" / split / folder).mkdir(parents=True)
             image = Image.fromarray(natural_image(seed + label, 40, 40))
             image.save(tmp_path / "src" / split / folder / os.fsdecode(b"\xe9.jpg"))
-    written(run(tool, tmp_path / "src", tmp_path / "dst"))
+    result_of(run(tool, tmp_path / "src", tmp_path / "dst"))
     for split in ("pretrain", "test"):
         original, stored = (open_source(tmp_path / place, split) for place in ("src", "dst"))
         assert stored.manifest.classes == original.manifest.classes == ("ant", name)

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.recipes import build_recipe
 from rsa_fast.tools import demo
 from rsa_fast.tools.make_demo import make_demo
+from tests.helpers import invoke, result_of
 
 SMALL = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 40, "epochs": 2}
 
@@ -20,9 +20,8 @@ def test_the_demo_trains_both_methods_beside_its_baselines(tmp_path, monkeypatch
     )
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--data", str(tmp_path / "data")]
-    done = CliRunner().invoke(demo.main, arguments)
-    assert done.exit_code == 0, done.output
-    scores = json.loads(done.stdout.splitlines()[-1])
+    done = invoke(demo.main, *arguments)
+    scores = result_of(done)
     assert list(scores) == ["chance", "raw pixels", "random network", "rsa", "byol"]
     assert set(scores["chance"].values()) == {10}
     for method in ("rsa", "byol"):

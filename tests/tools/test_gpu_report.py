@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from rsa_fast.tools.gpu_report.__main__ import Part, share_of
 from rsa_fast.tools.gpu_report.predictions import predict
 from rsa_fast.tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
 from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
-from tests.helpers import ROOT
+from tests.helpers import DALI, ROOT
 
 SIZE = {"size": "{size:.1f}"}
 
@@ -305,7 +304,7 @@ def test_the_largest_gap_is_that_of_a_loop_over_all_values():
     assert loops.largest_gap(one, other | {"n": torch.tensor(6)}) == 2
 
 
-@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed: make setup")
+@DALI
 def test_dali_is_skipped_where_it_cannot_use_a_gpu():
     if torch.cuda.is_available():
         inputs.check_dali()

@@ -8,6 +8,7 @@ import re
 from rsa_fast.methods import METHODS
 from tests.fake_gpu import on_fake_gpu
 from tests.helpers import write_folder
+from tests.tiny_runs import set_options
 
 # The keys of each part's rows, and reasons why a row may be skipped on a fake V100.
 KEYS = {
@@ -40,7 +41,7 @@ def test_every_part_runs_on_a_fake_gpu(tmp_path, monkeypatch):
     program = ("-m", "tests.tools.report_on_fake_gpu")
     small = ["--batch-sizes", 2, "--images", 8, "--repeats", 2, "--minutes", 30]
     fields = {"arch": "resnet18", "width": 8, "views.size_px": 32, "batch_size": 8, "epochs": 2}
-    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    sets = set_options(fields)
     table = on_fake_gpu(*program, "--out", out, "--data", data, *small, *sets)
 
     parts = json.loads(out.read_text())["parts"]

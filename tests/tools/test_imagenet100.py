@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.tools.imagenet100 import main, make_subset, read_classes
-from tests.helpers import write_folder
+from tests.helpers import invoke, write_folder
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def test_the_subset_is_the_listed_classes_of_every_split(source, tmp_path, copy)
         str(listed),
         *["--copy"] * copy,
     ]
-    result = CliRunner().invoke(main, arguments)
+    result = invoke(main, *arguments)
     assert result.exit_code == 0, result.output
     expected = {"path": str(tmp_path / "subset"), "classes": 2, "train": 4, "val": 2}
     assert json.loads(result.stdout.splitlines()[-1]) == expected
@@ -56,9 +55,7 @@ def test_all_missing_classes_are_named_before_anything_is_written(source, tmp_pa
     shutil.rmtree(source / "val" / "class_1")
     (source / "train" / "empty").mkdir()
     (tmp_path / "list.txt").write_text("class_0\nclass_1\nghost\nempty")
-    result = CliRunner().invoke(
-        main, [str(source), str(tmp_path / "subset"), "--classes", str(tmp_path / "list.txt")]
-    )
+    result = invoke(main, source, tmp_path / "subset", "--classes", tmp_path / "list.txt")
     assert result.exit_code == 1
     named = "train/empty, train/ghost, val/class_1, val/empty, val/ghost"
     assert f"lacks 5 class folder(s), or they hold no images: {named}" in result.output

@@ -11,23 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
-from rsa_fast.pipelines import VIEWS, Loading, Order, ViewSpec, open_views
+from rsa_fast.pipelines import VIEWS, Loading, Order, open_views
 from rsa_fast.pipelines.shards import holds_shards, shard_source
 from rsa_fast.pipelines.sources import to_rgb
 from rsa_fast.tools.index import main
-from tests.helpers import natural_image
+from tests.helpers import NO_DALI, encoded, invoke, natural_image, result_of
+from tests.pipelines.backends import SPEC
 
-SPEC = ViewSpec(16, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 Member = tuple[str, bytes]
 
 
 def image(seed: int, form: str = "jpeg") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(natural_image(seed, 20 + seed, 30)).save(file, form)
-    return file.getvalue()
+    return encoded(natural_image(seed, 20 + seed, 30), form)
 
 
 def write_tar(path: Path, members: Iterable[Member], form: int = tarfile.USTAR_FORMAT) -> Path:
@@ -47,13 +45,11 @@ def sample(seed: int, label: object, key: str = "", suffix: str = "jpg") -> list
 
 
 def run(place: Path) -> Result:
-    return CliRunner().invoke(main, [str(place)])
+    return invoke(main, place)
 
 
 def index(place: Path) -> dict[str, dict[str, object]]:
-    done = run(place)
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
+    return result_of(run(place))
 
 
 def content(source, seeds: Iterable[int], labels: list[int], form: str = "jpeg") -> None:
@@ -220,7 +216,7 @@ def test_an_index_names_only_files_of_its_folder(tmp_path):
 @pytest.mark.parametrize("backend", ["resident", "native", "dali"])
 def test_png_members_make_the_reference_s_views(tmp_path, backend):
     if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs DALI: pip install rsa-fast[dali-cu12]")
+        pytest.importorskip("nvidia.dali", reason=NO_DALI)
     members = [sample(i, i % 2, suffix="png" if i % 2 else "jpg") for i in range(8)]
     write_tar(tmp_path / "x.tar", chain.from_iterable(members))
     index(tmp_path)

@@ -4,10 +4,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.tools.make_demo import CLASSES, SHAPES, TEXTURES, main, make_demo
+from tests.helpers import invoke
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -55,7 +55,7 @@ def test_a_second_call_draws_nothing_and_a_foreign_folder_is_refused(tmp_path):
         make_demo(tmp_path / "a", per_class=6)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    result = CliRunner().invoke(main, [str(tmp_path / "mine")])
+    result = invoke(main, tmp_path / "mine")
     assert result.exit_code == 1 and "remove it, or name another folder" in result.output
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from rsa_fast.pipelines import open_source
 from rsa_fast.pipelines.files import partial_name
 from rsa_fast.tools import stage
 from rsa_fast.tools.to_dali import main as to_dali
-from tests.helpers import ROOT, write_folder, write_raw_beton
+from tests.helpers import ROOT, invoke, write_folder, write_raw_beton
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +24,13 @@ def src(tmp_path_factory) -> dict[str, Path]:
     """A .beton without a description, and shards of both splits in folders."""
     place = tmp_path_factory.mktemp("src")
     images = write_folder(place / "images", {"train": 6, "val": 2}, classes=2)
-    done = CliRunner().invoke(to_dali, [str(images), str(place / "shards"), "--workers", "1"])
+    done = invoke(to_dali, images, place / "shards", "--workers", "1")
     assert done.exit_code == 0, done.output
     return {"beton": write_raw_beton(place / "beton", 20, 40), "shards": place / "shards"}
 
 
 def run(src: Path, dst: Path, *options: str):
-    return CliRunner().invoke(stage.main, [str(src), str(dst), *options])
+    return invoke(stage.main, src, dst, *options)
 
 
 def same_images(one: Path, other: Path, split: str) -> bool:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import io
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +10,8 @@ from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.order import epoch_order
 from rsa_fast.tools.convert import RESIZE_FILTER
 from rsa_fast.tools.to_dali import main
-from tests.tools.mixed import converted, digests, kept_as_they_are, mixed_folder
-
-NEEDS_DALI = "needs DALI: pip install rsa-fast[dali-cu12]"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return mixed_folder(tmp_path_factory.mktemp("images"))
-
+from tests.helpers import NO_DALI, encoded
+from tests.tools.mixed import converted, digests, kept_as_they_are
 
 convert = partial(converted, main)
 
@@ -64,16 +55,13 @@ def test_the_short_side_is_reduced_never_enlarged(images, tmp_path):
             continue
         size = (45, width * 45 // height) if height < width else (height * 45 // width, 45)
         assert tuple(stored.manifest.sizes[i]) == size
-        file = io.BytesIO()
-        Image.fromarray(source.read(original)).resize(size[::-1], RESIZE_FILTER).save(
-            file, "JPEG", quality=80
-        )
-        assert stored.encoded(i) == file.getvalue()
+        resized = Image.fromarray(source.read(original)).resize(size[::-1], RESIZE_FILTER)
+        assert stored.encoded(i) == encoded(np.asarray(resized), quality=80)
     assert 0 < kept < 14 and result["reencoded"] == 14 - kept
 
 
 def test_dali_decodes_the_shards(images, tmp_path):
-    pytest.importorskip("nvidia.dali", reason=NEEDS_DALI)
+    pytest.importorskip("nvidia.dali", reason=NO_DALI)
     from nvidia.dali import fn, pipeline_def
 
     convert(images, tmp_path)

@@ -5,12 +5,10 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from rsa_fast.pipelines.beton import open_beton
@@ -19,25 +17,13 @@ from rsa_fast.pipelines.order import epoch_order
 from rsa_fast.pipelines.sources import to_rgb
 from rsa_fast.tools.convert import RESIZE_FILTER, Encoding, psnr_db
 from rsa_fast.tools.to_ffcv import main
-from tests.helpers import ROOT, natural_image, write_folder
-from tests.tools.mixed import converted, digests, kept_as_they_are, mixed_folder
+from tests.helpers import NO_FFCV, ROOT, encoded, invoke, natural_image, write_folder
+from tests.tools.mixed import converted, digests, kept_as_they_are
 
 ORDER = epoch_order(14, 0, 0)  # in which the 14 training images are written
-NEEDS_FFCV = "needs ffcv: pip install rsa-fast[ffcv]"
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return mixed_folder(tmp_path_factory.mktemp("images"))
 
 
 convert = partial(converted, main)
-
-
-def reencoded(pixels: np.ndarray, quality: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return file.getvalue()
 
 
 def test_the_module_runs_and_its_last_line_is_the_result(images, tmp_path):
@@ -74,7 +60,7 @@ def test_passthrough_keeps_jpegs_and_encodes_the_rest(images, tmp_path):
     assert (stored.manifest.sizes == source.manifest.sizes[ORDER]).all()  # No image is resized.
     keep = kept_as_they_are(source)
     for i, own in enumerate(ORDER.tolist()):
-        as_it_is = source.encoded(own) if keep[own] else reencoded(source.read(own), 88)
+        as_it_is = source.encoded(own) if keep[own] else encoded(source.read(own), quality=88)
         assert stored.encoded(i) == as_it_is
     assert (result["jpg"], result["raw"], result["reencoded"]) == (14, 0, 3)
     noise = [
@@ -110,7 +96,7 @@ def test_jpg_is_pil_s_jpeg_of_the_area_filtered_image(images, tmp_path):
         image, (height, width) = Image.fromarray(source.read(own)), stored.manifest.sizes[i]
         assert max(height, width) == min(60, max(image.size))
         pixels = np.asarray(image.resize((width, height), RESIZE_FILTER))
-        assert stored.encoded(i) == reencoded(pixels, 85)
+        assert stored.encoded(i) == encoded(pixels, quality=85)
     assert (
         result["reencoded"] == 14
         and 15 < result["psnr_db"]["min"] < result["psnr_db"]["median"] < 50
@@ -138,12 +124,12 @@ def test_proportion_and_smart_choose_per_image(images, tmp_path):
     assert (
         entries["raw"] == (entries["height"] * entries["width"] * 3 <= 10_000)
     ).all() and 0 < entries["raw"].sum() < 14
-    refused = CliRunner().invoke(main, [str(images), str(tmp_path / "c"), "--write-mode", "smart"])
+    refused = invoke(main, images, tmp_path / "c", "--write-mode", "smart")
     assert refused.exit_code == 2 and "needs --smart-threshold" in refused.output
 
 
 def test_sizes_are_those_of_ffcv_s_resizer_to_the_pixel_its_rounding_loses():
-    resizer = pytest.importorskip("ffcv.fields.rgb_image", reason=NEEDS_FFCV).resizer
+    resizer = pytest.importorskip("ffcv.fields.rgb_image", reason=NO_FFCV).resizer
     sizes = np.random.default_rng(0).integers(20, 900, (200, 2))
     for size, (height, width) in zip(
         sizes, Encoding("jpg", longest_px=300).sizes(sizes), strict=True
@@ -161,9 +147,7 @@ def test_sizes_are_those_of_ffcv_s_resizer_to_the_pixel_its_rounding_loses():
 def test_a_side_that_does_not_fit_the_format_is_refused(tmp_path):
     root = write_folder(tmp_path / "a", {"train": 1})
     Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(root / "train/class_0/long.png")
-    result = CliRunner().invoke(
-        main, [str(root), str(tmp_path / "b"), "--write-mode", "raw", "--max-resolution", "80000"]
-    )
+    result = invoke(main, root, tmp_path / "b", "--write-mode", "raw", "--max-resolution", "80000")
     assert (
         result.exit_code == 1 and "takes sides up to 65535 px, an image has 70000" in result.stderr
     )
@@ -171,7 +155,7 @@ def test_a_side_that_does_not_fit_the_format_is_refused(tmp_path):
 
 @pytest.mark.parametrize("mode", ["raw", "passthrough"])
 def test_ffcv_s_loader_reads_the_file(mode, tmp_path):
-    loader = pytest.importorskip("ffcv.loader", reason=NEEDS_FFCV)
+    loader = pytest.importorskip("ffcv.loader", reason=NO_FFCV)
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 

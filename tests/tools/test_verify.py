@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import ExifTags, Image
 from torchvision.datasets import ImageFolder
 
@@ -17,15 +16,13 @@ from rsa_fast.pipelines.sources import Source, read_rgb
 from rsa_fast.tools.to_dali import main as to_dali
 from rsa_fast.tools.to_ffcv import main as to_ffcv
 from rsa_fast.tools.verify import main
-from tests.helpers import natural_image, write_folder
+from tests.helpers import invoke, natural_image, write_folder
 
 LIMIT = 64 * 64  # pixels
 
 
 def run(data: Path, *options: str) -> tuple[int, dict]:
-    result = CliRunner().invoke(
-        main, [str(data), "--workers", "2", "--max-pixels", str(LIMIT), *options]
-    )
+    result = invoke(main, data, "--workers", "2", "--max-pixels", LIMIT, *options)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     assert "verify" in result.stderr and "corrupt" in result.stdout  # progress and table
     return result.exit_code, json.loads(result.stdout.splitlines()[-1])
@@ -255,7 +252,7 @@ def test_fix_does_not_reach_through_links(tmp_path):
     (tmp_path / "subset" / "train").mkdir(parents=True)
     (tmp_path / "subset" / "train" / "class_0").symlink_to(data / "train" / "class_0")
     assert run(tmp_path / "subset")[1]["paths"]["empty"] == ["train/class_0/000.jpg"]
-    result = CliRunner().invoke(main, [str(tmp_path / "subset"), "--fix"])
+    result = invoke(main, tmp_path / "subset", "--fix")
     assert result.exit_code == 1 and "1 file(s) to fix lie outside" in result.output
     assert (data / "train" / "class_0" / "000.jpg").exists() and not (
         tmp_path / "subset" / ".rsa-fast"
@@ -269,7 +266,7 @@ def test_a_damaged_sample_of_a_converted_set_is_named(tmp_path, convert, file):
     write_folder(tmp_path / "images", {"train": 4, "val": 1})
     packed = tmp_path / "packed"
     options = ["--workers", "1", *["--write-mode", "passthrough"] * (convert is to_ffcv)]
-    converted = CliRunner().invoke(convert, [str(tmp_path / "images"), str(packed), *options])
+    converted = invoke(convert, tmp_path / "images", packed, *options)
     assert converted.exit_code == 0, converted.output
     assert run(packed)[:2] == (
         0,
@@ -308,10 +305,10 @@ def test_a_converted_set_is_read_through_its_source(tmp_path, monkeypatch):
         "pretrain/11": "decodes to (7, 9) px (height, width), the manifest says (8, 9)",
         "test/3": "cannot decode image 3",
     }
-    refused = CliRunner().invoke(main, [str(tmp_path), "--fix"])
+    refused = invoke(main, tmp_path, "--fix")
     assert refused.exit_code == 1 and "then convert again" in refused.output
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):
-    result = CliRunner().invoke(main, [str(tmp_path)])
+    result = invoke(main, tmp_path)
     assert result.exit_code == 1 and "no images in" in result.output
