@@ -2,8 +2,8 @@
 
 A method's file contains the fields of its recipe, its numbers for each scale of dataset with their
 sources, its networks and its loss. Every file in this folder is found by its name, so a method
-needs no registration. A method of somebody else is a file of the same kind, given by its path, or
-an entry point of the group `rsa_fast.methods` of an installed package:
+needs no registration. A method of your own is a file of the same kind, which is given by its path.
+It can also be an entry point of the group `rsa_fast.methods` of an installed package:
 
     [project.entry-points."rsa_fast.methods"]
     my-method = "my_package.my_method"
@@ -49,10 +49,10 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def method_class(name: str) -> type[Method]:
-    """The class of a method: of this package, of an entry point, or of the file at a path.
+    """The class of a method of this package, of an entry point, or of the file at a path.
 
-    In a file or module it is the one class that defines `rows`. Raises ValueError when there is no
-    such method, when its file cannot be executed, and when its class is not complete.
+    A file or module must contain exactly one class that defines `rows`. Raises ValueError when
+    there is no such method, when its file cannot be executed, and when its class is not complete.
     """
     if name in FILES:
         return class_in(import_module(f".{FILES[name]}", __name__))
@@ -88,12 +88,12 @@ def installed_methods() -> dict[str, EntryPoint]:
 
 
 def short_name(method: str) -> str:
-    """What a method is called where it is shown: its name, or `my-method` for `a/my_method.py`."""
+    """The name under which a method is shown, such as `my-method` for `a/my_method.py`."""
     return Path(method).stem.replace("_", "-") if is_file(method) else method
 
 
 def class_in(module: ModuleType) -> type[Method]:
-    """The class of the method in a module: the one that the module defines, with `rows`."""
+    """The class of the method in a module: the only one that the module defines with `rows`."""
     methods = [
         value
         for value in vars(module).values()
@@ -101,12 +101,14 @@ def class_in(module: ModuleType) -> type[Method]:
     ]
     if len(methods) != 1:
         names = ", ".join(method.__name__ for method in methods) or "none"
-        raise ValueError(f"{module.__file__}: one class with `rows` makes a method, found {names}")
+        raise ValueError(
+            f"{module.__file__}: found {names}; a method needs exactly one class with `rows`"
+        )
     return checked(methods[0], str(module.__file__))
 
 
 def checked(method: Any, where: str) -> type[Method]:
-    """The class of a method, unchanged. Raises ValueError, naming `where`, for what it lacks."""
+    """The class of a method, unchanged. Raises ValueError with `where` if it lacks something."""
     from rsa_fast.methods.method import Method
     from rsa_fast.recipes import Recipe
 

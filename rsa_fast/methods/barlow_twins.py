@@ -12,15 +12,15 @@ loss is
 The gradient flows through both views, and through the images of other ranks. The loss, the networks
 and the numbers of ImageNet-1K are those of the code. Two things differ:
 
-- The code's sum over ranks has no backward pass of its own, so that its gradient is 1/ranks of the
-  true one (its issue 8). It is the true one here. The factor does not change how far LARS moves a
-  weight, but it does for gains and biases: with the 16 GPUs of its README, their learning rate of
-  .0048 was in effect .0003. The rows have that one.
-- On small images, only the solarized second view is that of solo-learn's recipe for CIFAR. Crops
-  and colours are those of all methods here (PAPER 4.1), and LARS has a learning rate of our own.
+- The code's sum over ranks has no backward pass, so its gradient is 1/ranks of the true one (its
+  issue 8). Here the gradient is the true one. The factor does not change how far LARS moves a
+  weight, but it changes how far gains and biases move. With the 16 GPUs of the README, their
+  learning rate of .0048 was in effect .0003, which is the one in the rows here.
+- On small images, the solarized second view is that of solo-learn's recipe for CIFAR. Crops and
+  colours are those of all methods here (PAPER 4.1). The learning rate of LARS is our choice.
 
 Both aggressive views are read. On larger images they differ, as in BYOL: the first one is always
-blurred, the second one rarely, but it is sometimes solarized.
+blurred. The second one is rarely blurred and sometimes solarized.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import at_least_float32
 
-# BYOL's pair of views, which Barlow Twins and VICReg took over.
+# BYOL's pair of views, which Barlow Twins and VICReg also use.
 ASYMMETRIC = cite(
     "Barlow Twins main.py, VICReg augmentations.py",
     views={
@@ -75,7 +75,7 @@ class BarlowTwins(Method):
     """Barlow Twins, whose projector is wider than the encoder's features."""
 
     recipe_type = BarlowTwinsRecipe
-    # LARS everywhere, as in the code and in solo-learn. After three epochs of the demo (width=8),
+    # All rows use LARS, as do the code and solo-learn. After three epochs of the demo (width=8),
     # the kNN score was 14% with SGD as in PAPER 4.1, and 36 to 39% with LARS at rates from .5 to 2.
     rows: ClassVar[Rows] = {
         "all": cite("Barlow Twins main.py; solo-learn's CIFAR recipe", optimizer="lars", bn="sync")
@@ -84,10 +84,12 @@ class BarlowTwins(Method):
         | cite("Barlow Twins main.py (.005 in the paper)", off_diagonal=0.0051)
         | cite("solo-learn's CIFAR and ImageNet-100 recipes", hidden_dim=2048, out_dim=2048)
         | cite("chosen: between ImageNet's peaks at 256 and at 2048 images", base_lr=1.0),
-        "32px": cite("solo-learn's CIFAR recipe, but for its crops and colours", views=SOLARIZED),
+        "32px": cite("solo-learn's CIFAR recipe, without its crops and colours", views=SOLARIZED),
         "64px": cite("chosen: as for CIFAR", views=SOLARIZED),
         "224px": ASYMMETRIC,
-        "imagenet100": cite("Barlow Twins issue 7: the best for ImageNet at 256", base_lr=0.4),
+        "imagenet100": cite(
+            "Barlow Twins issue 7: the best for ImageNet at 256 images", base_lr=0.4
+        ),
         "imagenet1k": cite(
             "Barlow Twins main.py", hidden_dim=8192, out_dim=8192, batch_size=2048, base_lr=0.2
         )
@@ -115,7 +117,7 @@ class BarlowTwins(Method):
 
 
 def expander(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """The projector of Barlow Twins and VICReg: three linear layers, BatchNorm and ReLU between.
+    """The projector of Barlow Twins and VICReg: three linear layers with BatchNorm and ReLU.
 
     VICReg's hidden layers have biases in its code. They change nothing, because BatchNorm subtracts
     them again.
@@ -132,11 +134,12 @@ def expander(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def products(a: Tensor, b: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Of the matrix a^T b / divisor: its diagonal `(D,)`, and the sum of the others' squares.
+    """The diagonal `(D,)` of the matrix a^T b / divisor, and the sum of the other squares.
 
-    `a` and `b`, `(N, D)`, have the rows of all ranks, and are equal on all of them. With 8192
-    outputs the matrix has 256 MiB, so each rank computes its part of the rows only. The sum is that
-    of this part times the number of ranks: its mean over the ranks is the sum over the matrix.
+    `a` and `b`, `(N, D)`, contain the rows of all ranks, and are equal on all ranks. With 8192
+    outputs the matrix has 256 MiB, so each rank computes only its part of the rows. The sum is that
+    of this part times the number of ranks. Its mean over the ranks is thus the sum over the whole
+    matrix.
     """
     first, last = (a.shape[1] * r // world_size() for r in (rank(), rank() + 1))
     with torch.autocast(a.device.type, enabled=False):

@@ -29,7 +29,7 @@ from rsa_fast.sourced import Rows, cite
 BOOTSTRAP_ROWS = {
     "all": cite("PAPER 4.1", hidden_dim=1024, out_dim=128, tau_base=0.99),
     "224px": cite("CODE methods/BYOL.py", hidden_dim=4096, out_dim=256),
-    # A target that follows faster is worth more than twice the epochs there (docs/results.md).
+    # A target that follows faster helps short runs more than twice the epochs (docs/results.md).
     "short": cite("chosen: runs of few steps", tau_base=0.97),
 }
 
@@ -72,8 +72,9 @@ class Byol(BootstrapMethod):
     recipe_type = ByolRecipe
     rows: ClassVar[Rows] = BOOTSTRAP_ROWS | {
         "imagenet1k": cite(
-            "chosen: RSA's (PAPER 4.1), and its base_lr, to compare both; no source trained BYOL "
-            "so: in PAPER Table 4 it has 4096 images for 100 and 200 epochs, or 2048 for 300",
+            "chosen: RSA's (PAPER 4.1), as its base_lr, to compare both; no source trains BYOL "
+            "with these numbers: PAPER Table 4 has 4096 images for 100 and 200 epochs, or 2048 "
+            "for 300",
             optimizer="lars",
             batch_size=2048,
             weight_decay=1e-6,

@@ -8,12 +8,13 @@ of
 
     1 / (2 (V - 1)) sum_{i, v != i} -softmax((t_i - c) / T_t) . log softmax(s_v / T_s),
 
-where i is one of the first two crops, which alone the teacher reads, and v one of all V crops. Then
-c moves towards the mean of t over both crops and all ranks. The gradient reaches the online network
-only. The target network is a moving average of it. The aggressive views of all crops are read.
+where i is one of the first two crops, and v is one of all V crops. The teacher reads only the first
+two. After the loss, c moves towards the mean of t over both crops and all ranks. The gradient
+reaches the online network only. The target network is a moving average of it. The aggressive views
+of all crops are read.
 
-The rows for ImageNet are those of the README's command for a ResNet-50, which differs from what the
-released network was trained with. As in the code, all crops of one size pass the encoder together,
+The rows for ImageNet are those of the README's command for a ResNet-50. The released network was
+trained with other numbers. As in the code, all crops of one size pass through the encoder together,
 and the last layer is not updated in the first epoch. That layer's weight normalisation with a fixed
 gain of 1 is written as a division by the norm, so its weight is the only parameter. The scores are
 computed in float32, because T_t magnifies their rounding by 25.
@@ -60,10 +61,10 @@ class Dino(TargetMethod):
     """DINO with any number of crops, of which the teacher reads the first two."""
 
     recipe_type = DinoRecipe
-    # No source trained DINO at 32 or 64 px like the other methods here. There the optimiser and the
-    # rest of the augmentation are those that PAPER 4.1 has for all methods: the dataset's. After
-    # three epochs of the demo (width=8), the kNN score was 39% with the rows below, 29% with a
-    # tau_base of .97, and 18% with that and no BatchNorm in the head: the loss stayed at ln K.
+    # No source trains DINO at 32 or 64 px in the setting of the other methods here. For these
+    # sizes, the optimiser and the rest of the augmentation are those of PAPER 4.1 for all methods.
+    # After three epochs of the demo (width=8), the kNN score was 39% with the rows below, 29% with
+    # a tau_base of .97, and 18% if the head also had no BatchNorm: then the loss stayed at ln K.
     rows: ClassVar[Rows] = {
         "all": cite(
             "DINO main_dino.py, vision_transformer.py",
@@ -79,7 +80,7 @@ class Dino(TargetMethod):
         | cite("chosen: without it, the scores of small runs become uniform", head_bn=True)
         | cite("solo-learn's CIFAR and ImageNet-100 runs", out_dim=4096)
         | cite(
-            "solo-learn's CIFAR runs, which have no local crops and blur nothing",
+            "solo-learn's CIFAR runs, which have no local crops and no blur",
             views={
                 "groups": (
                     {"name": "global_1", "count": 1},
@@ -135,7 +136,7 @@ class Dino(TargetMethod):
         self.register_buffer("centre", torch.zeros(recipe.out_dim))  # (K,)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The loss, which is ln K for equal scores. The centre moves after its use."""
+        """The loss, which is ln K if all scores are equal. Then the centre moves."""
         views = [batch.views[name] for name in self.views]
         # The target goes first to save memory, as in Byol.
         targets = self.targets(views[:2])  # (2, B, K)
@@ -145,7 +146,7 @@ class Dino(TargetMethod):
 
     @torch.no_grad()
     def targets(self, views: Sequence[Tensor]) -> Tensor:
-        """The teacher's distributions over two views `(B, 3, S, S)`, `(2, B, K)`.
+        """The teacher's distributions `(2, B, K)` for two views `(B, 3, S, S)`.
 
         Afterwards the centre moves towards the mean of the scores of all ranks.
         """

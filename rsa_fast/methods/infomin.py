@@ -14,10 +14,10 @@ without colour jitter. Each patch goes through the encoder and a head like that 
 layer takes all nine results, in a random order that depends on the seed and the step only.
 
 The gradient reaches the online network and the jigsaw's head. The target network is a moving
-average of the online network. The code also averages the jigsaw's head, which it never uses; here
-there is no such average. The blur is that of the other methods; the code has a Gaussian of 23 taps.
-The code has a recipe for ImageNet: the rows for small images are our choice. Two aggressive views
-and the patches are read.
+average of the online network. The code also averages the jigsaw's head, but never uses the average.
+Here there is none. The blur is that of the other methods, whereas the code has a Gaussian of 23
+taps. The code has a recipe for ImageNet. The rows for small images are our choice. Two aggressive
+views and the patches are read.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class InfoMin(QueueMethod):
         self.reads = frozenset({*self.image_views, self.jigsaw_view})
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The mean of both losses against the queue as it is. Then the keys enter the queue."""
+        """The mean of both losses against the current queue. Then the keys enter the queue."""
         one, two = (batch.view(name) for name in self.image_views)  # (B, 3, H, W)
         patches = batch.view(self.jigsaw_view)  # (B, 9, 3, P, P)
         k, all_k = self.keys(two)  # (B, D), (N, D)

@@ -8,14 +8,16 @@ unit-length embedding v of the image i and the temperature T, the loss is the ba
 
     -log(exp(v.m_i / T) / (exp(v.m_i / T) + sum_j exp(v.m_j / T))),
 
-where j runs over K random images, i and repetitions included, or over all images but i. Once the
-loss is computed, v is added to the bank: m_i = (m_i + v) / |m_i + v|, for a `bank_momentum` of 0.5.
+where j runs over K random images, or over all images except i. The random images may include i, and
+they may repeat. Once the loss is computed, v is added to the bank: m_i = (m_i + v) / |m_i + v|, for
+a `bank_momentum` of 0.5.
 
 The paper approximates this loss by noise-contrastive estimation (NCE). PyContrast and the authors'
-updated model have the cross-entropy itself, with 65,536 random images; the authors' CIFAR-10 recipe
-has it with all images. Both draw other random images for each image of the batch. Here a step has
-one set, the same on all ranks: the expectation is the same, and the similarities are one matrix
-product. The set depends on the seed and the step only.
+updated model compute the cross-entropy itself, with 65,536 random images. The authors' CIFAR-10
+recipe computes it with all images. PyContrast and the authors draw different random images for each
+image of the batch. Here all images of a step share one set, which is the same on all ranks. The
+expectation is the same, and the similarities are one matrix product. The set depends on the seed
+and the step only.
 
 The gradient reaches the network through v only. One aggressive view and the sample ids are read.
 """
@@ -72,7 +74,7 @@ class InstDis(BankMethod):
     reads = frozenset({"aggressive_1"})
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The loss against the bank as it is. Then all ranks' embeddings are added to the bank."""
+        """The loss against the current bank. Then all ranks' embeddings are added to the bank."""
         v = unit(self.online(batch.aggressive_1))  # (B, D)
         (loss,) = self.bank_losses(batch, [v], now)
         return Loss(loss, v, {})

@@ -2,11 +2,11 @@
 
 Source: github.com/caiqi/Joint-Contrastive-Learning.
 
-MoCo v2 compares a query with one key of its image. JCL has M of them, of M other crops, and takes
-them for samples of a Gaussian. The loss bounds the expectation of MoCo's over all its keys. With
-the unit-length online query q, target keys k_1 ... k_M, the queue m_1 ... m_K and the temperature
-T, let s_i = q.k_i / T. With the mean and the variance of s_1 ... s_M, where the variance is divided
-by M, the loss is the batch mean of
+MoCo v2 compares a query with one key of its image. JCL compares it with M keys, which belong to M
+other crops, and treats them as samples of a Gaussian. The loss bounds the expectation of MoCo's
+loss over this Gaussian. With the unit-length online query q, target keys k_1 ... k_M, the queue m_1
+... m_K and the temperature T, let s_i = q.k_i / T. With the mean and the variance of s_1 ... s_M,
+where the variance is divided by M, the loss is the batch mean of
 
     log(exp(mean + lambda / 2 variance) + sum_j exp(q.m_j / T)) - mean.
 
@@ -17,8 +17,8 @@ D x D matrix. With M = 1 this is one direction of MoCo's loss.
 The gradient reaches the online network only. The target network is a moving average of it. The
 query is the first aggressive view. The other aggressive views go through the target network in one
 forward pass, shuffled as in MoCo, so its BatchNorm sees M times as many images. mu enters the
-queue; it is shorter than 1, and it is not scaled. lambda increases with every epoch. All this is as
-in the code.
+queue. It is shorter than 1, and it is not scaled. lambda increases with every epoch. All this
+follows the code.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class JclRecipe(QueueRecipe):
         if len(groups) > 1 or groups[0].count < 2:
             counts = " and ".join(f"{group.count} of {group.name!r}" for group in groups)
             raise ValueError(
-                f"views.groups = {counts}: JCL takes one group of 2 or more crops, the query's and "
-                "those of its keys"
+                f"views.groups = {counts}: JCL takes one group of 2 or more crops, the query and "
+                "its keys"
             )
         return self
 
@@ -69,7 +69,7 @@ class Jcl(QueueMethod):
     """JCL, whose head has a hidden layer as wide as the encoder's features."""
 
     recipe_type = JclRecipe
-    # JCL's code has a recipe for ImageNet. On smaller images, the rows are those of MoCo here.
+    # JCL's code has a recipe for ImageNet. For smaller images, the rows are those of MoCo.
     rows: ClassVar[Rows] = {
         "all": QUEUE_FIELDS
         | cite("PAPER 4.1: .99 in all experiments", tau_base=0.99)
@@ -98,7 +98,7 @@ class Jcl(QueueMethod):
         self.reads = frozenset(self.views)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The loss against the queue as it is. Then the means of the keys enter the queue."""
+        """The loss against the current queue. Then the means of the keys enter the queue."""
         query, *others = (batch.views[name] for name in self.views)  # (B, 3, H, W) each
         # BatchNorm normalises P parts of the queries' batch separately. The crops of a part follow
         # those of the part before, so that ShuffleBN spreads each part over all parts of the keys.
@@ -108,7 +108,7 @@ class Jcl(QueueMethod):
         mine, every = (
             keys.view(-1, len(others), len(query) // parts, keys.shape[1])
             for keys in self.keys(images)
-        )  # (P, M, B / P, D), and the same of all ranks
+        )  # (P, M, B / P, D), and the same for all ranks
         keys = mine.transpose(0, 1).flatten(1, 2)  # (M, B, D)
         q = unit(self.online(query))  # (B, D)
         # `enqueue` changes the queue in place.
@@ -118,7 +118,7 @@ class Jcl(QueueMethod):
 
 
 def joint_nce(q: Tensor, keys: Tensor, queue: Tensor, temperature: float, lambda_: float) -> Tensor:
-    """The loss of unit rows `q`, `(B, D)`, with M unit keys each, `(M, B, D)`, batch mean.
+    """The batch mean of the loss of unit rows `q`, `(B, D)`, with M unit keys each, `(M, B, D)`.
 
     Takes the `queue`, `(D, K)`, and returns a scalar.
     """

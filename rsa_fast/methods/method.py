@@ -38,7 +38,8 @@ QUEUE_FIELDS = {
     **cite("MoCo builder.py, ReSSL backbone.py", zero_init_residual=False),
     **cite("MoCo v2", tau_schedule="fixed"),
 }
-# Parts of 32 images on 1, 2, 4 or 8 GPUs. One part on one GPU leaves ShuffleBN nothing to shuffle.
+# BatchNorm normalises parts of 32 images, on 1, 2, 4 or 8 GPUs. If one GPU had only one part,
+# ShuffleBN would have nothing to shuffle.
 EIGHT_GPUS = cite(
     "MoCo, ReSSL ressl.py: 256 images on 8 GPUs; on ImageNet-100, split:4 restores the 4 GPUs of "
     "PAPER Table 7 with 64 images each",
@@ -46,8 +47,8 @@ EIGHT_GPUS = cite(
 )
 # SimCLR's colour jitter, twice as strong as MoCo v2's.
 STRONG_JITTER = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
-PATCHES = 9  # of a jigsaw
-# What is drawn in a step has hash seeds of its own: the run's seed with one of these.
+PATCHES = 9  # in a jigsaw
+# The random numbers of a step have their own hash seeds: the run's seed XOR one of these.
 NEGATIVES_SALT, PATCHES_SALT = 0x6E65676174697665, 0x70617463686573
 # The values of a recipe's schedule at one step, by name: "lr" and, if the method has them, "tau"
 # and "beta".
@@ -71,10 +72,10 @@ class Method(nn.Module):
     """The base class: a subclass sets the class attributes, builds its networks and has `forward`.
 
     `recipe_type` is the class of its recipes, and `rows` contains its numbers for each scale of
-    dataset. `reads` names the views that `forward` uses; the loader makes no others. `encoder` is
-    the network that is trained for later use. `mean_over_images` says that the loss is a mean of
-    what each image alone contributes, but for BatchNorm: its gradient may then be accumulated over
-    parts of a batch.
+    dataset. `reads` names the views that `forward` uses. The loader makes only these. `encoder` is
+    the network that is trained for later use. `mean_over_images` is true if the loss is a mean of
+    independent terms, one for each image, except for the effect of BatchNorm. The gradient may then
+    be accumulated over parts of a batch.
 
     A method is built from its recipe and an encoder. It copies what it needs from the recipe.
     """
@@ -87,8 +88,8 @@ class Method(nn.Module):
 
     def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
         super().__init__()
-        # nn.Module would register the encoder here, and a state dict would contain it twice: the
-        # network of a subclass that contains the encoder registers it.
+        # nn.Module would register the encoder here, and a state dict would contain it twice. It is
+        # registered as a part of the subclass's network.
         object.__setattr__(self, "encoder", encoder)
 
     def forward(self, batch: Batch, now: Now) -> Loss:
@@ -105,30 +106,30 @@ class Method(nn.Module):
         """
 
     def after_backward(self, now: Now) -> None:
-        """Called before every optimiser step: a parameter whose `.grad` is set to None stays."""
+        """Called before every optimiser step. The step skips parameters whose `.grad` is None."""
 
     def after_step(self, now: Now) -> None:
         """Called after every optimiser step, with the schedule's values at the next step."""
 
     def constant_lr_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters whose learning rate stays at its peak throughout."""
+        """The parameters whose learning rate stays at its peak during the whole run."""
         return ()
 
     def lr_ratios(self) -> Mapping[nn.Parameter, float]:
-        """The learning rates of some parameters, each divided by that of the recipe."""
+        """For some parameters, their learning rate divided by that of the recipe."""
         return {}
 
     def score(self, evaluation: Evaluation, protocols: tuple[str, ...]) -> dict[str, Any]:
-        """The scores during and after training. Every rank calls this, and all get the same.
+        """The scores during and after training. Every rank calls this, and all get the same scores.
 
-        `protocols` are those that the engine wants at this point of the run.
+        `protocols` are the ones that the engine requests at this point of the run.
         """
         return evaluation.score(self.encoder, protocols)
 
     def summary(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the result of a complete run contains besides its last scores.
 
-        `records` are all of metrics.jsonl.
+        `records` are all records of metrics.jsonl.
         """
         return {}
 
@@ -162,7 +163,7 @@ class MultiCropRecipe(Recipe):
     """The fields of methods whose first two crops are the targets of all crops: SwAV and DINO."""
 
     temperature: float = Field(gt=0)  # divides the scores of all crops before the softmax
-    frozen_epochs: int = Field(ge=0)  # at the start, in which the last layer is not updated
+    frozen_epochs: int = Field(ge=0)  # the first epochs, without updates of the last layer
 
     @model_validator(mode="after")
     def crops_have_targets(self) -> MultiCropRecipe:
@@ -177,8 +178,8 @@ class MultiCropRecipe(Recipe):
     def crops_pass_together(self) -> MultiCropRecipe:
         if self.bn.startswith("split:"):
             raise ValueError(
-                f"bn = {self.bn} cuts a batch into equal parts, but all crops of one size pass "
-                "together, so that parts would be crops: use sync or local"
+                f"bn = {self.bn} cuts a batch into equal parts. All crops of one size pass "
+                "together, so that the parts would be crops: use sync or local"
             )
         return self
 
@@ -221,11 +222,11 @@ class QueueRecipe(TargetRecipe):
     temperature: float = Field(gt=0)  # divides the similarities before the softmax
 
     @model_validator(mode="after")
-    def queue_holds_a_step(self) -> QueueRecipe:
+    def queue_exceeds_a_step(self) -> QueueRecipe:
         if self.queue_size < 2 * self.batch_size:
             raise ValueError(
                 f"queue_size = {self.queue_size} is less than the two views of {self.batch_size} "
-                "images"
+                f"images: raise it to {2 * self.batch_size} or more"
             )
         return self
 
@@ -282,18 +283,18 @@ class QueueMethod(TargetMethod):
 
 
 class StepRecipe(Recipe):
-    """The recipes of methods whose random numbers in a step depend on its number."""
+    """The recipes of methods whose random numbers depend on the number of the step."""
 
     def schedule(self, step: int, derived: Derived) -> dict[str, float]:
         return super().schedule(step, derived) | {"step": step}
 
 
 class BankRecipe(StepRecipe):
-    """The fields of methods that compare embeddings with a bank of one for every image."""
+    """The fields of methods with a bank, which contains one embedding for every image."""
 
     out_dim: int = Field(ge=1)  # D, length of an embedding
     # K, the rows of the bank that an image's own row is compared with. They are drawn in every
-    # step. 0, or at least the number of images: all rows.
+    # step. All rows are used if this is 0, or at least the number of images.
     negatives: int = Field(ge=0)
     temperature: float = Field(gt=0)  # divides the similarities before the softmax
     # The weight of a row's old value when its image's new embedding is added.
@@ -319,7 +320,7 @@ class BankMethod(Method):
         self.register_buffer("bank", unit(torch.randn(images, self.out_dim)))
 
     def bank_losses(self, batch: Batch, embeddings: Sequence[Tensor], now: Now) -> list[Tensor]:
-        """For each of `embeddings` the cross-entropy of finding the images' rows in the bank by it.
+        """The cross-entropy of finding the images' rows in the bank, for each of `embeddings`.
 
         Each embedding is `(B, D)`, unit rows of the batch's images, and each loss is a scalar, the
         batch mean. All are compared with the same negatives, on all ranks. Afterwards, the first
@@ -327,7 +328,7 @@ class BankMethod(Method):
         """
         ids = batch.ids  # (B,)
         if ids is None:
-            raise ValueError("this batch has no ids, the rows of its images in the bank: pass ids=")
+            raise ValueError("this batch has no ids, which are its rows in the bank: pass ids=")
         # The backward pass needs the rows as they are now, and `update_bank` changes them in place.
         if 0 < self.negatives < len(self.bank):
             negatives = negative_ids(self.seed, now, self.negatives, len(self.bank))  # (K,)
@@ -357,7 +358,7 @@ class BankMethod(Method):
 
 
 class JigsawRecipe(StepRecipe):
-    """The fields of methods that read the patches of a jigsaw beside `image_crops` other crops."""
+    """The fields of methods that read the patches of a jigsaw and `image_crops` other crops."""
 
     image_crops: ClassVar[int]
 
@@ -392,8 +393,8 @@ def jigsaw_rows(**image: Any) -> Rows:
 class JigsawHead(nn.Module):
     """The head for the nine patches of a jigsaw: a projector for each, and a linear layer for all.
 
-    The layer gets the patches in a random order. The encoder does not know their order, so changing
-    that of its outputs equals changing that of the patches.
+    The layer gets the patches in a random order. The encoder does not depend on their order, so
+    shuffling its outputs is the same as shuffling the patches.
     """
 
     def __init__(self, projector: nn.Module, out_dim: int) -> None:
@@ -401,7 +402,7 @@ class JigsawHead(nn.Module):
         self.projector, self.join = projector, nn.Linear(PATCHES * out_dim, out_dim)
 
     def forward(self, features: Tensor, orders: np.ndarray) -> Tensor:
-        """From features of patches, `(9B, feature_dim)`, and their `orders`, `(B, 9)`: `(B, D)`."""
+        """Map features of patches, `(9B, feature_dim)`, in the `orders`, `(B, 9)`, to `(B, D)`."""
         patches = self.projector(features).unflatten(0, (-1, PATCHES))  # (B, 9, D)
         order = send(orders, features.device)[..., None]  # (B, 9, 1)
         joined: Tensor = self.join(torch.take_along_dim(patches, order, 1).flatten(1))
@@ -416,7 +417,7 @@ def patch_orders(seed: int, now: Now, images: int) -> np.ndarray:
 
 
 def negative_ids(seed: int, now: Now, count: int, images: int) -> np.ndarray:
-    """The `count` random images, of `images`, with which a step compares its own. They may repeat.
+    """The `count` random negatives of a step, out of `images`. They may repeat.
 
     They are the same on all ranks.
     """
@@ -428,7 +429,8 @@ def negative_ids(seed: int, now: Now, count: int, images: int) -> np.ndarray:
 def joint_features(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
     """The features of V views `(B, 3, S, S)`, in the order of the views: `(V B, feature_dim)`.
 
-    Consecutive views of one size pass the encoder together, so BatchNorm normalises them together.
+    Consecutive views of one size pass through the encoder together, so BatchNorm normalises them
+    together.
     """
     parts = [list(part) for _, part in groupby(views, key=lambda view: view.shape[-1])]
     return torch.cat([encoder(torch.cat(part)) for part in parts])
@@ -438,7 +440,7 @@ def cross_view_entropy(targets: Tensor, log_predictions: Tensor) -> Tensor:
     """The cross-entropy between the targets of two crops and the predictions of all other crops.
 
     Takes the distributions `targets`, `(2, B, K)`, which belong to the first two of V crops, and
-    the logarithms of those that were predicted, `(V, B, K)`. Returns the mean over the 2 (V - 1)
+    the logarithms of the predicted distributions, `(V, B, K)`. Returns the mean over the 2 (V - 1)
     pairs and the batch, a scalar.
     """
     others = log_predictions.sum(0) - log_predictions[:2]  # (2, B, K)
@@ -446,7 +448,7 @@ def cross_view_entropy(targets: Tensor, log_predictions: Tensor) -> Tensor:
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The cross-entropy of finding each query's key among that key and the queue, batch mean.
+    """The batch mean of the cross-entropy of finding each query's key among it and the queue.
 
     Takes unit rows `q` and `k`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
     """
@@ -491,9 +493,9 @@ def unit(x: Tensor) -> Tensor:
 def build_method(recipe: Recipe, own: nn.Module | None = None) -> Method:
     """A freshly initialised method for a recipe, channels_last, on the CPU.
 
-    `own` is the network that the arch `own` means; the method gets a copy.
-    The weights depend on torch's global generator, so seed it first. Raises ValueError when the
-    recipe's `bn` does not suit the number of ranks.
+    `own` is the network for the arch `own`. The method gets a copy of it. The weights depend on
+    torch's global generator, so seed it first. Raises ValueError when the recipe's `bn` does not
+    suit the number of ranks.
     """
     groups = bn_groups(recipe.bn, recipe.accumulate)
     encoder = build_encoder(recipe, own)

@@ -9,17 +9,18 @@ With the temperature T, the loss is the batch mean of (ce(v) + ce(w)) / 2, where
 
     ce(x) = -log(exp(x.m_i / T) / (exp(x.m_i / T) + sum_j exp(x.m_j / T))),
 
-and j runs over the same images for v and w: K random ones, or all but i. v and w are not compared
-with each other. Once the loss is computed, v is added to the bank, and w is not.
+and j runs over the same images for v and w: K random images, or all except i. v and w are not
+compared with each other. Once the loss is computed, v is added to the bank, and w is not.
 
 The jigsaw is nine patches of another crop of the image. Each goes through the encoder and a linear
 layer. A second linear layer takes all nine results, in a random order that depends on the seed and
 the step only. The image and the patches pass through the encoder one after the other, so BatchNorm
-has other statistics for each, and its running statistics are of both.
+normalises each with its own statistics. Its running statistics average both.
 
 As in PyContrast, the loss is the cross-entropy, and the patches have no colour jitter. VISSL has
-NCE, 32,000 random images for each term, and jitter of every patch. One set of random images for a
-step is our choice, as in InstDis. So are the rows for small images, whose jigsaws are smaller too.
+NCE, 32,000 random images for each term, and colour jitter of every patch. One set of random images
+for a step is our choice, as in InstDis. The rows for small images are our choice too, and their
+jigsaws are smaller.
 
 The gradient reaches the encoder and both heads, but not the bank. The first aggressive view, the
 patches and the sample ids are read.
@@ -67,11 +68,11 @@ class Pirl(BankMethod):
         self.reads = frozenset({self.image_view, self.jigsaw_view})
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The mean of both losses against the bank as it is. Then v is added to the bank."""
+        """The mean of both losses against the current bank. Then v is added to the bank."""
         image = batch.view(self.image_view)  # (B, 3, H, W)
         patches = batch.view(self.jigsaw_view)  # (B, 9, 3, P, P)
         v = unit(self.online(image))  # (B, D)
         orders = patch_orders(self.seed, now, len(patches))  # (B, 9)
         w = unit(self.jigsaw(self.encoder(patches.flatten(0, 1)), orders))  # (B, D)
-        of_image, of_jigsaw = self.bank_losses(batch, [v, w], now)
-        return Loss((of_image + of_jigsaw) / 2, v, {"image": of_image, "jigsaw": of_jigsaw})
+        image_loss, jigsaw_loss = self.bank_losses(batch, [v, w], now)
+        return Loss((image_loss + jigsaw_loss) / 2, v, {"image": image_loss, "jigsaw": jigsaw_loss})

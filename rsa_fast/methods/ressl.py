@@ -44,11 +44,11 @@ class ReSslRecipe(QueueRecipe):
 
 
 class ReSsl(QueueMethod):
-    """ReSSL: one direction, no predictor."""
+    """ReSSL, which has one direction and no predictor."""
 
     recipe_type = ReSslRecipe
-    # RSA's authors did not train ReSSL: no row takes its optimiser from PAPER 4.1. ReSSL's code for
-    # small datasets is an archive outside its repository, which was read in copies only.
+    # RSA's authors did not train ReSSL, so no row takes its optimiser from PAPER 4.1. ReSSL's code
+    # for small datasets is an archive outside its repository. We read copies of it only.
     rows: ClassVar[Rows] = {
         "all": QUEUE_FIELDS
         | cite("ReSSL 3", temperature=0.1, teacher_temperature=0.04)
@@ -82,7 +82,8 @@ class ReSsl(QueueMethod):
             batch_size=256,
         )
         | cite(
-            "ReSSL ressl.py, by the parameters' names, by which the BatchNorms of downsample decay",
+            "ReSSL ressl.py: chosen by the parameters' names, so the BatchNorms of downsample "
+            "decay",
             decay_exclude="norm_and_bias",
         )
         | EIGHT_GPUS,
@@ -96,7 +97,7 @@ class ReSsl(QueueMethod):
         self.teacher_temperature = recipe.teacher_temperature
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The loss against the queue as it is. Then the teacher's embeddings enter the queue."""
+        """The loss against the current queue. Then the teacher's embeddings enter the queue."""
         teacher, all_teachers = self.keys(batch.weak_2)  # (B, D), (N, D)
         student = unit(self.online(batch.aggressive_1))  # (B, D)
         loss = relational(
@@ -113,7 +114,7 @@ class ReSsl(QueueMethod):
 def relational(
     student: Tensor, teacher: Tensor, queue: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """The cross-entropy of the student's relations against the teacher's, batch mean.
+    """The batch mean of the cross-entropy of the student's relations against the teacher's.
 
     Takes unit rows `student` and `teacher`, `(B, D)`, and `queue`, `(D, K)`, and returns a scalar.
     """

@@ -3,14 +3,14 @@
 Source: github.com/tmllab/RSA, methods/RSA.py.
 
 RSA has the networks and the cost of BYOL, but reads four views: the aggressive ones go through the
-online network only, the weak ones through the target network only. With unit-length online
+online network only, and the weak ones go through the target network only. With unit-length online
 predictions q of the aggressive views and target projections z of the weak ones, the loss is the
 batch mean of
 
     (1 - beta) (|q_1 - z_2|^2 + |q_2 - z_1|^2) + beta (|q_1 - sg q_2|^2 + |q_2 - sg q_1|^2).
 
 `sg` stops the gradient, which reaches the online network and the predictor. beta decreases to 0, so
-the noisy aggressive pairs count less as training goes on. All four views are read.
+the noisy aggressive pairs count less and less during training. All four views are read.
 """
 
 from __future__ import annotations

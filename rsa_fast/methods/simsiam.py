@@ -78,7 +78,7 @@ class SimSiam(Method):
         return self.predictor.parameters() if self.constant_predictor_lr else ()
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-length predictions, with gradient, and projections, without; both `(B, D)`."""
+        """Unit-length predictions with gradient, and projections without, both `(B, D)`."""
         z = self.online(images)  # (B, D)
         return unit(self.predictor(z)), unit(z.detach())
 
@@ -93,7 +93,7 @@ def projector(in_dim: int, layers: int, out_dim: int) -> nn.Sequential:
     """`layers` linear layers, each followed by BatchNorm, and ReLU between them.
 
     The last BatchNorm has neither gain nor bias. Hidden layers have `in_dim` units, as in
-    builder.py (of the CIFAR recipe: 512-512-2048).
+    builder.py. In the CIFAR recipe, the widths are 512-512-2048.
     """
     parts: list[nn.Module] = []
     for _ in range(layers - 1):

@@ -1,7 +1,7 @@
 """SimSiam with RSA's weak targets (Bai et al., NeurIPS 2022, section 4.7).
 
-The paper releases no code for it. The weak targets w are the same network's projections of the weak
-views, computed without gradient. With unit-length predictions p of the aggressive views and
+The authors released no code for it. The weak targets w are the same network's projections of the
+weak views, computed without gradient. With unit-length predictions p of the aggressive views and
 targets t for the aggressive pairs, the loss is the batch mean of
 
     -(1 - beta) (p_1.w_2 + p_2.w_1) / 2 - beta (p_1.t_2 + p_2.t_1) / 2.
@@ -23,7 +23,7 @@ from rsa_fast.sourced import Rows, cite, merged_rows
 
 
 class SimSiamRsaRecipe(SimSiamRecipe, BetaRecipe):
-    # The targets t of aggressive pairs, detached: predictions (pred), as in RSA's Eq. 5, or
+    # The detached targets t of aggressive pairs are predictions (pred), as in RSA's Eq. 5, or
     # projections (proj), as in SimSiam. With proj, beta = 1 is SimSiam.
     aa_target: Literal["pred", "proj"] = "pred"
 

@@ -37,10 +37,10 @@ class SupervisedRecipe(Recipe):
 
 
 class Supervised(Method):
-    """A linear classifier on the encoder, both trained."""
+    """An encoder and a linear classifier on it, which are trained together."""
 
     recipe_type: ClassVar[type[Recipe]] = SupervisedRecipe
-    # PAPER Table 4's first row gives epochs and batch only. The rest of it is the usual recipe.
+    # The first row of PAPER Table 4 gives only epochs and batch. The rest is the usual recipe.
     rows: ClassVar[Rows] = {
         "all": cite("torchvision's default", zero_init_residual=False),
         "imagenet1k": cite(

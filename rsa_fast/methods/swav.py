@@ -9,19 +9,19 @@ that give all prototypes the same share of the batch (`sinkhorn`). The loss is t
     1/2 sum_i 1/(V - 1) sum_{v != i} -Q_i . log softmax(s_v / T),    i = 1, 2;  v = 1 ... V,
 
 where V is the number of crops. The gradient flows through the scores of all crops, into the network
-and into the prototypes; the codes have none. The aggressive views of all crops are read. The rows
-have two of one size, as the paper's Table 4. The multi-crop of SwAV is
+and into the prototypes. The codes have no gradient. The aggressive views of all crops are read. The
+rows have two crops of one size, as in PAPER Table 4. The multi-crop of SwAV is
 
     views={"groups": [{"name": "global", "count": 2, "crop_area": (0.14, 1)},
                       {"name": "local", "count": 6, "size_px": 96, "crop_area": (0.05, 0.14)}]}
 
-As in the code, all crops of one size pass the encoder together, and all crops pass the head
-together, so BatchNorm normalises them together. The prototypes are scaled to unit length at the
-start of a forward, and the optimiser then moves them off it. They are not updated in the first
-epoch.
+As in the code, all crops of one size pass through the encoder together, and all crops pass through
+the head together, so BatchNorm normalises them together. The prototypes are scaled to unit length
+at the start of each forward pass. The optimiser then changes their length again. They are not
+updated in the first epoch.
 
-Other than the code, each rank computes the codes of the whole batch from the gathered embeddings.
-This is one collective operation and not eight, and the queue is the same on all ranks.
+Unlike in the code, each rank computes the codes of the whole batch from the gathered embeddings.
+This is one collective operation instead of eight, and the queue is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -62,23 +62,24 @@ class SwavRecipe(MultiCropRecipe):
     # L, past embeddings of each of the first two crops, which are assigned together with the batch.
     # Without them, a batch of fewer images than prototypes leaves prototypes empty.
     queue_size: int = Field(ge=0)
-    queue_start_epoch: int = Field(ge=0)  # the first, from 0, that uses the queue
+    queue_start_epoch: int = Field(ge=0)  # the first epoch, from 0, that uses the queue
 
     def schedule(self, step: int, derived: Derived) -> dict[str, float]:
-        """Adds "queue", which is 1 where the queue is full of embeddings and used, and else 0."""
+        """Adds "queue", which is 1 if the queue is full of embeddings and used, and otherwise 0."""
         first = self.queue_start_epoch * derived.steps_per_epoch
         used = step >= max(first, ceil(self.queue_size / self.batch_size))
         return super().schedule(step, derived) | {"queue": float(used)}
 
 
 class Swav(Method):
-    """SwAV on any number of crops."""
+    """SwAV with any number of crops."""
 
     recipe_type = SwavRecipe
-    # No source trained SwAV at 32 or 64 px like the other methods here. There the augmentation is
-    # what PAPER 4.1 has for all methods, the dataset's, and the optimiser is SwAV's own. After
-    # three epochs of the demo (width=8), the kNN score was 22% with SGD, where the loss stayed at
-    # ln K, 33% with LARC, and 38% with LARC and an epsilon of .03, as SwAV's README advises first.
+    # No source trains SwAV at 32 or 64 px in the setting of the other methods here. For these
+    # sizes, the augmentation is that of PAPER 4.1 for all methods, and the optimiser is SwAV's own.
+    # After three epochs of the demo (width=8), the kNN score was 22% with SGD, where the loss
+    # stayed at ln K, 33% with LARC, and 38% with LARC and an epsilon of .03, as SwAV's README
+    # advises first.
     rows: ClassVar[Rows] = {
         "all": cite(
             "SwAV main_swav.py, resnet50.py",
@@ -111,7 +112,8 @@ class Swav(Method):
         )
         | MORE_PROTOTYPES,
         "imagenet1k": cite(
-            "SwAV swav_400ep_2x224_pretrain.sh; PAPER Table 4 has 200 epochs, which it has not",
+            "SwAV swav_400ep_2x224_pretrain.sh; it has no script for the 200 epochs of PAPER "
+            "Table 4",
             batch_size=4096,
             base_lr=0.3,
             min_lr=0.0048,
@@ -165,7 +167,8 @@ class Swav(Method):
     def codes(self, z: Tensor, now: Now) -> Tensor:
         """The codes of this rank's embeddings of two crops, from `(2, B, D)` to `(2, B, K)`.
 
-        They depend on the embeddings of all ranks and on the queue, which those of all ranks enter.
+        They depend on the embeddings of all ranks and on the queue. Then all ranks' embeddings
+        enter the queue.
         """
         batch = gather(z.transpose(0, 1)).transpose(0, 1)  # (2, N, D)
         samples = torch.cat([batch, self.queue], 1)  # (2, N + L, D)
@@ -184,10 +187,10 @@ class Swav(Method):
 def sinkhorn(scores: Tensor, epsilon: float) -> Tensor:
     """Codes that give all prototypes about the same share of the samples.
 
-    Takes the scores of N samples, `(..., N, K)`, and returns distributions of that shape. On
-    exp(scores / epsilon), the sums over the samples and then those over the prototypes are made
-    equal, three times. In logarithms this is a log-softmax over each, which no scores overflow,
-    whatever epsilon is.
+    Takes the scores of N samples, `(..., N, K)`, and returns distributions of that shape. Three
+    times, exp(scores / epsilon) is divided so that its sums over the samples are equal, and then so
+    that its sums over the prototypes are equal. In logarithms each division is a log-softmax. It
+    cannot overflow, whatever epsilon is.
     """
     log_codes = scores / epsilon
     for _ in range(SINKHORN_ITERATIONS):

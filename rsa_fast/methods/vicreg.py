@@ -17,11 +17,11 @@ ImageNet-1K are those of the code. Three things differ:
 
 - The loss is computed in float32. The code computes it in float16, where NaNs are reported (its
   issue 27).
-- solo-learn, whose recipe for CIFAR is followed here, does not halve the two terms of the variance.
-- On small images, only the solarized views are those of solo-learn's recipe for CIFAR. Crops and
-  colours are those of all methods here (PAPER 4.1), and LARS has a learning rate of our own.
+- The rows for CIFAR are solo-learn's, but solo-learn does not halve the two terms of the variance.
+- On small images, the solarized views are those of solo-learn's recipe for CIFAR. Crops and colours
+  are those of all methods here (PAPER 4.1). The learning rate of LARS is our choice.
 
-Both aggressive views are read, which differ on larger images as those of Barlow Twins.
+Both aggressive views are read. On larger images they differ, as in Barlow Twins.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class VicReg(Method):
     """VICReg, whose expander is that of Barlow Twins."""
 
     recipe_type = VicRegRecipe
-    # LARS everywhere, as in the code and in solo-learn. After three epochs of the demo (width=8),
+    # All rows use LARS, as do the code and solo-learn. After three epochs of the demo (width=8),
     # the kNN score was 53% with SGD as in PAPER 4.1, and 54 to 61% with LARS at rates from .3 to 2.
     rows: ClassVar[Rows] = {
         "all": cite("VICReg main_vicreg.py; solo-learn's CIFAR recipe", optimizer="lars", bn="sync")
@@ -70,7 +70,7 @@ class VicReg(Method):
         )
         | cite("solo-learn's CIFAR and ImageNet-100 recipes", hidden_dim=2048, out_dim=2048)
         | cite("chosen: between ImageNet's peaks at 256 and at 2048 images", base_lr=1.0),
-        "32px": cite("solo-learn's CIFAR recipe, but for its crops and colours", views=SOLARIZED),
+        "32px": cite("solo-learn's CIFAR recipe, without its crops and colours", views=SOLARIZED),
         "64px": cite("chosen: as for CIFAR", views=SOLARIZED),
         "224px": ASYMMETRIC,
         "imagenet100": cite("VICReg issue 21: for ImageNet at 256 images", base_lr=0.5),
@@ -91,7 +91,7 @@ class VicReg(Method):
         self.covariance_weight = recipe.covariance_weight
 
     def forward(self, batch: Batch, now: Now) -> Loss:
-        """The loss; the invariance is that of this rank's images. The parts are unweighted."""
+        """The loss, with the invariance of this rank's images. The parts are unweighted."""
         x = at_least_float32(self.online(batch.aggressive_1))  # (B, D)
         y = at_least_float32(self.online(batch.aggressive_2))  # (B, D)
         (variance_x, covariance_x), (variance_y, covariance_y) = spread(x), spread(y)

@@ -13,19 +13,19 @@ images, over all pairs of an image's views, and over `w_iter` divisions into gro
 scaled to unit length. It lies between 0 and 4. The gradient flows through all views, through the
 means, covariances and factors, and through the images of other ranks.
 
-All aggressive views are read: an image has as many positives as crops. By default it has two
-(W-MSE 2). W-MSE 4 has w_iter=1, on all of the authors' datasets 256 images, and
+All aggressive views are read: an image has as many positives as crops. By default it has two (W-MSE
+2). W-MSE 4 has batches of 256 images on all of the authors' datasets, w_iter=1, and
 
     views.groups=[{name: crops, count: 4}]
 
-The loss, the head, which normalises all views together, and the numbers are those of the code.
+The loss, the head and the numbers are those of the code. The head normalises all views together.
 Three things differ:
 
 - The code jitters the colours before it crops. Here the crop comes first, as in all other methods.
 - The code computes the loss on one GPU. Here the groups are drawn from the images of all ranks, so
   that the result does not depend on the number of ranks.
-- W-MSE 2 has 512 images on small datasets in the code. Here it has the 256 of PAPER 4.1 and of
-  W-MSE 4, with the same learning rate.
+- W-MSE 2 has 512 images on small datasets in the code. Here it has 256, as in PAPER 4.1 and W-MSE
+  4, with the same learning rate.
 
 The authors' runs on ImageNet-1K used SimCLR v2's code, and only their loss is public.
 """
@@ -49,9 +49,9 @@ from rsa_fast.pipelines.views import Batch
 from rsa_fast.sourced import Rows, cite
 from rsa_fast.syncbn import at_least_float32
 
-GROUP_DRAWS = 0x67726F757073  # these draws are not those of the views
-# The images of a group, for each dimension (issue 7 of W-MSE's code: its author's optimum). With
-# about as many images as dimensions, the covariance is singular.
+GROUP_DRAWS = 0x67726F757073  # the groups are independent of the views
+# The number of images in a group for each dimension. It is the optimum that the author found (issue
+# 7 of W-MSE's code). With only about as many images as dimensions, the covariance is singular.
 IMAGES_PER_DIM = 2
 
 
@@ -63,16 +63,16 @@ SMALL_VIEWS = cite(
 class WMseRecipe(StepRecipe):
     hidden_dim: int = Field(ge=1)  # units of the head's hidden layer
     out_dim: int = Field(ge=2)  # D, length of an embedding; 2 D images are whitened together
-    w_iter: int = Field(1, ge=1)  # divisions into groups that the loss of a step is the mean of
+    w_iter: int = Field(1, ge=1)  # the loss is the mean over so many divisions into groups
 
     @model_validator(mode="after")
     def groups_fill_the_batch(self) -> WMseRecipe:
         group = IMAGES_PER_DIM * self.out_dim
         if self.batch_size % group:
             raise ValueError(
-                f"batch_size = {self.batch_size} is no multiple of {group}: that many images are "
-                f"whitened together, {IMAGES_PER_DIM} for each of out_dim = {self.out_dim}; choose "
-                "another batch_size, or a lower out_dim"
+                f"batch_size = {self.batch_size} is not a multiple of {group}: that many images "
+                f"are whitened together, {IMAGES_PER_DIM} for each of out_dim = {self.out_dim}; "
+                "choose another batch_size, or a lower out_dim"
             )
         return self
 
@@ -144,8 +144,8 @@ class WMse(Method):
     def forward(self, batch: Batch, now: Now) -> Loss:
         """The loss of the global batch.
 
-        `condition` is a lower bound of the covariances' condition numbers, of which it is the mean.
-        It rises when dimensions of the embeddings collapse, which the loss does not show.
+        `condition` is the mean of a lower bound of the covariances' condition numbers. It rises
+        when dimensions of the embeddings collapse, which the loss does not show.
         """
         features = [self.online.encoder(batch.views[name]) for name in self.views]  # V of (B, F)
         # The head sees the views of an image one after the other, so that the parts of the batch
@@ -153,7 +153,7 @@ class WMse(Method):
         h = self.online.projector(torch.stack(features, 1).flatten(0, 1))  # (B * V, D)
         h = at_least_float32(h).view(-1, len(self.views), h.shape[1])  # (B, V, D)
         every = gather(h)  # (N, V, D)
-        # `rsa-fast plan` looks at the images of one rank alone, which may be less than a group.
+        # `rsa-fast plan` looks at the images of one rank alone, which may be fewer than a group.
         count = max(1, len(every) // (IMAGES_PER_DIM * every.shape[2]))  # G, groups
         losses, conditions = [], []
         for i in range(self.w_iter):
@@ -176,8 +176,8 @@ def division(seed: int, step: int, iteration: int, count: int) -> np.ndarray:
 def whiten(h: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings `(..., n, D)` of n images, whitened, and a bound of the condition numbers.
 
-    If a covariance is not positive definite, its images' z are NaN. The check that raises an error
-    instead would wait for the device.
+    If a covariance is not positive definite, its images' z are NaN. A check that raises an error
+    would have to wait for the device.
     """
     with torch.autocast(h.device.type, enabled=False):
         centred = h - h.mean(-2, keepdim=True)

@@ -272,7 +272,7 @@ def test_a_profile_of_all_methods_says_which_of_them_it_leaves_out(folder, monke
     done = run("profile", "--methods", "all", *options)
     assert done.exit_code == 0, done.output
     assert set(measured) == set(METHODS) - {"w-mse"}
-    assert "w-mse is left out: " in done.stderr and "batch_size = 96 is no multiple of 128" in (
+    assert "w-mse is left out: " in done.stderr and "batch_size = 96 is not a multiple of 128" in (
         done.stderr
     )
     assert run("profile", "--methods", "rsa,w-mse", *options).exit_code == 1

@@ -122,7 +122,7 @@ def test_the_bank_has_a_row_for_each_image_and_is_saved():
 def test_a_batch_without_ids_is_refused():
     batch = bank_batch(IDS)
     batch.ids = None
-    with pytest.raises(ValueError, match="no ids, the rows of its images in the bank: pass ids="):
+    with pytest.raises(ValueError, match="no ids, which are its rows in the bank: pass ids="):
         with_bank("inst-dis")(batch, NOW)
 
 

@@ -139,7 +139,7 @@ def test_a_method_is_called_by_a_short_name():
 
 OTHER = CODE[CODE.index("class PullTogether") :].replace("PullTogether", "Other")
 BROKEN = {
-    "none": (CODE.replace("rows =", "numbers ="), "one class with `rows` .* found none"),
+    "none": (CODE.replace("rows =", "numbers ="), "found none.* exactly one class with `rows`"),
     "several": (CODE + OTHER, "found PullTogether, Other"),
     "no recipe_type": (CODE.replace("recipe_type =", "kind ="), "PullTogether has no recipe_type"),
     "not a recipe": (CODE.replace("(Recipe)", "").replace(": float", ""), "has no recipe_type"),

@@ -92,7 +92,7 @@ def test_a_file_of_the_methods_without_one_method_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(methods.FILES, "broken", "broken")
     with pytest.raises(
-        ValueError, match=r"broken\.py: one class with `rows` makes a method, found none"
+        ValueError, match=r"broken\.py: found none; a method needs exactly one class with `rows`"
     ):
         method_class("broken")
     for name in ("One", "Two"):

@@ -155,9 +155,9 @@ def test_four_positives_train():
     [
         (
             {"batch_size": 64},
-            "batch_size = 64 is no multiple of 128: .* 2 for each of out_dim = 64",
+            "batch_size = 64 is not a multiple of 128: .* 2 for each of out_dim = 64",
         ),
-        ({"batch_size": 192}, "batch_size = 192 is no multiple of 128"),
+        ({"batch_size": 192}, "batch_size = 192 is not a multiple of 128"),
         ({"views.groups": [{"name": "one", "count": 1}]}, "views.groups has 1 crop"),
         ({"w_iter": 0}, "w_iter = 0: Input should be greater than or equal to 1"),
     ],

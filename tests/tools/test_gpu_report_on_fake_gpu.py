@@ -23,7 +23,7 @@ KEYS = {
 }
 REASONS = r"No module named '(nvidia|ffcv).*|the card has none"
 # W-MSE and SwAV do not take a batch of 8 images.
-REASONS += r"|the recipe has faults:\n  batch_size = 8 is no multiple of 256: .*"
+REASONS += r"|the recipe has faults:\n  batch_size = 8 is not a multiple of 256: .*"
 REASONS += r"|the recipe has faults:\n  warmup_start_lr = 0.3 is above the peak learning rate .*"
 
 
