@@ -40,22 +40,22 @@ KeyPath = tuple[Any, ...]  # the keys and indices that lead to a tensor in a nes
 class Writer:
     """Writes checkpoints to `folder` in a background thread while training continues.
 
-    A context manager: leaving it waits for the last write. Only one checkpoint is written at once.
-    A write that fails leaves the earlier checkpoints untouched. The next `save` or `wait`, or
-    leaving the context, then raises OSError; if another error is already being raised, the failed
+    This is a context manager. Leaving it waits for the last write. Only one checkpoint is written
+    at a time. A write that fails does not change earlier checkpoints. The next `save` or `wait`, or
+    leaving the context, then raises OSError. If another error is already being raised, the failed
     write is only a warning.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Unfinished files of a run that was killed.
+        # Delete the unfinished files of a run that was killed.
         for name in ("step_*.pt", BEST):
             for stale in folder.glob(partial_name(name)):
                 stale.unlink()
         self.folder, self.keep_last = folder, keep_last
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
-        # The host copies. They are reused: allocating fresh pages takes longer than the copy.
+        # The host copies are reused, because allocating fresh pages takes longer than the copy.
         self.buffers: dict[KeyPath, Tensor] = {}
         self.devices: set[torch.device] = set()
 
@@ -68,11 +68,11 @@ class Writer:
         may change as soon as this method returns.
 
         It waits for the previous write, but not for the device. The first call allocates as much
-        host memory as the state takes; for tensors on a GPU it is pinned.
+        host memory as the state takes. The memory is pinned for tensors on a GPU.
         """
         self.wait()
         snapshot = self.snapshot(state, ())
-        # The copies from a GPU are still under way. The thread waits for them, by these events.
+        # The copies from a GPU are not finished yet. The thread waits for them with these events.
         streams = [torch.cuda.current_stream(device) for device in self.devices]
         copies_done = [s.record_event() for s in streams]  # type: ignore[no-untyped-call]
         self.writing = self.thread.submit(self.write, snapshot, copies_done, name)
@@ -101,7 +101,7 @@ class Writer:
         write(self.folder, state, self.keep_last, name)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on the disk. Raises OSError if writing it failed."""
+        """Wait until the last checkpoint is on the disk. Raises OSError if writing it failed."""
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
@@ -139,12 +139,13 @@ def write(folder: Path, state: dict[str, Any], keep_last: int, name: str | None 
         if not isinstance(cause, OSError):
             raise
         raise OSError(
-            f"{path} was not written: {cause.strerror or cause}. Once {folder} is there, writable "
-            "and has room, go on with --resume; the checkpoints before it are untouched"
+            f"{path} was not written: {cause.strerror or cause}. Once {folder} exists, is writable "
+            "and has room, continue with --resume; earlier checkpoints are unchanged"
         ) from error
     if name:
         return path
-    # Checkpoints of later steps are damaged, because resuming did not use them. Delete these too.
+    # Checkpoints of later steps are damaged, because resuming did not use them. They are deleted
+    # too.
     paths = paths_in(folder)
     end = paths.index(path) + 1
     for old in paths[: max(0, end - keep_last)] + paths[end:]:
@@ -162,8 +163,8 @@ def paths_in(folder: Path) -> list[Path]:
 def load(path: Path) -> dict[str, Any]:
     """Load a checkpoint to the CPU. Code in the file is never executed.
 
-    Raises FileNotFoundError if the file is missing, ValueError if it is damaged, no checkpoint, or
-    one with weights that are not finite.
+    Raises FileNotFoundError if the file is missing. Raises ValueError if it is damaged, is not a
+    checkpoint, or contains weights that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -172,11 +173,11 @@ def load(path: Path) -> dict[str, Any]:
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of this project: {error}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of rsa-fast: {error}") from error
     fields: dict[str, Any] = state if isinstance(state, dict) else {}
     if missing := {"step", "recipe", "method"} - fields.keys():
         raise ValueError(
-            f"{path} is no checkpoint of this project: it lacks {', '.join(sorted(missing))}"
+            f"{path} is not a checkpoint of rsa-fast: it lacks {', '.join(sorted(missing))}"
         )
     try:
         check_finite(fields["method"])
@@ -211,7 +212,7 @@ def check_archive(path: Path) -> None:
             raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         names = ", ".join(sorted(code))
-        raise ValueError(f"it holds calls of {names}; wanted tensors and plain values")
+        raise ValueError(f"it contains calls of {names}; only tensors and plain values are allowed")
 
 
 def load_latest(folder: Path) -> dict[str, Any]:
@@ -223,17 +224,17 @@ def load_latest(folder: Path) -> dict[str, Any]:
         try:
             return load(path)
         except ValueError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+            warnings.warn(f"{error}; trying the previous one", stacklevel=2)
     raise FileNotFoundError(
-        f"no whole checkpoint in {folder}: start again with --overwrite, "
-        "or point --out at the run's folder"
+        f"no undamaged checkpoint in {folder}: start again with --overwrite, or point --out at the "
+        "run's folder"
     )
 
 
 def best_score(folder: Path, name: str, step: int) -> tuple[float, int]:
-    """The score `name` of `best.pt`, and its step; minus infinity and 0 if there is none.
+    """The score `name` of `best.pt` and its step, or minus infinity and 0 if there is none.
 
-    A checkpoint of a step after `step` is not counted, nor one that was kept for another score.
+    A checkpoint of a step after `step`, or of another score, does not count.
     """
     try:
         state = torch.load(folder / BEST, map_location="cpu", weights_only=True, mmap=True)
@@ -241,28 +242,28 @@ def best_score(folder: Path, name: str, step: int) -> tuple[float, int]:
             return state["score"][name], state["step"]
     except FileNotFoundError:
         pass
-    except Exception as error:  # torch raises almost any for a damaged file
+    except Exception as error:  # torch can raise almost any exception for a damaged file
         log.warning(f"{folder / BEST} cannot be read ({error}): the next scored epoch replaces it")
     return float("-inf"), 0
 
 
 def delete_later(folder: Path, step: int) -> None:
-    """Delete the checkpoints after `step`, because the run starts again there. A line says so."""
+    """Delete the checkpoints after `step`, from which the run starts again, and log their names."""
     later = [path for path in paths_in(folder) if int(path.stem.removeprefix("step_")) > step]
     for path in later:
         path.unlink()
     if later:
         log.info(
-            f"starting again at step {step:,}: the records after it are replaced, and deleted are "
-            f"{', '.join(path.name for path in later)}"
+            f"starting again at step {step:,}: later records are replaced, and later checkpoints "
+            f"are deleted: {', '.join(path.name for path in later)}"
         )
 
 
 def newest_checkpoint(path: str | Path) -> Path:
-    """The file that a user means by `path`: of a run's folder, its newest undamaged checkpoint.
+    """The newest undamaged checkpoint if `path` is a run's folder, or else `path` itself.
 
-    A line of the log names it. Any other path is returned as it is. Raises FileNotFoundError for a
-    folder without an undamaged checkpoint.
+    The log names the checkpoint that was chosen. Raises FileNotFoundError for a folder without an
+    undamaged checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -272,15 +273,15 @@ def newest_checkpoint(path: str | Path) -> Path:
     for newest in reversed(paths_in(folder)):
         try:
             check_archive(newest)
-        except Exception as error:  # torch and zipfile raise almost any for a damaged file
+        except Exception as error:  # torch and zipfile can raise almost any exception
             if is_rank_0:
-                log.warning(f"{newest} is damaged ({error}): trying the one before")
+                log.warning(f"{newest} is damaged ({error}): trying the previous one")
             continue
         if is_rank_0:
-            log.info(f"{path}: its newest whole checkpoint is {newest.name}")
+            log.info(f"{path}: its newest undamaged checkpoint is {newest.name}")
         return newest
     raise FileNotFoundError(
-        f"no whole checkpoint in {folder}: wanted the folder of a run, or a file with an encoder"
+        f"no undamaged checkpoint in {folder}: give the folder of a run, or a file with an encoder"
     )
 
 
@@ -290,10 +291,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def restore_scaler(scaler: GradScaler, state: dict[str, Any], dtype: torch.dtype) -> str:
-    """Load the fp16 scaler of a checkpoint whose run goes on in the compute type `dtype`.
+    """Load a checkpoint's fp16 scaler into a run that continues in the compute type `dtype`.
 
-    Returns a line for the log if the checkpoint was computed in another type, and else "". Where
-    there is no state of an fp16 scaler, a new one starts. Earlier versions did not save the type.
+    Returns a line for the log if the checkpoint was computed in another type, and otherwise "". If
+    the checkpoint has no scaler state, a new scaler starts. Earlier versions did not save the type.
     """
     now, saved, scaler_state = name_of(dtype), state.get("dtype"), state["scaler"]
     if saved is None:
@@ -306,4 +307,4 @@ def restore_scaler(scaler: GradScaler, state: dict[str, Any], dtype: torch.dtype
     if not changed:
         return ""
     fresh = ", with a new loss scaler" if scaler.is_enabled() else ""
-    return f"this checkpoint was computed in {saved}, and the run goes on in {now}{fresh}"
+    return f"this checkpoint was computed in {saved}, and the run continues in {now}{fresh}"

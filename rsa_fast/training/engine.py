@@ -63,22 +63,25 @@ from rsa_fast.training.step import Run, build_run, choose_device, choose_dtype, 
 
 log = logging.getLogger("rsa_fast")
 
-FEW_IMAGES = OWN_STEPS[0][0]  # up to so many have the shortest budget of `auto`
-ADAM_PEAK_LR = 0.01  # chosen: Adam and AdamW rarely train at a higher one
+FEW_IMAGES = OWN_STEPS[0][0]  # up to this number, `auto` chooses its shortest budget
+ADAM_PEAK_LR = 0.01  # chosen: Adam and AdamW rarely train at a higher rate
 
-STORED_BY_CLASS = 0.3  # chosen, of `Extents.sorted_by`: 40 shuffled images are below, sorted above
+# A limit for `Extents.sorted_by`. It is our choice: 40 shuffled images are below it, and sorted
+# images are above it.
+STORED_BY_CLASS = 0.3
 
-# How ranks tell each other that a callback asked to stop. A signal is its number more than this.
+# This number tells the other ranks that a callback asked to stop. A signal is sent as this number
+# plus the signal's own.
 CALLBACK_STOP = 1
 
 
 class StoppedError(Exception):
-    """A signal stopped the run. Its checkpoint was written before."""
+    """A signal stopped the run, after its checkpoint was written."""
 
     @classmethod
     def after(cls, received: signal.Signals, step: int) -> StoppedError:
         return cls(
-            f"{received.name}: stopped after step {step}, which is saved; go on with --resume"
+            f"{received.name}: stopped after step {step}, which is saved; continue with --resume"
         )
 
 
@@ -101,27 +104,28 @@ def train(
 
     `data` is a folder, a text file of paths, or several of them (see `pipelines.layouts`).
 
-    Returns the result, which is also written to `result.json`; on all ranks but rank 0, None. Under
-    torchrun every rank calls this function. A run that torchrun restarts because a rank died is
-    resumed.
+    Returns the result on rank 0, which also writes it to `result.json`, and None on all other
+    ranks. Under torchrun every rank calls this function. A run that torchrun restarts because a
+    rank died is resumed.
 
     Args:
         resume: Continue from the newest undamaged checkpoint in `out`, bit for bit as if the run
             had never stopped. If there is no checkpoint yet, start at step 0. A recipe with more
-            epochs lengthens the run. Of a run that is finished the stored result is returned, and
+            epochs lengthens the run. If the run is finished, the stored result is returned and
             nothing is changed.
-        resume_from: Continue from this checkpoint, and not from the newest: the name of one in
-            `out`, whose later ones are deleted, or one of another run, if `out` has none.
+        resume_from: Continue from this checkpoint instead of the newest. It is the name of a
+            checkpoint in `out`, whose later checkpoints are then deleted. If `out` has no
+            checkpoints, it can also be the path of a checkpoint of another run.
         overwrite: Delete the run in `out`, but only when the new run is ready to start.
-        init_from: A file with an encoder, of this project or another (see `load_encoder`), from
-            which the run starts. The heads are taken too if the file is a checkpoint of a run of
-            the same method whose networks have the same shapes.
+        init_from: The run starts from the encoder in this file, of this project or another (see
+            `load_encoder`). The heads are also loaded if the file is a checkpoint of a run of the
+            same method whose networks have the same shapes.
         key: The network in `init_from` if it has several, such as `teacher` (see `load_encoder`).
         force: Resume although the recipe or the data changed. The differences are logged.
         stop_at_step: Write a checkpoint after this many steps and return.
-        encoder: A module with the attribute `feature_dim`, a copy of which is trained instead of
-            the network that the recipe names. A resumed run needs the same module again.
-        callbacks: What is called after records and epochs, and at the end: see `Callback`.
+        encoder: A module with the attribute `feature_dim`. A copy of it is trained instead of the
+            network that the recipe names. A resumed run needs the same module again.
+        callbacks: They are called after records and epochs, and at the end (see `Callback`).
 
     Raises:
         BlockingIOError: Another process trains in `out`.
@@ -129,14 +133,14 @@ def train(
         ValueError: The recipe or the data of a resumed run changed.
         FloatingPointError: The loss or a weight is not finite.
         OSError: A checkpoint cannot be written.
-        GpuMemoryError: The GPU's memory does not suffice. The message says what helps.
+        GpuMemoryError: The GPU has too little memory. The message says what helps.
         ConnectionError: A rank stopped answering.
         StoppedError: A signal stopped the run.
     """
     out, init_from = Path(out), Path(init_from) if init_from else None
     chosen = chosen_checkpoint(Path(resume_from), out) if resume_from else None
     if unfit := [callback for callback in callbacks if not isinstance(callback, Callback)]:
-        raise ValueError(f"callbacks wants instances of rsa_fast.Callback, found {unfit[0]!r}")
+        raise ValueError(f"callbacks must be instances of rsa_fast.Callback, found {unfit[0]!r}")
     if encoder is not None:
         recipe = recipe_of_own_encoder(recipe)
     check_arch(recipe, encoder)
@@ -149,29 +153,29 @@ def train(
         ) as heartbeat,
         explain_full_disk(out),
         explain_out_of_memory(recipe, encoder),
-        ExitStack() as held,
+        ExitStack() as folder_lock,
     ):
         recipe.check_batch(world_size())
         # ---- The run folder ----------------------------------------------------------------------
-        # Rank 0 refuses an unsuitable folder before any image is read, and holds the other one for
-        # as long as the run lives. When torchrun restarts the ranks, the folder already contains
-        # this very run, which is then resumed.
+        # Rank 0 refuses an unsuitable folder before any image is read. It locks a suitable one
+        # until the run ends. When torchrun restarts the ranks, the folder already contains this
+        # same run, which is then resumed.
         if restarted() and started_by_this_job(out):
             resume, overwrite = True, False
             if rank() == 0:
-                log.warning("a process of this run ended: all of them were started again")
+                log.warning("a process of this run ended: all its processes were restarted")
             # The restarted run continues from its own newest checkpoint, if it wrote one.
             chosen = None if checkpoint.paths_in(out / "checkpoints") else chosen
         resume = resume or chosen is not None
         if resume and not chosen and (stored := finished_result(recipe, out)):
             if rank() == 0:
                 log.info(
-                    f"the run in {out} is finished, after step {stored['step']:,}: nothing is "
-                    "changed, and its result is the stored one (more epochs lengthen it)"
+                    f"the run in {out} finished after step {stored['step']:,}: nothing is changed, "
+                    "and the stored result is returned (more epochs lengthen the run)"
                 )
             return stored if rank() == 0 else None
         if rank() == 0:
-            held.enter_context(hold_folder(out, resume, overwrite))
+            folder_lock.enter_context(hold_folder(out, resume, overwrite))
         barrier()
 
         # ---- The data and the networks -----------------------------------------------------------
@@ -214,8 +218,8 @@ def train(
             end=min(stop_at_step or run.derived.total_steps, run.derived.total_steps),
             callbacks=callbacks,
         )
-        # A run that was stopped has no time for the report. One process draws it, after all have
-        # parted: among others, reading the images would wait for them.
+        # A run that was stopped has no time for the report. Rank 0 draws it after the process group
+        # has ended. While the group exists, reading the images would wait for the other ranks.
         if rank() == 0 and run.step == run.derived.total_steps:
             afterwards.callback(try_to_report, out)
         return result if rank() == 0 else None
@@ -235,7 +239,7 @@ def run_loop(
     end: int,
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
-    """Open what the loop reads and writes, and train up to step `end`. Returns the result.
+    """Open the loop's inputs and outputs, and train up to step `end`. Returns the result.
 
     `places` are the absolute paths of the data, which `env.json` records. With `starts_again`, the
     checkpoints after the current step are deleted.
@@ -305,7 +309,7 @@ def run_loop(
 
 @dataclass
 class Loop:
-    """The loop over steps, and what happens between them: records, checkpoints and evaluations."""
+    """The loop over steps, with the records, checkpoints and evaluations between them."""
 
     run: Run
     loader: Loader
@@ -318,9 +322,9 @@ class Loop:
     signals_received: list[signal.Signals]  # filled by `stop_signals`
     heartbeat: Heartbeat
     callbacks: Sequence[Callback]
-    best: float = float("-inf")  # of `keep_best` up to now, and after which step
+    best: float = float("-inf")  # the best score `keep_best` up to now, and its step
     best_step: int = 0
-    callback_stops: bool = False  # whether one of them asked to stop
+    callback_stops: bool = False  # whether a callback asked to stop
 
     def run_until(self, end: int) -> dict[str, Any]:
         """Train up to step `end`, or until a signal or a callback asks to stop.
@@ -333,7 +337,8 @@ class Loop:
         # Each turn of this loop is one epoch. The first one may start in the middle of an epoch,
         # and the last one may end there.
         while run.step < end:
-            # Before an epoch starts, its encoder is scored. A run resumed within an epoch skips it.
+            # The encoder is scored before each epoch. A run that is resumed within an epoch skips
+            # this.
             epoch, first_step = divmod(run.step, steps_per_epoch)
             if first_step == 0:
                 scores = self.score_knn(epoch)
@@ -343,16 +348,16 @@ class Loop:
                         self.save(meter)
                     break
 
-            # The steps of the epoch, each of `accumulate` batches. A step only queues work on the
-            # device: the loop waits for the device when a record is due, every `log_every_steps`
-            # steps. The heartbeat tells the other ranks what this rank is doing.
+            # Train the steps of the epoch, each on `accumulate` batches. A step only queues work on
+            # the device. The loop waits for the device when a record is due, every
+            # `log_every_steps` steps. The heartbeat tells the other ranks what this rank is doing.
             first_batch = first_step * recipe.accumulate
             meter.restart()
             self.heartbeat.doing = f"waiting for the views of step {run.step}"
             for batch in meter.waiting(self.loader.batches(epoch, first_batch)):
                 self.heartbeat.doing = f"in step {run.step}"
                 loss = train_on(run, batch)
-                if loss is None:  # the step goes on with the next batch
+                if loss is None:  # the step continues with the next batch
                     continue
                 meter.add(run.step - 1, loss, run.skipped)
                 record_due = run.step % recipe.log_every_steps == 0
@@ -367,8 +372,8 @@ class Loop:
                 self.heartbeat.doing = f"waiting for the views of step {run.step}"
 
             # After a complete epoch, statistics of the features of its last batch are recorded.
-            # This comes before the checkpoint: a run resumed from the checkpoint does not return
-            # here, and the record would be missing.
+            # This comes before the checkpoint, because a run resumed from the checkpoint does not
+            # return here. Its record would be missing.
             epochs_done = run.step // steps_per_epoch
             if run.step % steps_per_epoch == 0 and rank() == 0:
                 stats = feature_stats(run.method.encoder, batch)
@@ -385,7 +390,8 @@ class Loop:
         run, recipe = self.run, self.run.recipe
         complete = run.step == run.derived.total_steps
         if self.writer and not meter.reads:
-            # All steps were trained before this start. The result is that of their records.
+            # All steps were trained before this start, so the result is computed from their
+            # records.
             meter.reads = [record for record in read_metrics(self.out) if "step_ms" in record]
             if meter.reads:
                 meter.embedding_std = meter.reads[-1]["embedding_std"]
@@ -417,7 +423,7 @@ class Loop:
         if self.writer:
             if complete:
                 result |= run.method.summary(read_metrics(self.out))
-            # The result is written last: once it is there, so is the checkpoint of its step.
+            # The result is written last: when it exists, the checkpoint of its step exists too.
             self.writer.wait()
             write_text(self.out / "result.json", json_text(result))
         for callback in self.callbacks:
@@ -425,13 +431,13 @@ class Loop:
         return result
 
     def final_scores(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The scores of the trained encoder. Empty, with a message, if the evaluation fails."""
+        """The scores of the trained encoder, or none, with a message, if the evaluation fails."""
         try:
             return self.evaluate(evaluation, "knn", "linear-fast")
         except (RuntimeError, MemoryError, OSError) as error:
-            # The training is complete: its result is written without scores.
+            # The training is complete, so its result is written without scores.
             path = self.out / "checkpoints" / checkpoint.PATTERN.format(self.run.step)
-            words = ["--checkpoint", str(path)]  # whose run says where the images are
+            words = ["--checkpoint", str(path)]  # the checkpoint's run records where the images are
             commands = [
                 shlex.join(["rsa-fast", "eval", protocol, *words]) for protocol in ("knn", "linear")
             ]
@@ -445,7 +451,7 @@ class Loop:
             return {}
 
     def record(self, meter: Meter) -> None:
-        """Write the means since the last record; waits for the device.
+        """Write the means since the last record. Waits for the device.
 
         Raises FloatingPointError if the loss is not finite.
         """
@@ -463,9 +469,9 @@ class Loop:
         self.callback_stops |= True in list(answers)
 
     def keep_best(self, meter: Meter, scores: dict[str, Any]) -> None:
-        """Write `best.pt` if these scores of the current encoder are better than all before.
+        """Write `best.pt` if the current encoder has the best scores up to now.
 
-        The scores before the first step do not count. Raises ValueError if there is none called
+        The scores before the first step do not count. Raises ValueError if no score is called
         `keep_best`.
         """
         name = self.run.recipe.keep_best
@@ -473,14 +479,14 @@ class Loop:
             return
         if name not in scores:
             names = [key for key in scores if key.endswith(("_top1", "_top5"))]
-            raise ValueError(f"keep_best = {name} is no score: choose from {', '.join(names)}")
+            raise ValueError(f"keep_best = {name} is not a score: choose from {', '.join(names)}")
         better = rank() == 0 and self.run.step > 0 and scores[name] > self.best
         if max_over_ranks(int(better)):
             self.best, self.best_step = scores[name], self.run.step
             self.save(meter, score={name: self.best})
 
     def save(self, meter: Meter, score: dict[str, float] | None = None) -> None:
-        """Write a checkpoint, or `best.pt` with its `score`; waits for the device.
+        """Write a checkpoint, or `best.pt` with its `score`. Waits for the device.
 
         Raises FloatingPointError if the loss, a weight or a statistic is not finite. A checkpoint
         with such a value is never written.
@@ -504,7 +510,7 @@ class Loop:
     def check_losses(self, meter: Meter) -> None:
         """Raise FloatingPointError if a loss was not finite.
 
-        In fp16 single overflows are normal and the scaler skips such steps. There training stops
+        In fp16, single overflows are normal, and the scaler skips such steps. Training then stops
         only after `max_skips` skipped steps in a row.
         """
         if self.run.scaler.is_enabled():
@@ -522,7 +528,7 @@ class Loop:
         """
         if self.writer:
             self.writer.wait()
-        # The sample ids of all ranks together are those that a single rank would read.
+        # All ranks together read the same sample ids as a single rank would read.
         order = replace(self.loader.job.order, rank=0, world_size=1, accumulate=1)
         epoch, step_of_epoch = divmod(step, len(order))
         checkpoints = checkpoint.paths_in(self.out / "checkpoints")
@@ -563,14 +569,14 @@ class Loop:
         return bool(number)
 
     def stops_after_epoch(self, epoch: int, scores: dict[str, Any]) -> bool:
-        """Tell the callbacks that an epoch is complete. Returns whether the run has to stop."""
+        """Call the callbacks for a complete epoch. Returns whether the run has to stop."""
         self.ask(callback.on_epoch(self.run, epoch, scores) for callback in self.callbacks)
         return self.stop_requested(record_due=True)
 
     def score_knn(self, epoch: int) -> dict[str, Any]:
         """Record and return the kNN accuracy of the encoder, every `knn_every_epochs` epochs.
 
-        The result is empty after other epochs.
+        After other epochs, the result is empty.
         """
         every = self.run.recipe.knn_every_epochs
         if not (self.evaluation and every and epoch % every == 0):
@@ -594,10 +600,11 @@ class Loop:
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Yields a list to which every signal that asks to stop is appended.
+    """Yield a list to which every signal that asks to stop is appended.
 
     The current step can thus be completed and saved. A second signal of the same kind takes effect
-    at once, but for SIGHUP, which both the shell and the kernel send when a terminal closes.
+    at once. SIGHUP is an exception, because both the shell and the kernel send it when a terminal
+    closes.
     """
     signals_received: list[signal.Signals] = []
 
@@ -623,15 +630,15 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 class GpuMemoryError(MemoryError, ValueError):
-    """The GPU's memory does not suffice; the message says what helps.
+    """The GPU has too little memory. The message says what helps.
 
-    As a ValueError it is an expected one, whose traceback helps nobody.
+    It is a ValueError, so the command line reports it without a traceback.
     """
 
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, encoder: nn.Module | None) -> Iterator[None]:
-    """Raise GpuMemoryError where torch is out of device memory, with what the planner advises."""
+    """Turn torch's error about device memory into a GpuMemoryError with the planner's advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -643,13 +650,13 @@ def explain_out_of_memory(recipe: Recipe, encoder: nn.Module | None) -> Iterator
         if device.type == "cuda":
             gib = torch.cuda.get_device_properties(device).total_memory / 2**30
         dtype = choose_dtype(recipe.precision, device)
-        asked = ". ".join(str(error).split(". ")[:3])  # more is about the allocator
+        asked = ". ".join(str(error).split(". ")[:3])  # the rest is about the allocator
         advice = memory_advice(recipe, dtype, world_size(), gib, encoder)
         raise GpuMemoryError(f"{asked}.\n{advice}") from error
 
 
 def open_writer(out: Path, recipe: Recipe) -> AbstractContextManager[checkpoint.Writer | None]:
-    """Rank 0's writer of checkpoints; None on the other ranks."""
+    """The writer of checkpoints on rank 0, and None on the other ranks."""
     if rank() > 0:
         return nullcontext()
     return checkpoint.Writer(out / "checkpoints", recipe.keep_last)
@@ -662,7 +669,7 @@ def finished_result(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     """
     answer: list[dict[str, Any] | None] = [None]
     paths = checkpoint.paths_in(out / "checkpoints")
-    # Where a file is missing or damaged, the run goes on from what there is.
+    # If a file is missing or damaged, the run continues from the files that exist.
     with suppress(OSError, ValueError, KeyError):
         if rank() == 0 and paths:
             result = json.loads((out / "result.json").read_text())
@@ -677,12 +684,12 @@ def finished_result(recipe: Recipe, out: Path) -> dict[str, Any] | None:
 
 
 def changes(recipe: Recipe, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ between a checkpoint's recipe and that of this run, in this order.
+    """The fields whose values differ in a checkpoint's recipe (first) and this run's (second).
 
     Those in `FREE_FIELDS` do not count.
     """
     now = recipe.model_dump(mode="json")
-    # Another method's fields are left as they are: its file may be one that this run does not load.
+    # Another method's fields are not changed, because this run may not be able to load its file.
     with suppress(ValueError):
         if saved["method"] == now["method"]:
             origin = "the checkpoint" if rank() == 0 else None
@@ -705,7 +712,7 @@ def load_start(
     key: str | None,
     force: bool,
 ) -> None:
-    """Load the checkpoint to resume from, or else the weights in `init_from`, if either is there.
+    """Load the checkpoint to resume from, or else the weights in `init_from`, if there are any.
 
     The checkpoint is `chosen` or, without it, the newest in `out`.
 
@@ -721,34 +728,34 @@ def load_start(
         taken = take_weights(run.method, run.recipe, init_from, key)
         if rank() == 0:
             log.info(taken)
-    # On a network disk a new file may become visible to some machines later than to others.
+    # On a network disk, a new file may become visible later on some machines than on others.
     latest_step = max_over_ranks(run.step)
     if latest_step != run.step:
         raise FileNotFoundError(
-            f"{out}: rank {rank()} found the checkpoint of step {run.step}, "
-            f"another rank {latest_step}'s"
+            f"{out}: rank {rank()} found the checkpoint of step {run.step}, and another rank that "
+            f"of step {latest_step}; start again when all machines see the same files"
         )
     if resume and run.step == 0 and rank() == 0:
         log.info(f"{out} has no checkpoint yet: starting at step 0")
 
 
 def chosen_checkpoint(path: Path, out: Path) -> Path:
-    """The checkpoint `path`, which may be the name of one of the run in `out`.
+    """The checkpoint at `path`, or the one of the run in `out` that has this name.
 
-    Raises FileNotFoundError if there is none, and ValueError for one of another run if `out` has
-    checkpoints of its own.
+    Raises FileNotFoundError if there is none. Raises ValueError for a checkpoint of another run if
+    `out` has its own checkpoints.
     """
     folder = out / "checkpoints"
-    found = path if path.is_file() else folder / path.name
-    if not found.is_file():
+    chosen = path if path.is_file() else folder / path.name
+    if not chosen.is_file():
         names = [path.name for path in [*checkpoint.paths_in(folder), *folder.glob("best.pt")]]
         raise FileNotFoundError(f"no checkpoint {path}; in {folder}: {', '.join(names) or 'none'}")
-    if found.resolve().parent != folder.resolve() and checkpoint.paths_in(folder):
+    if chosen.resolve().parent != folder.resolve() and checkpoint.paths_in(folder):
         raise ValueError(
-            f"{found} is of another run than the one in {out}: choose a new --out for a run that "
-            "starts from it"
+            f"{chosen} belongs to another run than the one in {out}: choose a new --out for a run "
+            "that starts from it"
         )
-    return found
+    return chosen
 
 
 def checkpoint_state(run: Run, fingerprint: str, classes: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -773,10 +780,10 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     """Load the content of a checkpoint into a new run.
 
     Raises ValueError with the differences if the recipe or the training images are not the same.
-    With `force` the differences are only logged, unless the networks or the optimiser's state have
-    other shapes, which is always a ValueError. The optimiser's settings are those of the run.
-    Fields in `FREE_FIELDS` may always differ, and
-    there may be more epochs; that there are fewer than are trained is always a ValueError.
+    With `force` the differences are only logged. Networks or an optimiser state with other shapes
+    are always a ValueError. Fields in `FREE_FIELDS` may always differ. The run may have more
+    epochs, but fewer epochs than the checkpoint has trained are always a ValueError. The
+    optimiser's settings are those of the run, not those of the checkpoint.
     """
     fields = changes(run.recipe, state["recipe"])
     epochs_then, epochs_now = fields.get("epochs", (0, 0))
@@ -794,13 +801,13 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     rows = "\n".join(differences)
     if state["step"] > run.derived.total_steps:
         raise ValueError(
-            f"{state['step']:,} steps are trained, which cannot become the "
+            f"{state['step']:,} steps are trained already, more than the "
             f"{run.derived.total_steps:,} of {run.recipe.epochs} epochs: choose another --out for "
             f"a shorter run\n{rows}"
         )
     misfit = what_does_not_fit(run, state)
     if differences and not force:
-        advice = "--force does not help, because" if misfit else "--force goes on all the same"
+        advice = "--force does not help, because" if misfit else "--force continues anyway"
         raise ValueError(
             f"this is not the run that was started; {advice}"
             f"{f' {misfit}' if misfit else ''}:\n{rows}"
@@ -808,25 +815,25 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
     if misfit:
         sides = [f"{k} {then} in the checkpoint, {now} now" for k, (then, now) in fields.items()]
         raise ValueError(
-            f"{'; '.join(sides[:3]) or 'the same recipe'}: this run cannot go on, because "
+            f"{'; '.join(sides[:3]) or 'the same recipe'}: this run cannot continue, because "
             f"{misfit}. Set back what changed, or start a new run in another --out"
         )
     if differences and rank() == 0:
-        log.warning(f"going on with another run's checkpoint:\n{rows}")
+        log.warning(f"continuing with another run's checkpoint:\n{rows}")
     if lengthened and rank() == 0:
         log.info(lengthening(run, state["step"], epochs_then))
     if state["world_size"] != world_size() and rank() == 0:
         log.info(
-            f"{state['world_size']} ranks wrote this checkpoint, {world_size()} go on: "
-            f"the same global batches, {images_on_each(run)} images on each"
+            f"{state['world_size']} ranks wrote this checkpoint, {world_size()} continue: the "
+            f"global batches are the same, with {images_on_each(run)} images on each rank"
         )
         if run.recipe.bn == "local":
-            log.warning("bn is local: BatchNorm now normalises parts of another size")
+            log.warning("bn is local: from now on, BatchNorm normalises parts of another size")
     run.method.load_state_dict(state["method"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups_of(run)]
     run.optimizer.load_state_dict(state["optimizer"])
     for group, own_settings in zip(groups_of(run), settings, strict=True):
-        group.update(own_settings)  # what `force` changed, such as the weight decay
+        group.update(own_settings)  # keep what `force` changed, such as the weight decay
     changed_type = checkpoint.restore_scaler(run.scaler, state, run.dtype)
     if changed_type and rank() == 0:
         log.warning(changed_type)
@@ -834,7 +841,7 @@ def restore(run: Run, state: dict[str, Any], fingerprint: str, force: bool = Fal
 
 
 def what_does_not_fit(run: Run, state: dict[str, Any]) -> str:
-    """What of a checkpoint cannot be loaded into this run, for a message; empty if all can."""
+    """The reason why a checkpoint cannot be loaded into this run, or "" if it can."""
     if difference := first_difference(state["method"], run.method.state_dict()):
         return f"the networks do not fit ({difference})"
     saved_groups, groups = state["optimizer"]["param_groups"], groups_of(run)
@@ -849,10 +856,10 @@ def groups_of(run: Run) -> list[dict[str, Any]]:
 
 
 def lengthening(run: Run, step: int, epochs: int) -> str:
-    """What it means to lengthen a run of `epochs` epochs, of which `step` steps are done."""
+    """A line for the log about a run of `epochs` epochs that is lengthened after `step` steps."""
     before = replace(run.derived, total_steps=run.derived.steps_per_epoch * epochs)
     rates = [run.recipe.schedule(max(step - 1, 0), before)["lr"], run.schedule(step)["lr"]]
-    change = "rises again" if rates[1] > rates[0] else "goes on"
+    change = "rises again" if rates[1] > rates[0] else "changes"
     return (
         f"the run is lengthened from {epochs} to {run.recipe.epochs} epochs: the schedule is now "
         f"that of {run.recipe.epochs} epochs, so the learning rate {change}, from {rates[0]:.3g} "
@@ -861,10 +868,10 @@ def lengthening(run: Run, step: int, epochs: int) -> str:
 
 
 def open_evaluation(data: Data, recipe: Recipe, run: Run, out: Path) -> Evaluation | None:
-    """The evaluation during and after training; None, with a warning, if the data allow none.
+    """The evaluation during and after training, or None, with a warning, if it is impossible.
 
-    Raises ValueError if there are test images which cannot be used: the scores that the user
-    expects would be missing at the end.
+    Raises ValueError if there are test images that cannot be used. Otherwise the scores that the
+    user expects would be missing at the end.
     """
     if not recipe.evaluate:
         return None
@@ -883,7 +890,7 @@ def has_test_images(data: Data, recipe: Recipe) -> bool:
 
 
 def images_on_each(run: Run) -> str:
-    """The images of a step on each rank, such as `256`, or `4 x 64` in passes of 64."""
+    """The number of images of a step on each rank, such as `256`, or `4 x 64` in passes of 64."""
     passes, images = run.recipe.accumulate, run.derived.batch_per_gpu
     return f"{passes} x {images}" if passes > 1 else str(images)
 
@@ -899,7 +906,7 @@ def unused_gpus(run: Run) -> str:
 def announce(
     run: Run, source: Source, evaluation: Evaluation | None, out: Path, init_from: Path | None
 ) -> None:
-    """Log what was found, chosen and derived, a line each, before the first step."""
+    """Before the first step, log one line for each thing that was found, chosen or derived."""
     recipe, derived = run.recipe, run.derived
     why = " (rsa-fast recipes auto shows why)" if recipe.dataset == "auto" else ""
     start = f"from the weights in {init_from}" if init_from else "from scratch"
@@ -931,8 +938,8 @@ def announce(
         log.warning(f"the learning rate only warms up: warmup_epochs is {epochs}")
     if run.recipe.optimizer in ("adam", "adamw") and run.derived.peak_lr > ADAM_PEAK_LR:
         log.warning(
-            f"the peak learning rate {run.derived.peak_lr:g} is one for SGD: "
-            "those of Adam and AdamW are near 0.001 (peak_lr)"
+            f"the peak learning rate {run.derived.peak_lr:g} is usual for SGD, but Adam and AdamW "
+            "need about 0.001: set peak_lr"
         )
 
 
@@ -945,11 +952,11 @@ def announce_blocks(recipe: Recipe, source: Source) -> None:
     log.info(f"  {'order':9} {count:,} blocks, mixed in windows of {window:,} images")
     if mates >= 1:
         log.warning(
-            f"a batch has {mates:.1f} others of an image's block on average: for less than 1, set "
-            f"a larger window_mib than {recipe.window_mib}, or a smaller block_mib"
+            f"on average, a batch contains {mates:.1f} other images of an image's block: to get "
+            f"below 1, set window_mib above {recipe.window_mib}, or a smaller block_mib"
         )
     if extents.sorted_by(labels) > STORED_BY_CLASS:
         log.warning(
-            "the images are stored by class, so that order = blocks makes batches of few classes: "
-            "convert them with rsa-fast convert, which shuffles, or set order=full"
+            "the images are stored by class, so with order = blocks a batch has few classes: "
+            "shuffle them with rsa-fast convert, or set order=full"
         )

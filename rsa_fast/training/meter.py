@@ -1,4 +1,4 @@
-"""What is measured during training: time, losses, collapse and overflows.
+"""Measurements during training: time, losses, collapse and overflows.
 
 Counting a step never waits for the device. Only reading the values does.
 """
@@ -22,9 +22,9 @@ log = logging.getLogger("rsa_fast")
 
 # Collapse is suspected below this `embedding_std`.
 COLLAPSE_STD = 0.02
-# Healthy runs stay above this one, and above 0.9 if their heads have BatchNorm.
+# Healthy runs stay above this value, and above 0.9 if their heads have BatchNorm.
 HEALTHY_STD = 0.1
-# Heads without BatchNorm embed all images alike at the start.
+# At the start, heads without BatchNorm embed all images alike, so earlier steps are not checked.
 COLLAPSE_FROM_STEP = 200
 NEVER = torch.iinfo(torch.int64).max
 
@@ -45,19 +45,20 @@ class Meter:
         self.worst_skips = self.worst_step = 0
 
         # Counters on the device. `skips` contains the number of all skipped steps, the length of
-        # the current row of them, the length of the longest row, and the last step of that.
+        # the current row of skipped steps, the length of the longest row, and the last step of the
+        # longest row.
         self.bad_step = torch.tensor(NEVER, device=device)
         self.skips = torch.zeros(4, dtype=torch.int64, device=device)
-        # The sums of the finite losses, and their number. The first `add` sets it.
+        # The sums of the finite losses, and their number. The first `add` creates the tensor.
         self.totals: Tensor
         self.restart()
 
     def restart(self) -> None:
-        """Restart the clock: evaluations and checkpoints do not belong to the time of a step."""
+        """Restart the clock, because evaluations and checkpoints are not part of a step's time."""
         self.began, self.wait_s, self.steps = time.perf_counter(), 0.0, 0
 
     def waiting(self, batches: Iterator[Batch]) -> Generator[Batch]:
-        """Pass the batches on, and measure how long the loop waits for each."""
+        """Yield the batches, and measure how long the loop waits for each."""
         while True:
             wait_began = time.perf_counter()
             batch = next(batches, None)
@@ -93,7 +94,7 @@ class Meter:
             dist.all_reduce(values)
             values /= world_size()
         record = dict(zip((*self.names, "embedding_std"), values.tolist(), strict=True))
-        # Only now have the device's steps ended. Before, many of them may still be in its queue.
+        # Only now has the device finished the steps. Before, many may still be in its queue.
         step_s = (time.perf_counter() - self.began) / self.steps
         self.embedding_std = record["embedding_std"]
         skipped_steps = self.update_faults()
@@ -123,9 +124,9 @@ class Meter:
         return skipped_steps
 
     def summary(self) -> dict[str, float | None]:
-        """The medians over all reads except the first, which includes the warm-up.
+        """The medians over all reads except the first, because it includes the warm-up.
 
-        If there is only one read, they are its values.
+        If there is only one read, its values are returned.
         """
         reads = self.reads[1:] or self.reads
         medians: dict[str, float | None] = {}

@@ -1,4 +1,4 @@
-"""What a run records: `metrics.jsonl`, TensorBoard, Weights & Biases, and progress on stderr."""
+"""The records of a run: `metrics.jsonl`, TensorBoard, Weights & Biases and progress on stderr."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from rsa_fast.training.run_folder import read_metrics as read_metrics
 log = logging.getLogger("rsa_fast")
 
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow")
-# The ETA is computed from the steps of the last hour. rich's default, the last 30 s, can be less
-# than the time between two records.
+# The ETA is computed from the steps of the last hour. rich's default is the last 30 s, which can be
+# less than the time between two records.
 ETA_WINDOW_S = 3600
-# What the progress line shows at its end, from the most important to the least, and how.
+# The values at the end of the progress line, the most important first, and their formats.
 LATEST_FORMATS = {
     "images_per_s": "{:,.0f} images/s",
     "loss": "loss {:.3g}",
@@ -49,7 +49,7 @@ class Sink(Protocol):
     """A destination of records. A record is a dict that contains its `step`."""
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
-        """Start, or continue after `step`; records of later steps from before are discarded."""
+        """Start, or continue after `step`. Earlier records of later steps are discarded."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -57,7 +57,7 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """Writes every record to all sinks. A context manager.
+    """Writes every record to all sinks. This is a context manager.
 
     The sinks are `metrics.jsonl`, the progress display, TensorBoard if it is installed and, with
     `wandb`, Weights & Biases. Only rank 0 writes. Raises ValueError if `wandb` is true and the
@@ -95,8 +95,8 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         """Write a record to all sinks.
 
-        An evaluation after the checkpoint that a resumed run starts from is repeated by that run.
-        Its record is then written only once.
+        A resumed run repeats the evaluation that followed its checkpoint. The record of this
+        evaluation is still written only once.
         """
         if record["step"] == self.start_step and set(record) in self.names_at_start:
             return
@@ -134,7 +134,7 @@ class JsonLines:
 class ProgressLine(Progress):
     """Progress in one line of the terminal's width.
 
-    The bar shrinks first. Where that does not suffice, whole fields are left out, from the right.
+    The bar shrinks first. If that is not enough, fields are left out, starting from the right.
     """
 
     def get_renderables(self) -> Iterator[RenderableType]:
@@ -155,7 +155,7 @@ class ProgressLine(Progress):
             yield line
 
     def seconds_left(self, task: Task) -> float | None:
-        """By the speed of the last hour, or that of the latest record where there is only one."""
+        """An estimate from the speed of the last hour, or of the latest record if it is alone."""
         step_ms: float | None = task.fields["step_ms"]
         if task.time_remaining is not None or step_ms is None:
             return task.time_remaining
@@ -165,11 +165,11 @@ class ProgressLine(Progress):
 class Screen:
     """A line of progress with the latest numbers, or one log line per record.
 
-    The progress is only shown on a terminal. There every score leaves a line above it.
+    The progress is only shown on a terminal, where every score is also printed above it.
     """
 
     def __init__(self, epochs: int = 0) -> None:
-        self.epochs = epochs  # 0: not known, and not shown
+        self.epochs = epochs  # 0 if the number is unknown; it is then not shown
 
     def open(self, folder: Path, total_steps: int, step: int) -> None:
         console = Console(stderr=True)
@@ -196,7 +196,7 @@ class Screen:
         return f"epoch {number}/{self.epochs}"
 
     def mark_best(self, values: dict[str, float], step: int) -> set[str]:
-        """Remember the best of each score since the first step. Returns which are the best yet."""
+        """Remember the best value of each score since the first step. Returns the new best ones."""
         best = {
             key
             for key in RECORDED_SCORES.keys() & values.keys()
@@ -227,7 +227,7 @@ class Screen:
         )
 
     def score_line(self, values: dict[str, float], step: int) -> str:
-        """Such as `epoch 8  kNN 45.8 (best)  effective rank 6.1`."""
+        """A line such as `epoch 8 kNN 45.8 (best) effective rank 6.1`."""
         best = self.mark_best(values, step)
         parts = [f"epoch {values['epoch']:.0f}"] if "epoch" in values else []
         for key in (key for key in RECORDED_SCORES if key in values):
@@ -238,7 +238,7 @@ class Screen:
         return "  ".join(parts)
 
     def close(self) -> None:
-        with suppress(OSError):  # of a terminal that was closed
+        with suppress(OSError):  # the terminal was closed
             self.bar.stop()
 
 
@@ -262,13 +262,14 @@ def check_wandb() -> None:
     """Raise ValueError if Weights & Biases cannot be used, before a run touches anything."""
     if find_spec("wandb") is None:
         raise ValueError(
-            f"wandb is wanted and not installed: {PIP} install wandb, or set wandb to false"
+            f"wandb is true, but the package is not installed: {PIP} install wandb, or set wandb "
+            "to false"
         )
     try:
         import wandb  # noqa: F401
-    except Exception as error:  # a version that does not fit the other packages can raise anything
+    except Exception as error:  # an incompatible version can raise any exception
         raise ValueError(
-            f"wandb is wanted and cannot be imported ({type(error).__name__}: {error}): "
+            f"wandb is true, but the package cannot be imported ({type(error).__name__}: {error}): "
             f"{PIP} install -U wandb, or set wandb to false"
         ) from error
 
@@ -307,7 +308,7 @@ class WeightsAndBiases:
 
 
 def versions_and_hardware() -> dict[str, Any]:
-    """Versions and hardware, for `env.json`."""
+    """The versions and the hardware for `env.json`."""
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},

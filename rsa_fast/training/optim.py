@@ -1,7 +1,7 @@
 """Optimisers: torch's fused SGD, Adam and AdamW, and LARS and LARC on top of SGD.
 
-With all of them, the host never waits for the device during a step, not even with a GradScaler: if
-the gradients overflowed, it is the fused kernel that leaves weights and momentum unchanged.
+With none of them does the host wait for the device during a step, not even with a GradScaler. If
+the gradients overflowed, the fused kernel leaves weights and momentum unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.optim import Adam, AdamW, Optimizer
 from rsa_fast.methods.method import Method
 from rsa_fast.recipes import Recipe
 
-ADAM_BETA_2 = 0.999  # torch's default, of AdamW too
+ADAM_BETA_2 = 0.999  # torch's default for Adam and AdamW
 
 LARC_EPS = 1e-8  # apex/parallel/LARC.py
 CLIP_EPS = 1e-6  # DINO utils.py clip_gradients, and torch's clip_grad_norm_
 
-# Parameters, or groups of parameters with options of their own.
+# Parameters, or groups of parameters with their own options.
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
@@ -31,7 +31,7 @@ class Sgd(torch.optim.SGD):
     """SGD with momentum: with g = gradient + wd p, mu = m mu + g, then p = p - lr mu.
 
     With `nesterov`, p = p - lr (g + m mu). Weight decay applies to every parameter, as in the
-    reference code, unless a group excludes its.
+    reference code, unless a group excludes it.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Sgd(torch.optim.SGD):
             nesterov=nesterov,
             fused=True,
         )
-        # torch creates the momentum in the first step, and leaves it uninitialised if the gradients
-        # of that step overflowed.
+        # torch would create the momentum in the first step. If the gradients of that step
+        # overflowed, it would leave the momentum uninitialised.
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def unscale(self) -> None:
-        """Divide the gradients by the scale of a GradScaler, unless that has been done.
+        """Divide the gradients by the scale of a GradScaler, unless they are unscaled already.
 
         A GradScaler leaves them scaled and sets `grad_scale` for optimisers that unscale by
         themselves, as the fused kernel does.
@@ -72,9 +72,9 @@ class Sgd(torch.optim.SGD):
 class Lars(Sgd):
     """LARS (You et al. 2017) in the variant of BYOL, MoCo v3 and RSA (common/lars.py).
 
-    For parameters of two or more dimensions g = r (g + wd p), where r = trust |p| / |g + wd p|, or
-    1 if one of the norms is 0. Biases and BatchNorm parameters have no weight decay and r = 1.
-    Then mu = m mu + g and p = p - lr mu: the learning rate is not part of the momentum.
+    For parameters of two or more dimensions, g = r (g + wd p), where r = trust |p| / |g + wd p|, or
+    1 if one of the norms is 0. Biases and BatchNorm parameters have no weight decay and r = 1. Then
+    mu = m mu + g and p = p - lr mu, so the learning rate is not part of the momentum.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Lars(Sgd):
         super().__init__(params, lr, momentum, weight_decay=0)
         self.decay, self.trust_coefficient = weight_decay, trust_coefficient
 
-    # There is no `closure`, which would compute the gradients again.
+    # There is no argument `closure`, which would compute the gradients again.
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         self.unscale()
 
-        # Weight decay and the ratio r, for all parameters but biases and BatchNorm.
+        # Apply weight decay and the ratio r to all parameters except biases and BatchNorm.
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         matrices = [p for p in params if p.ndim > 1]
         grads = gradients(matrices)
@@ -106,17 +106,17 @@ class Lars(Sgd):
         )
         torch._foreach_mul_(grads, list(ratio.unbind()))
 
-        # Momentum and the update, without weight decay: it is in the gradients already.
+        # Apply momentum and the update. Weight decay is already in the gradients.
         super().step()
 
 
 class Larc(Sgd):
     """LARC without clipping, as SwAV uses it (apex/parallel/LARC.py).
 
-    For every parameter, also of one dimension, g = r (g + wd p), where
-    r = trust |p| / (|g| + wd |p| + 1e-8). If one of the norms is 0, then g stays as it is, without
-    weight decay: the first step of a bias that starts at 0 has the full learning rate.
-    Then mu = m mu + g and p = p - lr mu.
+    For every parameter, even with one dimension, g = r (g + wd p), where r = trust |p| / (|g| + wd
+    |p| + 1e-8). If one of the norms is 0, then g does not change and there is no weight decay. The
+    first step of a bias that starts at 0 thus has the full learning rate. Then mu = m mu + g and p
+    = p - lr mu.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Larc(Sgd):
 
 @torch.no_grad()
 def clip_each_grad_norm_(params: Iterable[nn.Parameter], limit: float) -> None:
-    """Scale each gradient whose norm is larger than `limit` down to it, apart from the others."""
+    """Scale every gradient whose norm exceeds `limit` down to it, each one separately."""
     grads = gradients(params)
     shares = (limit / (norms(grads) + CLIP_EPS)).clamp(max=1)  # (len(grads),)
     torch._foreach_mul_(grads, list(shares.unbind()))
@@ -165,7 +165,7 @@ def gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """The norm of each of n tensors, `(n,)`, in float32, or in float64 if one of them is."""
+    """The norms of n tensors, `(n,)`, in float32, or in float64 if one of them is float64."""
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     return torch.stack(torch._foreach_norm(tensors, dtype=dtype))
 
@@ -183,11 +183,11 @@ def build_optimizer(
     except for those in `lr_ratios` (see `Method.lr_ratios`).
     """
     constant, ratios = set(method.constant_lr_parameters()), lr_ratios or {}
-    own: dict[str, float] = {}  # the options of gains and biases, where they have their own
+    own: dict[str, float] = {}  # the options of gains and biases, if they have their own
     if recipe.decay_exclude == "norm_and_bias":
         own["weight_decay"] = 0.0
-    # Keyed by whether the learning rate is constant, whether the parameters are gains and biases
-    # with something of their own, and the ratio of their learning rate to `peak_lr`.
+    # The keys are: whether the learning rate is constant, whether these are gains and biases with
+    # their own options, and the ratio of their learning rate to `peak_lr`.
     members = defaultdict[tuple[bool, bool, float], list[nn.Parameter]](list)
     for p in method.parameters():
         if p.requires_grad:
@@ -202,7 +202,7 @@ def build_optimizer(
         for (flag, has_own, ratio), params in sorted(members.items(), key=lambda item: item[0])
     ]
     if recipe.optimizer in ("adam", "adamw"):
-        # Before its first step, torch sets the moments to zero, also if the gradients overflowed.
+        # Before the first step, torch sets the moments to zero, even if the gradients overflowed.
         return (Adam if recipe.optimizer == "adam" else AdamW)(
             groups,
             lr=peak_lr,
@@ -224,7 +224,7 @@ def build_optimizer(
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of all parameters except those that keep the peak rate.
 
-    That of a group with an `lr_ratio` is `lr` times it.
+    A group with an `lr_ratio` gets `lr` times this ratio.
     """
     for group in optimizer.param_groups:
         if not group["constant_lr"]:

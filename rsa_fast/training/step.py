@@ -28,7 +28,7 @@ from rsa_fast.training.optim import build_optimizer, clip_each_grad_norm_, set_l
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
-NETWORK_DRAWS = 0x6E6574776F726B  # these draws are not those of the views
+NETWORK_DRAWS = 0x6E6574776F726B  # makes these random numbers independent of the views
 
 
 @dataclass
@@ -45,19 +45,19 @@ class Run:
     dtype: torch.dtype
     step: int = 0
     skipped: Tensor | None = None  # bool, on the device: did the fp16 scaler skip the last step?
-    losses: list[Loss] = field(default_factory=list)  # of the batches of a step that is not done
+    losses: list[Loss] = field(default_factory=list)  # the losses of the step's batches up to now
 
     def schedule(self, step: int) -> dict[str, float]:
-        """The values at `step`, counted from 0: lr, and tau and beta if the method has them."""
+        """The values at `step`, counted from 0: lr, and those of the method, such as tau."""
         return self.recipe.schedule(step, self.derived)
 
 
 def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> Run:
     """A new run over `count` images. Its networks are on the device and in training mode.
 
-    Their initial parameters depend only on the recipe and its seed. A copy of the module `encoder`
-    replaces the network that the recipe names, and the recipe of the run says so. It starts from
-    the module's weights.
+    Their initial parameters depend only on the recipe and its seed. If the module `encoder` is
+    given, a copy of it, with its weights, replaces the network that the recipe names. The recipe of
+    the run records this.
     """
     if encoder is not None:
         recipe = recipe_of_own_encoder(recipe)
@@ -73,8 +73,8 @@ def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> R
     forward: nn.Module = method
     if world_size() > 1:
         # Buffers are not broadcast: every rank has its own BatchNorm statistics, and the queue is
-        # the same on all ranks anyway. The graph is not declared static: DDP would then look for
-        # tensors in what forward returns, find none in a Loss, and never reduce a gradient.
+        # the same on all ranks anyway. The graph is not declared static. Otherwise DDP would look
+        # for tensors in the result of forward, find none in a Loss, and never reduce a gradient.
         with warnings.catch_warnings():
             # torch 2.13 deprecates broadcast_buffers. Its successor copies the buffers once at the
             # start, and earlier versions do not have it.
@@ -98,9 +98,9 @@ def build_run(recipe: Recipe, count: int, encoder: nn.Module | None = None) -> R
 
 
 def train_step(run: Run, *batches: Batch) -> Loss:
-    """One optimiser step, on as many batches as the recipe's `accumulate`.
+    """Do one optimiser step on as many batches as the recipe's `accumulate`.
 
-    Returns the loss, as `train_on` does. Raises ValueError for another number of batches.
+    Returns the loss, as `train_on` does. Raises ValueError if the number of batches differs.
     """
     if len(batches) != run.recipe.accumulate:
         raise ValueError(
@@ -111,18 +111,18 @@ def train_step(run: Run, *batches: Batch) -> Loss:
 
 
 def train_steps(run: Run, batches: Iterator[Batch]) -> Iterator[Loss]:
-    """The losses of the optimiser steps that `batches` make up, each of `accumulate` of them."""
+    """The losses of optimiser steps on `batches`. Each step takes `accumulate` of them."""
     for batch in batches:
         if (loss := train_on(run, batch)) is not None:
             yield loss
 
 
 def train_on(run: Run, batch: Batch) -> Loss | None:
-    """Train on one batch: one pass and, if it is the last of its step, the step of the optimiser.
+    """Train on one batch. After the last batch of a step, the optimiser makes its step.
 
     Returns the loss of the step if it is done, and otherwise None. The loss is the mean over the
-    step's batches, with the embeddings of the last one; it stays on the device. Nothing here waits
-    for the device.
+    step's batches, with the embeddings of the last one. It stays on the device, and nothing here
+    waits for the device.
     """
     # The values of this step: the learning rate, tau and beta.
     now = run.schedule(run.step)
@@ -132,8 +132,8 @@ def train_on(run: Run, batch: Batch) -> Loss | None:
     if not run.losses:
         seed_dropout(run)
 
-    # The forward passes in the compute type, and the backward pass. In fp16 the loss is scaled.
-    # Several ranks average their gradients in the last pass only.
+    # Run the forward pass in the compute type, and the backward pass. In fp16 the loss is scaled.
+    # Several ranks average their gradients only in the last pass of a step.
     with (
         run.forward.no_sync()
         if isinstance(run.forward, DistributedDataParallel) and not last
@@ -154,9 +154,10 @@ def train_on(run: Run, batch: Batch) -> Loss | None:
 
 
 def seed_dropout(run: Run) -> None:
-    """Seed what a network draws in a step, such as dropout's masks, from seed, step and rank.
+    """Seed the random numbers of a network in a step, such as dropout masks.
 
-    A resumed run thus draws the same. The ResNets and the methods of this package draw nothing.
+    They depend on the run's seed, the step and the rank, so a resumed run gets the same. The
+    ResNets and the methods of this package use no such numbers.
     """
     seed = int(hash_keys(run.recipe.seed ^ NETWORK_DRAWS, run.step, rank())[0])
     torch.default_generator.manual_seed(seed)
@@ -182,8 +183,8 @@ def update(run: Run) -> None:
     """Update the weights by the gradients, and end the step."""
     params = [p for group in run.optimizer.param_groups for p in group["params"]]
 
-    # The gradients of several passes add up to a sum, and their mean is wanted. Only here, so that
-    # fp16 overflows and rounds in each pass as it does on each of several ranks.
+    # The gradients of several passes add up to a sum, but the step needs their mean. They are
+    # divided only here, so that fp16 overflows and rounds in each pass as on each of several ranks.
     if run.recipe.accumulate > 1:
         torch._foreach_div_([p.grad for p in params if p.grad is not None], run.recipe.accumulate)
     if run.recipe.clip_grad_norm or run.recipe.clip_each_grad_norm:
@@ -193,8 +194,8 @@ def update(run: Run) -> None:
     if run.recipe.clip_grad_norm:
         clip_grad_norm_(params, run.recipe.clip_grad_norm, foreach=True)
 
-    # The update of the weights, which the fp16 scaler skips if a gradient overflowed. It then
-    # lowers its scale. `get_scale()` would wait for the device, so the scale is compared there.
+    # Update the weights. The fp16 scaler skips this if a gradient overflowed, and then lowers its
+    # scale. `get_scale()` would wait for the device, so the scale is compared on the device.
     run.scaler.step(run.optimizer)
     scale = run.scaler._scale if run.scaler.is_enabled() else None
     # A copy, because `update` changes the tensor in place.
@@ -212,8 +213,8 @@ def update(run: Run) -> None:
 def for_any_device(recipe: RecipeT) -> RecipeT:
     """The recipe with the device `auto` if it demands a GPU.
 
-    It names the device that a run was trained on. What else is done with the run, such as scoring
-    its encoder, may be done on another machine.
+    The recipe names the device on which the run was trained. Later work, such as scoring its
+    encoder, may be done on another machine.
     """
     return recipe.model_copy(update={"device": "auto"}) if recipe.device == "cuda" else recipe
 
@@ -225,8 +226,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "device: cuda is wanted and torch finds none; "
-            "use device=cpu, or check the driver with nvidia-smi"
+            "device = cuda, but torch finds no GPU: use device=cpu, or check the driver with "
+            "nvidia-smi"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

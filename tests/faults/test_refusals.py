@@ -107,7 +107,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(data, tmp_path
         ValueError, match=r"predictor\.0\.weight has values that are NaN or infinite"
     ):
         checkpoint.load(bad)
-    with pytest.warns(UserWarning, match=r"predictor.*; trying the one before"):
+    with pytest.warns(UserWarning, match=r"predictor.*; trying the previous one"):
         assert checkpoint.load_latest(tmp_path / "checkpoints")["step"] == 1
 
 
@@ -141,11 +141,11 @@ def test_a_changed_recipe_and_dataset_are_refused_and_force_says_what_it_overrid
         "  beta_base: 0.3 in the checkpoint, 0.4 now\n  tau_base: 0.99 in the checkpoint, 0.9 now\n"
     )
     rows += "  the training images are not the ones this run was started with"
-    with pytest.raises(ValueError, match=re.escape("--force goes on all the same:\n" + rows)):
+    with pytest.raises(ValueError, match=re.escape("--force continues anyway:\n" + rows)):
         train(changed, others, tmp_path / "run", resume=True)
     assert saved(tmp_path / "run") == [4]
     train(changed, others, tmp_path / "run", resume=True, force=True)
-    assert "going on with another run's checkpoint:\n" + rows in caplog.text
+    assert "continuing with another run's checkpoint:\n" + rows in caplog.text
     assert saved(tmp_path / "run")[-1] == 15
 
 
@@ -165,7 +165,7 @@ def test_resuming_where_there_is_no_checkpoint_yet_starts_and_says_so(data, tmp_
 def test_resuming_in_a_folder_that_holds_no_run_is_refused(data, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "summer.jpg").write_bytes(b"")
-    with pytest.raises(FileExistsError, match=r"photos holds no run but summer\.jpg"):
+    with pytest.raises(FileExistsError, match=r"photos contains no run but summer\.jpg"):
         train(tiny(), data, tmp_path / "photos", resume=True)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["summer.jpg"]
 

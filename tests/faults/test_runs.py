@@ -104,7 +104,7 @@ def test_a_signal_ends_a_run_after_its_step_and_checkpoint_with_code_75(data, wh
             job.process.send_signal(number)
             assert job.end() == STOPPED, job.said
             assert newest(tmp_path) > step
-            end = f"stopped after step {newest(tmp_path)}, which is saved; go on with --resume"
+            end = f"stopped after step {newest(tmp_path)}, which is saved; continue with --resume"
             assert f"{number.name}: {end}" in job.said
     finish(data, tmp_path, "--epochs", LONG, "--resume")
     assert_same_run(whole, tmp_path)
@@ -227,14 +227,14 @@ def test_a_run_goes_on_with_fewer_ranks_and_the_same_global_batches(data, tmp_pa
         job.process.send_signal(signal.SIGTERM)
         assert job.end() == STOPPED, job.said
         assert (
-            "4 ranks wrote this checkpoint, 2 go on: the same global batches, 4 images on each"
-            in job.said
+            "4 ranks wrote this checkpoint, 2 continue: the global batches are the same, "
+            "with 4 images on each rank" in job.said
         )
     with Job(data, out, *settings, "--resume") as job:
         assert job.end() == 0, job.said
         assert (
-            "2 ranks wrote this checkpoint, 1 go on: the same global batches, 8 images on each"
-            in job.said
+            "2 ranks wrote this checkpoint, 1 continue: the global batches are the same, "
+            "with 8 images on each rank" in job.said
         )
     several, expected = losses(out), losses(one)
     assert list(several) == list(expected) == list(range(1, 31))
@@ -380,7 +380,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before_and_the_run_resumes(
                 last.startswith(f"Error: {out}/checkpoints/step_000000")
                 and "No space left on device" in last
             ), job.said
-            assert "go on with --resume; the checkpoints before it are untouched" in last
+            assert "continue with --resume; earlier checkpoints are unchanged" in last
         assert newest(out) == state(out)["step"] > 0
         mount_again(f"size={100 * size}")
         finish(data, out, "--epochs", LONG, "--resume")
@@ -394,8 +394,8 @@ def test_a_disk_too_full_for_a_record_is_named(data, tmp_path):
         with Job(data, out, "--epochs", 1000, *often) as job:
             assert job.end() == 1
             fault = (
-                f"Error: {out} was not written to: No space left on device. "
-                "Once it has room, go on with --resume"
+                f"Error: {out} was not written to: No space left on device. Once it has room, "
+                "continue with --resume"
             )
             assert job.said.splitlines()[-1] == fault, job.said
 

@@ -152,7 +152,9 @@ def test_only_true_stops_a_run(folder, tmp_path):
 
 @pytest.mark.parametrize("wrong", [Callback, print, "a"])
 def test_what_is_no_callback_is_refused_before_anything_happens(folder, tmp_path, wrong):
-    with pytest.raises(ValueError, match=r"wants instances of rsa_fast\.Callback, found"):
+    with pytest.raises(
+        ValueError, match=r"callbacks must be instances of rsa_fast\.Callback, found"
+    ):
         train(tiny(), folder, tmp_path / "run", callbacks=[wrong])
     assert not (tmp_path / "run").exists() and rsa_fast.Callback is Callback
 
@@ -255,7 +257,7 @@ def test_the_checkpoint_of_the_best_epoch_is_kept(folder, tmp_path, planted, sto
 
 def test_keep_best_wants_a_score_that_there_is(folder, tmp_path, planted):
     planted += [1, 2]
-    with pytest.raises(ValueError, match="keep_best = loss is no score: choose from knn_top1"):
+    with pytest.raises(ValueError, match="keep_best = loss is not a score: choose from knn_top1"):
         train(tiny(knn_every_epochs=1, keep_best="loss"), folder, tmp_path / "a")
     with pytest.raises(ValueError, match="this run has no scores"):
         train(tiny(evaluate=False, keep_best="knn_top1"), folder, tmp_path / "b")
@@ -277,7 +279,7 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
     result = train(recipe, folder, out)
     whole, records = weights(out), read_metrics(out)
     assert train(recipe, folder, out, resume_from="step_00000005.pt", stop_at_step=8)["step"] == 8
-    assert "starting again at step 5: the records after it are replaced" in caplog.text
+    assert "starting again at step 5: later records are replaced" in caplog.text
     names = [path.name for path in checkpoint.paths_in(out / "checkpoints")]
     assert names == ["step_00000005.pt", "step_00000008.pt"]
     done = invoke(main, "train", "--out", out, "--resume")
@@ -302,7 +304,7 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
     assert json.loads((branch / "result.json").read_text())["step"] == result["step"]
     assert min(record["step"] for record in read_metrics(branch)) >= 10
 
-    with pytest.raises(ValueError, match="is of another run than the one in"):
+    with pytest.raises(ValueError, match="belongs to another run than the one in"):
         train(recipe, folder, copy, resume_from=path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint step_9\.pt; in .*step_00000015.pt"):
         train(recipe, folder, out, resume_from="step_9.pt")

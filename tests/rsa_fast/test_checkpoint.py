@@ -93,7 +93,7 @@ def test_one_flipped_bit_of_a_weight_is_found(tmp_path):
     # torch does not notice the damage.
     assert torch.load(newest, weights_only=True)["method"]["w"].unique().numel() == 2
     with pytest.warns(
-        UserWarning, match="the checksum of its part .* is wrong; trying the one before"
+        UserWarning, match="the checksum of its part .* is wrong; trying the previous one"
     ):
         assert checkpoint.load_latest(tmp_path)["step"] == 5
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_keeps_its_own_checkpoint_rather_than_a_damaged_later_one(
 
 
 def test_no_checkpoint_and_foreign_files_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no undamaged checkpoint"):
         checkpoint.load_latest(tmp_path)
     torch.save({"weights": torch.zeros(1)}, tmp_path / "step_1.pt")
     with pytest.raises(ValueError, match="lacks method, recipe, step"):
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, mon
     torch.save({**state(9), "method": Exploit(marker)}, path)
     with pytest.raises(
         ValueError,
-        match=r"step_9\.pt is damaged or no .*: it holds calls of posix\.mkdir; wanted tensors",
+        match=r"step_9\.pt is damaged or not .*: it contains calls of posix\.mkdir; only tensors",
     ):
         checkpoint.load(path)
     with pytest.warns(UserWarning, match=r"posix\.mkdir"):
@@ -154,7 +154,7 @@ def test_a_zip_with_tricks_is_refused_and_writes_nothing(tmp_path, renamed, adde
         if added:
             target.writestr(added, "x")
     with pytest.raises(
-        ValueError, match=r"step_6\.pt is damaged or no .* is compressed or leads out of the file"
+        ValueError, match=r"step_6\.pt is damaged or not .* is compressed or leads out of the file"
     ):
         checkpoint.load(hostile)
     assert names(tmp_path) == ["run", "step_5.pt"] and names(hostile.parent) == ["step_6.pt"]
@@ -262,7 +262,7 @@ def test_a_full_disk_is_an_error_at_the_next_save_and_leaves_the_checkpoints_bef
 def test_a_folder_that_goes_away_is_an_error_on_leaving(tmp_path):
     with (
         pytest.raises(
-            OSError, match=r"was not written: No such file or directory\. Once .* is there"
+            OSError, match=r"was not written: No such file or directory\. Once .* exists"
         ),
         checkpoint.Writer(tmp_path / "a", keep_last=1) as writer,
     ):

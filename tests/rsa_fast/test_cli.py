@@ -260,7 +260,7 @@ def test_a_recipe_of_a_gpu_is_previewed_and_profiled_on_a_cpu_and_not_trained(fo
     assert profiled.exit_code == 0, profiled.output
     assert json.loads(profiled.stdout)["device"] == "cpu"
     trained = run("train", *named, "--out", tmp_path / "run")
-    assert trained.exit_code == 1 and "device: cuda is wanted" in trained.stderr
+    assert trained.exit_code == 1 and "device = cuda, but torch finds no GPU" in trained.stderr
 
 
 def test_a_profile_of_all_methods_says_which_of_them_it_leaves_out(folder, monkeypatch):

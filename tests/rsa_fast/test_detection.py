@@ -395,7 +395,7 @@ def test_a_run_may_be_resumed_in_another_precision_and_starts_where_there_is_non
         state |= {"step": step, "recipe": {"steps": 4}, "dtype": first}
         checkpoint.save(tmp_path / "checkpoints", state, keep_last=1)
         assert restore(parts(now), {"steps": 4}, tmp_path, now) == step
-        assert f"computed in {first}, and the run goes on in {second}" in caplog.text
+        assert f"computed in {first}, and the run continues in {second}" in caplog.text
 
 
 # --- data

@@ -181,7 +181,7 @@ def test_another_project_s_encoder_wants_the_transform(run, folder, tmp_path):
     torch.save({f"backbone.{key}": value for key, value in encoder.state_dict().items()}, path)
     with pytest.raises(ValueError, match=r"foreign\.pth has no recipe: --dataset says how"):
         embed(path, folder, tmp_path / "emb.npy")
-    with pytest.raises(ValueError, match="does not say where its images are: give --data"):
+    with pytest.raises(ValueError, match="does not record where its images are: give --data"):
         embed(path, None, tmp_path / "emb.npy")
     fields = {"views.size_px": 16, "precision": "fp32"}
     embed(path, folder, tmp_path / "emb.npy", dataset="cifar10", overrides=fields)

@@ -418,7 +418,7 @@ def test_nothing_in_a_file_is_executed_and_what_it_wants_is_named(tmp_path, zipp
         state = {"state_dict": small().state_dict(), "more": content}
         path = tmp_path / "there.pth"
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=r"it holds calls of .*posix\.mkdir") as error:
+        with pytest.raises(ValueError, match=r"it contains calls of .*posix\.mkdir") as error:
             load_encoder(path)
         assert len(str(error.value).splitlines()) == 2 and len(str(error.value)) < 500
     assert not marker.exists()

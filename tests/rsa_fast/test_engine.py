@@ -56,7 +56,7 @@ def test_the_block_order_is_resumed_within_a_window_and_announced(tmp_path, capl
     caplog.set_level("INFO", "rsa_fast")
     train(recipe, data, tmp_path / "whole")
     assert "order     5 blocks, mixed in windows of 17 images" in caplog.text
-    assert "others of an image's block on average" in caplog.text
+    assert "other images of an image's block: to get below 1, set window_mib above" in caplog.text
     assert "stored by class" not in caplog.text
     train(recipe, data, tmp_path / "parts", stop_at_step=7)
     train(recipe, data, tmp_path / "parts", resume=True)
@@ -156,7 +156,7 @@ def test_a_folder_in_use_is_refused_until_told_what_to_do(folder, tmp_path):
     out = tmp_path / "run"
     train(tiny(epochs=1), folder, out)
     with pytest.raises(
-        FileExistsError, match=r"not empty: go on with --resume, start again with --overwrite"
+        FileExistsError, match=r"not empty: continue with --resume, start again with --overwrite"
     ):
         # The run is refused before it looks for images.
         train(tiny(epochs=1), tmp_path / "nowhere", out)
@@ -181,7 +181,7 @@ def test_an_old_run_is_deleted_only_when_the_new_one_can_start(folder, tmp_path)
 def test_ranks_that_find_different_checkpoints_do_not_train(folder, tmp_path, monkeypatch):
     train(tiny(), folder, tmp_path, stop_at_step=5)
     monkeypatch.setattr("rsa_fast.training.engine.max_over_ranks", lambda step: step + 5)
-    message = "rank 0 found the checkpoint of step 5, another rank 10's"
+    message = "rank 0 found the checkpoint of step 5, and another rank that of step 10; start again"
     with pytest.raises(FileNotFoundError, match=message):
         train(tiny(), folder, tmp_path, resume=True)
 

@@ -579,18 +579,18 @@ def test_a_run_s_folder_is_its_newest_whole_checkpoint_and_its_images(run, folde
         scores = result_of(done)
         assert scores == expected | {"data": str(place)}
         assert f"images of the run in {run}: {place}" in caplog.text
-        assert ("newest whole checkpoint is step_00000009.pt" in caplog.text) == (given != path)
+        assert ("newest undamaged checkpoint is step_00000009.pt" in caplog.text) == (given != path)
         caplog.clear()
     recipe = rsa_fast.load_encoder(run)[1]
     assert recipe == rsa_fast.load_encoder(path)[1]
     shutil.rmtree(place)
-    with pytest.raises(FileNotFoundError, match="--data says where they are now"):
+    with pytest.raises(FileNotFoundError, match="give their new place with --data"):
         rsa_fast.evaluate(run)
     (run / "env.json").unlink()
-    with pytest.raises(ValueError, match="does not say where its images are: give --data"):
+    with pytest.raises(ValueError, match="does not record where its images are: give --data"):
         rsa_fast.evaluate(run)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint in"):
+    with pytest.raises(FileNotFoundError, match="no undamaged checkpoint in"):
         rsa_fast.load_encoder(run)
 
 

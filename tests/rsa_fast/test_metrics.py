@@ -301,7 +301,7 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, caplog):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    message = f"no metrics.jsonl in {tmp_path}: wanted the folder of a run"
+    message = f"no metrics.jsonl in {tmp_path}: give the folder of a run"
     with pytest.raises(FileNotFoundError, match=message):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORDS[0]) + '\n{"step": 3, "lo')

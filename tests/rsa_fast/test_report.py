@@ -482,7 +482,7 @@ def test_a_report_that_fails_takes_nothing_from_the_run(tmp_path, monkeypatch, c
     assert (folder / "report.html").is_file() and caplog.text == ""
     monkeypatch.setattr(module, "curves", lambda runs: 1 / 0)
     try_to_report(folder)
-    message = f"no report (division by zero); once that is mended: rsa-fast report {folder}"
+    message = f"no report (division by zero); when this is fixed, run: rsa-fast report {folder}"
     assert message in caplog.text
 
 

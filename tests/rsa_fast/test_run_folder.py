@@ -164,7 +164,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(finished, folder, tmp_pat
     # It needs no images: a job that is started again may find them gone.
     place = tmp_path / "gone" if gone else folder
     assert train(tiny(epochs=2), place, out, resume=True) == result
-    assert f"the run in {out} is finished, after step 10: nothing is changed" in caplog.text
+    assert f"the run in {out} finished after step 10: nothing is changed" in caplog.text
     assert content(out) == before
     done = run("train", "--resume", "--out", out)
     assert done.exit_code == 0 and json.loads(done.stdout) == result
@@ -251,7 +251,7 @@ def test_images_that_moved_are_named_and_data_says_where_they_are(data, tmp_path
     old.rename(new)
     refused = run("train", "--resume", "--out", out)
     assert refused.exit_code == 1
-    assert f"images in {old}, which is not there: --data says where" in refused.output
+    assert f"images in {old}, which does not exist: give their new place" in refused.output
     done = run("train", "--resume", "--out", out, "--data", new)
     assert done.exit_code == 0 and json.loads(done.stdout)["step"] == 15
     assert read_starts(out)[-1]["data"] == [str(new)]
@@ -286,7 +286,7 @@ def test_more_epochs_lengthen_a_run_and_say_what_the_learning_rate_does(
     assert checkpoint.load_latest(out / "checkpoints")["recipe"]["epochs"] == 5
     # It is finished again. Another field is still refused, together with more epochs too.
     assert json.loads(run("train", "--resume", "--out", out).stdout)["step"] == 25
-    with pytest.raises(ValueError, match=r"--force goes on all the same:\n  tau_base: 0\.99 in"):
+    with pytest.raises(ValueError, match=r"--force continues anyway:\n  tau_base: 0\.99 in"):
         train(tiny(epochs=6, tau_base=0.9), folder, out, resume=True)
 
 
@@ -295,7 +295,7 @@ def test_more_epochs_lengthen_a_run_and_say_what_the_learning_rate_does(
 
 def test_a_start_without_wandb_touches_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="wandb is wanted and not installed"):
+    with pytest.raises(ValueError, match="wandb is true, but the package is not installed"):
         train(tiny(wandb=True), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -322,7 +322,7 @@ def test_what_a_failed_start_left_does_not_block_the_corrected_command(
     assert {"recipe.yaml", "env.json", "metrics.jsonl"} <= {path.name for path in out.iterdir()}
     caplog.set_level("INFO", "rsa_fast")
     train(tiny(), data, out, stop_at_step=3)
-    assert f"{out} holds what an earlier start left that trained nothing" in caplog.text
+    assert f"{out} contains only the files of an earlier start that failed" in caplog.text
     assert len(read_starts(out)) == 1 and not (out / "wandb").exists()
     train(tiny(), data, tmp_path / "clean", stop_at_step=3)
     assert same(weights(out), weights(tmp_path / "clean"))
@@ -357,9 +357,9 @@ def test_a_run_resumed_in_another_precision_says_so(
             del state["dtype"]
             torch.save(state, path)
     assert result["step"] == 10
-    line = "and the run goes on in float16, with a new loss scaler"
+    line = "and the run continues in float16, with a new loss scaler"
     if second == "bf16":
-        line = "this checkpoint was computed in float16, and the run goes on in bfloat16"
+        line = "this checkpoint was computed in float16, and the run continues in bfloat16"
     assert caplog.text.count(line) == 1 and caplog.text.count("was computed in") == 1
 
 
@@ -367,7 +367,7 @@ def test_force_changes_the_precision_too(data, tmp_path, caplog):
     train(tiny(precision="fp32"), data, tmp_path, stop_at_step=5)
     result = train(tiny(precision="fp16"), data, tmp_path, resume=True, force=True)
     assert result["step"] == 15
-    assert "computed in float32, and the run goes on in float16, with a new" in caplog.text
+    assert "computed in float32, and the run continues in float16, with a new" in caplog.text
 
 
 # ---- Another version
