@@ -1,1 +1,1 @@
-"""What a pre-trained encoder is worth: scores, detection, feature statistics and exports."""
+"""Evaluation of trained encoders: scores, detection, feature statistics and exports."""

@@ -1,9 +1,9 @@
-"""What a classifier predicts for test images, and how often that is right.
+"""The predictions of a classifier for test images, and their accuracy.
 
 predictions = Predictions(classes=10)
 for features, labels in batches:
     predictions.add(head(features), labels)
-predictions.scores("linear")        # linear_top1 in percent, and linear_top5 of > 10 classes
+predictions.scores("linear")        # linear_top1 in percent, and linear_top5 for > 10 classes
 predictions.per_class(names)        # the same for each class
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TOP5_ABOVE = 10  # classes: of so few, five guesses say little
+TOP5_ABOVE = 10  # top-5 says little about so few classes
 
 
 class Predictions:
@@ -36,18 +36,18 @@ class Predictions:
 
     @property
     def top1(self) -> float:
-        """The percentage of images whose class is predicted."""
+        """The percentage of images whose class is predicted correctly."""
         return 100 * int((self.predicted == self.labels).sum()) / len(self.labels)
 
     def scores(self, name: str) -> dict[str, float]:
-        """The accuracies in percent: `{name}_top1`, and `{name}_top5` of more than ten classes."""
+        """The accuracies in percent: `{name}_top1`, and `{name}_top5` for more than ten classes."""
         scores = {f"{name}_top1": self.top1}
         if self.classes > TOP5_ABOVE:
             scores[f"{name}_top5"] = 100 * self.top5_hits / len(self.labels)
         return scores
 
     def per_class(self, names: Sequence[str]) -> dict[str, float | None]:
-        """The accuracy in percent of each class; None for a class without test images."""
+        """The accuracy of each class in percent, or None for a class without test images."""
         right = torch.bincount(self.labels[self.predicted == self.labels], minlength=self.classes)
         counts = torch.bincount(self.labels, minlength=self.classes)
         return {
@@ -56,7 +56,7 @@ class Predictions:
         }
 
     def confusion(self) -> list[list[int]]:
-        """How often a class is taken for which: rows of label, prediction and number of images.
+        """How often each class is predicted as each other: rows of label, prediction and count.
 
         Pairs that do not occur are left out.
         """

@@ -6,9 +6,9 @@ This is section 4.4 of the RSA paper (Tables 5 and 6). The paper follows InfoMin
 detectron2 settings are R_50_FPN_{1x,2x}.yaml in github.com/HobbitLong/PyContrast:
 
 - All layers are trained.
-- BatchNorm is trained too, with statistics of the whole batch of 16. It is in the backbone and is
-  added after the convolutions of the FPN, of the box head (4 convolutions, 1 linear layer) and of
-  the mask head.
+- BatchNorm is trained too, with statistics of the whole batch of 16. It is in the backbone. It is
+  also added after the convolutions of the FPN, of the box head (4 convolutions, 1 linear layer) and
+  of the mask head.
 - Before the evaluation, BatchNorm's statistics are computed again from 200 batches.
 - Images are flipped at random, and their short sides are 640 to 800 px.
 
@@ -23,7 +23,7 @@ torchvision's model differs from detectron2's:
 - Images are resized without antialiasing.
 - Linear and last layers have torchvision's initialisation.
 
-Half precision (`precision`) is an addition. There is one process on one device: BatchNorm over its
+Half precision (`precision`) is our addition. There is one process on one device. BatchNorm over its
 batch is the same as SyncBN over the same batch on eight GPUs.
 """
 
@@ -62,8 +62,8 @@ Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects, as in `Co
 
 # Steps, and the learning rate for a batch of 16 (RSA paper 4.4).
 SCHEDULES = {"1x": (90_000, 0.02), "2x": (180_000, 0.03)}
-# detectron2's values where torchvision's differ. Each training image gets one of these short sides
-# in px at random; the evaluation uses the last.
+# These are detectron2's values, where torchvision's differ. Each training image gets one of these
+# short sides, in px, at random. The evaluation uses the last one.
 MODEL_OPTIONS: dict[str, Any] = {
     "min_size": (640, 672, 704, 736, 768, 800),
     "rpn_post_nms_top_n_train": 1000,
@@ -90,14 +90,15 @@ def detect(
 ) -> dict[str, Any]:
     """Fine-tune the encoder of a checkpoint on COCO-format `data` and evaluate it on its val2017.
 
-    The result, which is also in `out/result.json`, has the settings, the step, and AP, AP50 and
-    AP75 of boxes and masks in percent. `steps` shortens the schedule, and its drops stay at the
-    same fractions. The learning rate is scaled by `batch_size` / 16. `resume` continues from the
-    newest checkpoint in `out` with the same batches and random numbers, or starts if there is none.
-    Of a run that is finished it returns the stored result and changes nothing. `stop_at_step`
-    writes a checkpoint after that step and returns without an evaluation. `key` chooses among
-    several networks in the encoder's file (see `load_encoder`). A signal ends the training after
-    the current step, as in `train`: the checkpoint is written and StoppedError is raised.
+    The result, which is also in `out/result.json`, contains the settings, the step, and AP, AP50
+    and AP75 of boxes and masks in percent. `steps` shortens the schedule. The learning rate then
+    drops after the same fractions of the steps. The learning rate is scaled by `batch_size` / 16.
+    `resume` continues from the newest checkpoint in `out` with the same batches and random numbers,
+    or starts if there is none. If the run is finished, the stored result is returned and nothing is
+    changed. `stop_at_step` writes a checkpoint after that step and returns without an evaluation.
+    `key` chooses among several networks in the encoder's file (see `load_encoder`). As in `train`,
+    a signal ends the training after the current step: the checkpoint is written and StoppedError is
+    raised.
 
     Before any training, raises ValueError or FileNotFoundError if the encoder is not the standard
     ResNet-50, if the data are incomplete or contradict themselves, or if the settings of a resumed
@@ -110,7 +111,7 @@ def detect(
         differ = sorted({name for _, name in train.categories.items() ^ val.categories.items()})
         raise ValueError(
             f"train2017 and val2017 under {data} differ in the id or the name of: "
-            f"{', '.join(differ[:10])}"
+            f"{', '.join(differ[:10])}. Use annotations with the same categories"
         )
     train.ids = [image_id for image_id in train.ids if train.objects(image_id)]
     order = Order(len(train), batch_size, seed)
@@ -137,12 +138,12 @@ def detect(
         "classes": len(train.categories),
     }
     if resume and (stored := finished_result(settings, out)):
-        log.info(f"the run in {out} is finished: nothing is changed, its result is the stored one")
+        log.info(f"the run in {out} is finished: nothing is changed, see its stored result")
         return stored
 
     def losses_of(batch: list[Sample], step: int) -> dict[str, Tensor]:
         images, targets = on_device(batch, place)
-        # The model draws image sizes and proposals. A resumed run draws the same.
+        # The model chooses image sizes and proposals at random. A resumed run chooses the same.
         torch.manual_seed(seed + step)
         with torch.autocast(place.type, dtype, enabled=dtype != torch.float32):
             losses: dict[str, Tensor] = model(images, targets)
@@ -178,8 +179,8 @@ def detect(
                     loss = sum(values.values())
                     if not math.isfinite(loss):
                         raise FloatingPointError(
-                            f"the losses are {values} at step {step}: lower --batch-size, "
-                            "the rate follows it"
+                            f"the losses are {values} at step {step}: lower --batch-size, which "
+                            "also lowers the learning rate"
                         )
                     step_ms = 1e3 * (time.perf_counter() - log_time) / (step - log_step)
                     metrics.write(
@@ -233,7 +234,7 @@ def build_model(
         image_std=std,
         **MODEL_OPTIONS,
     )
-    # One convolution deep, as in detectron2; torchvision's has two.
+    # detectron2's head has one convolution, and torchvision's has two.
     model.rpn.head = RPNHead(model.backbone.out_channels, 3)
     shapes, expected_shapes = (
         {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -242,12 +243,12 @@ def build_model(
     if shapes != expected_shapes:
         key, _ = min(shapes.items() ^ expected_shapes.items())
         raise ValueError(
-            "transfer wants a ResNet-50 with the ImageNet stem and width 64; in this encoder "
-            f"{key} is {shapes.get(key, 'missing')}, not {expected_shapes.get(key, 'wanted')}"
+            "detection needs a ResNet-50 with the ImageNet stem and width 64; in this encoder "
+            f"{key} is {shapes.get(key, 'missing')}, not {expected_shapes.get(key, 'expected')}"
         )
     model.backbone.body.load_state_dict(encoder.state_dict())
-    # torchvision decodes boxes in the dtype of these outputs. In bf16, numbers from 512 on have
-    # steps of 4 px.
+    # torchvision decodes boxes in the dtype of these outputs. In bf16, numbers above 512 are
+    # rounded to multiples of 4 px.
     for head in (model.rpn.head, model.roi_heads.box_predictor):
         for layer in head.children():
             layer.register_forward_hook(lambda layer, inputs, output: output.float())
@@ -257,7 +258,7 @@ def build_model(
 def build_sgd(model: nn.Module) -> torch.optim.SGD:
     """SGD as in detectron2: momentum 0.9, weight decay 1e-4 except for BatchNorm, which has none.
 
-    The caller sets the learning rate.
+    The caller must set the learning rate.
     """
     groups: dict[float, list[nn.Parameter]] = {0.0: [], 1e-4: []}
     for module in model.modules():
@@ -278,9 +279,9 @@ def finished_result(settings: dict[str, Any], out: Path) -> dict[str, Any] | Non
 
 
 def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path, dtype: torch.dtype) -> int:
-    """Load the newest checkpoint in `out` into model, optimiser and scaler; returns its step.
+    """Load the newest checkpoint in `out` into model, optimiser and scaler. Returns its step.
 
-    The step is 0 if there is no checkpoint. `dtype` is the compute type in which the run goes on.
+    The step is 0 if there is no checkpoint. `dtype` is the compute type in which the run continues.
     Raises ValueError if the checkpoint's settings are not `settings`.
     """
     if not checkpoint.paths_in(out / "checkpoints"):
@@ -294,7 +295,7 @@ def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path, dtype: t
         if saved_settings.get(key) != value
     ]
     if differences:
-        heading = "the settings are not those this run was started with:"
+        heading = "the settings are not those with which this run was started:"
         raise ValueError("\n".join([heading, *differences]))
     for name in ("method", "optimizer"):
         parts[name].load_state_dict(state[name])
@@ -307,13 +308,13 @@ def restore(parts: dict[str, Any], settings: dict[str, Any], out: Path, dtype: t
 def precise_bn(model: nn.Module, forwards: Iterable[Any]) -> None:
     """Replace BatchNorm's running statistics by their mean over several forward passes.
 
-    Iterating `forwards` runs these passes. Afterwards the model is only good for evaluation. This
-    is detectron2's PRECISE_BN.
+    Iterating `forwards` runs these passes. Afterwards, use the model for evaluation only. This is
+    detectron2's PRECISE_BN.
     """
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()
-            norm.momentum = None  # torch's sign for a cumulative mean
+            norm.momentum = None  # torch then computes a cumulative mean
     for _ in forwards:
         pass
 

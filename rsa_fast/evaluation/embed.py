@@ -1,6 +1,6 @@
-"""The features of all images of a folder, a row per image, in a file for other programs.
+"""Write the features of all images of a folder to a file for other programs.
 
-    result = embed("runs/a", None, "emb.parquet")  # of the images that the run was trained on
+    result = embed("runs/a", None, "emb.parquet")  # for the images that the run was trained on
     result = embed("moco_v2_800ep_pretrain.pth.tar", "my_photos", "emb.npz", dataset="imagenet1k")
 
 | file | content |
@@ -11,12 +11,12 @@
 | `.csv` | columns filename, embedding_0, ...; then label and class if the data have classes |
 
 Features are float32, as the encoder returns them: they are not normalised. A filename is relative
-to the data folder; of packed images, which have none, it is the image's number. A label is the
-number of a class. Without a class it is -1 in arrays, and empty or null elsewhere.
+to the data folder. Packed images have no names, so their numbers are used. A label is the number of
+a class. If an image has no class, the label is -1 in arrays, and empty or null elsewhere.
 
-The rows have the order of the images in their source, whatever the number of ranks. They are
-written as they are computed, so that of each image only its number stays in memory. Beside the
-file, a file with `.json` after its name contains what `embed` returned.
+The rows are in the order of the images in their source, whatever the number of ranks. They are
+written while they are computed, so only the images' numbers stay in memory. A second file, with
+`.json` after the name, contains the result of `embed`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from rsa_fast.training.step import choose_device, choose_dtype
 
 log = logging.getLogger("rsa_fast")
 
-BATCH_SIZE = 256  # images on a device at a time
-BLOCK_ROWS = 4096  # rows that are written at a time: 32 MiB with 2048 features
+BATCH_SIZE = 256  # number of images on a device at a time
+BLOCK_ROWS = 4096  # number of rows that are written at a time: 32 MiB with 2048 features
 LOG_EVERY_S = 60.0
 
 Block = tuple[np.ndarray, np.ndarray]  # sample ids (n,), their features (n, D) float32
@@ -80,22 +80,23 @@ def embed(
     encoder: nn.Module | None = None,
     key: str | None = None,
 ) -> dict[str, Any]:
-    """Write the features of the images in `data` to the file `out`, whose suffix says its format.
+    """Write the features of the images in `data` to the file `out`. Its suffix is the format.
 
-    This is what `rsa-fast embed` runs. Returns what it prints: `rows`, `dim`, `seconds` and
-    `images_per_s`, and what the rows were made of and how, such as `test_transform`.
+    This is what `rsa-fast embed` runs. Returns what the command prints: `rows`, `dim`, `seconds`,
+    `images_per_s`, the encoder, the images and how they were read, such as `test_transform`.
 
-    `checkpoint` is a run's folder, whose newest checkpoint is read, or any file that
-    `load_encoder` reads; `encoder` and `key` are as there. Without `data`, the images are those
-    that the run was trained on. `split` chooses those for pre-training (all that are not test
-    images), the labelled ones of them, or the test images. With `unlabelled`, which is the
-    checkpoint's if it is None, they are all images below the folder, without classes. `dataset`,
-    `resize_px` and `overrides` say how images are sized and normalised, as in `evaluate`.
+    `checkpoint` is a run's folder, whose newest checkpoint is read, or any file that `load_encoder`
+    reads. `encoder` and `key` have the same meaning as there. Without `data`, the images are those
+    that the run was trained on. `split` chooses the images for pre-training (all except the test
+    images), only the labelled images among them, or the test images. With `unlabelled`, all images
+    below the folder are read, without classes. If `unlabelled` is None, the value in the checkpoint
+    is used. `dataset`, `resize_px` and `overrides` determine how images are sized and normalised,
+    as in `evaluate`.
 
     Images that cannot be read are left out and counted. With several ranks, each computes its part,
     all return the result, and rank 0 writes the file.
 
-    Raises ValueError for another suffix, for a missing library, and for a checkpoint that has no
+    Raises ValueError for an unknown suffix, for a missing library, and for a checkpoint without a
     recipe if `dataset` is missing. Raises FileNotFoundError if the checkpoint or the images do not
     exist.
     """
@@ -106,7 +107,7 @@ def embed(
     network, recipe = load_encoder(path, encoder, key)
     changes: dict[str, Any] = {"on_bad_image": "skip"}
     if split != "test":
-        changes["val_fraction"] = 0.0  # nothing is held out
+        changes["val_fraction"] = 0.0  # no images are held out for validation
     if unlabelled is not None:
         changes["unlabelled"] = unlabelled
     changes |= checked_overrides(overrides or {})
@@ -116,7 +117,7 @@ def embed(
         if rank() == 0:
             log.info(inventory(source))
             if split != "test" and not recipe.unlabelled and any(map(has_test_split, images_at)):
-                log.info("the test images are not among them: --split test")
+                log.info("the test images are not included: --split test writes those")
         device = choose_device(recipe.device)
         dtype = choose_dtype(recipe.precision, device)
         images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
@@ -163,7 +164,7 @@ def embed(
 
 
 def beside(out: Path, suffix: str) -> Path:
-    """The file that belongs to `out`: `emb.npz.json`."""
+    """The path of a file that belongs to `out`, such as `emb.npz.json`."""
     return out.with_name(out.name + suffix)
 
 
@@ -177,7 +178,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """The network in eval mode; afterwards it is in the mode it was in before."""
+    """Put the network into eval mode. Afterwards, its previous mode is restored."""
     training = network.training
     network.eval()
     try:
@@ -189,8 +190,8 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 def features_of(encoder: nn.Module, images: PlainImages) -> Iterator[Block]:
     """Blocks of consecutive readable images and their features, in host memory, on every rank.
 
-    The features of a batch are fetched once the next batch is queued on the device, so that the
-    device does not wait for the host.
+    The features of a batch are fetched only after the next batch is queued on the device. The
+    device thus does not wait for the host.
     """
     for ids, features, readable in delayed(queued(encoder, images)):
         kept = readable.cpu().numpy()
@@ -216,7 +217,7 @@ def queued(encoder: nn.Module, images: PlainImages) -> Iterator[tuple[np.ndarray
 
 
 def of_all_ranks(x: Tensor, count: int) -> Tensor:
-    """The rows of all ranks, `(count, ...)`, of which each rank passes every `world_size`-th.
+    """The rows of all ranks, `(count, ...)`. Each rank passes every `world_size`-th row.
 
     Unlike `features.gather_rows`, it does not wait for the device.
     """
@@ -227,7 +228,7 @@ def of_all_ranks(x: Tensor, count: int) -> Tensor:
 
 
 def delayed(items: Iterator[T]) -> Iterator[T]:
-    """The items, each once the next one is there."""
+    """Yield each item only when the next one is available."""
     previous = next(items)
     for item in items:
         yield previous
@@ -236,14 +237,14 @@ def delayed(items: Iterator[T]) -> Iterator[T]:
 
 
 class Progress:
-    """Joins blocks to larger ones, counts their rows, and logs the number once a minute."""
+    """Joins blocks into larger ones, counts their rows, and logs the number once a minute."""
 
     def __init__(self) -> None:
         self.rows = self.dim = 0
         self.ids: list[np.ndarray] = []  # the sample ids of the rows
 
     def joined(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """The blocks, joined. Raises ValueError if they have no row."""
+        """The joined blocks. Raises ValueError if there is no row."""
         waiting: list[Block] = []
         started = logged = time.monotonic()
         for block in blocks:
@@ -275,7 +276,7 @@ def writer_of(out: Path) -> Write:
     """
     if out.suffix not in WRITERS:
         raise ValueError(
-            f"no format for --out {out.name}: wanted a name that ends in {', '.join(WRITERS)}"
+            f"no format for --out {out.name}: the name must end in {', '.join(WRITERS)}"
         )
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError(f"{out.name} needs pyarrow: {PIP} install pyarrow")
@@ -297,11 +298,11 @@ def table_writer(file: BinaryIO, delimiter: str) -> Iterator[Any]:
     """A csv.writer to a binary file. Names that are not UTF-8 keep their bytes."""
     text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
     yield csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    text.detach()  # flushes, and leaves the file open
+    text.detach()  # this flushes the text and leaves the file open
 
 
 def write_csv(file: BinaryIO, blocks: Iterator[Block], manifest: Manifest) -> None:
-    """The first columns are as lightly-train's, which has no labels."""
+    """The first columns are those of lightly-train, whose files have no labels."""
     more = ("label", "class") if manifest.classes else ()
     with table_writer(file, ",") as table:
         for number, (ids, features) in enumerate(blocks):
@@ -361,7 +362,7 @@ def write_npz(file: BinaryIO, blocks: Iterator[Block], manifest: Manifest) -> No
         ):
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, array, allow_pickle=False)
-        # As an array of numpy, a million names take much more memory than in the manifest.
+        # A million names take much more memory as a NumPy array than in the manifest.
         descr = f"<U{max(len(filename(manifest, sample)) for sample in ids)}"
         with archive.open("filenames.npy", "w", force_zip64=True) as entry:
             entry.write(npy_header(descr, ids.shape))
@@ -395,7 +396,7 @@ def write_parquet(file: BinaryIO, blocks: Iterator[Block], manifest: Manifest) -
 
 
 def valid(name: str) -> str:
-    """A name as UTF-8, in which other bytes become question marks: Parquet has no other text."""
+    """A name as UTF-8, the only text in Parquet. All other bytes become question marks."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
@@ -409,31 +410,31 @@ WRITERS: dict[str, Write] = {
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a file of `embed` contains, and in `made` the result that `embed` wrote beside it."""
+    """The content of a file of `embed`, with the result that `embed` wrote beside it."""
 
     features: np.ndarray  # (N, D) float32
-    labels: np.ndarray  # (N,) int64; -1: without a class
+    labels: np.ndarray  # (N,) int64, and -1 for an image without a class
     filenames: Sequence[str]
     classes: tuple[str, ...]
-    made: dict[str, Any]
+    result: dict[str, Any]
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
     """The content of a file that `embed` wrote. The features of a .npy file stay on the disk.
 
-    Raises FileNotFoundError if it or a file beside it is missing, and ValueError for another
-    format.
+    Raises FileNotFoundError if this file or one that belongs to it is missing, and ValueError for
+    an unknown format.
     """
     path = Path(path)
-    writer_of(path)  # refuses other formats, and .parquet without its library
+    writer_of(path)  # raises ValueError for other formats, and for .parquet without its library
     for needed in (path, beside(path, ".json")):
         if not needed.is_file():
-            raise FileNotFoundError(f"no {needed}: rsa-fast embed writes {path.name} and this")
-    made = json.loads(beside(path, ".json").read_text())
+            raise FileNotFoundError(f"no {needed}: rsa-fast embed writes it with {path.name}")
+    result = json.loads(beside(path, ".json").read_text())
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             filenames, classes = arrays["filenames"].tolist(), tuple(arrays["classes"].tolist())
-            return Embeddings(arrays["features"], arrays["labels"], filenames, classes, made)
+            return Embeddings(arrays["features"], arrays["labels"], filenames, classes, result)
     names: Sequence[Sequence[Any]]  # filename, label, class of each row
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -448,17 +449,17 @@ def read_embeddings(path: str | Path) -> Embeddings:
         names = read_table(beside(path, ".tsv"), "\t")
     else:
         rows = read_table(path, ",")
-        dim = made["dim"]
+        dim = result["dim"]
         features = np.array([row[1 : dim + 1] for row in rows], np.float32)
         names = [[row[0], *(row[dim + 1 :] or (None, None))] for row in rows]
     filenames = [name for name, _, _ in names]
     labels = np.array([-1 if number in (None, "") else int(number) for _, number, _ in names])
-    known = {int(number): name for _, number, name in names if number not in (None, "")}
-    classes = tuple(known.get(i, str(i)) for i in range(max(known, default=-1) + 1))
-    return Embeddings(features, labels, filenames, classes, made)
+    name_of = {int(number): name for _, number, name in names if number not in (None, "")}
+    classes = tuple(name_of.get(i, str(i)) for i in range(max(name_of, default=-1) + 1))
+    return Embeddings(features, labels, filenames, classes, result)
 
 
 def read_table(path: Path, delimiter: str) -> list[list[str]]:
-    """The rows of a csv file, without the header."""
+    """The rows of a csv file without the header."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.reader(file, delimiter=delimiter))[1:]

@@ -1,4 +1,4 @@
-"""Encoders of this project and of others: ResNets recognised by the names of their weights.
+"""Load encoders of this and other projects. ResNets are recognised by their weights' names.
 
     encoder, recipe = load_encoder(Path("moco_v2_800ep_pretrain.pth.tar"))
     # recipe is None: the checkpoint is from another project
@@ -16,19 +16,20 @@
 | VISSL | `_feature_blocks.*` under `classy_state_dict`, `base_model`, `model`, `trunk` |
 | torchvision, timm, SimCLR converters | `conv1.weight` |
 
-All are torchvision's keys behind a prefix. Nested dictionaries are searched, and their names become
-parts of the prefix. A Sequential numbers the layers that torchvision names. A 3x3 first convolution
-means the CIFAR stem. Two properties cannot be seen from the keys and are assumed to be as in
+All are torchvision's keys after a prefix. Nested dictionaries are searched, and their names become
+parts of the prefix. A Sequential numbers the layers that torchvision names. A first convolution of
+3x3 means the CIFAR stem. The keys do not show two properties, which are assumed to be as in
 torchvision: the max-pool after a 7x7 convolution, and the stride in the 3x3 convolution of a
 bottleneck.
 
 If a file has several networks, the one that is trained by gradient is read, such as `student` or
 `encoder_q`, and not the one that follows it, such as `teacher`, `encoder_k` or `momentum_encoder`.
-A `key` chooses another one: `load_encoder(path, key="teacher")`. What is left out is logged.
+A `key` chooses another one: `load_encoder(path, key="teacher")`. The log lists the tensors that are
+not read.
 
-Other networks are built by the `arch` in the checkpoint's recipe: by timm, or by the function of a
-file or module that it names, which is called. One may also pass a network, which the file's weights
-fill: `load_encoder(path, encoder=module)`.
+Other networks are built from the `arch` in the checkpoint's recipe. It names a model of timm, or a
+function in a file or module, which is called. One may also pass a network, into which the weights
+are loaded: `load_encoder(path, encoder=module)`.
 """
 
 from __future__ import annotations
@@ -59,27 +60,27 @@ log = logging.getLogger("rsa_fast")
 
 # The first weight of a stage: the prefix, and the name or the number of the stage.
 STAGE = re.compile(r"((?:.*\.)?)(layer1|\d+)\.0\.conv1\.weight")
-# A word in the prefix of a network that follows another one.
+# Words in the prefix of a network that is a moving average of another one.
 FOLLOWER = re.compile(r"(^|[._])(k|key|momentum|target|teacher|ema)[._]", re.IGNORECASE)
-# A word in the name of what lies behind the encoder, but beside its layers.
+# Words in the names of heads, whose keys are next to those of the encoder's layers.
 HEAD = re.compile(
     r"fc|linear|head|classif|proj|predict|proto|mlp|logit|queue|memory|center|(top|last)_layer"
 )
-# solo-learn's encoder and momentum encoder, which lie beside a classifier.
+# solo-learn's encoder and momentum encoder, which are next to a classifier.
 SOLO_LEARN = re.compile(r"((?:state_dict\.)?)(?:momentum_)?backbone\.")
-STEMS = {3: "cifar", 7: "imagenet"}  # by the side of the first convolution
-LISTED = 5  # names in a message
+STEMS = {3: "cifar", 7: "imagenet"}  # the keys are the sides of the first convolution's kernel
+LISTED = 5  # the number of names in a message
 
-Names = dict[str, str]  # the keys of tensors in a file, by the network's own keys
+Names = dict[str, str]  # from the network's own keys to the keys in the file
 
 
 @dataclass(frozen=True)
-class Found:
-    """A network in a file."""
+class Choice:
+    """The network that was chosen among those in a file."""
 
-    prefix: str  # of its keys
+    prefix: str  # of its keys in the file
     weights: dict[str, Tensor]  # under the network's own keys
-    left_out: str  # for the log; empty if the file has nothing else
+    left_out: str  # a text for the log, which is empty if the file contains nothing else
 
 
 def load_encoder(
@@ -87,16 +88,16 @@ def load_encoder(
 ) -> tuple[Encoder, Recipe | None]:
     """The online encoder of a checkpoint, channels_last on the CPU, and its training recipe.
 
-    `path` is a file, or the folder of a run, which means its newest undamaged checkpoint.
-    If `encoder` is given, the encoder is a copy of it with the weights of the checkpoint. `key`
-    chooses among several networks in the file. It is one or more whole parts, between dots, of the
-    path to the weights: `teacher`, `target_encoder`, `state_dict_ema`.
+    `path` is a file, or the folder of a run, which means its newest undamaged checkpoint. If
+    `encoder` is given, the encoder is a copy of it with the weights of the checkpoint. `key`
+    chooses among several networks in the file. It is one or more parts, between dots, of the path
+    to the weights, such as `teacher`, `target_encoder` or `state_dict_ema`.
 
-    The recipe is None if the checkpoint has none. Of a method that is not part of this package only
-    the recipe's fields are read, without the method. Nothing in the file is executed. Raises
-    FileNotFoundError if there is no file. Raises ValueError if the file contains code, no encoder
-    or several, or one with missing, unknown or non-finite weights; the message names the first
-    ones.
+    The recipe is None if the checkpoint has none. If its method is not part of this package, only
+    the recipe's fields are read, and the method is not loaded. Nothing in the file is executed.
+    Raises FileNotFoundError if there is no file. Raises ValueError if the file contains code, no
+    encoder or several encoders, or if weights are missing, unknown or not finite. The message names
+    the first ones.
     """
     path = checkpoint.newest_checkpoint(path)
     content = read_file(path)
@@ -104,27 +105,27 @@ def load_encoder(
     leaves = leaves_in(content)
     try:
         if encoder is None and (recipe is None or recipe.arch in RESNETS):
-            network, found = build_resnet(leaves, key)
+            network, choice = build_resnet(leaves, key)
         else:
             if recipe is None:
                 network = cast(Encoder, copy.deepcopy(encoder))
             else:
                 arch = recipe.arch if encoder is None else OWN
                 network = build_encoder(recipe.model_copy(update={"arch": arch}), encoder)
-            found = find_weights(network, leaves, key)
-            fill(network, found.weights, type(network).__name__)
+            choice = find_weights(network, leaves, key)
+            fill(network, choice.weights, type(network).__name__)
     except ValueError as error:
-        raise ValueError(f"{path} holds no encoder that can be used: {error}") from error
+        raise ValueError(f"{path} contains no encoder that can be used: {error}") from error
     if recipe is None or key:
-        log_left_out(path, found)
+        log_left_out(path, choice)
     return network.to(memory_format=torch.channels_last), recipe
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """The content of a file written by torch.save or by safetensors, on the CPU.
 
-    Nothing in the file is executed. Many training scripts save their arguments too: a Namespace of
-    argparse is read, because it only holds values.
+    Nothing in the file is executed. Many training scripts also save their arguments as a Namespace
+    of argparse. It is read, because it contains only values.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -136,7 +137,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if is_zipfile(path):  # torch before 1.6 wrote another format
+            if is_zipfile(path):  # before version 1.6, torch wrote another format
                 checkpoint.check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files and files with code raise many types
@@ -144,13 +145,13 @@ def read_file(path: Path) -> dict[str, Any]:
         text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
         reason = text.partition("\n")[0][:300]
         if code := re.search(r"GLOBAL (\S+)", text):
-            reason = f"it holds calls of {code[1]}; wanted tensors and plain values"
+            reason = f"it contains calls of {code[1]}; only tensors and plain values are allowed"
         advice = "torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
         raise ValueError(
-            f"{path} is damaged or holds more than tensors; if you trust it, {advice}\n{reason}"
+            f"{path} is damaged or contains more than tensors; if you trust it, {advice}\n{reason}"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds {type(state).__name__}, wanted a dictionary of tensors")
+        raise ValueError(f"{path} contains a {type(state).__name__}, not a dictionary of tensors")
     return state
 
 
@@ -160,15 +161,15 @@ def is_own(content: dict[str, Any]) -> bool:
 
 
 def leaves_in(content: dict[str, Any]) -> dict[str, Any]:
-    """What is in nested dictionaries, under their keys joined by dots.
+    """The values in nested dictionaries, under keys that are joined by dots.
 
-    Of a checkpoint of this project, only what the method has.
+    From a checkpoint of this project, only the values of the method are returned.
     """
     leaves: dict[str, Any] = {}
     start = ("method.", content["method"]) if is_own(content) else ("", content)
     groups: list[tuple[str, dict[str, Any]]] = [start]
     seen = {id(start[1])}  # a dictionary may contain itself
-    for prefix, group in groups:  # which grows meanwhile
+    for prefix, group in groups:  # the list grows during the loop
         for name, value in group.items():
             if not isinstance(value, dict):
                 leaves[f"{prefix}{name}"] = value
@@ -184,15 +185,15 @@ def tensors_of(leaves: dict[str, Any]) -> dict[str, Tensor]:
 
 def choose(
     candidates: dict[str, Names], tensors: dict[str, Tensor], key: str | None, kind: str
-) -> Found:
-    """The one of the networks `candidates`, by their prefixes, that `load_encoder` reads.
+) -> Choice:
+    """Choose the network that `load_encoder` reads among the `candidates`, by their prefixes.
 
-    Networks with equal weights count as one. Raises ValueError if several are left, or none, and
-    for weights that are not finite.
+    Networks with equal weights count as one. Raises ValueError if none or several are left, and for
+    weights that are not finite.
     """
     inside = [prefix for prefix in candidates if key is None or f".{key}." in f".{prefix}"]
     if not inside:
-        raise ValueError(f"found no {kind} under the key {key!r}, but under {listed(candidates)}")
+        raise ValueError(f"found no {kind} under the key {key!r}, only under {listed(candidates)}")
     leaders = [prefix for prefix in inside if not FOLLOWER.search(prefix)] or inside
     networks = {
         prefix: {own: tensors[name] for own, name in candidates[prefix].items()}
@@ -204,22 +205,22 @@ def choose(
     if different := [other for other in copies if not are_equal(networks[other], weights)]:
         keys = [branch(prefix, different[0]), *(branch(other, prefix) for other in different)]
         raise ValueError(
-            f"found {kind}s under {listed(leaders)}; wanted one: choose it by --key "
+            f"found {kind}s under {listed(leaders)}; choose one by --key "
             f"{' or '.join(dict.fromkeys(filter(None, keys[:LISTED])))}"
         )
     read = {name for leader in leaders for name in candidates[leader].values()}
     counts = Counter(branch(name, prefix) for name in tensors if name not in read)
     where = f" under {prefix!r}" if prefix else ""
-    notes = [f"{len(weights)} tensors{where} are read"] if copies or counts else []
+    notes = [f"{len(weights)} tensors{where} are loaded"] if copies or counts else []
     if copies:
         notes.append(f"those under {listed(copies)} are the same")
     if counts:
         parts = [f"{name} ({number})" for name, number in counts.items()]
-        notes.append(f"left out, with the number of tensors: {few(parts)}")
+        notes.append(f"not loaded, with the number of tensors: {few(parts)}")
     others = (branch(other, prefix) for other in candidates if other not in leaders)
     if name := next(filter(None, others), ""):
-        notes.append(f"--key {name} reads the network there")
-    return Found(prefix, weights, "; ".join(notes))
+        notes.append(f"--key {name} loads that network instead")
+    return Choice(prefix, weights, "; ".join(notes))
 
 
 def are_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
@@ -228,13 +229,13 @@ def are_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def branch(key: str, prefix: str) -> str:
-    """The first part of a key, between dots, in which it is not like `prefix`."""
+    """The first part of a key, between dots, that differs from `prefix`."""
     pairs = zip(key.split("."), prefix.split("."), strict=False)
     return next((part for part, common in pairs if part != common), key)
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names and the number of further ones."""
     first = list(names)
     more = f" and {len(first) - LISTED:,} more" if len(first) > LISTED else ""
     return ", ".join(first[:LISTED]) + more
@@ -244,16 +245,16 @@ def listed(names: Iterable[str]) -> str:
     return few(map(repr, names))
 
 
-def log_left_out(path: Path, found: Found) -> None:
-    """Log what a file has besides the network, once if there are several ranks."""
-    if found.left_out and terminal.speaks():
-        log.info(f"{path.name}: {found.left_out}")
+def log_left_out(path: Path, choice: Choice) -> None:
+    """Log which tensors of the file are not loaded, on one rank only."""
+    if choice.left_out and terminal.speaks():
+        log.info(f"{path.name}: {choice.left_out}")
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], kind: str) -> None:
     """Load the weights into a network, which messages call `kind`.
 
-    Raises ValueError, in a line, if one is missing or unknown, or has another shape.
+    Raises ValueError with one line if a weight is missing, unknown or has another shape.
     """
     expected = network.state_dict()
     of = f"of the {len(expected)} weights of a {kind}"
@@ -261,8 +262,8 @@ def fill(network: nn.Module, weights: dict[str, Tensor], kind: str) -> None:
     if differ:
         there, here = (tuple(state[differ[0]].shape) for state in (weights, expected))
         raise ValueError(
-            f"{of}, {len(differ)} have other shapes: {differ[0]} is {there} in the file, wanted "
-            f"{here}"
+            f"{of}, {len(differ)} have other shapes: {differ[0]} is {there} in the file and {here} "
+            "in the network"
         )
     missing, unknown = network.load_state_dict(weights, strict=False)
     faults = [
@@ -274,10 +275,10 @@ def fill(network: nn.Module, weights: dict[str, Tensor], kind: str) -> None:
         raise ValueError(f"{of}: {'; '.join(faults)}")
 
 
-def find_weights(network: nn.Module, leaves: dict[str, Any], key: str | None = None) -> Found:
-    """The weights among `leaves` that are under the network's own keys, behind some prefix.
+def find_weights(network: nn.Module, leaves: dict[str, Any], key: str | None = None) -> Choice:
+    """The weights among `leaves` whose keys are those of the network, after some prefix.
 
-    Raises ValueError, which names missing keys, if there is no such prefix, or several.
+    Raises ValueError, which names missing keys, if there is no such prefix or several.
     """
     kind, keys, tensors = type(network).__name__, network.state_dict().keys(), tensors_of(leaves)
     ends = {name: [0, *(dot.end() for dot in re.finditer(r"\.", name))] for name in tensors}
@@ -285,17 +286,17 @@ def find_weights(network: nn.Module, leaves: dict[str, Any], key: str | None = N
         name[:end] for name in tensors for end in ends[name] if name[end:] in keys
     )
     lacks = {prefix: [k for k in keys if prefix + k not in tensors] for prefix in prefixes}
-    whole = {p: {k: p + k for k in keys} for p, lack in lacks.items() if not lack}
-    if not whole:
+    complete = {p: {k: p + k for k in keys} for p, lack in lacks.items() if not lack}
+    if not complete:
         lack = min(lacks.values(), key=len, default=list(keys))
         raise ValueError(
-            f"of the {len(keys)} weights of a {kind}, {len(lack)} are not there: {few(lack)}"
+            f"of the {len(keys)} weights of a {kind}, {len(lack)} are missing: {few(lack)}"
         )
-    return choose(whole, tensors, key, kind)
+    return choose(complete, tensors, key, kind)
 
 
-def build_resnet(leaves: dict[str, Any], key: str | None = None) -> tuple[Encoder, Found]:
-    """The ResNet whose weights are among `leaves` behind some prefix.
+def build_resnet(leaves: dict[str, Any], key: str | None = None) -> tuple[Encoder, Choice]:
+    """The ResNet whose weights are among `leaves`, after some prefix.
 
     Raises ValueError if there is none or several, for missing or unknown keys, and for a ResNet
     that this project cannot build.
@@ -307,9 +308,9 @@ def build_resnet(leaves: dict[str, Any], key: str | None = None) -> tuple[Encode
     if not stages:
         names = list(tensors | leaves)[:LISTED]
         raise ValueError(
-            f"found no ResNet among {names}; wanted one, conv1.weight and "
-            "layer1.0.conv1.weight, behind any prefix (of another network, "
-            "load_encoder(path, encoder=module) reads the weights)"
+            f"found no ResNet among {names}; it needs conv1.weight and layer1.0.conv1.weight, "
+            "after any prefix (load_encoder(path, encoder=module) reads the weights of other "
+            "networks)"
         )
     numbers = {
         prefix: [] if "layer1" in layers else sorted(map(int, layers))
@@ -319,37 +320,37 @@ def build_resnet(leaves: dict[str, Any], key: str | None = None) -> tuple[Encode
         prefix: torchvision_names(names_under(prefix, tensors, stages), prefix, numbers[prefix])
         for prefix in stages
     }
-    found = choose(candidates, tensors, key, "ResNet")
-    prefix, weights = found.prefix, found.weights
+    choice = choose(candidates, tensors, key, "ResNet")
+    prefix, weights = choice.prefix, choice.weights
     if "conv1.weight" not in weights:
         raise ValueError(f"there is no {prefix}{'0' if numbers[prefix] else 'conv1'}.weight")
     first = weights["conv1.weight"]
     if first.ndim != 4:
-        raise ValueError(f"{prefix}conv1.weight is {tuple(first.shape)}, wanted 4 dimensions")
+        raise ValueError(f"{prefix}conv1.weight is {tuple(first.shape)}, but needs 4 dimensions")
     stem, arch = STEMS.get(first.shape[-1], "imagenet"), arch_of(weights)
     encoder = Encoder(arch, stem, width=len(first), in_channels=first.shape[1])
     fill(encoder, weights, f"{arch} of width {len(first)} with the {stem} stem")
-    # Stages that follow the convolution and BatchNorm at once: lightly's own ResNet loses the ReLU
-    # between them when it is put into a Sequential.
+    # The stages follow the convolution and BatchNorm directly. This is lightly's own ResNet, which
+    # loses the ReLU in between when it is put into a Sequential.
     if numbers[prefix] and numbers[prefix][0] == 2:
         encoder.relu = nn.Identity()
     # solo-learn's CIFAR stem pads by 2 (solo/methods/base.py).
     solo_learn = SOLO_LEARN.fullmatch(prefix)
     if solo_learn and f"{solo_learn[1]}classifier.weight" in tensors and stem == "cifar":
         encoder.conv1.padding = (2, 2)
-    return encoder, found
+    return encoder, choice
 
 
 def names_under(prefix: str, tensors: Iterable[str], prefixes: Iterable[str]) -> list[str]:
-    """The keys that begin with `prefix`, without those of other networks further below."""
+    """The keys that begin with `prefix`, without those of networks with a longer prefix."""
     below = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
     return [name for name in tensors if name.startswith(prefix) and not name.startswith(below)]
 
 
 def torchvision_names(keys: list[str], prefix: str, numbers: list[int]) -> Names:
-    """The keys behind `prefix` by those of torchvision, without heads.
+    """From torchvision's keys to the keys after `prefix`, without heads.
 
-    `numbers` are the positions of the stages in a Sequential; it is empty if the layers have names.
+    `numbers` are the positions of the stages in a Sequential. It is empty if the layers have names.
     In a Sequential, the first two layers are conv1 and bn1, and a layer with weights after the
     stages is a classifier.
     """
@@ -359,7 +360,7 @@ def torchvision_names(keys: list[str], prefix: str, numbers: list[int]) -> Names
         layers |= {str(number): f"layer{i}" for i, number in enumerate(numbers, 1)}
     names = {}
     for key in keys:
-        # lightly's own ResNet has `shortcut` for `downsample`.
+        # lightly's own ResNet says `shortcut` instead of `downsample`.
         own = key.removeprefix(prefix).replace(".shortcut.", ".downsample.")
         layer, dot, rest = own.partition(".")
         is_classifier = bool(numbers) and layer.isdigit() and int(layer) > numbers[-1]
@@ -379,7 +380,7 @@ def arch_of(weights: dict[str, Tensor]) -> str:
         raise ValueError("there is no layer1.0.conv2.weight")
     shape = weights["layer1.0.conv2.weight"].shape  # (channels, channels of a group, 3, 3)
     if len(shape) != 4:
-        raise ValueError(f"layer1.0.conv2.weight is {tuple(shape)}, wanted 4 dimensions")
+        raise ValueError(f"layer1.0.conv2.weight is {tuple(shape)}, but needs 4 dimensions")
     planes = len(weights["layer1.0.conv3.weight"]) // 4 if bottleneck else shape[0]
     for arch, layers in RESNETS.items():
         of_a_group = planes * layers.width_per_group // 64
@@ -388,7 +389,7 @@ def arch_of(weights: dict[str, Tensor]) -> str:
             return arch
     kind = f"bottleneck blocks with {shape[0]} channels in groups of {shape[1]}"
     kind = kind if bottleneck else "basic blocks"
-    raise ValueError(f"{blocks} {kind} are none of {', '.join(RESNETS)}")
+    raise ValueError(f"{blocks} {kind} do not belong to any of {', '.join(RESNETS)}")
 
 
 def traits(encoder: Encoder) -> dict[str, Any]:
@@ -402,5 +403,5 @@ def traits(encoder: Encoder) -> dict[str, Any]:
 
 
 def beginning(encoder: Encoder) -> str:
-    """The layers of a ResNet in which projects differ, although the weights fit."""
+    """The layers of a ResNet that can differ between projects although the weights fit."""
     return f"{encoder.conv1}, {encoder.relu}, {encoder.maxpool}"

@@ -2,15 +2,14 @@
 
     scores = evaluate(Path("runs/a/checkpoints/step_00039000.pt"), Path("data/cifar10"), "knn")
 
-`Evaluation` scores an encoder that is already in memory, several times if wanted:
+`Evaluation` scores an encoder that is already in memory, as often as needed:
 
     evaluation = Evaluation(data, recipe, device, dtype)
     scores = evaluation.score(encoder, ("knn", "linear-rsa-small"), recalibrate=True)
 
-Accuracies are in percent: top-1, and top-5 of more than ten classes. Every result contains the name
-and the version of its protocol.
-With several ranks, each rank reads its own part of the images, and all ranks return the result that
-a single process would return.
+Accuracies are in percent: top-1, and also top-5 if there are more than ten classes. Every result
+contains the name and the version of its protocol. With several ranks, each rank reads its own part
+of the images, and all ranks return the result that a single process would return.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
 log = logging.getLogger("rsa_fast")
 
 PROTOCOLS = ("knn", "linear-fast", "linear-rsa-small", "linear-rsa-large")
-# The options of `evaluate` that a protocol reads; the others read none.
+# The options of `evaluate` that a protocol reads. Protocols that are not listed read none.
 PROTOCOL_OPTIONS = {
     "knn": {"k", "temperature"},
     "linear-rsa-small": {"epochs", "bn", "nesterov"},
     "linear-rsa-large": {"epochs"},
 }
-# k and temperature: the first as in InstDis, MoCo and the RSA code, the second as in DINO and
-# solo-learn.
+# k and temperature. The first pair is that of InstDis, MoCo and the RSA code. The second pair is
+# that of DINO and solo-learn.
 KNN_SETTINGS = {"knn_top1": (200, 0.1), "knn20_top1": (20, 0.07)}
 # The fields of a recipe that evaluation reads.
 EVALUATION_FIELDS = (
@@ -82,7 +81,7 @@ EVALUATION_FIELDS = (
     "precision",
     "device",
 )
-KNN_CHUNK = 1024  # queries at a time, each compared with `BLOCK_ROWS` images: 64 MiB
+KNN_CHUNK = 1024  # number of queries that are compared with `BLOCK_ROWS` images at a time: 64 MiB
 
 
 def evaluate(
@@ -109,36 +108,39 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the encoder of a checkpoint on the labelled train and test images under `data`.
 
-    This is what `rsa-fast eval` runs, and the result is the object that it prints: `checkpoint`,
-    `data`, `train_images`, `test_images`, `test_transform`, and for `knn` the entries
-    `knn_protocol`, `knn_top1`, `knn20_top1` and `knn_per_class`, for `linear` the entries
-    `linear_protocol`, `linear_top1`, `linear_per_class` and those of the classifier. Accuracies are
-    in percent. If there are more than ten classes, there is a `top5` for each `top1`.
+    This is what `rsa-fast eval` runs, and the result is the object that it prints. It contains
+    `checkpoint`, `data`, `train_images`, `test_images` and `test_transform`. For `knn` it also
+    contains `knn_protocol`, `knn_top1`, `knn20_top1` and `knn_per_class`. For `linear` it also
+    contains `linear_protocol`, `linear_top1`, `linear_per_class` and the entries of the classifier.
+    Accuracies are in percent. If there are more than ten classes, there is a `top5` for each
+    `top1`.
 
-    Without `data`, the images are those of the run that the checkpoint belongs to. `train` and
-    `test` instead give the images of the two splits, each a folder of class folders. With `each`,
-    every folder of `data` is scored alone, and the result has a list of these results in `folders`.
-    The features of plain images are stored in the user's cache (`features.cached`).
+    Without `data`, the images are those of the run that the checkpoint belongs to. Instead of
+    `data`, `train` and `test` give the images of the two splits, each as a folder of class folders.
+    With `each`, every folder of `data` is scored separately, and the result has a list of these
+    results in `folders`. The features of plain images are stored in the user's cache
+    (`features.cached`).
 
-    `checkpoint` is the folder of a run, a file of this project or an encoder from elsewhere (see
-    `load_encoder`), and `encoder` is the network for its weights, if it was passed to training in
+    `checkpoint` is the folder of a run, a file of this project or an encoder of another project
+    (see `load_encoder`). `encoder` is the network for its weights, if it was passed to training in
     Python. `key` chooses among several networks in the file, such as `teacher`. The checkpoint's
-    recipe says how images are sized and normalised, on which device and in which precision the
-    encoder runs, and which seed the linear classifiers use. `dataset`, the name of a dataset in
-    `rsa_fast.datasets`, replaces that recipe by the dataset's own. `overrides` replaces values of
-    its fields, such as `views.size_px` or `views.mean`. `resize_px` replaces the length in pixels
-    to which the short side of test images is resized before the centre crop; "native" leaves the
-    images as they are. `val_fraction` replaces the fraction of the training images that is held out
-    where there are no test images: with the checkpoint's own fraction, they are those that it was
+    recipe determines how images are sized and normalised, the device and the precision of the
+    encoder, and the seed of the linear classifiers. `dataset` is the name of a dataset in
+    `rsa_fast.datasets`, whose recipe is used instead. `overrides` replaces values of the recipe's
+    fields, such as `views.size_px` or `views.mean`. `resize_px` is the length in pixels to which
+    the short side of test images is resized before the centre crop. With "native", the images are
+    not resized. If there are no test images, a fraction of the training images is held out, which
+    `val_fraction` replaces. With the checkpoint's own fraction, these are the images that it was
     not trained on.
 
     `variant` is the linear classifier (see `rsa_fast.evaluation.linear`), `fast` by default.
     `epochs` is read by rsa-small (default 100) and rsa-large (40). `bn` and `nesterov` are read by
-    rsa-small: "eval" (the default) freezes BatchNorm's statistics and "recalibrate" replaces them
-    as the RSA code does; `nesterov` is true by default. `k` and `temperature` are read by knn,
-    which then votes once, with these, and not with its two usual pairs. With `labels`, only this
-    part of each class of the training images is used, drawn by the recipe's seed: a percentage,
-    such as 10, or a fraction below 1, such as 0.1.
+    rsa-small. With `bn` "eval" (the default), BatchNorm's statistics are frozen. With
+    "recalibrate", they are replaced as in the RSA code. `nesterov` is true by default. `k` and
+    `temperature` are read by knn, which then votes only once, with these values instead of its two
+    usual pairs. With `labels`, only this part of each class of the training images is used, chosen
+    at random by the recipe's seed. It is a percentage, such as 10, or a fraction below 1, such as
+    0.1.
 
     Raises ValueError for an option that the protocol does not read, for an encoder without a recipe
     if neither `dataset` nor the size of the views is given, for a checkpoint without an encoder,
@@ -162,10 +164,10 @@ def evaluate(
     if bn not in (None, "eval", "recalibrate"):
         raise ValueError(f"no bn {bn!r}: choose from eval, recalibrate")
     if (k is not None and k < 1) or (temperature is not None and temperature <= 0):
-        raise ValueError(f"k = {k}, temperature = {temperature}: wanted positive numbers")
+        raise ValueError(f"k = {k}, temperature = {temperature}: both must be positive")
     fraction = None if labels is None else fraction_of(labels)
     if (train is None) != (test is None) or (data is not None and train is not None):
-        raise ValueError("--train and --test go together, in place of --data")
+        raise ValueError("--train and --test must be given together, and without --data")
     path = newest_checkpoint(checkpoint)
     if data is None and train is None:
         data, each = places_of_checkpoint(path), False
@@ -181,7 +183,7 @@ def evaluate(
         recipe_for_images(path, own_recipe, folder or train or (), dataset, resize_px, changes)
         for folder in folders
     ]
-    # A network of the user's own may change although its weights do not.
+    # The user's own network can change although its weights do not.
     arch = own_recipe.arch if own_recipe else "resnet50"
     ours = encoder is None and (arch in RESNETS or arch.startswith(TIMM))
     results = []
@@ -214,7 +216,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = dict.fromkeys(key for result in results for key in result)  # top5 only of some
+    names = dict.fromkeys(key for result in results for key in result)  # only some have a top5
     columns = [key for key in names if key.endswith(("_top1", "_top5"))]
     table = Table("data", "train images", "test images", "classes", *columns)
     for result in results:
@@ -230,7 +232,7 @@ def checked_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     for field in overrides:
         if field not in EVALUATION_FIELDS:
             raise ValueError(
-                f"evaluation does not read {field}{nearest(field, EVALUATION_FIELDS)}: it reads "
+                f"evaluation does not read {field}{nearest(field, EVALUATION_FIELDS)}: choose from "
                 f"{', '.join(EVALUATION_FIELDS)}"
             )
     return overrides
@@ -244,32 +246,33 @@ def recipe_for_images(
     resize_px: int | str | None,
     changes: dict[str, Any],
 ) -> Recipe:
-    """How the images in `data` are read, sized and normalised for the encoder of a checkpoint.
+    """The recipe by which the images in `data` are read, sized and normalised for an encoder.
 
-    That is the checkpoint's `recipe`, or that of `dataset` if given, with `changes` of fields and
-    `resize_px` (see `evaluate`). If there is neither, the changes must have the size of the views;
-    the rest is then as for ImageNet-1K. Raises ValueError otherwise, and for values that no recipe
-    can have.
+    It is the checkpoint's `recipe`, or that of `dataset` if given, with `changes` of fields and
+    `resize_px` (see `evaluate`). If there is neither, `changes` must contain the size of the views,
+    and the other fields are those of ImageNet-1K. Raises ValueError otherwise, and for invalid
+    values.
     """
     if dataset:
-        # Only how images are sized and normalised is read. Auto refuses few images for a batch of
-        # its own choice.
+        # Only the fields about sizes and normalisation are read. With a batch of 1, `auto` accepts
+        # any number of images.
         recipe = build_recipe(dataset, "rsa", data=data, batch_size=1)
     if recipe is None:
         if "views.size_px" not in changes:
             raise ValueError(
-                f"{checkpoint} has no recipe: --dataset says how images are sized and normalised, "
-                "or --set views.size_px=PX, with views.mean and views.std if not ImageNet's"
+                f"{checkpoint} has no recipe: use --dataset, which determines how images are sized "
+                "and normalised, or --set views.size_px=PX, with views.mean and views.std if not "
+                "ImageNet's"
             )
         recipe = build_recipe("imagenet1k", "rsa")
-        log.info(f"{checkpoint} has no recipe: what is not set is as for ImageNet-1K")
+        log.info(f"{checkpoint} has no recipe: fields that are not set are those of ImageNet-1K")
     if resize_px:
         changes = changes | {"eval_resize_px": None if resize_px == "native" else resize_px}
     return for_any_device(replaced(recipe, changes))
 
 
 def check_protocols(names: tuple[str, ...]) -> None:
-    """Raises ValueError unless all names are in `PROTOCOLS`."""
+    """Raise ValueError unless all names are in `PROTOCOLS`."""
     if unknown := set(names) - set(PROTOCOLS):
         raise ValueError(f"no protocol {', '.join(unknown)}: choose from {', '.join(PROTOCOLS)}")
 
@@ -290,14 +293,14 @@ def embed(encoder: nn.Module, images: Tensor) -> Tensor:
 def extract_features(encoder: nn.Module, images: PlainImages) -> LabelledFeatures:
     """This rank's features `(n, D)`, computed in eval mode, and labels `(n,)`, in host memory.
 
-    Afterwards the encoder is in the mode it was in before.
+    Afterwards, the encoder's previous mode is restored.
     """
     training = encoder.training
     encoder.eval()
     rows, labels, done = torch.empty(0), torch.empty(len(images.ids), dtype=torch.int64), 0
     for batch, batch_labels in images:
         features = embed_in_own_dtype(encoder, batch)
-        if done == 0:  # one table for all: to join batches at the end would take twice the memory
+        if done == 0:  # joining batches at the end would take twice the memory
             rows = torch.empty(len(labels), features.shape[1], dtype=features.dtype)
         end = done + len(features)
         rows[done:end], labels[done:end], done = features, batch_labels, end
@@ -316,15 +319,15 @@ def knn(
 ) -> dict[str, float]:
     """Accuracy of a weighted vote among the k nearest neighbours, for all `settings`.
 
-    A setting is k and the temperature T, under the name of its top-1 accuracy. Its predictions are
-    added to `predictions` under the same name.
+    Each setting is k and the temperature T, under the name of its top-1 accuracy. Its predictions
+    are added to `predictions` under the same name.
 
-    Nearness is the cosine, and a neighbour's vote is exp(cosine / T) (Wu et al. 2018, InstDis). The
-    search is exact. If k is larger than the bank, all of the bank votes.
+    The similarity is the cosine, and a neighbour's vote is exp(cosine / T) (Wu et al. 2018,
+    InstDis). The search is exact. If k is larger than the bank, the whole bank votes.
 
     Each rank passes its own rows of `bank` `(N, D)` and of `queries` `(M, D)`. A rank compares all
     queries with its own part of the bank, so only the nearest neighbours of each part are gathered.
-    The bank may be in host memory: the search runs on the device of the queries.
+    The bank may be in host memory. The search runs on the device of the queries.
     """
     device = queries.device
     queries, labels = gather_features((queries, labels), device)
@@ -333,14 +336,15 @@ def knn(
     most = min(max(k for k, _ in settings.values()), len(gather_rows(bank_labels)))
     chunks = [slice(first, first + KNN_CHUNK) for first in range(0, len(queries), KNN_CHUNK)]
 
-    # The nearest neighbours so far. The bank passes once, and all queries meet each of its blocks.
+    # The nearest neighbours so far. The bank is read once, and each block is compared with all
+    # queries.
     cosines = queries.new_full((len(queries), most), -torch.inf)
     owners = labels.new_zeros(len(queries), most)
     block_labels = torch.split(bank_labels, BLOCK_ROWS)
     for block, own_labels in zip(blocks(bank, device), block_labels, strict=True):
         lengths = block.norm(dim=1).clamp(min=1e-12)
         for chunk in chunks:
-            # An image that could not be read, with the label -1, is nobody's neighbour.
+            # An image that could not be read, with the label -1, is never a neighbour.
             cosine = (queries[chunk] @ block.T).div_(lengths)
             cosine.masked_fill_(own_labels < 0, -torch.inf)
             cosine, index = cosine.topk(min(most, len(block)))
@@ -352,7 +356,7 @@ def knn(
     predictions = {} if predictions is None else predictions
     predictions |= {name: Predictions(classes) for name in settings}
     for chunk in chunks:
-        # Those of all ranks, (chunk, world_size most).
+        # The nearest neighbours of all ranks, (chunk, world_size * most).
         cosine, owner = (gather(part[chunk].T.contiguous()).T for part in (cosines, owners))
         cosine, index = cosine.topk(most)
         owner = owner.gather(1, index)
@@ -367,11 +371,11 @@ def knn(
 
 
 class NoLabelsError(ValueError):
-    """The data have no labels, so that nothing can be evaluated."""
+    """The data have no labels, so nothing can be evaluated."""
 
 
 def refuse_shared(train: Source, test: Source) -> None:
-    """Raise ValueError if a file is among the training and among the test images."""
+    """Raise ValueError if a file is both a training and a test image."""
     if not (train.file and test.file and train.manifest.paths and test.manifest.paths):
         return
     tested = {os.path.abspath(path) for path in map(test.file, range(len(test.manifest)))}
@@ -379,19 +383,19 @@ def refuse_shared(train: Source, test: Source) -> None:
     if shared := [path for path in map(os.path.abspath, trained) if path in tested]:
         raise ValueError(
             f"{len(shared)} images are among the training and the test images, such as "
-            f"{shared[0]}: give each in one place"
+            f"{shared[0]}: remove them from one of the two"
         )
 
 
 def open_splits(
     recipe: Recipe, train: Data | None, test: Data | None, cache: Path | None
 ) -> list[Source]:
-    """The images of `train` and of `test`, which are the splits of two datasets, or class folders.
+    """The images of `train` and of `test`, which are datasets with splits, or class folders.
 
-    Of a dataset with a split of that name, this is read, and else all of its images.
+    If a dataset has a split of that name, the split is read, and otherwise all images.
     """
     assert train is not None and test is not None
-    # Nothing is held out of either.
+    # No images are held out of the two.
     recipe = recipe.model_copy(update={"val_fraction": 0.0})
     split = "test" if all(map(has_test_split, places_of(test))) else "train"
     tested = recipe.model_copy(update={"on_bad_image": "skip"})
@@ -399,15 +403,15 @@ def open_splits(
 
 
 def with_classes(test: Source, classes: tuple[str, ...], place: str) -> Source:
-    """The test images, with labels that number `classes`, which are those of the training images.
+    """The test images, with labels that count in `classes`, the classes of the training images.
 
-    A line of the log names classes without test images. Raises ValueError for test images of a
-    class without training images.
+    The log names classes without test images. Raises ValueError for test images of a class without
+    training images.
     """
     number = {name: i for i, name in enumerate(classes)}
     if unknown := [name for name in test.manifest.classes if name not in number]:
         raise ValueError(
-            f"train and test under {place} do not have the same classes; only test has "
+            f"train and test under {place} do not have the same classes; only the test images have "
             f"{few(unknown)}"
         )
     table = np.array([number[name] for name in test.manifest.classes], np.int64)
@@ -422,15 +426,15 @@ def with_classes(test: Source, classes: tuple[str, ...], place: str) -> Source:
 
 
 class Evaluation:
-    """The labelled train and test images of a dataset, opened once to score encoders on them.
+    """The labelled train and test images of a dataset, on which encoders are scored.
 
-    `recipe` says how images are sized and normalised, `device` and `dtype` where and in which
-    precision encoders run, and `cache` is a folder for the scan of the images (see `open_source`).
-    `splits` are the places of training and test images, if these are not in `data`. `labels` is the
-    fraction of the training images to use. With `cached`, features are stored for the next time.
+    `recipe` determines how images are sized and normalised. `device` and `dtype` are those of the
+    encoders. `cache` is a folder for the scan of the images (see `open_source`). `splits` are the
+    paths of training and test images, if these are not in `data`. `labels` is the fraction of the
+    training images to use. With `cached`, features are stored for the next time.
 
-    `predictions` has what the last `score` predicted for the test images, by protocol or, if there
-    is one of a kind, by its kind: `knn`, `linear`.
+    `predictions` contains the predictions of the last `score` for the test images. Its keys are the
+    kinds of the protocols (`knn`, `linear`), or their names if there are several of a kind.
 
     Raises FileNotFoundError or ValueError if there is no labelled train and test split, and
     NoLabelsError if neither has labels.
@@ -461,11 +465,11 @@ class Evaluation:
         if not (train.labelled and test.labelled):
             fault = f"{place} has no labels for both train and test images"
             if not (train.labelled or test.labelled):
-                raise NoLabelsError(f"{fault}: nothing to evaluate on")
-            place = sources[train.labelled].where  # of the split without labels
+                raise NoLabelsError(f"{fault}: the encoder cannot be evaluated")
+            place = sources[train.labelled].where  # the place of the split without labels
             raise ValueError(
-                f"{fault}: {place} holds no class folders. Sort its images into them, or put "
-                "ImageNet's table of Kaggle there, LOC_val_solution.csv"
+                f"{fault}: {place} contains no class folders. Sort its images into class folders, "
+                "or put Kaggle's table for ImageNet there, LOC_val_solution.csv"
             )
         sources[1] = with_classes(sources[1], train.classes, place)
         if labels is not None:
@@ -476,7 +480,7 @@ class Evaluation:
         self.predictions: dict[str, Predictions] = {}
         self.train, self.test = (
             plain_images(source, recipe, device, dtype, linear.BATCH_SIZE, policy)
-            # A bad test image is not scored, whatever happens to training images.
+            # An unreadable test image is always left out. The recipe decides about training images.
             for source, policy in zip(sources, (recipe.on_bad_image, "skip"), strict=True)
         )
 
@@ -492,17 +496,18 @@ class Evaluation:
     ) -> dict[str, Any]:
         """The results of the named protocols (of `PROTOCOLS`) in one dict.
 
-        Their keys begin with the kind of the protocol: `linear_top1`. Where several linear
-        protocols are named, they begin with the protocol: `linear_fast_top1`,
+        Their keys begin with the kind of the protocol, as in `linear_top1`. If several linear
+        protocols are named, they begin with the protocol's name, as in `linear_fast_top1` and
         `linear_rsa_small_top1`.
 
-        With several ranks, every rank must call this. The encoder is in eval mode meanwhile and is
-        returned unchanged. linear-rsa-small and linear-rsa-large use `epochs`, and linear-rsa-small
-        uses `nesterov`; None means the protocol's own value (see `rsa_fast.evaluation.linear`).
-        With `k` or `temperature`, knn votes once; the other of the two is that of `knn_top1`.
+        With several ranks, every rank must call this. The encoder is in eval mode meanwhile and
+        does not change. linear-rsa-small and linear-rsa-large use `epochs`, and linear-rsa-small
+        uses `nesterov`. None means the protocol's own value (see `rsa_fast.evaluation.linear`).
+        With `k` or `temperature`, knn votes only once. If one of the two is None, the value of
+        `knn_top1` is used.
 
         `recalibrate` is only for linear-rsa-small. The classifier is then trained on a copy of the
-        encoder with BatchNorm in train mode: the running statistics become those of the
+        encoder with BatchNorm in train mode, so the running statistics become those of the
         classifier's images. The same happens in eval_single.py of github.com/tmllab/RSA.
 
         Raises ValueError for an unknown protocol, and for `recalibrate` with several ranks, because
@@ -510,11 +515,11 @@ class Evaluation:
         """
         check_protocols(protocols)
         if recalibrate and world_size() > 1:
-            raise ValueError(f"recalibrating BatchNorm takes one process, found {world_size()}")
+            raise ValueError(f"recalibrating BatchNorm needs one process, found {world_size()}")
         training, before = encoder.training, copy.deepcopy(encoder.state_dict())
         encoder.eval()
         test, device = self.features(encoder, self.test), self.test.device
-        # A function, because linear-rsa-small needs no features of plain training images.
+        # This is a function, because linear-rsa-small needs no features of plain training images.
         train = cache(lambda: self.features(encoder, self.train))
         self.predictions = {}
         results: dict[str, Any] = {"test_transform": self.test.transform}
@@ -572,20 +577,20 @@ class Evaluation:
                 scores = {own + key.removeprefix(kind): value for key, value in scores.items()}
             results |= scores
         encoder.train(training)
-        # MoCo's main_lincls.py makes the same check: a frozen network must not have changed.
+        # A frozen network must not have changed. MoCo's main_lincls.py makes the same check.
         after = encoder.state_dict()
         unchanged = all(torch.equal(after[key], value) for key, value in before.items())
         assert unchanged, "the encoder changed in evaluation"
         return results
 
     def features(self, encoder: nn.Module, images: PlainImages) -> LabelledFeatures:
-        """`extract_features`, from the cache where that is wanted."""
+        """The result of `extract_features`, from the cache if `cached` is true."""
         if not self.cached:
             return extract_features(encoder, images)
         return cached(encoder, images, lambda: extract_features(encoder, images))
 
     def described(self) -> dict[str, Any]:
-        """What is scored on: the places and the numbers of images, for a result."""
+        """The places and the numbers of the images on which encoders are scored, for a result."""
         share = {} if self.labels is None else {"labels": self.labels}
         counts = {
             "train_images": len(self.train.source.manifest),
@@ -601,9 +606,10 @@ class Evaluation:
         }
 
     def write_confusion(self, path: Path) -> None:
-        """Write which classes the last protocol of the last `score` took for which, as JSON.
+        """Write the confusions of the last protocol of the last `score` as JSON.
 
-        `classes` are their names, and `counts` the rows of `Predictions.confusion`.
+        `classes` are the names of the classes, and `counts` are the rows of
+        `Predictions.confusion`.
         """
         name, predictions = list(self.predictions.items())[-1]
         content = {"score": name, "classes": self.names, "counts": predictions.confusion()}
@@ -619,7 +625,7 @@ class Evaluation:
         nesterov: bool,
         predictions: Predictions,
     ) -> dict[str, Any]:
-        """linear-rsa-small; `test` are the test set's features by the encoder in eval mode."""
+        """Run linear-rsa-small. `test` are the test set's features, computed in eval mode."""
         learner = copy.deepcopy(encoder).train() if recalibrate else encoder
 
         def test_features() -> LabelledFeatures:
@@ -643,8 +649,9 @@ class Evaluation:
     def augmented(self, encoder: nn.Module) -> Iterator[Batches]:
         """A function that yields one epoch of features of randomly cropped and flipped images.
 
-        The encoder computes them in its current mode. The last images of an epoch that do not fill
-        a batch are left out, as in eval_single.py of the RSA code; eval_multi.py uses them.
+        The encoder computes them in its current mode. If the last images of an epoch do not fill a
+        batch, they are left out, as in eval_single.py of the RSA code. In contrast, eval_multi.py
+        uses them.
         """
         source, count = self.train.source, len(self.train.source.manifest)
         views = replace(
@@ -656,7 +663,7 @@ class Evaluation:
             quarter_turns=False,
             interpolation="bilinear",
             groups=(CropGroup("crops", 1),),
-            extra=None,  # a file that a checkpoint names is not executed
+            extra=None,  # never execute a file that a checkpoint names
         )
         order = Order(
             count,

@@ -4,13 +4,13 @@
 
 - `torchvision`, `timm` and `safetensors` contain a ResNet under torchvision's keys without `fc`,
   because pre-training has no classifier. They load strictly into a network whose `fc` is
-  nn.Identity, so no untrained weights can be taken for trained ones. Other networks keep their own
-  keys: `timm` holds timm's models, `safetensors` any network.
-- `hf-timm` is a folder for Hugging Face's hub, which timm builds the network from: `config.json`,
-  `model.safetensors` and the card. It holds what `timm` holds.
+  nn.Identity, so no weights stay untrained unnoticed. Other networks keep their own keys: `timm` is
+  for timm's models, and `safetensors` is for any network.
+- `hf-timm` is a folder for Hugging Face's hub, from which timm builds the network: `config.json`,
+  `model.safetensors` and the card. It supports the same networks as `timm`.
 - `detectron2` follows MoCo's detection/convert-pretrain-to-detectron2.py, which does not swap the
-  channels: the encoder reads RGB. detectron2's defaults are BGR and Caffe's pixel mean, so the card
-  has the settings for RGB.
+  channels, so the encoder reads RGB. detectron2's defaults are BGR and Caffe's pixel mean. The card
+  therefore contains the settings for RGB.
 - `onnx` and `torch-export` contain the graph in eval mode. It maps `images`
   `(B, 3, size_px, size_px)` to `features` `(B, feature_dim)` for any B.
 """
@@ -45,7 +45,7 @@ from rsa_fast.pipelines.machine import PIP
 from rsa_fast.recipes import build_recipe, dump_yaml
 from rsa_fast.training import checkpoint
 
-# detectron2 and timm choose their reader by the suffix.
+# detectron2 and timm choose how to read a file by its suffix.
 SUFFIXES = {
     "torchvision": ".pth",
     "timm": ".pth",
@@ -60,12 +60,12 @@ NEEDS = {
     "onnx": ("onnx", "onnxscript"),
     "hf-timm": ("safetensors",),
 }
-# These contain the network; the other formats contain weights for a network that the reader builds.
+# These contain the network. The other formats contain weights, and the reader builds the network.
 GRAPHS = ("onnx", "torch-export")
-# By stem: the dataset whose images a checkpoint without a recipe is assumed to read.
+# For each stem, the dataset whose images a checkpoint without a recipe is assumed to read.
 ASSUMED_DATASETS = {"imagenet": "imagenet1k", "cifar": "cifar10"}
 
-# What Hugging Face reads of a card. Whoever publishes it names the licence.
+# The part of a card that Hugging Face reads. The publisher has to name the licence.
 HEADER = """---
 license: unknown  # name it before you publish: hf.co/docs/hub/repositories-licenses
 library_name: {library}
@@ -193,7 +193,7 @@ def export(
     in Python. `key` chooses among several networks in the file, such as `teacher` (see
     `load_encoder`).
 
-    If there is a card of the same checkpoint already, a section for `out` is added to it. Returns
+    If a card of the same checkpoint already exists, a section for `out` is added to it. Returns
     `out`, `format` and the number of `parameters`.
 
     Raises FileExistsError if `out` or another README.md exists and `overwrite` is false. Raises
@@ -205,7 +205,7 @@ def export(
         raise ValueError(f"no format {format!r}: choose from {', '.join(SUFFIXES)}")
     if not out.name.endswith(SUFFIXES[format]):
         raise ValueError(
-            f"{format} wants a file name that ends in {SUFFIXES[format]}, found {out.name}"
+            f"{format} needs a file name that ends in {SUFFIXES[format]}, found {out.name}"
         )
     if missing := [name for name in NEEDS.get(format, ()) if find_spec(name) is None]:
         install = f"{PIP} install {' '.join(missing)}"
@@ -213,13 +213,13 @@ def export(
     files = [out / "model.safetensors", out / "config.json"] if format == "hf-timm" else [out]
     if not overwrite and (there := [file for file in files if file.exists()]):
         raise FileExistsError(
-            f"{there[0]} is there already: choose another --out, or replace it with --overwrite"
+            f"{there[0]} already exists: choose another --out, or replace it with --overwrite"
         )
     network, card_values = open_encoder(path, encoder, key)
     if not supports(format, network, card_values):
         begins = f" that begins with {beginning(network)}" if isinstance(network, Encoder) else ""
         able = ", ".join(other for other in SUFFIXES if supports(other, network, card_values))
-        raise ValueError(f"{format} cannot hold a {card_values['arch']}{begins}: choose {able}")
+        raise ValueError(f"{format} cannot save a {card_values['arch']}{begins}: choose {able}")
 
     weights, head = files[0], CARD.format(**card_values)
     card = weights.with_name("README.md")
@@ -243,10 +243,11 @@ def export(
 
 
 def parts_of_card(card: Path, header: str, head: str, name: str, overwrite: bool) -> list[str]:
-    """The header with the head, and an existing card's sections about files other than `name`.
+    """The header with the head, and the sections of an existing card about other files.
 
-    An existing card keeps its header, where its owner may have named the licence. Raises
-    FileExistsError if the card is another checkpoint's, unless it may be overwritten.
+    `name` is the file whose section is replaced. An existing card keeps its header, because its
+    owner may have named the licence there. Raises FileExistsError if the card belongs to another
+    checkpoint and may not be overwritten.
     """
     if card.exists():
         old_head, *sections = card.read_text().split(SECTION)
@@ -264,7 +265,7 @@ def parts_of_card(card: Path, header: str, head: str, name: str, overwrite: bool
 def quiet() -> Iterator[None]:
     """Keep the warnings and the log lines of torch's exporters out of the terminal.
 
-    They are about torch's own code, in which nobody who exports an encoder can change anything.
+    They are about torch's own code, which the user cannot change.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -286,13 +287,13 @@ def open_encoder(
     if isinstance(encoder, Encoder):
         arch, stem = traits(encoder)["arch"], traits(encoder)["stem"]
     reads = recipe or build_recipe(ASSUMED_DATASETS[stem], "byol")
-    # Another version's dataset counts as one's own images.
+    # A dataset that this version does not know is treated like the user's own images.
     views, dataset = reads.views, DATASETS.get(reads.dataset, DATASETS["auto"])
-    # Images that are evaluated in their own size are resized to that of the dataset's.
+    # If images are evaluated in their own size, the card names the size of the dataset's images.
     resize_px = reads.eval_resize_px or max(dataset.side_px or 0, views.size_px)
     if recipe:
         name = f"{short_name(recipe.method)} on {recipe.data_name}, step {state['step']:,}"
-        # The path of a method's file says nothing to others, and names folders of this machine.
+        # The path of a method's file would only show folders of this machine.
         short = {"method": short_name(recipe.method), "arch": short_arch(recipe.arch)}
         shown = recipe.model_copy(update=short)
         recipe_text = dump_yaml(shown)
@@ -301,7 +302,8 @@ def open_encoder(
         recipe_text = "# not in the checkpoint: size, mean and std of the images are assumed\n"
     if key:
         name += f", {key}"
-    hub_id = dataset.hub_id if recipe and not recipe.name else None  # `name` is that of own data
+    # The field `name` is only set for the user's own images.
+    hub_id = dataset.hub_id if recipe and not recipe.name else None
     card_values = {
         "name": name,
         **building(encoder, arch, recipe.in_channels if recipe else 3, views.size_px),
@@ -333,7 +335,7 @@ def crop_fraction(size_px: int, resize_px: int) -> float:
 
 
 def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
-    """The values for the card that are about building the network, and feeding it `images`."""
+    """The values for the card about building the network and passing `images` to it."""
     fields = traits(encoder) if isinstance(encoder, Encoder) else {"in_channels": in_channels}
     in_channels = fields["in_channels"]
     mean = "images" if in_channels == 3 else "images.mean(1, keepdim=True)"
@@ -344,7 +346,7 @@ def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dic
         return values | {
             "network": f"{arch} with the {fields['stem']} stem and {fields['width']} channels in "
             "its first stage",
-            "network_images": "images",  # encoders of this project take the mean themselves
+            "network_images": "images",  # encoders of this project average the channels themselves
             "build": "from rsa_fast.networks import Encoder\n\n"
             f'model = Encoder("{arch}", {options})  # keys are torchvision\'s, without fc',
             "timm_options": f'"{arch}", num_classes=0, in_chans={in_channels}',
@@ -366,10 +368,10 @@ def building(encoder: Encoder, arch: str, in_channels: int, size_px: int) -> dic
 
 
 def supports(format: str, encoder: Encoder, card_values: dict[str, Any]) -> bool:
-    """Whether a reader of the format would build the encoder's network.
+    """Whether readers of the format can build the encoder's network.
 
-    Readers of `safetensors` are this project's and build any of its networks. Readers of the other
-    weights build a standard ResNet only, or timm's own models. Graphs bring the network with them.
+    `safetensors` is read by this project, which can build any of its networks. Readers of the other
+    weights can only build a standard ResNet or timm's own models. Graphs contain the network.
     """
     arch = card_values["arch"]
     if format in GRAPHS:
@@ -401,19 +403,19 @@ def accuracy(path: Path, state: dict[str, Any]) -> str:
 
 
 def encode(encoder: Encoder, format: str, card_values: dict[str, Any]) -> bytes:
-    """The bytes of the file. They are made in memory so that an error leaves no file behind."""
+    """The bytes of the file, in memory, so that an error does not leave a file behind."""
     weights, buffer = encoder.state_dict(), io.BytesIO()
     if format in GRAPHS:
         images = torch.zeros(2, 3, card_values["size_px"], card_values["size_px"])
-        # Height and width are fixed: the strides would add guards on whether they are even.
+        # Height and width are fixed. If they were free, the strides would add guards on even sizes.
         shapes = ({0: torch.export.Dim("batch")},)
         try:
             program = torch.export.export(encoder, (images,), dynamic_shapes=shapes)
-        except Exception as error:  # networks fail in many ways, and torch explains at length
+        except Exception as error:  # networks fail in many ways, and torch's explanations are long
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"torch.export makes no graph of {card_values['arch']}, which {format} holds: "
-                f"{reason}: choose safetensors"
+                f"torch.export cannot make a graph of {card_values['arch']}, which {format} needs "
+                f"({reason}): choose safetensors"
             ) from error
     match format:
         case "torchvision" | "timm":
@@ -474,7 +476,7 @@ def timm_config(encoder: Encoder, card_values: dict[str, Any]) -> str:
 
 
 def detectron2_key(key: str) -> str:
-    """`layer1.0.bn2.weight` to `res2.0.conv2.norm.weight`, `bn1.bias` to `stem.conv1.norm.bias`."""
+    """Rename `layer1.0.bn2.weight` to `res2.0.conv2.norm.weight`, for example."""
     key = re.sub(r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", key)
     key = re.sub(r"\bbn(\d)", r"conv\1.norm", key)
     key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")

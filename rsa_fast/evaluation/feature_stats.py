@@ -1,10 +1,10 @@
 """Statistics of the features of one batch.
 
 They measure how many directions the features fill, and how far the aggressive view of an image is
-from its weak view. The second is the semantic shift that RSA is about.
+from its weak view. This distance is the semantic shift that RSA reduces.
 
-They are computed once an epoch, on its last batch and in eval mode. Training stays the same bit for
-bit and takes longer by two forward passes of a batch.
+They are computed once an epoch, on its last batch and in eval mode. They do not change the
+training, and cost two forward passes of a batch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from rsa_fast.pipelines import Batch
 
 PAIRS = (("aggressive_1", "weak_1"), ("aggressive_2", "weak_2"))  # views of one crop
 # Bins of equal width from 0 to 1. A ResNet's features come from a ReLU, so no cosine is negative.
-# Those of other networks may be: they count in the first bin.
+# Negative cosines of other networks count in the first bin.
 COSINE_BINS = 20
 
 
 def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The statistics of one batch; waits for the device.
+    """The statistics of one batch. Waits for the device.
 
-    `effective_rank` is that of the features of one view, an aggressive one if the batch has any. It
-    is at most the batch's size. If the batch has both views of a crop, their cosine is measured:
+    `effective_rank` is that of the features of one view, which is an aggressive one if the batch
+    has any. It is at most the batch's size. If the batch has both views of a crop, there are also:
 
     - `weak_aggressive_cosine`: the mean over the images
     - `weak_aggressive_counts`: the number of images in each of the `COSINE_BINS` bins
     - `other_image_cosine`: the mean between the aggressive view of an image and the weak view of
       another image, which shows how similar features are by chance
 
-    The result is empty if a feature is not finite: the loss reports that.
+    The result is empty if a feature is not finite. The check of the loss reports this.
     """
     names = next((pair for pair in PAIRS if batch.views.keys() >= set(pair)), (min(batch.views),))
     training = encoder.training
@@ -57,9 +57,10 @@ def feature_stats(encoder: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
+    """The effective rank of features `(B, D)` (Roy & Vetterli 2007).
 
-    For features `(B, D)` it is between 1 (all in one direction) and min(B, D) (spread evenly).
+    It is the exp of the entropy of the singular values divided by their sum. It is between 1 (all
+    features in one direction) and min(B, D) (spread evenly).
     """
     values = torch.linalg.svdvals(features)
     entropy = torch.special.entr(values / values.sum().clamp(min=1e-12)).sum()

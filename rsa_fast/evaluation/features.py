@@ -1,12 +1,12 @@
-"""The features of a split's images: every rank keeps its own part of them in host memory.
+"""The features of a split's images. Every rank has its own part of them in host memory.
 
-Of N images, rank r of R ranks has the rows r, r + R, r + 2R, ... They stay in the type in which the
-encoder computes them, so that nothing is lost: the 1.28 million of ImageNet-1K and a ResNet-50 take
-4.9 GiB in half precision, on all ranks together. What a computation needs is moved to the device
-and becomes float32 there.
+Rank r of R ranks has the rows r, r + R, r + 2R, ... They stay in the type in which the encoder
+computes them, so no precision is lost. The 1.28 million rows of ImageNet-1K and a ResNet-50 take
+4.9 GiB in half precision, on all ranks together. A computation moves the rows that it needs to the
+device and converts them to float32 there.
 
-`rsa-fast eval` stores them in the user's cache, so that another score of the same encoder on the
-same images need not compute them again: `cached`.
+`rsa-fast eval` stores them in the user's cache (`cached`), so that another score of the same
+encoder on the same images does not compute them again.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from rsa_fast.pipelines.scan import OnBadImage
 from rsa_fast.pipelines.sources import Source
 from rsa_fast.recipes import Recipe
 
-LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); -1 labels an image that was not read
+LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); an unreadable image has the label -1
 
 log = logging.getLogger("rsa_fast")
 
-CACHE_BYTES = 8 * 2**30  # of all features in the cache; the oldest are removed
-BLOCK_ROWS = 16_384  # rows on the device at a time: 128 MiB with 2048 features
+CACHE_BYTES = 8 * 2**30  # the limit of the cache, above which the oldest features are removed
+BLOCK_ROWS = 16_384  # number of rows on the device at a time: 128 MiB with 2048 features
 
 
 def gather_rows(x: Tensor) -> Tensor:
     """The rows of all ranks, `(N, ...)`, in their original order, on the device of `x`.
 
-    Each rank passes every `world_size`-th row, `(n, ...)`; the ranks' n differ by 1 at most.
+    Each rank passes every `world_size`-th row, `(n, ...)`. The ranks' n differ by 1 at most.
     """
     counts = gather(torch.tensor([len(x)], device=x.device))
     padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, int(counts.max()) - len(x)])
@@ -65,15 +65,16 @@ def gather_features(part: LabelledFeatures, device: torch.device) -> LabelledFea
 def take_rows(rows: Tensor, ids: Tensor, device: torch.device) -> Tensor:
     """The features of the images `ids` `(B,)` as float32 `(B, D)`, on the device of every rank.
 
-    `rows` are this rank's. With several ranks, every rank must call this with the same `ids`.
+    `rows` are the rows of this rank. With several ranks, every rank must call this with the same
+    `ids`.
     """
     if world_size() == 1:
         return rows[ids].to(device).float()
     mine = (ids % world_size() == rank()).nonzero()[:, 0]
-    taken = torch.zeros(len(ids), rows.shape[1], device=device)
-    taken[mine.to(device)] = rows[ids[mine] // world_size()].to(device).float()
-    dist.all_reduce(taken)  # each row is zero on all ranks but one
-    return taken
+    features = torch.zeros(len(ids), rows.shape[1], device=device)
+    features[mine.to(device)] = rows[ids[mine] // world_size()].to(device).float()
+    dist.all_reduce(features)  # each row is zero on all ranks except one
+    return features
 
 
 def blocks(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
@@ -89,7 +90,7 @@ def mean_and_variance(
 ) -> tuple[Tensor, Tensor]:
     """The mean and the unbiased variance of each feature over the images of all ranks, `(D,)` each.
 
-    Each rank passes its `part`. `prepare` is applied to each block of rows before.
+    Each rank passes its `part`. `prepare` is first applied to each block of rows.
     """
     rows = part[0] if (part[1] >= 0).all() else part[0][part[1] >= 0]
 
@@ -115,7 +116,7 @@ def plain_images(
     batch_size: int,
     on_bad_image: OnBadImage = "skip",
 ) -> PlainImages:
-    """This rank's part of the images, sized and normalised as the recipe says."""
+    """This rank's part of the images, sized and normalised by the recipe."""
     return PlainImages(
         source,
         recipe.views,
@@ -133,11 +134,11 @@ def plain_images(
 def cached(
     encoder: nn.Module, images: PlainImages, compute: Callable[[], LabelledFeatures]
 ) -> LabelledFeatures:
-    """This rank's features of the images: from the user's cache, or else from `compute`.
+    """This rank's features of the images, from the user's cache or else from `compute`.
 
-    They are found by the encoder's layers and weights, the fingerprint of the images, and how these
-    are sized and normalised. A line of the log says that they were found. What `compute` returns is
-    stored, and the features that were not used for longest are removed.
+    The key consists of the encoder's layers and weights, the fingerprint of the images, and how the
+    images are sized and normalised. If the features are in the cache, a log line says so. Otherwise
+    the result of `compute` is stored, and the least recently used features are removed.
     """
     folder = user_cache() / "features"
     path = folder / f"{cache_key(encoder, images)}.pt"
@@ -149,21 +150,21 @@ def cached(
         return features
     except FileNotFoundError:
         pass
-    except Exception as error:  # torch raises almost any for a damaged file
-        log.info(f"the cached features {path} are damaged ({error}): they are computed again")
+    except Exception as error:  # torch can raise almost any exception for a damaged file
+        log.info(f"the cached features {path} are damaged ({error}) and are computed again")
     features = compute()
     if features[0].nbytes <= CACHE_BYTES:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, partial(torch.save, features))
             remove_oldest(folder)
-        except (OSError, RuntimeError) as error:  # torch's own of a disk that is full
+        except (OSError, RuntimeError) as error:  # torch raises its own for a full disk
             log.info(f"the features are not cached: {error}")
     return features
 
 
 def cache_key(encoder: nn.Module, images: PlainImages) -> str:
-    """The name in the cache of what this rank computes."""
+    """The key of this rank's features in the cache."""
     manifest, device = images.source.manifest, images.device.type
     about = [
         torch.__version__,
@@ -184,7 +185,7 @@ def cache_key(encoder: nn.Module, images: PlainImages) -> str:
 
 
 def remove_oldest(folder: Path) -> None:
-    """Remove the features that were not used for longest, until there are `CACHE_BYTES`."""
+    """Remove the least recently used features until the rest fits into `CACHE_BYTES`."""
     files = [(path, path.stat()) for path in folder.glob("*.pt")]
     total_bytes = 0
     for path, stat in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):

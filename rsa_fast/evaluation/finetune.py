@@ -1,14 +1,14 @@
-"""Fine-tuning: a linear classifier on an encoder, both trained, on all or few of the labels.
+"""Fine-tuning: train an encoder with a linear classifier, on all or some of the labels.
 
     finetune("runs/a", None, "runs/a-1pct", labels=1, preset="swav")
 
-It is supervised training (see `methods/supervised.py`) which starts from a trained encoder, by the
-engine of pre-training: the run folder, resuming and signals are the same. The classifier has a
-learning rate of its own. With `freeze_encoder`, only the classifier is trained: the encoder is in
-eval mode and gets no gradient, as in the linear protocols (see `linear.py`).
+It is supervised training (see `methods/supervised.py`) that starts from a trained encoder. The
+engine is that of pre-training, so the run folder, resuming and signals are the same. The classifier
+has its own learning rate. With `freeze_encoder`, only the classifier is trained. The encoder is
+then in eval mode and gets no gradient, as in the linear protocols (see `linear.py`).
 
-The test accuracy is measured during training: `finetune_top1` in a result is that after the last
-epoch, and `finetune_best_top1` the best one, which is what the reference codes report.
+The test accuracy is measured during training. In a result, `finetune_top1` is the accuracy after
+the last epoch, and `finetune_best_top1` is the best one, which the reference codes report.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ from rsa_fast.training.run_folder import places_of_checkpoint, stored_places
 
 log = logging.getLogger("rsa_fast")
 
-# What is done to the images that the classifier is trained on, as `Evaluation.augmented` does.
+# The augmentation of the images that train the classifier, as in `Evaluation.augmented`.
 WEAK = {
     "crop_area": (0.08, 1.0),
     "crop_aspect": (3 / 4, 4 / 3),
     "flip_p": 0.5,
     "vertical_flip_p": 0,
     "quarter_turns": False,
-    "extra": None,  # a file that a checkpoint names is not executed
+    "extra": None,  # never execute a file that a checkpoint names
     "groups": ({"name": "crops", "count": 1},),
 }
-# The fields that are as in the checkpoint's recipe: the encoder's, and how images are read.
+# The fields that are copied from the checkpoint's recipe: the encoder's and the images'.
 NETWORK = ("arch", "in_channels", "stem", "width", "compile")
 IMAGES = ("eval_resize_px", "val_fraction", "exif_orientation", "precision", "device")
 
-# The published recipes, which are ImageNet's, by the percentage of the labels.
+# The published recipes for ImageNet, by the percentage of the labels.
 ALL = cite("all of these codes", optimizer="sgd", momentum=0.9, weight_decay=0.0, warmup_epochs=0)
 SIMCLR = (
     ALL
@@ -97,7 +97,7 @@ COSINE_20 = cite(
 )
 BARLOW_TWINS = ALL | COSINE_20 | cite("Barlow Twins README", base_lr=0.005, head_base_lr=0.5)
 VICREG = ALL | COSINE_20
-AS_10 = "chosen: as for 10%, none is published for all labels"
+AS_10 = "chosen: the same as for 10%, because none is published for all labels"
 PRESETS: dict[str, dict[int, Fields]] = {
     "simclr": {
         1: SIMCLR | cite("SimCLR v1 B.5", epochs=60),
@@ -120,13 +120,15 @@ PRESETS: dict[str, dict[int, Fields]] = {
         100: VICREG | cite(AS_10, base_lr=0.01, head_base_lr=0.1),
     },
 }
-# Where the images do not fill a preset's batch so often in an epoch, the batch is halved until they
-# do. SimCLR's 1% of ImageNet fills one of 4096 three times.
+# If the images fill a preset's batch fewer times in an epoch, the batch is halved until they fill
+# it this often. SimCLR's 1% of ImageNet fills a batch of 4096 three times.
 LEAST_STEPS_PER_EPOCH = 3
-LEAST_STEPS = 500  # in all, where the batch was halved: chosen, on few images the steps decide
-SCORES = 60  # in a run, at most about: one an epoch in the published recipes
+# The least steps of a run with a halved batch. This is our choice: on few images, the number of
+# steps matters.
+LEAST_STEPS = 500
+SCORES = 60  # about the most scores in a run; the published recipes have one an epoch
 
-# The lists of github.com/google-research/simclr, imagenet_subsets/, by their MD5 sums.
+# The MD5 sums of the lists in github.com/google-research/simclr, imagenet_subsets/.
 OFFICIAL_LISTS = {
     "b61c91b8ddb75fabdb02a9bb2ae3bd74": "SimCLR's 1percent.txt",
     "b0d861160cc9531910d069ff547fc1b6": "SimCLR's 10percent.txt",
@@ -136,13 +138,13 @@ OFFICIAL_LISTS = {
 class FinetuneRecipe(SupervisedRecipe):
     """The fields of fine-tuning. `base_lr` and `peak_lr` are the encoder's."""
 
-    head_base_lr: float = Field(gt=0)  # of the classifier, per 256 images
-    head_peak_lr: float | None = Field(None, gt=0)  # if given, replaces its product
-    # The classifier's weights start normally distributed with this deviation, and its bias at 0.
-    # None: as torch initialises nn.Linear.
+    head_base_lr: float = Field(gt=0)  # the classifier's learning rate for 256 images
+    head_peak_lr: float | None = Field(None, gt=0)  # replaces the scaled head_base_lr
+    # The standard deviation of the classifier's normally distributed initial weights. Its bias
+    # starts at 0. With None, torch's initialisation of nn.Linear is used.
     head_init_std: float | None = Field(None, ge=0)
     freeze_encoder: bool = False  # train only the classifier, on the encoder in eval mode
-    labels: float = Field(1, gt=0, le=1)  # the part of each class's labelled images that is used
+    labels: float = Field(1, gt=0, le=1)  # the fraction of each class's images that is used
     images_list: str | None = None  # a file with the names of the images that are used instead
 
     @field_validator("images_list")
@@ -172,7 +174,7 @@ class FinetuneRecipe(SupervisedRecipe):
 
 
 class Finetune(Supervised):
-    """A linear classifier on a trained encoder, with learning rates of their own."""
+    """A linear classifier on a trained encoder. Each has its own learning rate."""
 
     recipe_type = FinetuneRecipe
     rows: ClassVar[Rows] = {
@@ -231,7 +233,8 @@ def score(method: Supervised, evaluation: Evaluation) -> dict[str, Any]:
     """
     training, test = method.training, evaluation.test
     method.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=test.device)  # top-1, top-5, and all images
+    # The counts are the hits of top-1, the hits of top-5, and the images.
+    counts = torch.zeros(3, dtype=torch.int64, device=test.device)
     for images, labels in test:
         outputs = logits(method, images)
         hits = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]  # (B, 5)
@@ -270,42 +273,41 @@ def finetune(
     key: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
-    """Train a linear classifier on the encoder of a checkpoint, and the encoder too.
+    """Train the encoder of a checkpoint together with a linear classifier.
 
     This is what `rsa-fast finetune` runs. The result is that of `train`, with `finetune_top1`,
     `finetune_top5` if there are more than ten classes, `finetune_best_top1` and
-    `finetune_best_epoch`, in percent on the test images of `data`. On all ranks but rank 0 it is
+    `finetune_best_epoch`, in percent on the test images of `data`. On all ranks except rank 0 it is
     None. The checkpoints in `out` contain the classifier, which `predict` uses.
 
     Args:
         checkpoint: A run's folder, which means its newest checkpoint, or a file of this or another
-            project (see `load_encoder`). None, with `resume`: the run in `out` goes on with its
-            own recipe.
-        data: Labelled images. None: where the run of the checkpoint was trained.
-        labels: How many of each class's labels are used: 1 to 100 percent, or a fraction below 1;
-            "10%" is another form of 10. None: all. The images are drawn by the recipe's seed.
-        images_list: A text file with the name of one image a line, such as SimCLR's lists of
-            ImageNet, instead of `labels`: these images are used.
-        preset: Whose numbers are used: simclr, swav, barlow-twins or vicreg, and of these the ones
-            for 1, 10 or 100 percent of the labels, whatever is nearest. Where the images fill too
-            few of its batches, the batch is smaller and the epochs are more.
+            project (see `load_encoder`). If it is None, with `resume`, the run in `out` continues
+            with its own recipe.
+        data: Labelled images. None means the images of the checkpoint's run.
+        labels: How many of each class's labels are used. It is a percentage from 1 to 100, which
+            may be written as "10%", or a fraction below 1. None means all. The images are chosen at
+            random by the recipe's seed.
+        images_list: A text file with one image name per line, such as SimCLR's lists for ImageNet.
+            These images are used instead of those chosen by `labels`.
+        preset: The published numbers to use: simclr, swav, barlow-twins or vicreg. Each has numbers
+            for 1, 10 and 100 percent of the labels, and the nearest are used. If the images fill
+            too few of the preset's batches, the batch is made smaller and the epochs are increased.
         freeze_encoder: Train only the classifier.
-        dataset: Images are sized and normalised as for this dataset of `rsa_fast.datasets`, not as
-            in the checkpoint's recipe.
+        dataset: Images are sized and normalised as for this dataset of `rsa_fast.datasets` instead
+            of as in the checkpoint's recipe.
         overrides: Fields of the recipe, such as `epochs`, `peak_lr`, `head_peak_lr`.
 
-    The other arguments are those of `train`, whose errors are raised. Raises ValueError also for
-    names in a list that no image has, and for an encoder without a recipe if `dataset` is missing.
+    The other arguments and the errors are those of `train`. Also raises ValueError for names in a
+    list that no image has, and for an encoder without a recipe if `dataset` is missing.
     """
-    out, given = Path(out), {k: v for k, v in (overrides or {}).items() if v is not None}
+    out, chosen = Path(out), {k: v for k, v in (overrides or {}).items() if v is not None}
     if checkpoint is None:
         stored = out / "recipe.yaml"
         if not (resume and stored.is_file()):
-            raise ValueError(
-                f"no checkpoint to start from is given, and no run to resume is in {out}"
-            )
+            raise ValueError(f"there is no run to resume in {out}: give a checkpoint to start from")
         recipe: Recipe = stored_recipe(read_yaml(stored), str(stored))
-        recipe = replaced(recipe, given)
+        recipe = replaced(recipe, chosen)
         places = data or stored_places(out)
     else:
         places = data or places_of_checkpoint(checkpoint)
@@ -316,7 +318,7 @@ def finetune(
         if own is None and encoder is None:
             of_network |= traits(network)
         choice = {"labels": labels, "images_list": images_list, "freeze_encoder": freeze_encoder}
-        recipe = build_finetune_recipe(base, of_network, places, preset, choice, given)
+        recipe = build_finetune_recipe(base, of_network, places, preset, choice, chosen)
     return train(
         recipe,
         places,
@@ -337,19 +339,20 @@ def build_finetune_recipe(
     data: Data,
     preset: str,
     choice: Mapping[str, Any],
-    given: Mapping[str, Any],
+    chosen: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe that `finetune` trains. What was chosen is logged.
+    """The recipe that `finetune` trains. The log shows the choices.
 
-    Images are read as `base` says, and `of_network` has the fields of the encoder. `choice` has the
-    arguments of `finetune` that say what is trained, and on what; `given` are its `overrides`.
+    `base` determines how images are read, and `of_network` contains the fields of the encoder.
+    `choice` contains the arguments of `finetune` about the labels, the images and what is trained.
+    `chosen` contains its `overrides`.
     """
     if preset not in PRESETS:
         raise ValueError(
             f"no preset {preset!r}{nearest(preset, PRESETS)}: choose from {', '.join(PRESETS)}"
         )
     if choice["labels"] is not None and choice["images_list"]:
-        raise ValueError("a list of images says which labels are used: leave out labels")
+        raise ValueError("a list of images already chooses the labels: leave out labels")
     part = 1.0 if choice["labels"] is None else fraction_of(choice["labels"])
     defaults = {
         name: field.default
@@ -368,48 +371,48 @@ def build_finetune_recipe(
     }
 
     def recipe_with(**changes: Any) -> FinetuneRecipe:
-        overrides = {**fields, **changes, **given}
+        overrides = {**fields, **changes, **chosen}
         recipe = build_recipe(base.dataset, "finetune", overrides=overrides)
         assert isinstance(recipe, FinetuneRecipe)
         return recipe
 
     # The images decide the number of classes, the row of the preset, and how long the run is.
     draft = recipe_with(classes=2)
-    whole, source = draft.open_source(data, "train").manifest, draft.training_source(data).manifest
-    if not whole.labelled:
+    every, source = draft.open_source(data, "train").manifest, draft.training_source(data).manifest
+    if not every.labelled:
         raise ValueError(
             f"{described(data)} has no labels for fine-tuning: sort the images into class folders"
         )
-    share = len(source) / len(whole) if choice["images_list"] else part
+    share = len(source) / len(every) if choice["images_list"] else part
     percent = min(PRESETS[preset], key=lambda percent: abs(math.log(percent / 100 / share)))
     row = PRESETS[preset][percent]
     changes = {name: sourced.value for name, sourced in row.items()}
-    shorter = run_length(len(source), changes, given)
-    changes |= shorter | {"classes": len(whole.classes)}
+    shorter = run_length(len(source), changes, chosen)
+    changes |= shorter | {"classes": len(every.classes)}
     if terminal.speaks():
-        counts = np.bincount(source.labels, minlength=len(whole.classes))
+        counts = np.bincount(source.labels, minlength=len(every.classes))
         each = " to ".join(dict.fromkeys(map(str, (counts.min(), counts.max()))))
         listed = f", those in {in_words(choice['images_list'])}" if choice["images_list"] else ""
-        total = f"{len(source):,} of {len(whole):,} images"
+        total = f"{len(source):,} of {len(every):,} images"
         log.info(f"labels: {total}, {each} of each class{listed}")
         log.info(f"preset {preset} for {percent}% of the labels: {in_words_of(row)}")
-        if shorter["batch_size"] < row["batch_size"].value and "batch_size" not in given:
+        if shorter["batch_size"] < row["batch_size"].value and "batch_size" not in chosen:
             length = f"batch {shorter['batch_size']} and {shorter['epochs']} epochs"
-            log.info(f"these are few images for the preset's batch: {length} instead")
+            log.info(f"there are few images for the preset's batch, so the run has {length}")
     return recipe_with(**changes)
 
 
-def run_length(count: int, fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the length of a run on `count` images, which may be too few for the preset's.
+def run_length(count: int, fields: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the length of a run on `count` images, which may be few for the preset.
 
-    `fields` are those of the preset, and `given` those that the user chose.
+    `fields` are those of the preset, and `chosen` are those that the user set.
     """
     batch_size, epochs = fields["batch_size"], fields["epochs"]
     while batch_size > 2 and count // batch_size < LEAST_STEPS_PER_EPOCH:
         batch_size //= 2
     if batch_size < fields["batch_size"]:
         epochs = max(epochs, -(-LEAST_STEPS // max(1, count // batch_size)))
-    epochs = given.get("epochs", epochs)
+    epochs = chosen.get("epochs", epochs)
     drops = fields.get("lr_drop_epochs", ())
     return {
         "batch_size": batch_size,
@@ -429,12 +432,12 @@ def in_words_of(row: Fields) -> str:
 
 
 def in_words(images_list: str | Path) -> str:
-    """A list of images, and whether it is a published one."""
+    """A text for a list of images, which also says whether it is a published one."""
     md5 = hashlib.md5(Path(images_list).read_bytes(), usedforsecurity=False).hexdigest()
     official = f", {OFFICIAL_LISTS[md5]}" if md5 in OFFICIAL_LISTS else ""
     return f"{images_list} (MD5 {md5}{official})"
 
 
 def read_names(path: str | Path) -> list[str]:
-    """The names in a list of images, one a line."""
+    """The names in a list of images, which has one name per line."""
     return [line.strip() for line in read_list_text(Path(path)).splitlines() if line.strip()]

@@ -1,17 +1,17 @@
 """Linear classifiers on a frozen encoder: the two protocols of the RSA paper, and a fast one.
 
 Features are `(N, D)` float32, labels are `(N,)`, and accuracies are top-1 in percent. `fast` trains
-on features of plain images, which are computed once: each rank passes its own rows, which may be in
-host memory and in half precision (see `features`). The test set's are all on the device of every
-rank. `rsa_small` and `rsa_large` train on features of randomly cropped and flipped images:
-`batches(epoch)` yields those of one epoch. Every rank receives the global batch, so that all ranks
-train the same classifier.
+on features of plain images, which are computed once. Each rank passes its own rows, which may be in
+host memory and in half precision (see `features`). Every rank has all features of the test set on
+its device. `rsa_small` and `rsa_large` train on features of randomly cropped and flipped images.
+`batches(epoch)` yields the features of one epoch. Every rank receives the global batch, so that all
+ranks train the same classifier.
 
-All add what the classifier says of the test images to `predictions`, if these are given, and report
-`linear_top5` too if there are more than ten classes.
+All of them add the classifier's outputs for the test images to `predictions`, if it is given. They
+also report `linear_top5` if there are more than ten classes.
 
-`rsa_small` and `rsa_large` report two test accuracies: `linear_top1` is that after the last epoch,
-and `linear_best_top1` the best of all epochs, which is what the reference codes report.
+`rsa_small` and `rsa_large` report two test accuracies. `linear_top1` is the accuracy after the last
+epoch. `linear_best_top1` is the best of all epochs, which the reference codes report.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FAST_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 FAST_EPOCHS = 100
 SMALL_EPOCHS = 100
 LARGE_EPOCHS = 40
-TEST_ROWS = 2048  # rows at a time whose logits are computed, for all `FAST_LRS` at once
+TEST_ROWS = 2048  # number of rows whose logits are computed at a time, for all `FAST_LRS` together
 HOST = torch.device("cpu")
 
 log = logging.getLogger("rsa_fast")
@@ -59,7 +59,7 @@ def rsa_small(
     """The protocol for CIFAR, STL-10 and Tiny ImageNet (RSA 4.1, after MoCo).
 
     It trains on raw features by SGD with a learning rate of 30, which falls to 3 after 60% of the
-    epochs and to 0.3 after 80%. `nesterov` is in the reference code (eval_single.py), not in the
+    epochs and to 0.3 after 80%. `nesterov` is in the reference code (eval_single.py) but not in the
     paper. `test()` is called after every epoch for the features of the test set.
     """
     features, _ = test()
@@ -97,7 +97,8 @@ def rsa_large(
 
     The mean and the variance are those of plain training images, as in Mean Shift. The RSA code
     takes them from cropped images when it reads image files. Features that are all zero keep the
-    length zero here, while the RSA code divides by it. Of `train`, each rank passes its own rows.
+    length zero here, whereas the RSA code divides by zero. Each rank passes its own rows of
+    `train`.
     """
     mean, variance = mean_and_variance(train, test[0].device, prepare=F.normalize)
 
@@ -106,7 +107,7 @@ def rsa_large(
 
     head = linear_layer(len(mean), classes)
     generator, bound = torch.Generator().manual_seed(seed), len(mean) ** -0.5
-    for parameter in head.parameters():  # as torch initialises nn.Linear
+    for parameter in head.parameters():  # the initialisation of torch's nn.Linear
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
     parameters = head.to(mean.device).parameters()
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -123,7 +124,7 @@ def rsa_large(
 
 
 def linear_layer(dim: int, classes: int) -> nn.Linear:
-    """An uninitialised linear layer on the CPU. Making it draws nothing from torch's generator."""
+    """An uninitialised linear layer on the CPU. Its creation uses no random numbers of torch."""
     return nn.Linear(dim, classes, device="meta").to_empty(device="cpu")
 
 
@@ -138,8 +139,8 @@ def train_head(
 ) -> dict[str, float]:
     """Train `head` with cross-entropy and test it after every epoch.
 
-    `drops` are two fractions of the epochs. After each of them, rounded to whole epochs, the
-    learning rate falls to a tenth.
+    `drops` are two fractions of the epochs. After each of them, rounded to an integer number of
+    epochs, the learning rate is divided by 10.
     """
     milestones = [round(drop * epochs) for drop in drops]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
@@ -173,7 +174,7 @@ def fast(
 
     The learning rate is the one of `FAST_LRS` whose classifier is best on a tenth of the training
     images, after training on the others. Features are standardised by the training set's mean and
-    deviation. Of `train`, each rank passes its own rows.
+    deviation. Each rank passes its own rows of `train`.
     """
     device = test[0].device
     mean, variance = mean_and_variance(train, device)
@@ -181,13 +182,13 @@ def fast(
     train_labels = gather_rows(train[1].to(device))
 
     def standardise(features: Tensor) -> Tensor:
-        return F.pad((features - mean) / std, (0, 1), value=1)  # the last column is the bias's
+        return F.pad((features - mean) / std, (0, 1), value=1)  # the last column is for the bias
 
-    # One batch at a time is moved to the device and standardised: all of ImageNet's take 10 GB.
+    # One batch at a time is moved to the device and standardised. All of ImageNet takes 10 GB.
     def batch(ids: Tensor) -> LabelledFeatures:
         return standardise(take_rows(train[0], ids, device)), train_labels[ids.to(device)]
 
-    ids = (train_labels.cpu() >= 0).nonzero()[:, 0]  # of the images that could be read
+    ids = (train_labels.cpu() >= 0).nonzero()[:, 0]  # images that could be read
     held_out = torch.from_numpy(epoch_order(len(ids), 0, 0)) % 10 == 0
     validation_ids, training_ids = ids[held_out], ids[~held_out]
 
@@ -215,8 +216,8 @@ def fit(
 ) -> Tensor:
     """Train one softmax regression per learning rate, all at the same time and on the same batches.
 
-    `batch` returns the features and labels of given ids, which are in host memory; the classifiers
-    are trained on `ids`. SGD with momentum 0.9 and a cosine schedule starts from zero weights.
+    The classifiers are trained on `ids`, which are in host memory. `batch` returns the features and
+    labels of some ids. SGD with momentum 0.9 and a cosine schedule starts from zero weights.
     Returns weights `(L, D, C)`.
     """
     weight = torch.zeros(len(lrs), dim, classes, device=device)
@@ -244,5 +245,5 @@ def top1_of_each(weights: Tensor, batches: Iterable[LabelledFeatures]) -> list[f
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """The percentage of rows of `logits` `(N, C)` whose largest value is at the label's place."""
+    """The percentage of rows of `logits` `(N, C)` whose largest value belongs to the label."""
     return 100 * int((logits.argmax(-1) == labels).sum()) / len(labels)

@@ -1,10 +1,11 @@
-"""The classes of images by a trained classifier, in a csv file.
+"""Predict the classes of images by a trained classifier, and write them to a csv file.
 
     result = predict("runs/tuned", "my_photos", "predictions.csv", top=2)
 
-The columns are file, class and probability, and with `top` class_2, probability_2 and so on. A row
-per image follows, in the order of the images in their source, whatever the number of ranks. A file
-is named relative to the data folder; of packed images, which have no names, it is their number.
+The columns are file, class and probability, and with `top` class_2, probability_2 and so on. One
+row per image follows, in the order of the images in their source, whatever the number of ranks. The
+file is the image's path relative to the data folder. Packed images have no names, so their numbers
+are used.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ log = logging.getLogger("rsa_fast")
 
 
 class Classifier(nn.Module):
-    """From images `(B, 3, H, W)` to the float32 logits `(B, C)` of a trained classifier."""
+    """A trained classifier, from images `(B, 3, H, W)` to float32 logits `(B, C)`."""
 
     def __init__(self, method: Supervised, classes: list[str]) -> None:
         super().__init__()
@@ -55,16 +56,17 @@ class Classifier(nn.Module):
 def load_classifier(path: Path, encoder: nn.Module | None = None) -> tuple[Classifier, Recipe]:
     """The classifier in a checkpoint of `finetune` or of the method supervised, and its recipe.
 
-    Raises ValueError for a checkpoint without a classifier, and as `checkpoint.load` does.
+    Raises ValueError for a checkpoint without a classifier, and the errors of `checkpoint.load`.
     """
     state = checkpoints.load(path)
     name = state["recipe"].get("method")
     if name not in ("finetune", "supervised"):
         raise ValueError(
-            f"{path} has no classifier, its method is {name}: rsa-fast finetune trains one on it"
+            f"{path} has no classifier, because its method is {name}: train one with rsa-fast "
+            "finetune"
         )
     recipe = for_any_device(stored_recipe(state["recipe"], "the checkpoint"))
-    # Only the statistics in the checkpoint are used, which do not depend on `bn`.
+    # Only the statistics in the checkpoint are used. They do not depend on `bn`.
     method = build_method(recipe.model_copy(update={"bn": "local"}), encoder)
     assert isinstance(method, Supervised)
     method.load_state_dict(state["method"])
@@ -86,21 +88,21 @@ def predict(
 
     This is what `rsa-fast predict` runs, and the result is what it prints. `checkpoint` is the
     folder of a run of `finetune`, whose newest checkpoint is read, or a checkpoint with a
-    classifier; `encoder` is the network for its weights, if it was passed in Python. `top` is the
-    number of classes of each image. The images are all below the folder `data`, or those of a
-    split: of packed images only a split can be read.
+    classifier. `encoder` is the network for its weights, if it was passed to training in Python.
+    `top` is the number of classes to write for each image. The images are those of a split, or all
+    images below the folder `data`. From packed images, only a split can be read.
 
     Images that cannot be read are left out and counted. With several ranks, all return the result,
     and rank 0 writes the file.
 
-    Raises ValueError for a checkpoint without a classifier and for a `top` of more than there are
-    classes, and FileNotFoundError if the checkpoint or the images do not exist.
+    Raises ValueError for a checkpoint without a classifier and for a `top` above the number of
+    classes. Raises FileNotFoundError if the checkpoint or the images do not exist.
     """
     path, out = checkpoints.newest_checkpoint(checkpoint), Path(out)
     classifier, recipe = load_classifier(path, encoder)
     classes = classifier.classes
     if not 1 <= top <= len(classes):
-        raise ValueError(f"top = {top}: wanted 1 to {len(classes)}, the number of classes")
+        raise ValueError(f"top = {top}: choose 1 to {len(classes)}, the number of classes")
     with process_group(recipe.device, recipe.timeout_s):
         source = open_images(recipe, data, split)
         if rank() == 0:
@@ -132,7 +134,7 @@ def predict(
 def rows_of(
     blocks: Iterator[Block], source: Source, classes: list[str], top: int
 ) -> Iterator[list[str]]:
-    """The heading, and a row for each image of blocks of sample ids and logits."""
+    """The heading, and one row per image, from blocks of sample ids and logits."""
     more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
     yield ["file", "class", "probability", *more]
     for ids, outputs in blocks:
@@ -150,7 +152,7 @@ def write_rows(file: BinaryIO, rows: Iterator[list[str]]) -> None:
 
 
 def open_images(recipe: Recipe, data: Data, split: str) -> Source:
-    """The images of a split of `data`, or all below the folder."""
+    """The images of a split of `data`, or all images below the folder."""
     if split != "all":
         return recipe.open_source(data, split)
     try:
@@ -162,4 +164,4 @@ def open_images(recipe: Recipe, data: Data, split: str) -> Source:
             exif_orientation=recipe.exif_orientation,
         )
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. Of packed images: --split train or test") from None
+        raise FileNotFoundError(f"{error}. For packed images, give --split train or test") from None

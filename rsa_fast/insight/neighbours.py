@@ -1,10 +1,10 @@
-"""A page on what an encoder finds similar: images with their nearest, and a map of all.
+"""A page that shows which images an encoder finds similar: nearest neighbours and a map.
 
-    neighbours("runs/a", None, "nn.html")          # of the images that the run was trained on
+    neighbours("runs/a", None, "nn.html")          # for the images that the run was trained on
     neighbours(None, None, "nn.html", embeddings="emb.npz")
 
 Similarity is the cosine of two images' features. The map is t-SNE of their first principal
-components. The page is one HTML file, with the images inside: there is nothing to load.
+components. The page is one HTML file that contains the images, so it loads nothing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rsa_fast.pipelines.machine import PIP
 
 log = logging.getLogger("rsa_fast")
 
-COMPONENTS = 50  # of PCA, before t-SNE
+COMPONENTS = 50  # the number of components of PCA, before t-SNE
 TILE_PX = 112  # the side of an image in the rows
-HOVER_PX = 80  # and of one that the map shows
-LEGEND_CLASSES = 40  # with more classes, colours could not be told apart
+HOVER_PX = 80  # the side of an image that the map shows
+LEGEND_CLASSES = 40  # with more classes, the colours would be too similar
 
 MAP = """<h2>Map</h2>
 <p>{about}</p>
@@ -90,26 +90,27 @@ def neighbours(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the page `out` on the images in `data`, by an encoder or by a file of `embed`.
+    """Write the page `out` about the images in `data`, from an encoder or a file of `embed`.
 
-    `queries` images are drawn by `seed`, each shown with its `nearest` nearest ones. The map has up
-    to `points` images, also drawn; with 0 there is none. `options` are those of `embed`, which
-    computes the features of `checkpoint`; without `data`, the images are as there. Of a file
-    `embeddings`, the images are those that it was made of, in `data` if they were moved.
+    `queries` images are chosen at random by `seed`, and each is shown with its `nearest` nearest
+    neighbours. The map has up to `points` images, which are also chosen at random. With 0 there is
+    no map. `embed` computes the features of `checkpoint`, with its `options`. Without `data`, the
+    images are those that `embed` chooses. With a file `embeddings`, the images are those of the
+    file. `data` gives their place if they were moved.
 
-    Returns `out`, the numbers of images, queries and map points, and `same_class_pct`: how many of
-    the nearest images are of their query's class, in percent, and in `chance_pct` how many would be
-    if the encoder knew nothing. Both are None without classes.
+    Returns `out` and the numbers of images, queries and map points. `same_class_pct` is the
+    percentage of nearest images that have their query's class, and `chance_pct` is the percentage
+    for random images. Both are None without classes.
 
-    Raises ValueError if both or none of `checkpoint` and `embeddings` are given, if `out` is no
-    .html, if scikit-learn is missing for the map, and if the images are no longer those of the
-    embeddings.
+    Raises ValueError if both or none of `checkpoint` and `embeddings` are given, if `out` does not
+    end in .html, if scikit-learn is missing for the map, and if the images are no longer those of
+    the embeddings.
     """
     out = Path(out)
     if (checkpoint is None) == (embeddings is None):
         raise ValueError("give either --checkpoint, or the --embeddings that rsa-fast embed wrote")
     if out.suffix != ".html":
-        raise ValueError(f"this is a web page: found --out {out}, wanted a name ending in .html")
+        raise ValueError(f"this is a web page: found --out {out}, but the name must end in .html")
     if points and find_spec("sklearn") is None:
         raise ValueError(
             f"the map needs scikit-learn: {PIP} install scikit-learn, or leave it out: --points 0"
@@ -133,18 +134,18 @@ def write_page(
     points: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Write the page and return what `neighbours` returns."""
-    count, made = len(rows.features), rows.made
+    """Write the page and return the result of `neighbours`."""
+    count, result = len(rows.features), rows.result
     generator = np.random.default_rng(seed)
     asked = np.sort(generator.choice(count, min(queries, count), replace=False))
     mapped = np.sort(generator.choice(count, min(points, count), replace=False))
-    pictures = Pictures(rows, open_images(made, data))
+    pictures = Pictures(rows, open_images(result, data))
     of_classes = f" in {len(rows.classes):,} classes" if rows.classes else ""
     sheet, shown = nearest_html(rows, pictures, asked, nearest, seed, "the others")
-    title = f"Neighbours by {Path(made['checkpoint']).name}"
+    title = f"Neighbours by {Path(result['checkpoint']).name}"
     summary = (
-        f"{count:,} images{of_classes} from {', '.join(made['data'])}, by {made['checkpoint']}: "
-        f"{made['dim']:,} features of {made['test_transform']}."
+        f"{count:,} images{of_classes} from {', '.join(result['data'])}, by "
+        f"{result['checkpoint']}: {result['dim']:,} features of {result['test_transform']}."
     )
     drawn, script = draw_map(rows, pictures, mapped, seed) if len(mapped) > 2 else ("", "")
     body = f"<h1>{escape(valid(title))}</h1>\n<p>{escape(valid(summary))}</p>\n{sheet}{drawn}"
@@ -162,51 +163,51 @@ def write_page(
 def nearest_html(
     rows: Embeddings, pictures: Pictures, asked: np.ndarray, nearest: int, seed: int, among: str
 ) -> tuple[str, dict[str, Any]]:
-    """The rows `asked` with their nearest, as HTML, and `nearest` and the shares of `neighbours`.
+    """HTML of the rows `asked` with their nearest rows, and a part of the result of `neighbours`.
 
-    `seed` is the one that drew them, and `among` says in words from which images the nearest are.
+    `seed` chose the rows, and `among` describes the images that were searched.
     """
-    found, cosines = nearest_rows(rows.features, asked, nearest)
-    pictures.read({*asked.tolist(), *found.ravel().tolist()}, TILE_PX)
-    same, chance = same_class(rows.labels, asked, found)
+    matches, cosines = nearest_rows(rows.features, asked, nearest)
+    pictures.read({*asked.tolist(), *matches.ravel().tolist()}, TILE_PX)
+    same, chance = same_class(rows.labels, asked, matches)
     about = (
-        f"{len(asked)} images drawn by seed {seed}, each with its {found.shape[1]} nearest among "
-        f"{among}. The number below an image is the cosine of their features."
+        f"{len(asked)} images, chosen by seed {seed}, each with its {matches.shape[1]} nearest "
+        f"among {among}. The number below an image is the cosine of their features."
     )
     if same is not None:
         about += (
-            f" A green frame: the class of the first image. Of the nearest images, {same:.1f}% are "
-            f"of that class; without knowledge of the images it would be {chance:.1f}%."
+            f" A green frame means that an image has the class of the first one. {same:.1f}% of "
+            f"the nearest images have that class. Of random images, {chance:.1f}% would have it."
         )
     lines = (
         row_of_images(rows, pictures, query, own.tolist(), cosine.tolist())
-        for query, own, cosine in zip(asked.tolist(), found, cosines, strict=True)
+        for query, own, cosine in zip(asked.tolist(), matches, cosines, strict=True)
     )
-    shown = {"nearest": found.shape[1], "same_class_pct": same, "chance_pct": chance}
+    shown = {"nearest": matches.shape[1], "same_class_pct": same, "chance_pct": chance}
     return f"<h2>Nearest images</h2>\n<p>{about}</p>\n{''.join(lines)}", shown
 
 
 def nearest_rows(
     features: np.ndarray, queries: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows nearest to those in `queries` `(Q,)` by cosine, and the cosines; `(Q, count)` each.
+    """The rows nearest to the `queries` `(Q,)` by cosine, and the cosines, `(Q, count)` each.
 
     The nearest comes first. A query is not its own neighbour. The result has fewer columns if there
     are fewer other rows.
     """
     count = min(count, len(features) - 1)
-    wanted = normalised(features[queries])
+    query_features = normalised(features[queries])
     cosines = np.full((len(queries), count), -np.inf, np.float32)
-    found = np.zeros((len(queries), count), np.int64)
+    nearest = np.zeros((len(queries), count), np.int64)
     for first in range(0, len(features), BLOCK_ROWS):
-        block = wanted @ normalised(features[first : first + BLOCK_ROWS]).T  # (Q, rows)
+        block = query_features @ normalised(features[first : first + BLOCK_ROWS]).T  # (Q, rows)
         ids = np.arange(first, first + block.shape[1])
         block[queries[:, None] == ids] = -np.inf
         both = np.concatenate([cosines, block], 1)
-        both_ids = np.concatenate([found, np.broadcast_to(ids, block.shape)], 1)
+        both_ids = np.concatenate([nearest, np.broadcast_to(ids, block.shape)], 1)
         order = np.argsort(-both, 1, kind="stable")[:, :count]
-        cosines, found = (np.take_along_axis(x, order, 1) for x in (both, both_ids))
-    return found, cosines
+        cosines, nearest = (np.take_along_axis(x, order, 1) for x in (both, both_ids))
+    return nearest, cosines
 
 
 def normalised(features: np.ndarray) -> np.ndarray:
@@ -215,36 +216,36 @@ def normalised(features: np.ndarray) -> np.ndarray:
 
 
 def same_class(
-    labels: np.ndarray, queries: np.ndarray, found: np.ndarray
+    labels: np.ndarray, queries: np.ndarray, nearest: np.ndarray
 ) -> tuple[float, float] | tuple[None, None]:
-    """How many of `found` have their query's label, and how many of all other rows, in percent.
+    """The percentage of `nearest` rows, and of all other rows, with their query's label.
 
     Queries without a label do not count.
     """
-    known = labels[queries] >= 0
-    if not known.any() or not found.size:
+    labelled = labels[queries] >= 0
+    if not labelled.any() or not nearest.size:
         return None, None
-    own = labels[queries][known]
-    same = (labels[found[known]] == own[:, None]).mean()
+    own = labels[queries][labelled]
+    same = (labels[nearest[labelled]] == own[:, None]).mean()
     others = [(np.count_nonzero(labels == label) - 1) / (len(labels) - 1) for label in own]
     return round(100 * float(same), 2), round(100 * float(np.mean(others)), 2)
 
 
-def open_images(made: dict[str, Any], data: Data | None) -> Source:
-    """The images of which embeddings were made, by what `embed` wrote beside them.
+def open_images(result: dict[str, Any], data: Data | None) -> Source:
+    """The images of embeddings, from the `result` that `embed` wrote beside them.
 
-    Raises ValueError if they are not those in `data`, where they were moved to, or in their place.
+    `data` is their place if they were moved. Raises ValueError if other images are there.
     """
-    place = data if data is not None else made["data"]
+    place = data if data is not None else result["data"]
     source = open_source(
         place,
-        made["split"],
-        val_fraction=made["val_fraction"],
-        unlabelled=made["unlabelled"],
+        result["split"],
+        val_fraction=result["val_fraction"],
+        unlabelled=result["unlabelled"],
         on_bad_image="skip",
-        exif_orientation=made["exif_orientation"],
+        exif_orientation=result["exif_orientation"],
     )
-    if source.manifest.fingerprint != made["data_fingerprint"]:
+    if source.manifest.fingerprint != result["data_fingerprint"]:
         raise ValueError(
             f"the images in {source.where} are not those of the embeddings: run rsa-fast embed "
             "again, or give their place by --data"
@@ -257,11 +258,11 @@ class Pictures:
 
     def __init__(self, rows: Embeddings, source: Source) -> None:
         self.rows, self.source = rows, source
-        self.small: dict[tuple[int, int], str] = {}  # by row and side in pixels
+        self.small: dict[tuple[int, int], str] = {}  # the keys are a row and a side in pixels
 
-    def read(self, wanted: set[int], side_px: int) -> None:
-        """Make those of the rows `wanted`. Threads decode them."""
-        names = {self.rows.filenames[row]: row for row in wanted}
+    def read(self, rows: set[int], side_px: int) -> None:
+        """Make the pictures of `rows`. Threads decode the images."""
+        names = {self.rows.filenames[row]: row for row in rows}
         paths = self.source.manifest.paths
         # Images that could not be read have no row, so rows and sample ids differ.
         samples = {
@@ -275,7 +276,7 @@ class Pictures:
             square = ImageOps.fit(image, (side_px, side_px), Image.Resampling.BILINEAR)
             return data_url(square, "JPEG")
 
-        ordered = sorted(wanted)
+        ordered = sorted(rows)
         with ThreadPoolExecutor() as pool:
             for row, text in zip(ordered, pool.map(picture, ordered), strict=True):
                 self.small[row, side_px] = text
@@ -290,11 +291,11 @@ def class_name(rows: Embeddings, row: int) -> str:
 
 
 def row_of_images(
-    rows: Embeddings, pictures: Pictures, query: int, found: list[int], cosines: list[float]
+    rows: Embeddings, pictures: Pictures, query: int, nearest: list[int], cosines: list[float]
 ) -> str:
     """An image and its nearest ones, with their cosines, as HTML."""
     shown = []
-    for row, cosine in zip([query, *found], ["", *(f"{x:.3f}" for x in cosines)], strict=True):
+    for row, cosine in zip([query, *nearest], ["", *(f"{x:.3f}" for x in cosines)], strict=True):
         name = class_name(rows, row)
         title = ", ".join(filter(None, (valid(rows.filenames[row]), name)))
         caption = f"{cosine} {name}".strip() or "query"
@@ -306,20 +307,20 @@ def row_of_images(
 
 
 def map_positions(features: np.ndarray, seed: int) -> np.ndarray:
-    """Where t-SNE puts rows of features `(N, D)`, by their cosines: `(N, 2)` float32."""
+    """The positions `(N, 2)` float32 that t-SNE gives to features `(N, D)` by their cosines."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     rows = normalised(features)
     components = min(COMPONENTS, *rows.shape)
     reduced = PCA(components, random_state=seed).fit_transform(rows)
-    perplexity = min(30.0, (len(rows) - 1) / 3)  # 30 is usual
+    perplexity = min(30.0, (len(rows) - 1) / 3)  # 30 is the usual value
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
     return np.asarray(tsne.fit_transform(reduced), np.float32)
 
 
 def colours(count: int) -> Sequence[str]:
-    """Colours of as many classes; neighbours in the list differ in lightness too."""
+    """Colours for `count` classes. Neighbours in the list also differ in lightness."""
     return [f"hsl({360 * i / count:.0f} 65% {(45, 62)[i % 2]}%)" for i in range(count)] or ["#888"]
 
 
@@ -342,12 +343,11 @@ def draw_map(
     count = len(rows.features)
     which = f"All {count:,} images"
     if len(mapped) < count:
-        which = f"{len(mapped):,} of the {count:,} images, drawn by seed {seed}"
+        which = f"{len(mapped):,} of the {count:,} images, chosen by seed {seed}"
     about = (
-        f"{which}, by t-SNE of the first "
-        f"{min(COMPONENTS, len(mapped), rows.features.shape[1])} principal components of their "
-        "features at unit length. Images that are close are similar; distances "
-        "between groups say little. Point at one to see it."
+        f"{which}, by t-SNE of the first {min(COMPONENTS, len(mapped), rows.features.shape[1])} "
+        "principal components of their features at unit length. Images that are close are "
+        "similar, but distances between groups say little. Point at a dot to see its image."
     )
     legend = ""
     if 0 < len(rows.classes) <= LEGEND_CLASSES:
@@ -357,7 +357,7 @@ def draw_map(
         )
         legend = f'<div class="legend">{"".join(items)}</div>'
     elif rows.classes:
-        about += f" The colours are of {len(rows.classes)} classes, so that some look alike."
+        about += f" There are {len(rows.classes)} classes, so some of their colours look alike."
     drawn = MAP.format(
         about=about,
         height=f"{float(places[:, 1].max()) + 15:.0f}",

@@ -2,8 +2,9 @@
 
     print(take_weights(run.method, recipe, Path("moco_v2_800ep_pretrain.pth.tar")))
 
-A checkpoint of the same method whose networks have the same shapes gives all of its weights. From
-everything else that `load_encoder` reads, the encoder is taken, and what is left out is logged.
+If the file is a checkpoint of the same method whose networks have the same shapes, all of its
+weights are loaded. From any other file that `load_encoder` reads, only the encoder is loaded, and
+the log lists the tensors that are not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rsa_fast.archs import RESNETS
 from rsa_fast.evaluation.encoders import (
-    Found,
+    Choice,
     beginning,
     build_resnet,
     find_weights,
@@ -33,11 +34,11 @@ from rsa_fast.training.checkpoint import check_finite, newest_checkpoint
 
 
 def take_weights(method: Method, recipe: Recipe, path: Path, key: str | None = None) -> str:
-    """Load weights of the file at `path` into `method`. Returns what was taken, in a line.
+    """Load weights of the file at `path` into `method`. Returns a line for the log.
 
-    The encoder goes into the online network and into a target network. `key` chooses it among
-    several networks in the file. Raises ValueError, with both sides, for what does not fit, and as
-    `load_encoder` does.
+    The encoder is copied to the online network and to a target network. `key` chooses it among
+    several networks in the file. Raises ValueError, which shows both sides, if the weights do not
+    fit, and the errors of `load_encoder`.
     """
     path = newest_checkpoint(path)
     content = read_file(path)
@@ -50,22 +51,22 @@ def take_weights(method: Method, recipe: Recipe, path: Path, key: str | None = N
             if not (why := first_difference(state, method.state_dict())):
                 method.load_state_dict(state)
                 name = short_name(recipe.method)
-                return f"{name} ({path.name}): {len(state)} tensors taken, heads too"
+                return f"{name} ({path.name}): {len(state)} tensors loaded, including the heads"
             why = f": {why}"
         elif saved and not key:
             theirs = short_name(str(saved.get("method")))
             why = f": method {theirs} in the checkpoint, {short_name(recipe.method)} now"
-        found, note = fitting_encoder(method.encoder, recipe.arch, leaves_in(content), saved, key)
+        choice, note = fitting_encoder(method.encoder, recipe.arch, leaves_in(content), saved, key)
     except ValueError as error:
         raise ValueError(f"{path} cannot start this run: {error}") from error
     if not saved or key:
-        log_left_out(path, found)
+        log_left_out(path, choice)
     projected = [module for module in method.modules() if isinstance(module, Projected)]
     for encoder in (method.encoder, *(network.encoder for network in projected)):
-        encoder.load_state_dict(found.weights)
+        encoder.load_state_dict(choice.weights)
     return (
-        f"encoder of {recipe.arch} ({path.name}): {len(found.weights)} tensors taken; "
-        f"heads start from scratch{why}{note}"
+        f"encoder of {recipe.arch} ({path.name}): {len(choice.weights)} tensors loaded; heads "
+        f"start from scratch{why}{note}"
     )
 
 
@@ -74,7 +75,7 @@ def shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first weight whose shape is not the same in a checkpoint and now; empty if all are."""
+    """The first weight whose shape differs between a checkpoint and now, or "" if none does."""
     there, here = shapes(saved), shapes(now)
     for key in here | there:
         if here.get(key) != there.get(key):
@@ -85,16 +86,16 @@ def first_difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 def fitting_encoder(
     encoder: Encoder, arch: str, leaves: dict[str, Any], saved: dict[str, Any], key: str | None
-) -> tuple[Found, str]:
-    """The weights among `leaves` for an encoder of this `arch`, and what else differs, for the log.
+) -> tuple[Choice, str]:
+    """The weights among `leaves` for an encoder of this `arch`, and a note on other differences.
 
-    `saved` is the recipe in the checkpoint, or empty. Raises ValueError unless they fit.
+    `saved` is the recipe in the checkpoint, or empty. Raises ValueError if they do not fit.
     """
     saved_arch = saved.get("arch", arch)
     if saved_arch != arch and {saved_arch, arch} - RESNETS.keys():
         raise ValueError(f"{saved_arch} in the checkpoint, {arch} now")
     if arch in RESNETS:
-        saved_encoder, found = build_resnet(leaves, key)
+        saved_encoder, choice = build_resnet(leaves, key)
         here, there = traits(encoder), traits(saved_encoder)
         if differ := [name for name in here if here[name] != there[name]]:
             sides = [f"{name} {there[name]} in the checkpoint, {here[name]} now" for name in differ]
@@ -103,10 +104,11 @@ def fitting_encoder(
         note = ""
         if beginning(saved_encoder) != beginning(encoder):
             note = (
-                f"; there it begins with {beginning(saved_encoder)}, here with {beginning(encoder)}"
+                f"; its network begins with {beginning(saved_encoder)}, this one with "
+                f"{beginning(encoder)}"
             )
-        return found, note
-    found = find_weights(encoder, leaves, key)
-    if difference := first_difference(found.weights, encoder.state_dict()):
+        return choice, note
+    choice = find_weights(encoder, leaves, key)
+    if difference := first_difference(choice.weights, encoder.state_dict()):
         raise ValueError(difference)
-    return found, ""
+    return choice, ""

@@ -197,7 +197,7 @@ def test_the_backbone_is_the_encoder_bit_for_bit_and_all_of_it_learns(encoder, m
     "form", [("resnet18",), ("resnet50", "cifar"), ("resnet50", "imagenet", 16)]
 )
 def test_another_encoder_is_refused(form):
-    with pytest.raises(ValueError, match="wants a ResNet-50 with the ImageNet stem and width 64"):
+    with pytest.raises(ValueError, match="needs a ResNet-50 with the ImageNet stem and width 64"):
         build_model(Encoder(*form), 2)
 
 

@@ -112,7 +112,7 @@ def test_images_without_classes_are_as_lightly_trains_csv_and_null_elsewhere(run
         rows = read_embeddings(tmp_path / f"emb{suffix}")
         assert list(rows.filenames) == ["a.png", "b.png", "deep/er.png"]
         assert rows.labels.tolist() == [-1] * 3 and rows.classes == ()
-    assert (tmp_path / "emb.csv").read_text().splitlines()[0].endswith(f"_{rows.made['dim'] - 1}")
+    assert (tmp_path / "emb.csv").read_text().splitlines()[0].endswith(f"_{rows.result['dim'] - 1}")
     assert pq.read_table(tmp_path / "emb.parquet")["label"].null_count == 3
 
 
@@ -179,7 +179,7 @@ def test_another_project_s_encoder_wants_the_transform(run, folder, tmp_path):
     encoder, _ = load_encoder(run / "checkpoints" / "step_00000002.pt")
     path = tmp_path / "foreign.pth"
     torch.save({f"backbone.{key}": value for key, value in encoder.state_dict().items()}, path)
-    with pytest.raises(ValueError, match=r"foreign\.pth has no recipe: --dataset says how"):
+    with pytest.raises(ValueError, match=r"foreign\.pth has no recipe: use --dataset"):
         embed(path, folder, tmp_path / "emb.npy")
     with pytest.raises(ValueError, match="does not record where its images are: give --data"):
         embed(path, None, tmp_path / "emb.npy")

@@ -303,14 +303,16 @@ def test_keys_that_are_missing_or_not_known_are_named(tmp_path):
 
 def test_what_is_no_encoder_says_what_it_is(tmp_path):
     assert "found no ResNet among ['a', 'b']" in failure(tmp_path, {"a": torch.zeros(3), "b": 1})
-    assert "holds list, wanted a dictionary" in failure(tmp_path, [torch.zeros(3)])
+    assert "contains a list, not a dictionary of tensors" in failure(tmp_path, [torch.zeros(3)])
     twice = holder(left=small(), right=small())
-    assert "ResNets under 'left.', 'right.'; wanted one" in failure(tmp_path, twice)
+    assert "ResNets under 'left.', 'right.'; choose one" in failure(tmp_path, twice)
     short = {
         key: value for key, value in small().state_dict().items() if not key.startswith("layer4.1")
     }
-    assert "[2, 2, 2, 1] basic blocks are none of resnet18, resnet34" in failure(tmp_path, short)
-    assert "holds more than tensors; if you trust it" in failure(tmp_path, {"args": Path("/there")})
+    message = failure(tmp_path, short)
+    assert "[2, 2, 2, 1] basic blocks do not belong to any of resnet18, resnet34" in message
+    message = failure(tmp_path, {"args": Path("/there")})
+    assert "contains more than tensors; if you trust it" in message
     (tmp_path / "cut.pth").write_bytes((tmp_path / "there.pth").read_bytes()[:99])
     with pytest.raises(ValueError, match="is damaged"):
         load_encoder(tmp_path / "cut.pth")
@@ -330,15 +332,15 @@ def test_a_line_says_what_of_a_file_is_read_and_left_out(tmp_path, caplog):
     caplog.set_level("INFO", "rsa_fast")
     load_encoder(save(tmp_path / "swav.pth", of_swav()[1]))
     assert caplog.messages == [
-        "swav.pth: 120 tensors under 'state_dict.module.' are read; left out, with the number of "
-        "tensors: projection_head (7), prototypes (1)"
+        "swav.pth: 120 tensors under 'state_dict.module.' are loaded; not loaded, with the number "
+        "of tensors: projection_head (7), prototypes (1)"
     ]
     caplog.clear()
     load_encoder(save(tmp_path / "byol.pth", of_byol_pytorch()[1]))
     (line,) = caplog.messages
-    assert "120 tensors under 'net.' are read; those under 'online_encoder.net.' are the" in line
+    assert "120 tensors under 'net.' are loaded; those under 'online_encoder.net.' are the" in line
     assert "fc (2), online_encoder (4), target_encoder (122), online_predictor (2)" in line
-    assert line.endswith("--key target_encoder reads the network there")
+    assert line.endswith("--key target_encoder loads that network instead")
     caplog.clear()
     load_encoder(save(tmp_path / "plain.pth", small().state_dict()))
     assert not caplog.messages  # all of it is read
@@ -364,9 +366,9 @@ def test_a_file_whose_only_network_is_a_teacher_gives_it(tmp_path):
 
 def test_a_key_that_is_missing_or_wrong_is_said(tmp_path):
     path = save(tmp_path / "two.pth", holder(left=small(), right=small(), far=small()))
-    with pytest.raises(ValueError, match="wanted one: choose it by --key left or right or far"):
+    with pytest.raises(ValueError, match="choose one by --key left or right or far"):
         load_encoder(path)
-    with pytest.raises(ValueError, match=r"no ResNet under the key 'righ', but under 'left"):
+    with pytest.raises(ValueError, match=r"no ResNet under the key 'righ', only under 'left"):
         load_encoder(path, key="righ")
 
 
@@ -445,12 +447,12 @@ def test_a_resnet_that_cannot_be_built_is_described_in_a_line(tmp_path):
     message = failure(tmp_path, {"state_dict": wide})
     assert (
         "of the 318 weights of a resnet50 of width 8 with the imagenet stem, " in message
-        and "bn1.weight is (16,) in the file, wanted (8,)" in message
+        and "bn1.weight is (16,) in the file and (8,) in the network" in message
     )
     assert "\n" not in message and len(message) < 400
     other = {f"block1.layer.{i}.conv.weight": torch.zeros(1) for i in range(100)}
     assert len(failure(tmp_path, {"state_dict": other})) < 500
-    assert "wanted 4 dimensions" in failure(
+    assert "but needs 4 dimensions" in failure(
         tmp_path, small().state_dict() | {"conv1.weight": torch.zeros(8)}
     )
 
@@ -484,6 +486,6 @@ def test_an_encoder_from_elsewhere_is_scored_by_the_views_of_a_dataset_s_row(fol
     torch.save(of_simsiam()[1], tmp_path / "there.pth")
     arguments = ["eval", "knn", "--checkpoint", str(tmp_path / "there.pth"), "--data", str(folder)]
     refused = invoke(main, *arguments)
-    assert refused.exit_code != 0 and "has no recipe: --dataset says" in refused.output
+    assert refused.exit_code != 0 and "has no recipe: use --dataset" in refused.output
     scored = invoke(main, *arguments, "--dataset", "stl10")
     assert result_of(scored)["test_transform"] == "centre crop 64 px"

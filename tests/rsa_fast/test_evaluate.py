@@ -245,7 +245,7 @@ def test_data_that_cannot_be_evaluated_on_says_why(tmp_path):
         Evaluation(tmp_path / "a", recipe, CPU, torch.float32)
     write_folder(tmp_path / "b", {"train": 2}, classes=2)
     write_folder(tmp_path / "b", {"test": 2}, classes=3)
-    with pytest.raises(ValueError, match="only test has class_2"):
+    with pytest.raises(ValueError, match="only the test images have class_2"):
         Evaluation(tmp_path / "b", recipe, CPU, torch.float32)
 
 
@@ -289,7 +289,7 @@ def test_unnamed_classes_are_those_of_the_training_images(tmp_path):
     assert evaluation.classes == 12
     assert evaluation.score(torch.nn.Flatten(), ("knn",))["knn_top1"] >= 0
     write_unnamed(tmp_path / "val.beton", [0, 12])
-    with pytest.raises(ValueError, match="only test has 12"):
+    with pytest.raises(ValueError, match="only the test images have 12"):
         Evaluation(tmp_path, tiny(), CPU, torch.float32)
 
 
@@ -423,7 +423,7 @@ def results(data) -> dict:
         for size in ("small", "large")
     ]
     if world_size() > 1:
-        with pytest.raises(ValueError, match="takes one process, found 2"):
+        with pytest.raises(ValueError, match="needs one process, found 2"):
             evaluation.score(torch.nn.Flatten(), ("linear-rsa-small",), recalibrate=True)
     return {"clusters": knn(*mine, 3), "images": scores}
 
@@ -607,7 +607,7 @@ def test_the_number_of_neighbours_and_their_temperature_are_options(folder, untr
     )
     assert scores["knn_top1"] == pytest.approx(naive_knn(*bank, *queries, 2, 5, 0.2))
     assert "linear-fast has no --k" in run_eval("linear --k 5", untrained, folder).output
-    with pytest.raises(ValueError, match="wanted positive numbers"):
+    with pytest.raises(ValueError, match="both must be positive"):
         rsa_fast.evaluate(untrained, folder, "knn", k=0)
 
 
@@ -624,7 +624,7 @@ def test_fields_say_how_images_are_sized_and_normalised(folder, untrained, tmp_p
         assert (test.size_px, test.resize_px) == (24, resize_px)
         assert test.mean.flatten().tolist() == [0, 0, 0]
         assert test.std.flatten().tolist() == [1, 0.5, 1]
-    assert "what is not set is as for ImageNet-1K" in done.output
+    assert "fields that are not set are those of ImageNet-1K" in done.output
     done = run_eval(f"knn {sets} --set eval_resize_px=30", foreign, folder)
     assert seen.pop().resize_px == 30
     done = run_eval("knn --set views.mean=[0,0,0]", foreign, folder)
@@ -648,7 +648,7 @@ def test_train_and_test_folders_are_given_apart(folder, untrained):
     assert expected.items() <= scores.items()
     for wrong in (["--train", str(folder)], [*words, "--data", str(folder)]):
         done = invoke(main, "eval", "knn", "--checkpoint", untrained, *wrong)
-        assert done.exit_code == 1 and "--train and --test go together" in done.output
+        assert done.exit_code == 1 and "--train and --test must be given together" in done.output
     done = invoke(main, "eval", "knn", "--checkpoint", untrained, *words[:3], words[1])
     assert done.exit_code == 1 and "are among the training and the test images" in done.output
 

@@ -336,7 +336,7 @@ def test_weights_of_a_network_that_no_reader_builds_are_refused(tmp_path, monkey
     for format in ("torchvision", "timm", "detectron2", "safetensors", "hf-timm"):
         with pytest.raises(
             ValueError,
-            match=rf"{format} cannot hold .* Identity\(\), MaxPool2d.*: choose onnx, torch-export$",
+            match=rf"{format} cannot save .* Identity\(\), MaxPool2d.*: choose onnx, torch-export$",
         ):
             export(Path("model.pth"), format, tmp_path / f"encoder{SUFFIXES[format]}")
 
@@ -361,7 +361,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
 
 def test_a_name_with_another_suffix_is_an_error(trained, tmp_path):
     with pytest.raises(
-        ValueError, match=r"detectron2 wants a file name that ends in \.pkl, found encoder\.pth"
+        ValueError, match=r"detectron2 needs a file name that ends in \.pkl, found encoder\.pth"
     ):
         export(trained["standard"][0], "detectron2", tmp_path / "encoder.pth")
 
@@ -432,9 +432,7 @@ def test_nothing_is_replaced_without_overwrite(trained, tmp_path):
     path, *_ = trained["cifar"]
     out, card = tmp_path / "encoder.safetensors", tmp_path / "README.md"
     out.write_text("mine")
-    with pytest.raises(
-        FileExistsError, match=r"encoder\.safetensors is there already.*--overwrite"
-    ):
+    with pytest.raises(FileExistsError, match=r"encoder\.safetensors already exists.*--overwrite"):
         export(path, "safetensors", out)
     assert [file.name for file in tmp_path.iterdir()] == [out.name] and out.read_text() == "mine"
     out.unlink()

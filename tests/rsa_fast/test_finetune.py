@@ -252,7 +252,7 @@ def test_what_cannot_be_fine_tuned_is_refused(run, folder, tmp_path):
         finetune(run, flat, tmp_path / "out")
     with pytest.raises(ValueError, match=r"no preset 'swavv'.*did you mean 'swav'"):
         finetune(run, None, tmp_path / "out", preset="swavv")
-    with pytest.raises(ValueError, match="no run to resume is in"):
+    with pytest.raises(ValueError, match="there is no run to resume in"):
         finetune(None, None, tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 

@@ -144,7 +144,7 @@ def test_the_page_needs_nothing_else(run, folder, tmp_path):
     out = tmp_path / "nn.html"
     rsa_fast.neighbours(run, folder, out, points=10)
     page = Page(out)
-    assert "10 of the 40 images, drawn by seed 0" in page.text
+    assert "10 of the 40 images, chosen by seed 0" in page.text
     assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp|\ssrc=\"(?!data:)", page.text)
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base"}
     assert not [values for _, values in page.tags if "href" in values]
@@ -212,7 +212,7 @@ def test_file_names_are_text_and_not_markup(run, tmp_path):
     [
         ({"checkpoint": None}, "give either --checkpoint, or the --embeddings"),
         ({"embeddings": "emb.npz"}, "give either --checkpoint, or the --embeddings"),
-        ({"out": "nn.png"}, "wanted a name ending in .html"),
+        ({"out": "nn.png"}, "but the name must end in .html"),
         ({"checkpoint": None, "embeddings": "emb.npz"}, "no emb.npz: rsa-fast embed writes"),
     ],
 )

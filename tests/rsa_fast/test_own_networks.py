@@ -264,7 +264,7 @@ def test_a_network_trains_resumes_bit_for_bit_is_scored_and_exported(
     monkeypatch.chdir(tmp_path)  # The card names the file without its folder.
     for format, file in (("safetensors", "enc.safetensors"), ("timm", "enc.pth")):
         if format == "timm" and arch == "Net":
-            with pytest.raises(ValueError, match=r"timm cannot hold a my_nets.py:Net: choose "):
+            with pytest.raises(ValueError, match=r"timm cannot save a my_nets.py:Net: choose "):
                 export(path, format, file)
             continue
         export(path, format, file)
@@ -383,7 +383,7 @@ def test_init_from_takes_torchvision_s_weights_into_both_networks(tmp_path):
     recipe, built, heads = methods(width=64, stem="imagenet")
     line = take_weights(built, recipe, path)
     assert line == (
-        "encoder of resnet18 (resnet18.pth): 120 tensors taken; heads start from scratch"
+        "encoder of resnet18 (resnet18.pth): 120 tensors loaded; heads start from scratch"
     )
     expected = {key: value for key, value in theirs.items() if "fc." not in key}
     assert_only_the_encoder_was_taken(built, heads, expected)
@@ -399,7 +399,7 @@ def test_init_from_takes_the_encoder_of_another_method_s_run(folder, tmp_path, c
     expected = {key: first[f"online.encoder.{key}"] for key in built.encoder.state_dict()}
     assert_only_the_encoder_was_taken(built, heads, expected)
     train(recipe, folder, tmp_path / "second", init_from=path, stop_at_step=1)
-    assert f"encoder of resnet18 ({path.name}): 120 tensors taken; heads start" in caplog.text
+    assert f"encoder of resnet18 ({path.name}): 120 tensors loaded; heads start" in caplog.text
 
 
 @pytest.mark.parametrize("arch", ["timm/test_vit", "timm/test_resnet"])
@@ -434,7 +434,9 @@ def test_init_from_says_both_sides_of_what_does_not_fit(tmp_path):
     other = build_encoder(own_recipe("timm/test_vit", **{"views.size_px": 32})).state_dict()
     with pytest.raises(ValueError, match=r"pos_embed \(1, 5, 64\) in the checkpoint, \(1, 2, 64\)"):
         take_weights(build_method(vit), vit, save(tmp_path / "other.pth", other))
-    with pytest.raises(ValueError, match=r"of the \d+ weights of a VisionTransformer, \d+ are not"):
+    with pytest.raises(
+        ValueError, match=r"of the \d+ weights of a VisionTransformer, \d+ are missing"
+    ):
         take_weights(build_method(vit), vit, save(tmp_path / "other.pth", eight))
 
 
@@ -448,7 +450,7 @@ def test_init_from_takes_the_network_that_the_key_names(tmp_path, caplog):
     recipe, built, heads = methods()
     take_weights(built, recipe, save(tmp_path / "dino.pth", state), key="teacher")
     assert_only_the_encoder_was_taken(built, heads, networks["teacher"].state_dict())
-    assert "left out, with the number of tensors: student (120)" in caplog.text
+    assert "not loaded, with the number of tensors: student (120)" in caplog.text
 
 
 def test_init_from_refuses_weights_that_are_not_finite(tmp_path):
@@ -466,7 +468,7 @@ def test_the_same_method_with_other_heads_gives_its_encoder(tmp_path):
     saved = {"step": 1, "recipe": recipe.model_dump(), "method": built.state_dict()}
     path = save(tmp_path / "a.pt", saved)
     line = take_weights(methods()[1], recipe, path)
-    assert re.fullmatch(r"byol \(a\.pt\): \d+ tensors taken, heads too", line)
+    assert re.fullmatch(r"byol \(a\.pt\): \d+ tensors loaded, including the heads", line)
     wider, other, heads = methods(out_dim=9)
     assert take_weights(other, wider, path).endswith(
         "heads start from scratch: online.projector.3.weight (8, 16) in the checkpoint, (9, 16) now"

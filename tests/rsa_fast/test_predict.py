@@ -89,9 +89,9 @@ def test_a_flat_folder_and_its_bad_image(tuned, tmp_path, caplog):
 def test_what_has_no_classifier_or_too_few_classes_is_refused(tuned, tmp_path):
     data, out = tuned.parent / "data", tmp_path / "out.csv"
     with pytest.raises(
-        ValueError, match=r"has no classifier, its method is rsa: rsa-fast finetune"
+        ValueError, match=r"has no classifier, because its method is rsa: train one"
     ):
         predict(tuned.parent / "run", data, out)
-    with pytest.raises(ValueError, match="top = 4: wanted 1 to 3, the number of classes"):
+    with pytest.raises(ValueError, match="top = 4: choose 1 to 3, the number of classes"):
         predict(tuned, data, out, top=4)
     assert not out.exists()

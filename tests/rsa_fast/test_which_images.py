@@ -77,7 +77,7 @@ def test_bad_training_images_are_left_out_of_the_run_and_of_its_evaluation(data,
             lambda val: [
                 p.rename(val / f"{p.parent.name}-{p.name}") for p in list(val.rglob("*.jpg"))
             ],
-            "val holds no class folders",
+            "val contains no class folders",
         ),
     ],
 )
