@@ -1,1 +1,1 @@
-"""Tools around a run: its speed, plan, curves and views, and the state of the machine."""
+"""Tools for understanding a run: speed, plan, curves, views, and checks of the machine."""

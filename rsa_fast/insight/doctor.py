@@ -1,10 +1,10 @@
-"""Checks whether this machine is fit to train: versions, GPUs, limits and disks.
+"""Check whether this machine can train: versions, GPUs, limits and disks.
 
     checks = diagnose(data=Path("data/imagenet"), out=Path("runs"))
 
-Every finding comes with what to do about it. A check is a function of the facts that it is given;
-only `diagnose` and the `read_` functions look at the machine. Versions are strings, or None where
-there is none. `gpus` is a count, or a list of names and compute capabilities.
+Every finding comes with advice. A check depends only on its arguments. Only `diagnose` and the
+`read_` functions look at the machine. Versions are strings, or None if nothing is installed. `gpus`
+is a count, or a list of names and compute capabilities.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ TORCH_PIN = (
     f"{PIP} install torch==2.10.0+{{0}} torchvision==0.25.0+{{0}} "
     "--index-url https://download.pytorch.org/whl/{0}"
 )
-# Of TORCH_PIN with cu128. Those of torch 2.11 begin at sm_75.
+# The architectures of TORCH_PIN with cu128. Those of torch 2.11 begin at sm_75.
 PIN_ARCHS = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-# What FFCV is compiled with: names for pkg-config and Debian's packages.
+# The libraries that compiling FFCV needs: their names for pkg-config, and Debian's packages.
 HEADERS = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}
 EXTRAS = ("tensorboard", "wandb", "onnx", "pycocotools")
-# ILSVRC2012_img_train.tar and _val.tar are 147.9 and 6.7 GB; the files in them take as much again.
+# ILSVRC2012_img_train.tar and _val.tar are 147.9 and 6.7 GB. The files in them take the same space.
 IMAGENET_GIB = 144
-# ResNet-50 RSA in fp32: 35 M parameters online, 33 M target, 35 M momentum.
+# RSA with a ResNet-50 in fp32 has 35 M online parameters, 33 M target parameters and 35 M momenta.
 CHECKPOINT_GIB = 0.4
-# A rank's four views with ImageNet-1K on 8 GPUs in fp16.
+# The four views of a rank, for ImageNet-1K on 8 GPUs in fp16.
 BATCH_GIB = 256 * 4 * 3 * 224**2 * 2 / GIB
 
 DetectedGpu = tuple[str, tuple[int, int]]  # name, compute capability
 Status = Literal["ok", "warning", "fail"]
 
-# From best to worst, with their colours.
+# All statuses from best to worst, with their colours.
 STATUSES: dict[Status, str] = {"ok": "green", "warning": "yellow", "fail": "bold red"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding, and the command or action that fixes it; empty if there is nothing to do."""
+    """One finding and the command or action that fixes it, which may be empty."""
 
     name: str
     status: Status
@@ -70,7 +70,7 @@ class Check:
 
 
 def make_check(name: str, found: str, *faults: tuple[object, Status, str]) -> Check:
-    """A check with the status and fix of the first fault whose condition is true, or else ok.
+    """Make a check with the status and fix of the first fault whose condition is true, or ok.
 
     A fault is (condition, status, fix).
     """
@@ -88,19 +88,19 @@ def check_python(version: str, required: str) -> Check:
 
 
 def arch_status(archs: Iterable[str], capability: tuple[int, int]) -> Status:
-    """How code compiled for `archs` runs on a GPU of this compute capability.
+    """The status of code that is compiled for `archs` on a GPU of this compute capability.
 
-    "ok" is as a binary, "warning" as PTX that the driver compiles, and "fail" not at all.
-    `sm_XY` runs on X.Y and later minor versions of X, `compute_XY` on X.Y and everything later.
-    With the suffix a, both run on X.Y only; with f, within X (CUDA programming guide, compute
-    capability).
+    "ok" means that it runs as a binary, "warning" that it runs as PTX, which the driver compiles,
+    and "fail" that it does not run. `sm_XY` runs on X.Y and later minor versions of X. `compute_XY`
+    runs on X.Y and everything later. With the suffix a, both run on X.Y only. With the suffix f,
+    both run within X (CUDA programming guide, compute capability).
 
     Raises ValueError for any other name.
     """
     statuses: set[Status] = {"fail"}
     for arch in archs:
         if not (name := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)):
-            raise ValueError(f"no architecture {arch!r}: wanted names such as sm_80, compute_90")
+            raise ValueError(f"no architecture {arch!r}: use names such as sm_80, compute_90")
         kind, major, minor, suffix = name.groups()
         built_for = int(major), int(minor)
         same_major = built_for[0] == capability[0] or (kind == "compute" and not suffix)
@@ -110,7 +110,7 @@ def arch_status(archs: Iterable[str], capability: tuple[int, int]) -> Status:
 
 
 def check_architectures(archs: list[str], gpus: list[DetectedGpu]) -> Check:
-    """`archs` are as in torch.cuda.get_arch_list(); the fix is for the worst supported GPU."""
+    """`archs` are those of torch.cuda.get_arch_list(). The fix is for the worst supported GPU."""
     counts = Counter(gpus)
     cards = ", ".join(f"{n} x {name} (sm_{x}{y})" for (name, (x, y)), n in counts.items())
     found = (
@@ -135,10 +135,11 @@ def check_architectures(archs: list[str], gpus: list[DetectedGpu]) -> Check:
 
 
 def check_driver(driver: str | None, torch_cuda: str | None, gpus: int, cards: int) -> Check:
-    """`driver` is the CUDA version that it serves.
+    """`driver` is the CUDA version that the driver supports.
 
-    It shows `gpus` GPUs; `cards` are on the PCI bus. A driver also serves all earlier versions. Of
-    later minor versions it serves the binaries, but not the PTX (CUDA compatibility guide).
+    It shows `gpus` GPUs, and `cards` cards are on the PCI bus. A driver also supports all earlier
+    versions. For later minor versions, it supports the binaries but not the PTX (CUDA compatibility
+    guide).
     """
     served = Version(driver or "0")
     required = Version(torch_cuda or "0")
@@ -160,7 +161,7 @@ def check_driver(driver: str | None, torch_cuda: str | None, gpus: int, cards: i
 
 
 def check_dali(installed: dict[str, str], torch_cuda: str | None, gpus: int) -> Check:
-    """`installed` has the versions by the names of DALI's packages, such as nvidia-dali-cuda120."""
+    """`installed` maps DALI's packages, such as nvidia-dali-cuda120, to their versions."""
     package = f"nvidia-dali-cuda{Version(torch_cuda or '12').major}0"
     names = ", ".join(f"{name} {version}" for name, version in installed.items())
     replace = f"{PIP} uninstall -y {' '.join(installed)} && {PIP} install {package}"
@@ -173,8 +174,8 @@ def check_dali(installed: dict[str, str], torch_cuda: str | None, gpus: int) -> 
 
 
 def check_nccl(loaded: str | None, shipped: str | None, gpus: int) -> Check:
-    """`loaded` is the version in use, `shipped` that of the package installed with torch."""
-    remove = "take the other libnccl out of LD_LIBRARY_PATH and LD_PRELOAD"
+    """`loaded` is the version in use, and `shipped` is that of the package installed with torch."""
+    remove = "remove the other libnccl from LD_LIBRARY_PATH and LD_PRELOAD"
     return make_check(
         "NCCL",
         f"{loaded or 'none'} is loaded, torch came with {shipped or 'none'}; {gpus} GPU(s)",
@@ -184,12 +185,12 @@ def check_nccl(loaded: str | None, shipped: str | None, gpus: int) -> Check:
 
 
 def check_ffcv(version: str | None, error: str, missing: list[str]) -> Check:
-    """`error` is that of its import, or empty; `missing` are Debian packages to compile it with."""
+    """`error` is that of its import, or empty. `missing` are Debian packages to compile it."""
     apt = f"sudo apt-get install -y {' '.join(missing)} && " if missing else ""
     reinstall = f"{apt}{PIP} install --force-reinstall --no-deps --no-cache-dir ffcv"
-    found = version or "absent, the other backends work without"
+    found = version or "absent, but the other backends do not need it"
     if error:
-        found += f", does not import: {error}"
+        found += f", cannot be imported: {error}"
     return make_check(
         "FFCV",
         found,
@@ -199,16 +200,16 @@ def check_ffcv(version: str | None, error: str, missing: list[str]) -> Check:
 
 
 def check_numba_cache(folder: str, error: str) -> Check:
-    """`folder` is where numba keeps compiled kernels, empty if it found none; `error` is fatal."""
+    """`folder` is numba's cache of compiled kernels, or empty. An `error` is fatal."""
     fix = "export NUMBA_CACHE_DIR=/a/writable/folder"
     found = error or folder or "no writable folder: every start compiles the kernels again"
     return make_check("numba cache", found, (error, "fail", fix), (not folder, "warning", fix))
 
 
 def check_user(user_id: int, name: str, home: str, writable: bool) -> Check:
-    """`name` is the user's in the password database, or empty; `home` is "~" where none is known.
+    """`name` is the user's name in the password database, or empty.
 
-    wandb and torch.hub keep settings and caches in the home.
+    `home` is "~" if it is unknown. wandb and torch.hub store settings and caches in the home.
     """
     return make_check(
         "user",
@@ -220,7 +221,7 @@ def check_user(user_id: int, name: str, home: str, writable: bool) -> Check:
 
 def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
     """`capability` is the instruction set of torch's kernels, as torch names it."""
-    unset = "unset ATEN_CPU_CAPABILITY, or take a CPU with AVX2"
+    unset = "unset ATEN_CPU_CAPABILITY, or use a CPU with AVX2"
     precision = "bf16" if bf16 else "fp32 (no avx512_bf16)"
     return make_check(
         "CPU",
@@ -231,14 +232,14 @@ def check_cpu(capability: str, bf16: bool, gpus: int) -> Check:
 
 
 def check_threads(threads: int, cores: int, allowed: int, quota: float) -> Check:
-    """`threads` of torch, and `cores` of the machine.
+    """`threads` is the number of torch's threads, and `cores` that of the machine's cores.
 
-    Of these the affinity permits `allowed`, and the cgroup `quota`.
+    The affinity permits `allowed` of the cores, and the cgroup permits `quota`.
     """
     usable = max(1, min(allowed, quota))
     found = (
-        f"torch takes {threads}, {usable:g} of {cores} cores usable "
-        f"(affinity {allowed}, cgroup quota {quota:g})"
+        f"torch uses {threads} threads, {usable:g} of {cores} cores are usable (affinity "
+        f"{allowed}, cgroup quota {quota:g})"
     )
     fix = f"export OMP_NUM_THREADS={int(usable)}"
     return make_check("threads", found, (threads > usable, "warning", fix))
@@ -266,7 +267,7 @@ def check_shared_memory(free_gib: float, gpus: int) -> Check:
 
 
 def check_open_files(soft: float, hard: float, workers: int) -> Check:
-    """The torchvision backend keeps 14 files open, and 10 more per worker process (measured).
+    """The torchvision backend has 14 open files, and 10 more per worker process (measured).
 
     1024 is Linux's default.
     """
@@ -274,12 +275,12 @@ def check_open_files(soft: float, hard: float, workers: int) -> Check:
     fix = f"ulimit -n {needed}"
     if hard < needed:
         fix = f"as root: nofile {needed} in /etc/security/limits.conf"
-    found = f"{soft:g} at once, hard limit {hard:g}, wanted {needed}"
+    found = f"limit {soft:g}, hard limit {hard:g}, needed {needed}"
     return make_check("open files", found, (soft < needed, "warning", fix))
 
 
 def check_out_disk(free_gib: float, writable: bool) -> Check:
-    """Two checkpoints are kept while a third is written."""
+    """Two checkpoints stay on the disk while a third is written."""
     fix = "free space, or choose another --out"
     return make_check(
         "disk of --out",
@@ -295,12 +296,12 @@ def check_data_disk(free_gib: float, data_gib: float) -> Check:
     data = f"{data_gib:.1f} GiB" if data_gib else "nothing"
     return make_check(
         "disk of --data",
-        f"{data} there, {free_gib:.1f} GiB free; "
-        f"ImageNet-1K takes {IMAGENET_GIB}, and as much again its tar files",
+        f"{data} there, {free_gib:.1f} GiB free; ImageNet-1K takes {IMAGENET_GIB}, and its tar "
+        "files take the same",
         (
             not data_gib and free_gib < 2 * IMAGENET_GIB,
             "warning",
-            "for ImageNet-1K, choose another --data, or have its tar files elsewhere",
+            "for ImageNet-1K, choose another --data, or store its tar files elsewhere",
         ),
     )
 
@@ -308,7 +309,7 @@ def check_data_disk(free_gib: float, data_gib: float) -> Check:
 def check_page_cache(data_gib: float, memory_gib: float) -> Check:
     """Files stay in memory from one epoch to the next if they take at most four fifths of it.
 
-    Without files yet, those of ImageNet count.
+    If there are no files yet, the size of ImageNet is used.
     """
     data = f"{data_gib:.1f} GiB" if data_gib else f"{IMAGENET_GIB} GiB of ImageNet-1K"
     too_large = (data_gib or IMAGENET_GIB) > 0.8 * memory_gib
@@ -323,7 +324,7 @@ def check_page_cache(data_gib: float, memory_gib: float) -> Check:
 
 
 def check_extras(installed: dict[str, str]) -> Check:
-    """Training needs none of these packages: absent ones are listed, and are no fault."""
+    """Training needs none of these packages. Absent ones are listed, but are not a fault."""
     found = ", ".join(f"{name} {installed.get(name, 'absent')}" for name in EXTRAS)
     absent = [name for name in EXTRAS if name not in installed]
     fix = f"{PIP} install {' '.join(absent)}"
@@ -331,9 +332,9 @@ def check_extras(installed: dict[str, str]) -> Check:
 
 
 def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[DetectedGpu]]:
-    """The CUDA version that the driver serves, and the GPUs that it shows.
+    """The CUDA version that the driver supports, and the GPUs that it shows.
 
-    The driver itself is asked, as torch knows neither when the driver is too old for it.
+    This asks the driver itself, because torch knows neither if the driver is too old for it.
     """
     try:
         driver = ctypes.CDLL(library)
@@ -353,7 +354,7 @@ def read_driver(library: str = "libcuda.so.1") -> tuple[str | None, list[Detecte
         return name.value.decode(), (major, minor)
 
     driver.cuInit(0)  # if it fails, no GPU is counted below
-    version = ask("cuDriverGetVersion")  # 12080 is 12.8; the stub in CUDA's images gives 0
+    version = ask("cuDriverGetVersion")  # 12080 means 12.8, and the stub in CUDA's images returns 0
     gpus = [read_gpu(ask("cuDeviceGet", i)) for i in range(ask("cuDeviceGetCount"))]
     return f"{version // 1000}.{version % 1000 // 10}" if version else None, gpus
 
@@ -367,13 +368,13 @@ def read_cards(bus: Path = Path("/sys/bus/pci/devices")) -> int:
 
 
 def read_memory_bytes() -> float:
-    """The memory that this process may use: the machine's, or less if a cgroup limits it."""
+    """The memory that this process may use: that of the machine, or the limit of a cgroup."""
     _, limit = read_cgroups(Path("/proc/self/cgroup").read_text())
     return min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def read_folder_gib(folder: Path) -> float:
-    """The size of all files below a folder, which need not exist. Symbolic links are followed."""
+    """The size of all files below a folder, which may be missing. Symbolic links are followed."""
     paths = (
         os.path.join(place, name)
         for place, _, names in os.walk(folder, followlinks=True)
@@ -399,18 +400,18 @@ def read_missing_packages() -> list[str]:
 
 
 def import_error(module: str) -> str:
-    """The error that importing a module raises; empty if it imports."""
+    """The error that importing a module raises, or "" if it can be imported."""
     try:
         import_module(module)
-    except Exception as error:  # a broken build may raise anything
+    except Exception as error:  # a broken build can raise any exception
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def diagnose(data: str | Path, out: str | Path) -> list[Check]:
-    """All checks of this machine, in the order in which to fix things.
+    """All checks of this machine, in the order in which faults should be fixed.
 
-    The folders `data` and `out` need not exist yet.
+    The folders `data` and `out` may not exist yet.
     """
     data, out = Path(data), Path(out)
     python = check_python(platform.python_version(), metadata("rsa-fast")["Requires-Python"])
@@ -457,11 +458,11 @@ def diagnose(data: str | Path, out: str | Path) -> list[Check]:
 def diagnose_gpu_libraries(
     packages: dict[str, str], driver: str | None, gpus: list[DetectedGpu]
 ) -> list[Check]:
-    """The driver, torch's GPU code, NCCL, DALI and FFCV; `packages` has all installed versions."""
+    """The driver, torch's GPU code, NCCL, DALI and FFCV. `packages` has all installed versions."""
     import torch
 
     cuda = torch.version.cuda
-    # torch.cuda.get_arch_list() is empty where torch finds no GPU.
+    # torch.cuda.get_arch_list() is empty if torch finds no GPU.
     archs = (torch._C._cuda_getArchFlags() or "").split() if cuda else []
     nccl = None
     if torch.distributed.is_nccl_available():
@@ -486,7 +487,7 @@ def existing_parent(folder: Path) -> Path:
 
 
 def summary(checks: list[Check]) -> dict[str, Any]:
-    """`{"ok": ..., "checks": [...]}`. It is ok if no check failed; warnings do not count."""
+    """`{"ok": ..., "checks": [...]}`. "ok" is true if no check failed. Warnings do not count."""
     return {
         "ok": all(check.status != "fail" for check in checks),
         "checks": [asdict(check) for check in checks],

@@ -1,4 +1,4 @@
-"""Pictures for the page of a run: the views of a few of its images, and the neighbours of others.
+"""Pictures for the page of a run: views of some images, and the nearest neighbours of others.
 
 html = examples(Path("runs/rsa"))
 """
@@ -29,16 +29,16 @@ from rsa_fast.training.step import choose_device, choose_dtype, for_any_device
 log = logging.getLogger("rsa_fast")
 
 VIEWED, QUERIES, NEAREST, SEED = 4, 6, 8, 0
-POOL = 1000  # images among which neighbours are searched: fewer than an evaluation embeds
+POOL = 1000  # neighbours are searched among this number of images, to save time
 BATCH_SIZE = 64
 
 
 def examples(folder: Path) -> str:
     """The pictures of the run in `folder` as HTML, by its newest checkpoint.
 
-    They are drawn from the images that it is trained on. The same run gives the same pictures.
-    The result is empty before the first checkpoint. It is also empty, with a line in the log, if
-    the images or the encoder cannot be read.
+    The images are chosen at random from the training images, in the same way for the same run. The
+    result is empty before the first checkpoint. It is also empty, with a line in the log, if the
+    images or the encoder cannot be read.
     """
     checkpoints = checkpoint.paths_in(folder / "checkpoints")
     if not checkpoints:
@@ -46,18 +46,19 @@ def examples(folder: Path) -> str:
     try:
         if world_size() > 1:
             raise ValueError(
-                f"one process draws them, and this run has several: rsa-fast report {folder}"
+                "they need a single process, and this run has several: run rsa-fast report "
+                f"{folder}"
             )
         network, recipe = load_encoder(checkpoints[-1])
         assert recipe is not None
         recipe = for_any_device(recipe)
         if not (places := stored_places(folder)):
-            raise ValueError("its env.json does not say where its images are")
-        whole = recipe.training_source(places, cache=folder)
+            raise ValueError("its env.json does not record where its images are")
+        every = recipe.training_source(places, cache=folder)
         draw = np.random.default_rng(SEED)
-        count = len(whole.manifest)
+        count = len(every.manifest)
         ids = np.sort(draw.choice(count, min(POOL, count), replace=False))
-        source = subset(whole, ids, "pretrain")
+        source = subset(every, ids, "pretrain")
         device = choose_device(recipe.device)
         dtype = choose_dtype(recipe.precision, device)
         images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
@@ -88,7 +89,7 @@ def examples(folder: Path) -> str:
 def views_html(recipe: Recipe, few: Source) -> str:
     """A few images with all views of them, as HTML.
 
-    It is empty if the views come from a file of the user's, which is not executed for a page.
+    It is empty if the views come from the user's own file, which is not executed for a page.
     """
     if recipe.views.extra:
         return ""
@@ -97,13 +98,13 @@ def views_html(recipe: Recipe, few: Source) -> str:
     lines = []
     for i, sample in enumerate(order.ids(0, 0).tolist()):
         name = valid(filename(few.manifest, sample))
-        whole = ImageOps.contain(Image.fromarray(few.read(sample)), (TILE_PX, TILE_PX))
-        shown = [Picture(data_url(whole, "JPEG"), "image", name)]
+        image = ImageOps.contain(Image.fromarray(few.read(sample)), (TILE_PX, TILE_PX))
+        shown = [Picture(data_url(image, "JPEG"), "image", name)]
         for view, pixels in levels.items():
             tile = Image.fromarray(pixels[i].round().clip(0, 255).astype(np.uint8))
             tile.thumbnail((TILE_PX, TILE_PX))
             caption = view.replace("_", " ")
             shown.append(Picture(data_url(tile, "JPEG"), caption, f"{name}: {caption}", "small"))
         lines.append(picture_row(shown))
-    about = "Images, and views of them as the recipe draws them. Each method reads some of these."
+    about = "Images and random views of them by the recipe. Each method reads some of these."
     return f'<h2>Views</h2>\n<p>{about}</p>\n<div class="beside">{"".join(lines)}</div>\n'

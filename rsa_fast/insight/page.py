@@ -1,12 +1,12 @@
-"""What all web pages of rsa-fast share: style, charts, bars, tables and pictures.
+"""The common parts of all web pages of rsa-fast: style, charts, bars, tables and pictures.
 
     loss = Line("loss", x=[0, 100, 200], y=[1.5, 0.7, 0.6])
     text = html_page("One run", chart("loss", [loss], Axis(200, "epoch")))
 
-A page is one HTML file with everything inside: it loads nothing. It follows the reader's choice of
-light or dark colours, and fits a phone. Charts are complete without the script, which only shows
-the values below the pointer. The x axis of all charts of a page is the same, so that the pointer is
-shown in all of them at once.
+A page is one HTML file that contains everything, so it loads nothing. It follows the reader's
+choice of light or dark colours, and fits a phone. Charts are complete without the script, which
+only shows the values below the pointer. All charts of a page have the same x axis, so the pointer
+is shown in all of them at the same time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = 8  # the style has as many, --c0 to --c7
-UNITS = 10_000  # the width and the height of a plot in SVG
-DOTTED_POINTS = 15  # lines of up to so many points have a dot at each
+COLOURS = 8  # the colours of the style, --c0 to --c7
+UNITS = 10_000  # the width and the height of a plot in SVG units
+DOTTED_POINTS = 15  # lines with at most this number of points have a dot at each point
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --box: #f5f6f8; --line: #dfe2e7; --ink: #1b2027;
@@ -137,9 +137,9 @@ for (const { plot } of plots) {
 
 
 def html_page(title: str, body: str, script: str = "", head: str = "") -> str:
-    """A whole page. `title` is text, `body` is HTML, and `script` is one of the page's own.
+    """A complete page. `title` is text, `body` is HTML, and `script` is an additional script.
 
-    `head` is HTML too, for the page's head.
+    `head` is HTML for the page's head.
     """
     scripts = (SCRIPT if 'class="plot"' in body else "") + script
     return (
@@ -151,7 +151,7 @@ def html_page(title: str, body: str, script: str = "", head: str = "") -> str:
 
 
 def command_line(command: list[str]) -> str:
-    """The command as one would type it, without the place of the program."""
+    """The command as a user would type it, without the path of the program."""
     program = Path(command[0])
     if program.name == "__main__.py":
         return shlex.join(["python", "-m", program.parent.name, *command[1:]])
@@ -161,7 +161,7 @@ def command_line(command: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: points in the order of x. Its style is 0 solid, 1 dashed or 2 dotted."""
+    """A line of a chart: points in the order of x. The style is 0 solid, 1 dashed or 2 dotted."""
 
     name: str
     x: Sequence[float]
@@ -190,8 +190,9 @@ def chart(
 ) -> str:
     """A chart as HTML. Its plot is SVG, and all text is outside of it, so it is never scaled.
 
-    `levels` are named values to compare with, `best` is a point to mark. `heat` are shares of 0 to
-    1 `(rows, columns)`, shown as darkness between the x and the y of `(left, right, low, high)`.
+    `levels` are named values to compare with, and `best` is a point to mark. `heat` contains shares
+    from 0 to 1 `(rows, columns)` and the range `(left, right, low, high)` of x and y. The shares
+    are shown as darkness in this range.
     """
     levels = levels or {}
     values = [y for line in lines for y in line.y] + list(levels.values())
@@ -219,7 +220,7 @@ def chart(
         height = 100 * (high - value) / (high - low)
         shapes.append(f'<path class="rule" d="M0 {100 * height:.1f}H{UNITS}"/>')
         labels.append(f'<span class="y" style="top:{height:.2f}%">{value:.6g}</span>')
-    for value in ticks(0, axis.end, whole=True):
+    for value in ticks(0, axis.end, integers=True):
         if value <= axis.end:
             share = 100 * value / axis.end
             name = f"{axis.name} {value:g}" if value == 0 else f"{value:g}"
@@ -227,7 +228,7 @@ def chart(
     for name, value in levels.items():
         shapes.append(f'<path class="level" d="M{place(0, value)}H{UNITS}"/>')
         height = 100 * (high - value) / (high - low)
-        # Of two levels that are close, the names are above and below.
+        # If two levels are close, one name is above and the other below.
         side = " below" if value < max(levels.values()) else ""
         labels.append(
             f'<span class="level-name{side}" style="top:{height:.2f}%">'
@@ -262,38 +263,38 @@ def chart(
     )
 
 
-def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """About `count` round numbers, of which the first and last enclose `low` and `high`."""
+def ticks(low: float, high: float, count: int = 5, integers: bool = False) -> list[float]:
+    """About `count` round numbers, which cover the range from `low` to `high`."""
     if low == high:
         low, high = low - abs(low or 1) / 10, high + abs(low or 1) / 10
     least = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(least))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= least * (1 - 1e-9))
-    step = max(1.0, step) if whole else step
+    step = max(1.0, step) if integers else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * k, 12) for k in range(first, last + 1)]
 
 
 def darkness(shares: np.ndarray) -> str:
-    """Shares of 0 to 1 `(H, W)` as a picture in one colour, whose opacity is their square root.
+    """A picture of shares from 0 to 1 `(H, W)`, in one colour with their square root as opacity.
 
-    The root shows shares of a few images too. The picture is a PNG as a data URL.
+    The root also makes small shares visible. The picture is a PNG as a data URL.
     """
     pixels = np.empty((*shares.shape, 4), np.uint8)
-    pixels[..., :3] = (0x50, 0x88, 0xE0)  # seen on white and on black
+    pixels[..., :3] = (0x50, 0x88, 0xE0)  # visible on white and on black
     pixels[..., 3] = np.rint(255 * np.sqrt(shares))
     return data_url(Image.fromarray(pixels), "PNG")
 
 
 def data_url(image: Image.Image, kind: str) -> str:
-    """An image as the address of itself: `data:image/png;base64,...`. `kind` is PNG or JPEG."""
+    """An image as a URL, such as `data:image/png;base64,...`. `kind` is PNG or JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 80} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def bars(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
-    """Stacked bars as HTML, one for each row: the same parts in each, and their sum behind it."""
+    """Stacked bars as HTML, one for each row. Each has the same parts, followed by their sum."""
     parts = list(next(iter(rows.values())))
     names = [escape(part.replace("_", " ")) for part in parts]
     longest = max(sum(row.values()) for row in rows.values())
@@ -320,7 +321,7 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]], unit: str) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: Sequence[int] = ()) -> str:
-    """A table of text as HTML. Rows whose numbers are `marked` have the class `differs`."""
+    """A table of text as HTML. Rows whose indices are in `marked` have the class `differs`."""
     lines = []
     for i, (name, *cells) in enumerate(rows):
         texts = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
@@ -335,7 +336,7 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], marked: Sequence[i
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in a row, with a caption and a text on hover. `mark` is a class of its frame."""
+    """An image in a row, with a caption and a text on hover. `mark` is its frame's CSS class."""
 
     url: str
     caption: str
@@ -344,7 +345,7 @@ class Picture:
 
 
 def picture_row(pictures: Iterable[Picture]) -> str:
-    """Pictures side by side as HTML, of which the first stands apart."""
+    """Pictures side by side as HTML. There is a gap after the first one."""
     return (
         '<div class="row">'
         + "".join(

@@ -1,19 +1,18 @@
-"""Predicts memory, time, decoding and disk of a run on GPUs that are not in this machine.
+"""Predict memory, time, decoding and disk of a run on GPUs that are not in this machine.
 
     plan(build_recipe("imagenet1k", "rsa"), "v100-32g", gpus=8)["images_per_s"]
 
-The engine's own step runs once on tensors without memory. For every operation, the FLOPs, the bytes
-moved and the memory allocated are recorded. The GPU's time is the sum of
-max(FLOPs / peak rate, bytes / bandwidth) over the operations, divided by an efficiency. The
-efficiency is the same sum for a supervised ResNet-50, divided by the time in which others trained
-it.
+The engine's own step runs once on tensors without memory. For every operation, the FLOPs, the moved
+bytes and the allocated memory are recorded. The GPU's time is the sum of max(FLOPs / peak rate,
+bytes / bandwidth) over the operations, divided by an efficiency. The efficiency is the same sum for
+a supervised ResNet-50, divided by its published training time.
 
-`ACCURACY` says how good the predictions are; tests check it. RSA's own code on V100s (paper,
-Table 7) trained STL-10 in fp32 as fast as predicted, CIFAR-100 in fp32 at 83% of the prediction,
-and ImageNet-100 in fp16 at 42%, waiting for its images.
+`ACCURACY` contains the errors of the predictions, which tests check. RSA's own code on V100s
+(paper, Table 7) trained STL-10 in fp32 as fast as predicted, CIFAR-100 in fp32 at 83% of the
+predicted speed, and ImageNet-100 in fp16 at 42%, because it waited for its images.
 
-Not modelled: the time that `compile` saves, cuDNN's choice of algorithms, what ranks gather from
-each other in training, the time of evaluation, and other work of the host.
+The model does not include the time that `compile` saves, cuDNN's choice of algorithms, the data
+that ranks gather from each other in training, the evaluation, and other work of the host.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ from rsa_fast.recipes import Recipe, build_recipe, recipe_of_own_encoder, resolv
 from rsa_fast.training.optim import build_optimizer
 from rsa_fast.training.step import Run, choose_dtype, train_on
 
-# Attention on the CPU, where the step is traced, has operations of its own.
+# The step is traced on the CPU, where attention has its own operations.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 COUNT_FLOP = flop_registry | {
@@ -70,12 +69,12 @@ COUNT_FLOP = flop_registry | {
 }
 
 GIB = 2**30
-BLOCK_BYTES = 512  # CUDA's caching allocator hands out multiples of this
+BLOCK_BYTES = 512  # CUDA's caching allocator returns multiples of this size
 OVERHEAD_GIB = 1.5  # chosen, for CUDA's context, cuDNN's workspaces and NCCL's buffers
-# What the allocator reserves for the aggressive stage, per value of a view (B, 3, H, W).
+# The bytes that the allocator reserves for the aggressive stage per value of a view.
 LOADER_BYTES = 1.77 * GIB / (256 * 3 * 224**2)
-# The host's time per operation: PyTorch dispatches a step's 1,970 operations in 13 ms on a CPU,
-# without a driver.
+# The host's time per operation. On a CPU without a driver, PyTorch dispatches the 1,970 operations
+# of a step in 13 ms.
 LAUNCH_US = 7
 CORES_PER_GPU = 4  # the default: an AWS p3.16xlarge has 32 for 8 V100s
 
@@ -87,25 +86,25 @@ ACCURACY = (
 NVIDIA = "NVIDIA/DeepLearningExamples, ResNet50 v1.5 for PyTorch"
 TIMM = "timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv"
 NONE = "none found in channels_last"
-# In fp16: lambdal/deeplearning-benchmark.
+# Lambda's rates are for fp16: lambdal/deeplearning-benchmark.
 LAMBDA = NONE + "; Lambda, whose V100 has 833, has {}"
-# In the same tables as `NVIDIA`.
+# These rates are in the same tables as `NVIDIA`.
 INFERENCE = NONE + "; NVIDIA's rate of inference is {}, a V100's 3,382"
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """What a GPU is capable of. Peaks are dense, with tensor cores accumulating in fp32."""
+    """The specification of a GPU. Peaks are dense, with tensor cores that accumulate in fp32."""
 
     memory_gib: float  # the total that torch reports when it is out of memory
     fp16_tflops: float
-    fp32_tflops: float  # of convolutions, in TF32 where the GPU has it
+    fp32_tflops: float  # for convolutions, in TF32 if the GPU supports it
     memory_gb_s: float
-    link_gb_s: float  # to other GPUs of the node, one way
+    link_gb_s: float  # to other GPUs of the node, in one direction
     resnet50: dict[str, float]  # images/s in training, channels_last, by precision (fp16 is AMP)
     source: str  # who measured `resnet50`
-    jpegs_per_s: float | None = None  # decoded on the GPU; None where no figure was found
-    bf16: bool = True  # in hardware, as NVIDIA's GPUs have it since Ampere
+    jpegs_per_s: float | None = None  # decoded on the GPU; None if no figure was found
+    bf16: bool = True  # whether the hardware supports it, as NVIDIA's GPUs do since Ampere
 
 
 # The numbers of a row are memory_gib, fp16_tflops, fp32_tflops, memory_gb_s and link_gb_s.
@@ -126,7 +125,7 @@ GPUS = {
     "a100-40g": GpuSpec(39.39, 312, 156, 1555, 300, {}, LAMBDA.format("1,396, with PCIe"), 7000),
     "a100-80g": GpuSpec(79.15, 312, 156, 2039, 300, {"fp16": 2470, "fp32": 938}, NVIDIA, 7000),
     # L4 and L40S data sheets, PCIe 4.0 x16. The L4's gives 242 and 120 TFLOP/s, with sparsity.
-    # torch reports this memory in public logs; under older drivers an L4 has 22.16 GiB.
+    # torch reports this memory in public logs. With older drivers, an L4 has 22.16 GiB.
     "l4": GpuSpec(22.03, 121, 60, 300, 32, {}, NONE),
     "l40s": GpuSpec(44.52, 362, 183, 864, 32, {}, NONE),
     # H100 SXM5 and H200 SXM data sheets. torch reports the H200's memory in public logs.
@@ -135,7 +134,7 @@ GPUS = {
     # Blackwell data sheet of October 2025, HGX B200: 4.5 and 2.2 PFLOP/s, with sparsity.
     # CUDA reports this memory in pytorch/ao pull request 4002.
     "b200": GpuSpec(178.35, 2250, 1100, 7700, 900, {}, LAMBDA.format("3,076")),
-    # GA102, Ada and RTX Blackwell white papers, PCIe 4.0 x16; PCIe 5.0 x16 for the RTX 5090.
+    # GA102, Ada and RTX Blackwell white papers, PCIe 4.0 x16, and PCIe 5.0 x16 for the RTX 5090.
     # torch reports the RTX 5090's memory in TrajectoryCrafter/TrajectoryCrafter issue 20.
     "rtx-3090": GpuSpec(23.69, 71, 35.6, 936, 32, {"fp16": 1218}, TIMM),
     "rtx-4090": GpuSpec(23.64, 165.2, 82.6, 1008, 32, {}, LAMBDA.format("1,301")),
@@ -143,7 +142,8 @@ GPUS = {
 }
 
 # The driver's names of these cards, without "NVIDIA", "Tesla" and "GeForce". Other versions of the
-# same GPU (PCIe, NVL, laptop, MIG slice) have other names and clocks, memory or links: no row.
+# same GPU (PCIe, NVL, laptop, MIG slice) have other names. They have no row, because their clocks,
+# memory or links differ.
 DEVICES = {
     "V100-SXM2-16GB": "v100-16g",
     "V100-SXM2-32GB": "v100-32g",
@@ -171,7 +171,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[str, int, int]] = []
-        self.live: set[int] = set()  # ids of storages
+        self.live: set[int] = set()  # the ids of storages in use
         self.live_bytes = 0
         self.peak_bytes = 0
 
@@ -184,14 +184,14 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace != "aten":  # such as prim.device, which computes nothing
+        if func.namespace != "aten":  # for example, prim.device computes nothing
             return out
         inputs = tensors_in((args, kwargs))
         outputs = tensors_in(out)
         for tensor in outputs:
             self.allocate(tensor.untyped_storage())
         if not func.is_view:
-            # _foreach_add_ and its like return nothing and write to their first argument.
+            # _foreach_add_ and similar operations return nothing and write to their first argument.
             written = outputs if outputs or not args else tensors_in(args[0])
             count_flop = COUNT_FLOP.get(func.overloadpacket)
             flop = count_flop(*args, **kwargs, out_val=out) if count_flop else 0
@@ -215,11 +215,11 @@ class Ledger(TorchDispatchMode):
         self.live_bytes -= size
 
     def flop(self, part: str = "") -> int:
-        """The FLOPs of one part of the step, or of all."""
+        """The FLOPs of one part of the step, or of all parts."""
         return sum(flop for of_part, flop, _ in self.operations if part in ("", of_part))
 
     def roofline_ms(self, gpu: GpuSpec, precision: str) -> tuple[float, float]:
-        """The time at peak rates of operations bound by arithmetic and of those bound by memory."""
+        """The times at peak rates of operations bound by arithmetic and those bound by memory."""
         tflops = gpu.fp32_tflops if precision == "fp32" else gpu.fp16_tflops
         times_ms = [
             (flop / tflops / 1e9, moved_bytes / gpu.memory_gb_s / 1e6)
@@ -237,8 +237,9 @@ def tensors_in(tree: object) -> list[Tensor]:
 def gpu_row(device_name: str, total_gib: float) -> str | None:
     """The key in `GPUS` of the card that `torch.cuda.get_device_name` calls `device_name`, or None.
 
-    `total_gib` is the memory that torch reports. It must be within 10% of the row's: ECC takes 6%
-    of a GDDR6 memory, and drivers differ by 2%. A card whose memory was cut or rebuilt has no row.
+    `total_gib` is the memory that torch reports. It must be within 10% of the row's memory, because
+    ECC takes 6% of a GDDR6 memory, and drivers differ by 2%. A card with a different memory has no
+    row.
     """
     name = device_name
     for prefix in ("NVIDIA ", "Tesla ", "GeForce "):
@@ -248,7 +249,7 @@ def gpu_row(device_name: str, total_gib: float) -> str | None:
 
 
 def of_one_rank(recipe: Recipe, world_size: int) -> Recipe:
-    """The recipe with which one process does what each of `world_size` ranks does.
+    """The recipe with which one process does the work of each of `world_size` ranks.
 
     BatchNorm groups are as large as those of a rank. SyncBatchNorm counts as BatchNorm, and nothing
     is compiled. Raises ValueError when the groups do not divide among the ranks.
@@ -277,7 +278,7 @@ def trace(
     """One training step in one process, without memory or computation.
 
     Each of its passes has `images` images. If there are more than three passes, those between the
-    first and the last are the same, so that only one of them is made and the others are copied.
+    first and the last are the same. Only one of them is then traced, and the others are copied.
     """
     passes = min(recipe.accumulate, 3)
     copies = recipe.accumulate - passes
@@ -285,7 +286,7 @@ def trace(
     with torch.device("meta"):
         method = build_method(recipe, encoder)
         method.allocate(DATASETS[recipe.dataset].images or 100 * recipe.batch_size)
-    device = torch.device("cpu")  # CUDA's backward needs a driver, even without memory
+    device = torch.device("cpu")  # CUDA's backward pass needs a driver, even without memory
     dtype = choose_dtype(precision, device)
     derived = resolve(recipe, 100 * recipe.batch_size)
     with alone(), FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
@@ -308,7 +309,7 @@ def trace(
         label, ids = (torch.zeros(images, dtype=torch.int64) for _ in range(2))
         batch = Batch(label, views, ids)
         ledger.operations.clear()
-        ends = [0]  # of the passes, in the list of operations
+        ends = [0]  # the ends of the passes in the list of operations
         for _ in range(passes):
             train_on(run, batch)
             ends.append(len(ledger.operations))
@@ -320,7 +321,7 @@ def trace(
 def trace_evaluation(
     recipe: Recipe, precision: str, encoder: nn.Module | None = None
 ) -> tuple[int, int]:
-    """The peak in bytes of computing the features of a batch, and the number of the features.
+    """The peak memory in bytes for the features of a batch, and the number of features.
 
     Nothing is computed. The peak includes the networks.
     """
@@ -338,13 +339,14 @@ def trace_evaluation(
 
 
 def feature_bytes(dim: int, classes: int, test_images: int) -> int:
-    """The most that kNN and the fast linear classifier keep on the device, for `dim` features."""
+    """The peak memory of kNN and of the fast linear classifier in bytes, for `dim` features."""
     test, block = 4 * dim * test_images, 4 * dim * BLOCK_ROWS
-    # The cosines and labels of the nearest, of all queries and, several times, of a chunk of them.
+    # The cosines and labels of the nearest neighbours of all queries, and several copies for a
+    # chunk.
     nearest = 12 * (test_images + 5 * KNN_CHUNK) * max(k for k, _ in KNN_SETTINGS.values())
-    # The test set's features with a copy for their unit lengths, and a block of the training set's.
+    # The test set's features, a copy at unit length, and a block of the training set's features.
     knn = 3 * test + 2 * block + nearest + 3 * 4 * KNN_CHUNK * BLOCK_ROWS
-    # The weights and momenta of all learning rates with temporary copies, and logits with theirs.
+    # The weights and momenta of all learning rates and the logits, with temporary copies.
     weights = 4 * len(linear.FAST_LRS) * (dim + 1) * classes
     batch = max(linear.TEST_ROWS, linear.BATCH_SIZE)
     logits = 4 * len(linear.FAST_LRS) * batch * classes
@@ -354,13 +356,13 @@ def feature_bytes(dim: int, classes: int, test_images: int) -> int:
 
 
 def efficiency(gpu: GpuSpec, precision: str) -> tuple[float, str]:
-    """The share of the roofline that training ResNet-50 reached, and who measured it.
+    """The share of the roofline that training a ResNet-50 reached, and the source.
 
-    Measured on this GPU or, if there is no such figure, on a V100.
+    It was measured on this GPU or, if there is no such figure, on a V100.
     """
     kind = "fp32" if precision == "fp32" else "fp16"
     card = gpu if kind in gpu.resnet50 else GPUS["v100-32g"]
-    where = "this GPU" if card is gpu else f"a V100 (of this GPU: {gpu.source})"
+    where = "this GPU" if card is gpu else f"a V100 (for this GPU: {gpu.source})"
     ledger, _ = trace(build_recipe("imagenet1k", "supervised"), 256, kind)
     images_per_s = card.resnet50[kind]
     share = images_per_s * sum(ledger.roofline_ms(card, kind)) / 256e3
@@ -368,7 +370,7 @@ def efficiency(gpu: GpuSpec, precision: str) -> tuple[float, str]:
 
 
 def photograph(seed: int) -> Image.Image:
-    """Random smooth colours with grain, in ImageNet's mean size: 110 kB as JPEG of quality 90."""
+    """Smooth random colours with grain, of ImageNet's mean size: 110 kB as JPEG of quality 90."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((468, 401), Image.Resampling.BICUBIC))
@@ -379,12 +381,12 @@ def photograph(seed: int) -> Image.Image:
 def decode_images_per_s(
     recipe: Recipe, reads: frozenset[str], source: Source | None = None, seconds: float = 1.0
 ) -> float:
-    """Images that the native backend reads, decodes and crops here in a second of CPU time.
+    """The number of images that the native backend loads here in a second of CPU time.
 
-    The images are those of `source`, or random ones of ImageNet's mean size: 468x401 px and 110 kB.
-    This is a measurement, the only one in this file.
+    It reads, decodes and crops images of `source`, or random ones of ImageNet's mean size: 468x401
+    px and 110 kB. This is the only measurement in this file.
     """
-    # Without "host" a GPU makes the aggressive views from the weak ones.
+    # Unless "host" makes the aggressive views, a GPU makes them from the weak ones.
     views = reads
     if recipe.aggressive_on != "host":
         views = frozenset(view_name("weak", stage_and_crop(view)[1]) for view in reads)
@@ -413,19 +415,19 @@ def decode_images_per_s(
 def dataset_size(recipe: Recipe, source: Source | None) -> tuple[int, float, float]:
     """The number of training images, the GiB of files, and the GiB of pixels in the GPU's memory.
 
-    Without a source, the dataset counts as published. The last is 0 unless the resident backend
-    will keep the images there.
+    Without a source, the published numbers of the dataset are used. The last value is 0 unless the
+    resident backend will store the images there.
     """
     published = DATASETS[recipe.dataset]
     if not (source or published.images):
-        raise ValueError(f"{recipe.dataset} is no published dataset: --data says where it is")
+        raise ValueError(f"{recipe.dataset} is not a published dataset: give its place by --data")
     images, file_gib, side_px = published.images, published.file_gib, published.side_px
     pixel_bytes = images * 3 * side_px**2 if side_px else None
     if source:
         sizes = source.manifest.sizes.astype(np.int64)
         images, decoded_bytes = len(sizes), 3 * int(sizes.prod(1).sum())
         file_bytes = sum(os.path.getsize(file) for file in source.files(range(images)))
-        file_gib = (file_bytes or decoded_bytes) / GIB  # CIFAR's and STL-10's files hold pixels
+        file_gib = (file_bytes or decoded_bytes) / GIB  # CIFAR's and STL-10's files contain pixels
         pixel_bytes = decoded_bytes if (sizes == sizes[0]).all() else None
     if pixel_bytes is None:
         return images, file_gib, 0.0
@@ -436,9 +438,9 @@ def dataset_size(recipe: Recipe, source: Source | None) -> tuple[int, float, flo
 
 
 def scored_images(recipe: Recipe, data: Data | None) -> tuple[int, int, int]:
-    """The number of training and of test images that scores are computed on, and of classes.
+    """The numbers of training images, test images and classes from which scores are computed.
 
-    Without data, the dataset counts as published. Where the data allow no scores, all are 0.
+    Without data, the published numbers are used. If the data allow no scores, all are 0.
     """
     published = DATASETS[recipe.dataset]
     if data is None:
@@ -454,13 +456,13 @@ def scored_images(recipe: Recipe, data: Data | None) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class GpuStep:
-    """A training step as each GPU does it. Memory is in GiB."""
+    """The training step of one GPU. Memory is in GiB."""
 
-    recipe: Recipe  # `of_one_rank`
-    images: int  # of one pass
+    recipe: Recipe  # the result of `of_one_rank`
+    images: int  # the number of images in one pass
     precision: str
     world_size: int
-    resident_gib: float  # of images, kept by the resident backend
+    resident_gib: float  # for the images of the resident backend
     encoder: nn.Module | None = None  # the network if the recipe's arch is `own`
 
     @property
@@ -477,18 +479,19 @@ class GpuStep:
 
     @property
     def gradient_bytes(self) -> int:
-        """What DDP sums over the GPUs, from buckets that it allocates for it."""
+        """The size of DDP's buckets, which are summed over the GPUs."""
         return 4 * self.trained_parameters if self.world_size > 1 else 0
 
     @property
     def peak_gib(self) -> float:
-        """The most that tensors take at once."""
+        """The peak memory of all tensors."""
         return (self.ledger.peak_bytes + self.gradient_bytes) / GIB + self.resident_gib
 
     @property
     def needed_gib(self) -> float:
-        """The memory that the GPU must have."""
-        # The crops of one size pass the aggressive stage together: RSA's two when it was measured.
+        """The memory that the GPU needs."""
+        # The crops of one size pass through the aggressive stage together. RSA has two, for which
+        # the memory was measured.
         pixels: Counter[int] = Counter()
         for crop in self.recipe.views.crops:
             pixels[crop.size_px] += crop.size_px**2
@@ -496,10 +499,10 @@ class GpuStep:
         return self.peak_gib + OVERHEAD_GIB + LOADER_BYTES * view_values / GIB
 
     def evaluation_gib(self, classes: int, test_images: int) -> float:
-        """The memory that the GPU must have for the scores, while it keeps the run's state."""
+        """The memory that the GPU needs for the scores, together with the run's state."""
         batch_bytes, dim = trace_evaluation(self.recipe, self.precision, self.encoder)
         model_bytes: int = sum(t.nbytes for t in self.method.state_dict().values())
-        values = 2 if self.recipe.optimizer in ("adam", "adamw") else 1  # for each parameter
+        values = 2 if self.recipe.optimizer in ("adam", "adamw") else 1  # per parameter
         optimizer_bytes = 4 * self.trained_parameters * values
         peak_bytes = max(batch_bytes, model_bytes + feature_bytes(dim, classes, test_images))
         training_gib = self.needed_gib - self.ledger.peak_bytes / GIB
@@ -512,13 +515,13 @@ class GpuStep:
         return self.ledger.roofline_ms(card, self.precision)
 
     def limits_ms(self, card: GpuSpec, share: float, link_gb_s: float) -> dict[str, float]:
-        """The times of the GPU's work, of launching it, and of summing the gradients.
+        """The times of the GPU's work, of its launches, and of summing the gradients.
 
-        They overlap, so that the longest is the step's. `share` is the `efficiency`.
+        They overlap, so the longest is the time of the step. `share` is the `efficiency`.
         """
         arithmetic_ms, memory_ms = self.roofline_ms(card)
         gpu_limit = "GPU memory bandwidth" if memory_ms > arithmetic_ms else "GPU arithmetic"
-        # The gradients are summed in a ring, during the backward.
+        # The gradients are summed in a ring during the backward pass.
         ring_bytes = 2 * (self.world_size - 1) / self.world_size * self.gradient_bytes
         return {
             gpu_limit: (arithmetic_ms + memory_ms) / share,
@@ -528,18 +531,20 @@ class GpuStep:
 
 
 def choose_precision(precision: str, gpu: str) -> str:
-    """The precision that `auto` stands for. Raises ValueError for bf16 on a GPU without it."""
+    """The precision that `auto` chooses. Raises ValueError for bf16 on a GPU without it."""
     if precision == "auto":
         return "bf16" if GPUS[gpu].bf16 else "fp16"
     if precision == "bf16" and not GPUS[gpu].bf16:
-        raise ValueError(f"precision: bf16 is not in a {gpu}'s hardware: use fp16, fp32 or auto")
+        raise ValueError(
+            f"precision = bf16: a {gpu} has no hardware for it; use fp16, fp32 or auto"
+        )
     return precision
 
 
-def find_remedy(step: GpuStep, card: GpuSpec, whole: Recipe) -> str | None:
-    """The setting with which a step that is too large would fit, and its cost, or None.
+def find_remedy(step: GpuStep, card: GpuSpec, run_recipe: Recipe) -> str | None:
+    """A setting with which a step fits that was too large, and its cost, or None.
 
-    `whole` is the recipe of the run, of which the step is one rank's.
+    `run_recipe` is the recipe of the run. The step is that of one rank.
     """
     recipe = step.recipe
     for stages in range(recipe.recompute_stages + 1, 5 if recipe.arch in RESNETS else 0):
@@ -552,11 +557,12 @@ def find_remedy(step: GpuStep, card: GpuSpec, whole: Recipe) -> str | None:
             )
     passes = 2
     while (
-        can_accumulate(whole, step.world_size * whole.accumulate * passes)
+        can_accumulate(run_recipe, step.world_size * run_recipe.accumulate * passes)
         and step.images % passes == 0
         and step.images >= 2 * passes
     ):
-        in_passes = whole.model_copy(update={"accumulate": whole.accumulate * passes})
+        accumulate = run_recipe.accumulate * passes
+        in_passes = run_recipe.model_copy(update={"accumulate": accumulate})
         of_rank = of_one_rank(in_passes, step.world_size)
         smaller = replace(step, recipe=of_rank, images=step.images // passes)
         if smaller.fits(card):
@@ -569,7 +575,7 @@ def find_remedy(step: GpuStep, card: GpuSpec, whole: Recipe) -> str | None:
 
 
 def can_accumulate(recipe: Recipe, parts: int) -> bool:
-    """Whether a batch may be cut into so many parts, by all ranks and their passes together."""
+    """Whether a batch can be divided into this number of parts by all ranks and passes."""
     groups = recipe.bn.removeprefix("split:")
     fits_bn = recipe.bn == "local" or (groups.isdigit() and int(groups) % parts == 0)
     return method_class(recipe.method).mean_over_images and fits_bn
@@ -582,9 +588,9 @@ def memory_advice(
     memory_gib: float | None,
     encoder: nn.Module | None = None,
 ) -> str:
-    """What a step takes by the plan, and which settings take less, for a run out of GPU memory.
+    """Advice for a run that is out of GPU memory: the planned memory and settings that save some.
 
-    `memory_gib` is the GPU's, or None where it is not known.
+    `memory_gib` is the memory of the GPU, or None if it is unknown.
     """
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     images = recipe.batch_size // (world_size * recipe.accumulate)
@@ -596,7 +602,7 @@ def memory_advice(
         resident_gib=0.0,
         encoder=encoder,
     )
-    # A step that should fit by the plan may share the GPU with another program.
+    # Even if the step should fit according to the plan, another program may use the same GPU.
     most_gib = min(memory_gib or math.inf, 0.99 * step.needed_gib)
     card = replace(GPUS["v100-32g"], memory_gib=most_gib)
     of_gpu = f" of this GPU's {memory_gib:.1f} GiB" if memory_gib else ""
@@ -610,8 +616,8 @@ def memory_advice(
     elif recipe.arch in RESNETS and stages <= 4:
         settings.insert(0, f"--set recompute_stages={stages}")
     return (
-        f"The plan for {images} images a GPU in {step.precision} is {step.needed_gib:.1f} GiB"
-        f"{of_gpu} (rsa-fast plan). Less memory: {'; or '.join(settings)}"
+        f"The plan for {images} images a GPU in {step.precision} is {step.needed_gib:.1f} "
+        f"GiB{of_gpu} (rsa-fast plan). To use less memory: {'; or '.join(settings)}"
     )
 
 
@@ -625,16 +631,16 @@ def plan(
     network_gbps: float = 100,
     encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """What the recipe needs and how fast it trains on `nodes` nodes.
+    """Predict what the recipe needs and how fast it trains on `nodes` nodes.
 
     Each node has `gpus` GPUs of the kind `gpu`, a key of `GPUS`, and `cores` CPU cores.
 
     `encoder` replaces the recipe's network, as in `train`.
 
-    Without `data` the dataset counts as published. `tflop_per_step` is that of one GPU; the fields
-    that start with `decode` are those of one node. If a batch does not fit in memory, `fits` is
-    false and `remedy` is the setting with which it fits, or None. The rest is predicted all the
-    same.
+    Without `data`, the published numbers of the dataset are used. `tflop_per_step` is that of one
+    GPU. The fields that start with `decode` are those of one node. If a batch does not fit in
+    memory, `fits` is false, and `remedy` is a setting with which it fits, or None. Everything else
+    is still predicted.
 
     Raises ValueError for an unknown GPU, for a batch that the images do not fill or that does not
     divide among the GPUs, and for bf16 on a GPU without it.
@@ -661,7 +667,7 @@ def plan(
         accumulate=recipe.accumulate,
     )
     batch = order.batch_per_rank
-    images_per_gpu = batch * recipe.accumulate  # in a step
+    images_per_gpu = batch * recipe.accumulate  # the images of a step on each GPU
     precision = choose_precision(recipe.precision, gpu)
     step = GpuStep(
         recipe=of_one_rank(recipe, world_size),
@@ -677,14 +683,14 @@ def plan(
     _, dim = trace_evaluation(step.recipe, precision, encoder)
     feature_gib = (2 if precision != "fp32" else 4) * dim * (scored + tested) / nodes / GIB
     fits = step.fits(card)
-    # Memory is taken to grow linearly with the batch: two batches give the slope.
+    # Memory is assumed to grow linearly with the batch, so two batches give the slope.
     growth_gib = replace(step, images=2 * batch).needed_gib - step.needed_gib
     spare_batches = (card.memory_gib - step.needed_gib) / growth_gib
 
     share, share_from = efficiency(card, precision)
     link_gb_s = card.link_gb_s if nodes == 1 else min(card.link_gb_s, network_gbps / 8)
     limits_ms = step.limits_ms(card, share, link_gb_s)
-    # The rate that keeps a node's GPUs busy.
+    # The number of images per second that keeps a node's GPUs busy.
     decoded_per_s = 1e3 * recipe.batch_size / max(limits_ms.values()) / nodes
     per_core = None
     if not resident_gib:
@@ -744,7 +750,7 @@ def plan(
 
 
 def show(prediction: dict[str, Any]) -> None:
-    """Print what `plan` returned as a table on stdout."""
+    """Print the result of `plan` as a table on stdout."""
     p = prediction
     limits = ", ".join(f"{name} {ms:.0f}" for name, ms in p["limits_ms"].items())
     passes = f"{p['accumulate']} x " if p["accumulate"] > 1 else ""
@@ -752,7 +758,7 @@ def show(prediction: dict[str, Any]) -> None:
     fits = "fits" if p["fits"] else f"DOES NOT FIT; {p['remedy'] or 'no setting helps'}"
     decoding = "none, the images stay in the GPU's memory"
     if p["decode_cores_needed"]:
-        share = "for this GPU no figure found"
+        share = "no figure was found for this GPU"
         if p["decode_gpu_share"]:
             share = f"or {p['decode_gpu_share']:.0%} of each GPU"
         decoding = (

@@ -1,8 +1,8 @@
-"""A sheet of what training sees: images with their crop windows, and all views with labels.
+"""A sheet with the inputs of training: images with crop windows, and all views with labels.
 
     preview(recipe, open_source("data/imagenet", "pretrain"), Path("views.png"), images=4)
 
-The pixels of the sheet are those of the views. Small views are enlarged by a whole factor.
+The pixels of the sheet are those of the views. Small views are enlarged by an integer factor.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from rsa_fast.pipelines.views import ViewSpec, patch_px, stage_and_crop
 from rsa_fast.recipes import Recipe
 from rsa_fast.training.step import choose_device, for_any_device
 
-JITTER = ("brightness", "contrast", "saturation", "hue")  # by the operation numbers of draws.py
-TILE_PX = 192  # the least width of a tile: the widest label fits below
+JITTER = ("brightness", "contrast", "saturation", "hue")  # as numbered in draws.py
+TILE_PX = 192  # the least width of a tile, so that the widest label fits below
 GAP_PX = 14
 LINE_PX = 17
 FRAME_PX = 3
 FONT = ImageFont.load_default(13)
 HEADING_FONT = ImageFont.load_default(16)
 INK = "#222222"
-# Of the crops, in their order, and then again from the first.
+# The colours of the crops in their order. If there are more crops, the colours repeat.
 CROP_INKS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
-# Differences are amplified: a level, the least that 8 bits can differ by, is a quarter of white.
+# Differences are amplified. One level of 8 bits is shown as a quarter of white.
 AMPLIFY = 64
 
 
@@ -47,20 +47,20 @@ def preview(
 ) -> dict[str, Any]:
     """Draw the first `images` images that training reads in `epoch` to the PNG file `out`.
 
-    With a second backend to `compare`, its views and the differences are drawn too.
+    If `compare` names a second backend, its views and the differences are also drawn.
 
-    Returns out, backend and images; for two backends also the mean absolute difference of each view
-    in 8-bit levels. Raises ValueError when there are fewer images, when `out` is no .png, and when
-    a backend does not exist or cannot read the source.
+    Returns `out`, `backend` and `images`. For two backends, it also returns the mean absolute
+    difference of each view in 8-bit levels. Raises ValueError if there are fewer images, if `out`
+    does not end in .png, and if a backend does not exist or cannot read the source.
     """
     recipe = for_any_device(recipe)
     out, manifest, spec = Path(out), source.manifest, recipe.views
     if images > len(manifest):
-        raise ValueError(f"{images} images wanted, the data has {len(manifest)}: lower --images")
+        raise ValueError(f"the data has {len(manifest)} images, fewer than --images {images}")
     if out.suffix.lower() != ".png":
-        raise ValueError(f"the sheet is a PNG: found --out {out}, wanted a name that ends in .png")
-    # The first batch has the images with which training in the full order starts, whatever the
-    # batch size there.
+        raise ValueError(f"the sheet is a PNG: found --out {out}, but the name must end in .png")
+    # The first batch contains the first images that training in the full order reads. They do not
+    # depend on its batch size.
     order = Order(len(manifest), images, recipe.seed)
     ids = order.ids(epoch, 0)
     params = draw(recipe.seed, epoch, ids, spec, manifest.sizes[ids])
@@ -86,7 +86,7 @@ def preview(
         headings = [f"{name}: {difference_text(mean)}" for name, mean in by_view.items()]
         rows = [*backends, f"difference x {AMPLIFY}"]
         levels.append({name: AMPLIFY * gap for name, gap in difference.items()})
-    # The views of the largest crop fill their tiles. Smaller ones are enlarged as much, or more.
+    # The views of the largest crop fill their tiles. Smaller views are enlarged at least as much.
     tile_px = max(enlarged_px(view.shape[1], TILE_PX) for view in levels[0].values())
     inks = [CROP_INKS[stage_and_crop(name)[1] % len(CROP_INKS)] for name in names]
     sheet = [heading(tile_px, title, headings, inks)]
@@ -109,14 +109,14 @@ def preview(
 
 
 def enlarged_px(side_px: int, least_px: int) -> int:
-    """The least multiple of a side that reaches `least_px`."""
+    """The smallest multiple of a side that is at least `least_px`."""
     return side_px * -(-least_px // side_px)
 
 
 def tile(view: np.ndarray, tile_px: int) -> np.ndarray:
-    """A view of levels `(S, S, 3)` as uint8, enlarged by a whole factor to at most `tile_px`.
+    """A view of levels `(S, S, 3)` as uint8, enlarged by an integer to at most `tile_px`.
 
-    It is in the upper left of a white tile `(tile_px, tile_px, 3)`.
+    It is placed in the upper left corner of a white tile `(tile_px, tile_px, 3)`.
     """
     scale = tile_px // view.shape[0]
     pixels = view.round().clip(0, 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
@@ -130,9 +130,9 @@ def view_levels(
 ) -> dict[str, np.ndarray]:
     """The 8-bit levels of all views of the epoch's first batch, `(B, S, S, 3)` float32 each.
 
-    The nine patches of a jigsaw are side by side, as one square.
-    They are computed in float32, whatever the recipe's precision. They lie between 0 and 255, and
-    are whole numbers, up to rounding, where the host makes them.
+    The nine patches of a jigsaw form one square. Levels are computed in float32, whatever the
+    recipe's precision. They are between 0 and 255. If the host makes them, they are integers up to
+    rounding.
     """
     with open_views(
         source,
@@ -155,14 +155,14 @@ def view_levels(
 
 
 def difference_text(levels: float) -> str:
-    """Differences that float32's rounding makes count as none."""
+    """A difference as text. Differences from float32's rounding count as none."""
     return f"{levels:.2f} levels apart" if round(levels, 4) else "equal"
 
 
 def view_labels(spec: ViewSpec, params: np.ndarray, size: np.ndarray) -> list[str]:
-    """The random parameters of each of `spec.views` as text.
+    """The random parameters of each view in `spec.views` as text.
 
-    `params` is `(K,)` of `draws.VIEW_PARAMS`, `size` the image's height and width in px.
+    `params` is `(K,)` of `draws.VIEW_PARAMS`, and `size` is the image's height and width in px.
     """
     weak, aggressive, patches = [], [], []
     for p, crop_spec in zip(params, spec.crops, strict=True):
@@ -193,7 +193,7 @@ def jitter_text(operation: int, factor: float) -> str:
 
 
 def windows(image: np.ndarray, params: np.ndarray, tile_px: int) -> Image.Image:
-    """The image with all crop windows drawn on it, fitted into 4/3 tiles by 1 tile."""
+    """The image with all crop windows, scaled to fit into 4/3 tiles by 1 tile."""
     box = (tile_px * 4 // 3, tile_px)
     fitted = ImageOps.contain(Image.fromarray(image), box, Image.Resampling.BOX)
     pen = ImageDraw.Draw(fitted)
@@ -209,7 +209,7 @@ def windows(image: np.ndarray, params: np.ndarray, tile_px: int) -> Image.Image:
 def blank(
     tile_px: int, height: int, columns: int
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, list[int]]:
-    """A white band of the sheet, a pen on it, and the left edges of its columns of views."""
+    """A white band of the sheet, a pen for it, and the left edges of its columns of views."""
     first = tile_px * 4 // 3 + 2 * GAP_PX + LINE_PX
     edges = [first + k * (tile_px + GAP_PX) for k in range(columns)]
     page = Image.new("RGB", (edges[-1] + tile_px + GAP_PX, height), "white")
@@ -217,7 +217,7 @@ def blank(
 
 
 def heading(tile_px: int, title: str, headings: list[str], inks: list[str]) -> np.ndarray:
-    """The band with the sheet's title and the headings of its columns."""
+    """The band with the title of the sheet and the headings of its columns."""
     page, pen, edges = blank(tile_px, 3 * GAP_PX + 2 * LINE_PX, len(headings))
     pen.text((GAP_PX, GAP_PX), title, INK, HEADING_FONT)
     top = 2 * GAP_PX + LINE_PX
@@ -237,8 +237,8 @@ def block(
 ) -> np.ndarray:
     """The band of one image: the source with its text, and rows of views with labels below.
 
-    `names` are those of the rows of `tiles`, of which each is a list of square tiles `(S, S, 3)`.
-    Each column has one of `labels` and of `inks`.
+    `tiles` contains rows of square tiles `(S, S, 3)`, and `names` are the names of the rows. Each
+    column has one of the `labels` and one of the `inks`.
     """
     tile_px = len(tiles[0][0])
     row_px = tile_px + 2 * FRAME_PX + 2

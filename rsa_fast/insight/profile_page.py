@@ -15,7 +15,7 @@ from rsa_fast.training.run_folder import this_process
 
 
 def text_table(summary: dict[str, Any]) -> Table:
-    """What `profile` returned as a table with a column for each method."""
+    """The result of `profile` as a table with a column for each method."""
     stages = ", ".join(f"{stage} {us:.0f}" for stage, us in summary["stages_us"].items())
     table = Table(
         "",
@@ -54,16 +54,16 @@ def rows_of(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     row("images/s", lambda m: f"{m['images_per_s']:,.1f}")
     row("peak GiB", lambda m: f"{m['peak_gib']:.2f}")
     row("stall share", lambda m: f"{max(0.0, m['stall_share']):.1%}")
-    row("of BYOL: step, views, both", over_byol)
+    row("ratio to BYOL: step, views, both", over_byol)
     row("verdict", lambda m: m["verdict"])
     row("what to change", lambda m: m["knob"])
     return rows
 
 
 def page(summary: dict[str, Any]) -> str:
-    """What `profile` returned as an HTML page that needs no other file.
+    """The result of `profile` as an HTML page that needs no other file.
 
-    Stacked bars show the parts of an iteration and the stages of the views; the table follows.
+    Stacked bars show the parts of an iteration and the stages of the views. The table follows.
     """
     methods = summary["methods"]
     parts = {
@@ -89,12 +89,12 @@ def page(summary: dict[str, Any]) -> str:
         "<h2>Where the time goes</h2>\n"
         + shared.bars("an iteration", parts, "ms")
         + shared.bars("the views of an image, on one thread", {"": summary["stages_us"]}, "µs")
-        + "<h2>All numbers, in ms per iteration where nothing else is said</h2>\n"
+        + "<h2>All numbers, in ms per iteration unless another unit is given</h2>\n"
         + shared.table(("", *methods), rows_of(summary))
     )
     return shared.html_page(title, body)
 
 
 def loses(method: dict[str, Any]) -> bool:
-    """Whether the loader costs a method time."""
+    """Whether a method loses time because of the loader."""
     return bool(method["verdict"] != "compute-bound" or method["stall_share"] > TOLERANCE)

@@ -1,10 +1,10 @@
-"""Where the time of a training iteration goes, and which setting to change.
+"""Measure where a training iteration spends its time, and which setting to change.
 
     profile({"rsa": recipe, "byol": other}, Path("data"))
 
-An iteration is measured in several modes: its step on a batch made before, its views alone, and
-both. The methods take turns, so that a slow minute of the machine slows all of them. The first turn
-warms up and is dropped.
+An iteration is measured in several modes: its step on a batch in memory, its views alone, and both.
+The methods take turns, so a slow minute of the machine affects all of them. The first turn is a
+warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -66,25 +66,25 @@ MODES = {
 COMPARED_MODES = ("step", "views", "both")
 STAGE_IMAGES = 32
 EVICT_TRIES = 4
-TOLERANCE = 0.05  # within which two times count as equal
+TOLERANCE = 0.05  # two times count as equal if they differ by less
 KNOBS = {
-    "compute-bound": "precision, batch_size: the loader has time to spare",
+    "compute-bound": "precision, batch_size: the loader is fast enough",
     "decode-bound": "threads, up to the cores; "
     "smaller images (rsa-fast convert ffcv --max-resolution); backend dali on a GPU",
-    "read-bound": "few large files (rsa-fast convert), then order=blocks where they do "
-    "not fit in memory; a local disk (rsa-fast stage), memory that holds the data",
+    "read-bound": "few large files (rsa-fast convert), with order=blocks if they do not fit in "
+    "memory; a local disk (rsa-fast stage); more memory, so that the data fit",
     "host-bound": "threads, prefetch_batches, aggressive_on: try --tune; "
     "a larger batch_size if a GPU waits for launches",
 }
-# For packed data that do not stay in memory. Local NVMe disks gain nothing: on them, full order
-# reads 5,100 to 6,100 images/s and blocks 6,100 to 6,700.
+# This is for packed data that do not stay in memory. It hardly helps local NVMe disks, on which the
+# full order reads 5,100 to 6,100 images/s and blocks read 6,100 to 6,700.
 BLOCKS_KNOB = (
-    "order=blocks, which reads 1 MiB at once: up to 6 times the images/s where a disk is limited "
+    "order=blocks, which reads 1 MiB at a time: up to 6 times the images/s if a disk is limited "
     "in reads per second (hard disks, arrays, network disks); a local NVMe disk (rsa-fast stage), "
-    "which needs no blocks; memory that holds the data"
+    "which needs no blocks; more memory, so that the data fit"
 )
 SHARED_CORES_KNOB = (
-    "threads, backend: the views take less time than the step, but take it from the same cores"
+    "threads, backend: the views take less time than the step, but use the same cores"
 )
 
 
@@ -98,16 +98,16 @@ def verdict(
     overlaps: bool = False,
     idle_share: float = 0.0,
 ) -> str:
-    """What limits an iteration, a key of `KNOBS`, from times per iteration.
+    """The limit of an iteration, as a key of `KNOBS`, from times per iteration.
 
-    `read_ms` and `decode_ms` are parts of `views_ms`. Pass `cold_views_ms` where the data do not
-    stay in memory: it then replaces `views_ms`, and what it takes longer counts as reading.
-    `overlaps` says that the step has hardware of its own, so that views can be made meanwhile.
-    `idle_share` is the share of the steps in which that hardware ran out of work.
+    `read_ms` and `decode_ms` are parts of `views_ms`. Pass `cold_views_ms` if the data do not stay
+    in memory. It then replaces `views_ms`, and the additional time counts as reading. `overlaps` is
+    true if the step has its own hardware, so that views can be made at the same time. `idle_share`
+    is the share of the steps in which that hardware had no work.
     """
     loading_ms = cold_views_ms or views_ms
     if loading_ms <= (1 + TOLERANCE) * step_ms:
-        # The views take no longer than the step, and yet the step may wait for them.
+        # The step may wait for the views although they do not take longer than the step.
         waits = overlaps and both_ms > (1 + TOLERANCE) * step_ms
         return "host-bound" if waits or idle_share > 0.5 else "compute-bound"
     read_ms += loading_ms - views_ms
@@ -120,21 +120,21 @@ class Subject:
     """A method under measurement and its results so far."""
 
     run: Run
-    loader: Loader  # of the views that the method reads
-    ready: tuple[Batch, ...]  # for steps that need no loader
-    own_bytes: int  # on the GPU: network, optimiser and loader
+    loader: Loader  # makes the views that the method reads
+    ready: tuple[Batch, ...]  # batches for steps without a loader
+    own_bytes: int  # the GPU memory of network, optimiser and loader
     loading: Loading
     timeline: Timeline
-    # The parts of an iteration in each mode, one dictionary a turn.
+    # The parts of an iteration in each mode, with one dictionary per turn.
     parts_ms: dict[str, list[dict[str, float]]] = field(
         default_factory=lambda: {mode: [] for mode in MODES}
     )
     peak_bytes: int = 0
     idle_share: float = 0.0
-    cold_fault: str = ""  # why cold views were not measured
+    cold_fault: str = ""  # the reason why cold views were not measured
 
     def measure(self, seconds: float) -> None:
-        """One turn: every mode for some seconds.
+        """Measure one turn: every mode for some seconds.
 
         Cold views come last, so that the other modes find the files in memory.
         """
@@ -150,7 +150,7 @@ class Subject:
         self.idle_share = statistics.mean(self.timeline.idle or [0])
 
     def measure_views(self, seconds: float) -> int:
-        """Returns for how many steps batches were read in this time."""
+        """Returns the number of steps whose batches were read in this time."""
         with skip_prefetched(self.loader) as batches:
             next(batches)
             return self.record("views", by_step(self.loader, batches), seconds)
@@ -163,19 +163,20 @@ class Subject:
             reset_peak(device)
             used = used_bytes(device)
             self.record("both", steps, seconds)
-            # Without the memory that other methods keep on the GPU.
+            # This excludes the memory of other methods on the GPU.
             peak = peak_bytes(device) - used + self.own_bytes
             self.peak_bytes = max(self.peak_bytes, peak)
 
     def measure_cold_views(self, steps: int) -> None:
-        """Read as many steps' batches and the prefetched ones, just after dropping their files.
+        """Read the batches of some steps, and the prefetched ones, just after dropping their files.
 
-        The files are dropped from the page cache. If they cannot be, `cold_fault` says why.
+        The files are dropped from the page cache. If this is impossible, `cold_fault` is the
+        reason.
         """
         order = self.loader.job.order
         if order.blocks:
-            self.cold_fault = "order = blocks reads whole windows ahead, longer than is measured"
-        # An image is cold once, so that an epoch is the most there is to read.
+            self.cold_fault = "order = blocks reads windows ahead, longer than the measurement"
+        # An image is cold only once, so at most one epoch can be read.
         steps += math.ceil(prefetched_batches(self.loader) / order.accumulate)
         batches = min(steps, order.count // order.batch_size) * order.accumulate
         ids = np.concatenate([order.ids(0, number) for number in range(batches)])
@@ -191,7 +192,7 @@ class Subject:
             self.record("cold_views", by_step(self.loader, first_batches), math.inf)
 
     def record(self, mode: str, work: Iterator[object], seconds: float) -> int:
-        """Time `work` for some seconds or to its end; returns how many items that were."""
+        """Time `work` for some seconds or to its end. Returns the number of items."""
         parts_ms, items = self.timeline.time(work, seconds)
         self.parts_ms[mode].append(parts_ms)
         return items
@@ -203,9 +204,9 @@ class Subject:
     def summary(
         self, stages_us: dict[str, float], in_memory: bool, byol: Subject | None
     ) -> dict[str, Any]:
-        """The method's part of what `profile` returns.
+        """The method's part of the result of `profile`.
 
-        `in_memory` says that the data stay in the page cache.
+        `in_memory` is true if the data stay in the page cache.
         """
         recipe = self.run.recipe
         times = {mode: self.times(mode) for mode in MODES}
@@ -214,7 +215,7 @@ class Subject:
         median_turn = 1 + times["step"].index(medians["step"])
         parts_ms = self.parts_ms["step"][median_turn]
         threads = min(self.loading.threads, cores())
-        # From microseconds an image on one thread to milliseconds a batch on all threads.
+        # Convert microseconds per image on one thread to milliseconds per batch on all threads.
         decodes = not BACKENDS[self.loading.backend].resident
         batch_ms_per_us = 1e-3 * recipe.batch_size / threads if decodes else 0
         bottleneck = verdict(
@@ -282,12 +283,12 @@ def profile(
 ) -> dict[str, Any]:
     """Measure named recipes of one dataset on the images under `data`, in `repeats` turns.
 
-    Times are milliseconds per iteration, medians of the turns; `range_ms` has the lowest and the
-    highest. `parts_ms` are those of the turn with the median step and add up to it. Cold views
-    include the loader's start, as an image is cold only once. `stages_us` are microseconds per
-    image on one thread, for all four views. `stall_share` is 1 - step / both. `peak_gib` is the
-    GPU's memory or, on a CPU, that of the whole process. A Chrome trace of three iterations of each
-    recipe is written to `trace`.
+    Times are milliseconds per iteration, as medians of the turns. `range_ms` has the lowest and the
+    highest time. `parts_ms` are the parts of the step with the median time, and add up to it. Cold
+    views include the loader's start, because an image is cold only once. `stages_us` are
+    microseconds per image on one thread, for all four views. `stall_share` is 1 - step / both.
+    `peak_gib` is the GPU's memory or, on a CPU, that of the whole process. A Chrome trace of three
+    iterations of each recipe is written to `trace`.
 
     Raises the errors of `open_source`, `build_run` and `open_views`.
     """
@@ -307,7 +308,7 @@ def profile(
         stages_us, stored_bytes = measure_stages(source, run)
         if trace:
             write_trace(subjects, Path(trace))
-    # The same share of the memory as in the doctor's check of the page cache.
+    # This is the same share of the memory as in the doctor's check of the page cache.
     in_memory = stored_bytes < 0.8 * read_memory_bytes()
     byol = subjects.get("byol")
     methods = {
@@ -328,13 +329,13 @@ def profile(
 
 
 def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
-    """Microseconds per image of the stages of loading, and the bytes of all images as stored.
+    """The microseconds per image of each stage of loading, and the bytes of all stored images.
 
-    The stages are reading from the page cache, decoding, making all crops, and their aggressive
-    stages. All run on one thread.
+    The stages are reading from the page cache, decoding, making all crops, and the aggressive
+    stages of the crops. All run on one thread.
     """
     from rsa_fast.pipelines.host_ops import (
-        batch_views,  # imports numba, without which a GPU can train
+        batch_views,  # imported here, because a GPU can train without numba
     )
     from rsa_fast.pipelines.native_views import NativeViews
 
@@ -383,7 +384,8 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
             },
             len(ids),
         )
-    # Decoding starts with reading, and aggressive views with the crops: what is left is the stage.
+    # The times of decoding include reading, and those of aggressive views include the crops. These
+    # are subtracted.
     us["decode"] = max(0.0, us["decode"] - us["read"])
     us["aggressive"] = max(0.0, us["aggressive"] - us["crop"])
     mean_bytes = statistics.mean(size_bytes(read_stored(i)) for i in ids)
@@ -391,9 +393,9 @@ def measure_stages(source: Source, run: Run) -> tuple[dict[str, float], float]:
 
 
 def fastest_us(work: dict[str, Callable[[], object]], images: int) -> dict[str, float]:
-    """Microseconds per image of each piece of work: the fastest of five turns after a warm-up.
+    """The microseconds per image of each work, in the fastest of five turns after a warm-up.
 
-    The fastest, since interruptions only add to a time.
+    The fastest turn is used, because interruptions can only make a time longer.
     """
     times_us: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(6):
@@ -410,10 +412,10 @@ def size_bytes(image: bytes | np.ndarray) -> int:
 
 
 def evict(files: list[Path]) -> str:
-    """Drop files from the page cache; returns why they are still there, or nothing.
+    """Drop files from the page cache. Returns why they are still there, or "".
 
-    The kernel keeps a page that a core is just putting into the cache or writing to the disk. A
-    file that stays is therefore tried again.
+    The kernel does not drop a page that a core is just putting into the cache or writing to the
+    disk. A file that stays is therefore tried again.
     """
     for _ in range(EVICT_TRIES):
         drop(files)
@@ -428,27 +430,27 @@ def drop(files: list[Path]) -> None:
     """Ask the system to drop files from the page cache."""
     for path in files:
         with path.open("rb", buffering=0) as file:
-            os.fdatasync(file.fileno())  # pages that are not yet written would stay
+            os.fdatasync(file.fileno())  # otherwise pages that are not yet written would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def staying(files: list[Path]) -> str:
-    """Whether files are in the page cache: how many of a sample, or nothing.
+    """How many files of a sample are in the page cache, as a text, or "" if none is.
 
-    Only a sample is checked: the check has the system read what is not in the page cache.
+    Only a sample is checked, because the check makes the system read pages that are missing.
     """
     checked = files[::20]
     cached = 0
     for path in checked:
         with path.open("rb", buffering=0) as file:
             try:
-                # Raises BlockingIOError where it would have to wait for the disk.
+                # This raises BlockingIOError if it would have to wait for the disk.
                 os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
                 cached += 1
             except BlockingIOError:
                 pass
             except OSError as error:
-                return f"the file system does not tell what is in the page cache: {error}"
+                return f"the file system does not report what is in the page cache: {error}"
     if 10 * cached > len(checked):
         return f"{cached} of {len(checked)} files stay in the page cache"
     return ""

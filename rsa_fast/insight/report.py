@@ -1,11 +1,12 @@
-"""A run as one web page, `report.html`: what came out, how it went, and how to do it again.
+"""A run as one web page, `report.html`: its scores, its curves and its settings.
 
     report([Path("runs/rsa"), Path("runs/byol")], Path("both.html"))
 
-The page begins with each run's scores, beside chance and the network before training, and with
-verdicts on collapse and on the loader. The curves of several runs are drawn over each other. A
-single run also has the views of some images and their nearest neighbours (`examples`). Then come
-the classes that each run confuses, by the predictions for the test images at its end.
+The page begins with each run's scores, next to those of chance and of the network before training.
+Then there are verdicts on collapse and on the loader. The curves of several runs are drawn in the
+same charts. The page of a single run also shows the views of some images and their nearest
+neighbours (`examples`). Next are the classes that each run confuses, by its final predictions for
+the test images.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from rsa_fast.training.run_folder import read_starts
 
 log = logging.getLogger("rsa_fast")
 
-NAMED_CLASSES = 30  # up to so many classes have their names and numbers beside their confusions
+NAMED_CLASSES = 30  # with at most this number of classes, confusions have names and numbers
 LISTED_CLASSES = 20  # rows of the table of the least accurate classes
-UNLIKE = 3  # runs whose lengths differ by more have an axis in percent of each
-SHORT_WAIT_PCT, LONG_WAIT_PCT = 5, 20  # of the time, up to which the loader is good, and fair
-NEARLY_ONE_RANK = 1.5  # an effective rank of 1 is collapse
+UNLIKE = 3  # if the lengths differ by a larger factor, the axis is in percent of each run
+SHORT_WAIT_PCT, LONG_WAIT_PCT = 5, 20  # good below the first, bad above the second
+NEARLY_ONE_RANK = 1.5  # an effective rank of 1 means collapse
 
 ABOUT_AXES = {
-    "%": "As the lengths of the runs differ, the curves are over percent of each run.",
-    "step": "As no epoch is complete, the curves are over steps.",
+    "%": "The lengths of the runs differ, so the x axis is in percent of each run.",
+    "step": "No epoch is complete, so the x axis is in steps.",
 }
 SCORES = {
     "knn_top1": "kNN top-1, k = 200",
@@ -64,7 +65,7 @@ class Panel:
     """One chart, with a line for each key of the records in metrics.jsonl."""
 
     title: str
-    keys: dict[str, str]  # with their names on the page
+    keys: dict[str, str]  # the keys, with their names on the page
     from_zero: bool = False  # whether the y axis starts at 0
 
 
@@ -89,19 +90,19 @@ SMALL_PANELS = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The contents of a run's folder. Those of a missing file are empty."""
+    """The contents of a run's folder. The content of a missing file is empty."""
 
     path: Path
     name: str
     records: list[dict[str, Any]]
     result: dict[str, Any]
     recipe: dict[str, Any]
-    starts: list[dict[str, Any]]  # of env.json
+    starts: list[dict[str, Any]]  # the content of env.json
     confusion: dict[str, Any]  # see `Evaluation.write_confusion`
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """None in the first epoch of a run of an earlier version, which did not record it."""
+        """It is None in the first epoch of a run of an earlier version, which did not record it."""
         if self.starts and "steps_per_epoch" in self.starts[-1]:
             return int(self.starts[-1]["steps_per_epoch"])
         ends = [record for record in self.records if record.get("epoch")]
@@ -109,7 +110,7 @@ class RunFolder:
 
     @property
     def length(self) -> float:
-        """The epochs of the whole run; of one without a recipe, those up to now."""
+        """The epochs of the whole run, or those up to now if there is no recipe."""
         epochs = self.records[-1]["step"] / (self.steps_per_epoch or 1)
         return float(max(self.recipe.get("epochs", 0) if self.steps_per_epoch else 0, epochs, 1e-9))
 
@@ -131,20 +132,20 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
     The path is `out`, or report.html in the folder of a single run.
 
-    Raises FileNotFoundError when a folder contains no run. Raises ValueError when several runs come
-    without `out`, when `out` is no .html, and when nothing has been recorded.
+    Raises FileNotFoundError if a folder contains no run. Raises ValueError for several runs without
+    `out`, if `out` does not end in .html, and if nothing has been recorded.
     """
     if out is None and len(folders) > 1:
-        raise ValueError(f"{len(folders)} runs on one page: --out says where it goes")
+        raise ValueError(f"{len(folders)} runs on one page: give the page's name by --out")
     paths = [Path(folder) for folder in folders]
     out = Path(out or paths[0] / "report.html")
     if out.suffix != ".html":
         raise ValueError(
-            f"the report is a web page: found --out {out}, wanted a name that ends in .html"
+            f"the report is a web page: found --out {out}, but the name must end in .html"
         )
-    found = read_runs(paths)
-    runs = [run for run in found if run.records]
-    begun = ", ".join(run.name for run in found if not run.records)
+    all_runs = read_runs(paths)
+    runs = [run for run in all_runs if run.records]
+    begun = ", ".join(run.name for run in all_runs if not run.records)
     if not runs:
         raise ValueError(f"nothing is recorded yet in {begun}")
     if begun:
@@ -196,12 +197,12 @@ def read_runs(folders: list[Path]) -> list[RunFolder]:
 
 
 def shown(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as the page shows it: the short name of a method that is a file's path."""
+    """A recipe for the page, with the short name of its method."""
     return recipe | {"method": short_name(recipe["method"])} if "method" in recipe else recipe
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]:
-    """The steps and values of a key in order; of two records of the same step the later counts."""
+    """The steps and values of a key in order. If a step has two records, the later one counts."""
     points = {record["step"]: record[key] for record in records if record.get(key) is not None}
     return list(points), list(points.values())
 
@@ -210,7 +211,7 @@ def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any
 
 
 def headline(run: RunFolder, colour: int | None) -> str:
-    """What was done, what came out, and whether it went well. Several runs have each a colour."""
+    """The facts, scores and verdicts of a run. Each of several runs has its own colour."""
     name = f"{run.recipe['method']} on {data_name(run)}" if "method" in run.recipe else run.name
     level = "h1"
     if colour is not None:
@@ -237,7 +238,7 @@ def data_name(run: RunFolder) -> str:
 
 
 def facts(run: RunFolder) -> list[str]:
-    """What was trained on what, how far and for how long."""
+    """The data, the network, the progress and the time of a run, as texts."""
     recipe, start = run.recipe, (run.starts or [{}])[-1]
     texts = []
     if "images" in start:
@@ -269,7 +270,7 @@ def training_s(records: list[dict[str, Any]]) -> float:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: `12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
+    """A time as text, such as `12 s`, `3 min`, `2 h 05 min` or `3 d 4 h`."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -281,7 +282,7 @@ def duration(seconds: float) -> str:
 
 
 def gauges(run: RunFolder, colour: int) -> Iterator[str]:
-    """A box for each score: the number, and where chance and the start are beside it."""
+    """A box for each score, with the number and marks for chance and for the start."""
     chance = run.chance_pct
     for key, name in SCORES.items():
         steps, values = series(run.records, key)
@@ -308,7 +309,7 @@ def gauges(run: RunFolder, colour: int) -> Iterator[str]:
 
 
 def verdicts(run: RunFolder) -> Iterator[tuple[str, str]]:
-    """Whether the run went well, as good, fair or bad, and why."""
+    """The verdicts on the run: good, fair or bad, each with the reason."""
     steps, scores = series(run.records, "knn_top1")
     if len(steps) > 1 and steps[0] == 0:
         gain = scores[-1] - scores[0]
@@ -321,7 +322,7 @@ def verdicts(run: RunFolder) -> Iterator[tuple[str, str]]:
         if std < COLLAPSE_STD or (rank or 2) < NEARLY_ONE_RANK:
             yield "bad", f"collapse: all images are embedded alike ({text})"
         elif std < HEALTHY_STD:
-            yield "fair", f"near to collapse ({text})"
+            yield "fair", f"close to collapse ({text})"
         else:
             yield "good", f"no collapse ({text})"
     waits = series(run.records, "wait_pct")[1]
@@ -333,17 +334,17 @@ def verdicts(run: RunFolder) -> Iterator[tuple[str, str]]:
             yield "good", text
         else:
             kind = "fair" if wait <= LONG_WAIT_PCT else "bad"
-            yield kind, f"{text}: rsa-fast profile says which setting to change"
+            yield kind, f"{text}: rsa-fast profile finds the setting to change"
 
 
 # ---- The curves ----------------------------------------------------------------------------------
 
 
 def curves(runs: list[RunFolder]) -> str:
-    """All charts for which any run has records.
+    """All charts for which at least one run has records.
 
-    They have one x axis, in epochs. It is in percent of each run for runs of very different
-    lengths, and in steps in the first epoch of a run whose steps per epoch are not known.
+    They have the same x axis, in epochs. It is in percent of each run if the lengths of the runs
+    differ much. It is in steps if the steps per epoch of a run are unknown in its first epoch.
     """
     lengths = [run.length for run in runs]
     if any(run.steps_per_epoch is None for run in runs):
@@ -431,19 +432,19 @@ def confusion_matrix(confusion: dict[str, Any]) -> np.ndarray:
 
 
 def confusion_picture(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """A row for each class: the share of its test images that is taken for each class."""
+    """A row for each class, with the share of its test images that is predicted as each class."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     if len(classes) > NAMED_CLASSES:
         return (
             f'<img class="small box" style="width:100%; padding:0" alt="confusion matrix" '
-            f'src="{darkness(share)}"><p class="pale">A row for each class, a column for what its '
-            "images were taken for.</p>"
+            f'src="{darkness(share)}"><p class="pale">The rows are the classes of the '
+            "images, and the columns are the predicted classes.</p>"
         )
     rows = []
     for label, name in enumerate(classes):
         cells = "".join(
             f'<td style="background: rgb(80 136 224 / {share[label, predicted] ** 0.5:.2f})" '
-            f'title="{escape(name)} taken for {escape(classes[predicted])}">{count or ""}</td>'
+            f'title="{escape(name)} predicted as {escape(classes[predicted])}">{count or ""}</td>'
             for predicted, count in enumerate(counts[label].tolist())
         )
         rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
@@ -451,7 +452,8 @@ def confusion_picture(counts: np.ndarray, classes: Sequence[str]) -> str:
     return (
         '<div class="scroll"><table class="cells"><thead><tr><th></th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="pale">A row for each class: how many of its images were taken for which.</p>'
+        '<p class="pale">The rows are the classes of the images, and the columns are the '
+        "predicted classes.</p>"
     )
 
 
@@ -469,7 +471,7 @@ def confusion_section(run: RunFolder) -> str:
         accuracy = f"{100 * right[label] / totals[label]:.1f}"
         rows.append((classes[label], accuracy, f"{totals[label]:,}", most))
     title = f"Classes by {run.confusion['score'].replace('_', '-')}, {run.name}"
-    names = ("class", "top-1, %", "test images", "most often taken for")
+    names = ("class", "top-1, %", "test images", "most often predicted as")
     return (
         f'<h2>{escape(title)}</h2>\n<div class="beside"><div>'
         f"{confusion_picture(counts, classes)}</div>\n{table(names, rows)}</div>\n"
@@ -480,9 +482,9 @@ def confusion_section(run: RunFolder) -> str:
 
 
 def details(title: str, runs: list[RunFolder], fields: list[dict[str, Any]]) -> str:
-    """A folded table with a row for each field and a column for each run.
+    """A collapsed table with a row for each field and a column for each run.
 
-    Rows in which the runs differ are marked, but for scores, which always do.
+    Rows in which the runs differ are marked, except for scores, which always differ.
     """
     columns = [dict(flatten(of_run)) for of_run in fields]
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -493,7 +495,7 @@ def details(title: str, runs: list[RunFolder], fields: list[dict[str, Any]]) -> 
 
 
 def flatten(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values as text; a field within a field is named as in `views.size_px`."""
+    """Names and values as text. A field within a field has a name such as `views.size_px`."""
     for key, value in fields.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

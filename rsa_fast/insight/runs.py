@@ -1,9 +1,9 @@
-"""The runs in a folder: which of them are running, how far they are, and how one goes on.
+"""The runs in a folder: their state, their progress, and how to watch one.
 
     states = find_runs(Path("runs"))
     watch(Path("runs/a"))
 
-Everything is read from the folders of the runs. Nothing has to be told by the processes that train.
+Everything is read from the folders of the runs, so the training processes do not have to answer.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ log = logging.getLogger("rsa_fast")
 State = Literal["running", "finished", "stopped", "failed"]
 COLOURS = {"running": "green", "finished": "", "stopped": "yellow", "failed": "red"}
 POLL_S = 1.0
-DRAW_S = 30.0  # the least time between two drawings of the report, which take about a second
+DRAW_S = 30.0  # the least time between two updates of the report, which take about a second
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far the run in a folder is.
+    """The state and the progress of the run in a folder.
 
-    A run is `running` while a process holds its lock, `finished` if all of its steps are trained,
-    and `stopped` if it ended in order before, as by a signal. Otherwise it `failed`.
+    A run is `running` while a process holds its lock. It is `finished` if all of its steps are
+    trained. It is `stopped` if it ended earlier without an error, for example by a signal.
+    Otherwise it `failed`.
     """
 
     run: str  # the folder
@@ -48,21 +49,21 @@ class RunState:
     epoch: int
     epochs: int
     step: int
-    total_steps: int | None  # None of a run of an earlier version in its first epoch
+    total_steps: int | None  # None in the first epoch of an earlier version's run
     score: str | None  # the name of the last score, such as knn_top1
     score_pct: float | None
     images_per_s: float | None
-    eta_s: float | None  # of a running run, without its evaluations
-    age_s: float  # since its last record
+    eta_s: float | None  # only while it is running, and without evaluations
+    age_s: float  # the time since its last record
 
 
 def find_runs(folder: Path) -> list[RunState]:
-    """The runs in `folder` and below, the one that was active last first.
+    """The runs in `folder` and below. The most recently active run is the first.
 
     Raises FileNotFoundError if there is no such folder.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: rsa-fast runs FOLDER names another one")
+        raise FileNotFoundError(f"no folder {folder}: give another one with rsa-fast runs FOLDER")
     places = {path.parent for path in folder.rglob("env.json")}
     return sorted((state_of(place) for place in places), key=lambda run: run.age_s)
 
@@ -71,9 +72,9 @@ def state_of(folder: Path) -> RunState:
     """The state of the run in `folder`. Raises FileNotFoundError if there is none."""
     starts = read_starts(folder)
     if not starts:
-        raise FileNotFoundError(f"no run in {folder}: wanted a folder that rsa-fast train wrote")
+        raise FileNotFoundError(f"no run in {folder}: give a folder that rsa-fast train wrote")
     records = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-    epochs = 0  # not known
+    epochs = 0  # unknown
     with suppress(OSError, yaml.YAMLError, KeyError, TypeError):
         epochs = yaml.safe_load((folder / "recipe.yaml").read_text())["epochs"]
     step = records[-1]["step"] if records else 0
@@ -107,16 +108,16 @@ def state_of(folder: Path) -> RunState:
 
 
 def total_by_records(records: list[dict[str, Any]], epochs: int) -> int | None:
-    """The number of all steps, by a record after a whole epoch."""
-    whole = (r["step"] // r["epoch"] for r in records if r.get("epoch") and r["step"])
-    steps_per_epoch = next(whole, None)
+    """The number of all steps, computed from a record after a complete epoch."""
+    ratios = (r["step"] // r["epoch"] for r in records if r.get("epoch") and r["step"])
+    steps_per_epoch = next(ratios, None)
     return steps_per_epoch * epochs if steps_per_epoch else None
 
 
 def state_by_files(folder: Path, step: int, total_steps: int | None) -> State:
-    """The state of a run whose last record is of `step`.
+    """The state of a run whose last record belongs to `step`.
 
-    The lock's file is empty unless a process holds the lock or was killed while it did.
+    The lock's file is empty unless a process holds the lock or was killed while holding it.
     """
     result_step = -1
     with suppress(OSError, ValueError, KeyError):
@@ -130,7 +131,7 @@ def state_by_files(folder: Path, step: int, total_steps: int | None) -> State:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock. Without locks in the file system it counts as held."""
+    """Whether a process holds a lock. If the file system has no locks, the answer is true."""
     with lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -166,21 +167,21 @@ def print_plain(text: str) -> None:
 
 
 def in_words(run: RunState) -> str:
-    """Such as `running: epoch 3 of 12, ETA 0:05`."""
+    """A run's state as text, such as `running: epoch 3 of 12, ETA 0:05`."""
     eta = f", ETA {duration(run.eta_s)}" if run.eta_s is not None else ""
     return f"{run.state}: epoch {run.epoch} of {run.epochs}, step {run.step:,}{eta}"
 
 
 def watch(folder: Path) -> RunState:
-    """Show the progress of the run in `folder` as it does itself, until it ends.
+    """Show the progress of the run in `folder`, as the run itself does, until it ends.
 
-    Meanwhile its report.html is drawn again when there are new scores. Returns the last state.
-    Raises FileNotFoundError if there is no run in the folder.
+    Its report.html is written again when there are new scores. Returns the last state. Raises
+    FileNotFoundError if there is no run in the folder.
     """
     run = state_of(folder)
     if run.state != "running":
         return run
-    # Imported here because of torch, without which the other functions are quick.
+    # Imported here, because this imports torch. The other functions are quick without it.
     from rsa_fast.training.metrics import Screen
 
     screen, shown, drawn, draws = Screen(run.epochs), 0, -DRAW_S, True
@@ -202,9 +203,9 @@ def watch(folder: Path) -> RunState:
 
 
 def live_html(folders: Sequence[Path]) -> tuple[str, str]:
-    """What a page of these runs says of those that are running: for its head, and for its top.
+    """The HTML about running runs on the page of these runs, for its head and for its top.
 
-    Both are empty without one. A browser loads the page again by the first.
+    Both are empty if no run is running. The first makes the browser reload the page.
     """
     states = [state_of(folder) for folder in folders if read_starts(folder)]
     running = [run for run in states if run.state == "running"]
@@ -212,18 +213,18 @@ def live_html(folders: Sequence[Path]) -> tuple[str, str]:
     if not running:
         return "", ""
     now = datetime.now().astimezone().isoformat(" ", "seconds")
-    lines.append(f"<p>Drawn at {now}. rsa-fast watch RUN keeps this page up to date.</p>")
+    lines.append(f"<p>Written at {now}. rsa-fast watch RUN keeps this page up to date.</p>")
     return f'<meta http-equiv="refresh" content="{DRAW_S:.0f}">', "\n".join(lines)
 
 
 def draw(folder: Path) -> bool:
-    """Write the report of a run. Returns whether that is possible."""
+    """Write the report of a run. Returns whether this was possible."""
     from rsa_fast.insight.report import report
 
     try:
         report([folder])
     except (OSError, ValueError) as error:
-        log.warning(f"the page is not drawn: {error}")
+        log.warning(f"the page is not written: {error}")
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The time of a training step's parts, and memory.
+"""Measure the time of a training step's parts, and memory.
 
 Times are measured by CUDA events on a GPU and by the host's clock on a CPU.
 """
@@ -20,13 +20,14 @@ from rsa_fast.methods.method import Now
 from rsa_fast.networks import Projected
 from rsa_fast.training.step import Run
 
-# "backward" includes clipping, and GradScaler's check of the gradients. "other" is the schedules,
-# the scaler and the zeroing of gradients. With `accumulate`, the passes of a step are added up.
+# "backward" includes clipping and GradScaler's check of the gradients. "other" includes the
+# schedules, the scaler and the zeroing of gradients. With `accumulate`, the passes of a step are
+# added up.
 PARTS = ("forward_online", "forward_target", "loss", "backward", "optimiser", "ema", "other")
 
 
 class Timeline:
-    """Records when each part of the work began. Parts follow each other without gap or overlap.
+    """Records when each part of the work begins. There are no gaps or overlaps between parts.
 
     The host waits for the device before and after the work, never during it.
     """
@@ -34,10 +35,10 @@ class Timeline:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
-        # The part that begins, and a CUDA event or the host's clock in seconds.
+        # Each mark is the part that begins, and a CUDA event or the host's clock in seconds.
         self.marks: list[tuple[str, Any]] = []
-        # One value a step: whether the GPU had already reached the optimiser when the host had
-        # launched all of the optimiser's work. Such a GPU is waiting for the host.
+        # One value per step. It is true if the GPU had already reached the optimiser when the host
+        # had launched all of the optimiser's work. The GPU then waits for the host.
         self.idle: list[bool] = []
 
     def begin(self, part: str) -> None:
@@ -54,7 +55,7 @@ class Timeline:
     def time(
         self, work: Iterator[object], seconds: float = math.inf
     ) -> tuple[dict[str, float], int]:
-        """Iterate over `work` for some seconds or to its end; at least one item is taken.
+        """Iterate over `work` for some seconds or to its end, but over at least one item.
 
         Returns the milliseconds per item of each part, and the number of items.
         """
@@ -92,7 +93,7 @@ def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
     def begin(part: str) -> Callable[..., None]:
         return lambda *_: timeline.begin(part)
 
-    running = 0  # networks, of which one can be a part of another
+    running = 0  # the number of running networks, because one can be a part of another
 
     def begin_network(*_: object) -> None:
         nonlocal running
@@ -136,22 +137,22 @@ def mark_parts(run: Run, timeline: Timeline) -> Iterator[None]:
 
 
 def used_bytes(device: torch.device) -> int:
-    """The memory allocated on a GPU; 0 on a CPU, where `peak_bytes` counts the whole process."""
+    """The allocated memory of a GPU, or 0 on a CPU, where `peak_bytes` is for the whole process."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` start from the memory in use now."""
+    """Make `peak_bytes` start from the memory that is now in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Without the permission to write this file, the peak since the process started counts.
+    # Without the permission to write this file, the peak is that since the start of the process.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak since `reset_peak`: allocated on a GPU, or resident memory of the whole process."""
+    """The peak since `reset_peak`, of a GPU's allocated or the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     _, _, peak = Path("/proc/self/status").read_text().partition("VmHWM:")  # "  1234 kB ..."

@@ -1,4 +1,4 @@
-"""Which loading settings train fastest on this machine and these images.
+"""Find the loading settings that train fastest on this machine and these images.
 
 `tune(recipe, Path("data"), Path("tuned.yaml"))` writes them to a file for `train --config`.
 """
@@ -35,13 +35,13 @@ log = logging.getLogger("rsa_fast")
 def tune(recipe: Recipe, data: Data, out: str | Path, budget_s: float = 300.0) -> dict[str, Any]:
     """Write the loading settings with which `recipe` trains fastest to the YAML file `out`.
 
-    `train --config` takes this file. The search is successive halving: in each round all remaining
-    settings get the same share of the time, then the slower half is dropped. The recipe's own
-    settings stay to the end.
+    `train --config` takes this file. The search is successive halving. In each round, all remaining
+    settings get the same share of the time, and then the slower half is dropped. The recipe's own
+    settings are never dropped.
 
     Returns the fastest `settings` and their `images_per_s`. `over_own` is their speed relative to
-    the recipe's own settings in the same round. `tried` says how many of the `candidates` were
-    measured, since a small budget does not suffice for all.
+    the recipe's own settings in the same round. `tried` is how many of the `candidates` were
+    measured, because a small budget may not suffice for all of them.
 
     Raises the errors of `open_source`, `build_run` and, for the recipe's own settings, of
     `open_views`.
@@ -54,15 +54,15 @@ def tune(recipe: Recipe, data: Data, out: str | Path, budget_s: float = 300.0) -
     others = candidates(own, source, run.device)
     settings = [own, *(loading for loading in others if loading != own)]
     iteration_ms(run, source, own, 0)  # warms up
-    remaining = list(range(len(settings)))  # indices of `settings`
-    last_ms: dict[int, float] = {}  # times of the last round, by these indices
+    remaining = list(range(len(settings)))  # these are indices of `settings`
+    last_ms: dict[int, float] = {}  # the times of the last round, by index
     tried = 0
     while not last_ms or (len(remaining) > 1 and time.perf_counter() < deadline):
         rounds = max(1, math.ceil(math.log2(len(remaining))))
         share_s = (deadline - time.perf_counter()) / rounds / len(remaining)
         round_ms: dict[int, float] = {}
         for i in remaining:
-            # The first round ends early rather than overrun the budget, but tries one setting.
+            # The first round stops when the budget is used up, but tries at least one setting.
             if not last_ms and round_ms and time.perf_counter() > deadline:
                 break
             try:
@@ -93,9 +93,10 @@ def tune(recipe: Recipe, data: Data, out: str | Path, budget_s: float = 300.0) -
 
 
 def iteration_ms(run: Run, source: Source, loading: Loading, share_s: float) -> float:
-    """Milliseconds of an iteration, its step and its views.
+    """The milliseconds of an iteration, which consists of a step and its views.
 
-    Opening the loader counts towards `share_s`; what is left is spent on iterations, at least one.
+    The time for opening the loader is part of `share_s`. The rest is used for iterations, at least
+    one.
     """
     deadline = time.perf_counter() + share_s
     with open_loader(run, source, loading) as loader, skip_prefetched(loader) as batches:
@@ -138,7 +139,7 @@ def candidates(own: Loading, source: Source, device: torch.device) -> list[Loadi
         if backend == "dali" and device.type == "cuda":
             if place == "device":
                 variants += [replace(variant, decode_on=decode) for decode in decoders]
-        # The resident backend makes no batches ahead: one value of prefetch_batches is enough.
+        # The resident backend does not prefetch, so one value of prefetch_batches is enough.
         elif not BACKENDS[backend].resident or prefetch == 2:
             variants.append(variant)
     random.Random(0).shuffle(variants)

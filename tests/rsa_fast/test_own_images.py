@@ -235,4 +235,4 @@ def test_other_commands_choose_from_the_folder_too(photos, tmp_path):
     assert (prediction["dataset"], prediction["batch_size"]) == ("my_photos", 16)
     (tmp_path / "recipe.yaml").write_text(dump_yaml(build_recipe("auto", "rsa", data=photos)))
     without = run("plan", "--config", tmp_path / "recipe.yaml", *options)
-    assert "auto is no published dataset: --data says where it is" in without.output
+    assert "auto is not a published dataset: give its place by --data" in without.output

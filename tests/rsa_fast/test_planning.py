@@ -395,7 +395,9 @@ def test_auto_precision_is_bf16_where_the_hardware_has_it(gpu, chosen):
 
 
 def test_bf16_is_refused_where_the_hardware_lacks_it():
-    with pytest.raises(ValueError, match="bf16 is not in a t4's hardware: use fp16, fp32 or auto"):
+    with pytest.raises(
+        ValueError, match="bf16: a t4 has no hardware for it; use fp16, fp32 or auto"
+    ):
         plan(tiny(precision="bf16"), "t4")
 
 
@@ -503,7 +505,7 @@ def test_the_decode_rate_is_images_by_the_seconds_of_cpu_they_took(folder, monke
             "bn: split:4 does not divide among 8 GPUs",
         ),
         (("--gpu", "v100-32g", "--data", "nowhere"), "no folder nowhere"),
-        (("--gpu", "v100-32g", "--set", "precision=bf16"), "bf16 is not in a v100-32g's hardware"),
+        (("--gpu", "v100-32g", "--set", "precision=bf16"), "bf16: a v100-32g has no hardware"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, message):

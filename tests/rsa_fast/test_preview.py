@@ -266,7 +266,7 @@ def test_the_command_draws_the_views_of_its_seed_epoch_and_recipe_file(folder, t
     [
         (("--backend", "dahli"), "no backend 'dahli'"),
         (("--compare", "dahli"), "no backend 'dahli'"),
-        (("--images", 41), "41 images wanted, the data has 40: lower --images"),
+        (("--images", 41), "the data has 40 images, fewer than --images 41"),
         (("--images", 0), "0 is not in the range"),
         (("--out", "views.jpg"), "wanted a name that ends in .png"),
         (("--dataset", "cifar"), "did you mean 'cifar10'?"),

@@ -369,7 +369,7 @@ def test_the_headline_has_the_scores_the_verdicts_and_the_command(tmp_path):
     _, verdicts = page_of(worse, wait_pct=42.0)
     assert [kind for kind, _ in verdicts] == ["fair", "bad", "bad"]
     assert "no better than untrained" in verdicts[0][1] and "collapse" in verdicts[1][1]
-    assert "rsa-fast profile says which setting to change" in verdicts[2][1]
+    assert "rsa-fast profile finds the setting to change" in verdicts[2][1]
     text, _ = page_of(records[:5])
     assert "10 of 20 steps (1 of 2 epochs), not finished" in text
 
@@ -457,7 +457,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rsa", "byol"), "2 runs on one page: --out says where it goes"),
+        (("rsa", "byol"), "2 runs on one page: give the page's name by --out"),
         (("rsa", "--out", "page.pdf"), "wanted a name that ends in .html"),
         (("empty",), "no metrics.jsonl in"),
         (("begun",), "nothing is recorded yet in begun"),
