@@ -1,11 +1,11 @@
-"""Fast self-supervised pre-training with RSA and the methods it is compared with, from Python:
+"""Fast self-supervised pre-training with RSA and other methods, from Python:
 
 >>> from pathlib import Path
 >>> from rsa_fast.pipelines import VIEWS, Order, open_source, open_views
 >>> from rsa_fast import Callback, EarlyStopping, build_recipe, evaluate, load_encoder, train
 >>> data, out = "data/cifar10", Path("runs/notebook")
 >>> recipe = build_recipe("cifar10", "rsa", epochs=2, batch_size=32, width=8, views={"blur_p": 0})
->>> recipe  # its last line: what differs from the published numbers
+>>> recipe  # the last line shows the differences from the published numbers
 rsa on cifar10: resnet18, 32 px, batch 32, 2 epochs, lr 0.0125
   width 8 (not 64), epochs 2 (not 200), batch_size 32 (not 256), views.blur_p 0.0 (not 0.5)
 >>> source = open_source(data, "pretrain")
@@ -25,10 +25,11 @@ torch.Size([32, 3, 32, 32])
 >>> encoder.eval()(batch.weak_1).shape  # features
 torch.Size([32, 64])
 
-Public are the names in `rsa_fast.__all__` and `rsa_fast.pipelines.__all__`, the commands of
-`rsa-fast`, and, for methods of one's own, `rsa_fast.methods.method`, `rsa_fast.recipes.Recipe`,
-`rsa_fast.sourced`, `rsa_fast.networks.Encoder` and `rsa_fast.distributed.gather`. CHANGELOG.md
-lists every change of these. All other modules and names can change in any version.
+The public interface consists of the names in `rsa_fast.__all__` and `rsa_fast.pipelines.__all__`
+and of the commands of `rsa-fast`. Your own methods may also use `rsa_fast.methods.method`,
+`rsa_fast.recipes.Recipe`, `rsa_fast.sourced`, `rsa_fast.networks.Encoder` and
+`rsa_fast.distributed.gather`. CHANGELOG.md lists every change of these. All other modules and names
+can change in any version.
 """
 
 import getpass
@@ -37,8 +38,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-# torch names a folder of its compiler after the user. A container may run under a number that has
-# no name (docker run --user, OpenShift): Python then raises a KeyError.
+# torch names a folder of its compiler after the user. A container may run under a user id without a
+# name (docker run --user, OpenShift). Python then raises a KeyError.
 try:
     getpass.getuser()
 except KeyError:

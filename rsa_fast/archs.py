@@ -1,4 +1,4 @@
-"""The names of networks: what a recipe's `arch` may be.
+"""The names of networks, which are the values of a recipe's `arch`.
 
     RESNETS["resnext50_32x4d"].groups
 
@@ -9,7 +9,7 @@
 | `path/to/file.py:name`, `package.module:name` | what this function returns |
 | `own` | a module that was passed in Python |
 
-This module imports nothing heavy: names are checked before torchvision or timm are needed.
+This module imports nothing heavy, so names can be checked before torchvision or timm is needed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class ResNetLayers:
-    """What tells the ResNets of torchvision apart."""
+    """The properties in which the ResNets of torchvision differ."""
 
-    bottleneck: bool  # blocks of three convolutions, or of two
-    blocks: tuple[int, int, int, int]  # in each stage
-    groups: int = 1  # of the 3x3 convolutions of bottlenecks
-    width_per_group: int = 64  # channels, in the first stage
+    bottleneck: bool  # whether blocks have three convolutions instead of two
+    blocks: tuple[int, int, int, int]  # the number of blocks in each stage
+    groups: int = 1  # the groups of the 3x3 convolutions in bottlenecks
+    width_per_group: int = 64  # the channels of a group in the first stage
 
 
 RESNETS = {
@@ -46,12 +46,12 @@ RESNETS = {
     "resnext101_64x4d": ResNetLayers(True, (3, 4, 23, 3), groups=64, width_per_group=4),
 }
 CHOICES = f"{', '.join(RESNETS)}, timm/NAME, path/to/file.py:function"
-# The fields of a recipe that change a ResNet and mean nothing for other networks.
+# The fields of a recipe that change a ResNet and have no meaning for other networks.
 RESNET_FIELDS = ("stem", "width", "zero_init_residual", "recompute_stages", "compile")
 
 
 def full_name(arch: str) -> str | None:
-    """The `arch` as it is saved, with the absolute path of a file. None if it is no arch."""
+    """The `arch` with the absolute path of its file, or None if it is not valid."""
     if arch in RESNETS or arch == OWN or (arch.startswith(TIMM) and arch != TIMM):
         return arch
     where, _, function = arch.rpartition(":")
@@ -59,6 +59,6 @@ def full_name(arch: str) -> str | None:
 
 
 def short_arch(arch: str) -> str:
-    """What a network is called where it is shown: `nets.py:small` for `/home/me/nets.py:small`."""
+    """The name under which an arch is shown: `nets.py:small` for `/home/me/nets.py:small`."""
     where, colon, function = arch.rpartition(":")
     return f"{Path(where).name}{colon}{function}" if is_file(where) else arch

@@ -1,7 +1,7 @@
-"""The command line: a thin table of commands.
+"""The command line, which is a thin table of commands.
 
-Results go to stdout, whose last line is one JSON object; on a terminal they are a table or a few
-lines instead. Progress and messages go to stderr.
+Results go to stdout. The last line is one JSON object, but on a terminal it is replaced by a table
+or a few lines. Progress and messages go to stderr.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False)
 CHECKPOINT = click.Path(path_type=Path, exists=True)  # a file, or the folder of a run
 
-# Copies of the names in tables of other modules. Those modules import torch, without which help and
-# the shell's completion are quick.
+# Copies of the names in tables of other modules. Those modules import torch, which would make help
+# and the shell's completion slow.
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "torch-export", "hf-timm")
 FINETUNE_PRESETS = ("simclr", "swav", "barlow-twins", "vicreg")
 GPUS = (
@@ -68,7 +68,7 @@ GPUS = (
 
 
 class Name(click.Choice[str]):
-    """One of a few names, which the shell completes. For another, the nearest one is suggested."""
+    """One of a few names, which the shell completes. The error suggests the nearest name."""
 
     def __init__(self, noun: str, *names: str) -> None:
         super().__init__(names)
@@ -98,7 +98,7 @@ class MethodName(Name):
 
 
 class GpuCount(click.IntRange):
-    """A number of GPUs, or `auto` for all of this machine's."""
+    """A number of GPUs, or `auto` for all GPUs of this machine."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if value != "auto":
@@ -123,7 +123,7 @@ class Command(click.Command):
         self, name: str, *, examples: Sequence[str] = (), imports_torch: bool = True, **attrs: Any
     ) -> None:
         super().__init__(name, **attrs)
-        # Below \b click keeps the lines as they are.
+        # Below \b, click does not wrap lines.
         self.epilog = "\n  ".join(["\b\nFor example:", *examples])
         self.imports_torch = imports_torch
         self.params.append(
@@ -137,10 +137,10 @@ class Command(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        # torch takes seconds to import: until then this line is all there is to see. The processes
-        # of a job are started by a command that has written it.
+        # Importing torch takes seconds. Until then, this line is the only sign of life. The
+        # processes of a job do not write it, because the command that started them has written it.
         job = "TORCHELASTIC_RUN_ID" in os.environ
-        person = sys.stderr.isatty()  # in a log or a pipe, nobody waits
+        person = sys.stderr.isatty()  # nobody waits for a log or a pipe
         if self.imports_torch and self.params and person and terminal.speaks() and not job:
             logging.getLogger("rsa_fast").info(header(ctx))
         return super().invoke(ctx)
@@ -156,7 +156,7 @@ class Command(click.Command):
 
 
 def header(ctx: click.Context) -> str:
-    """What a command is going to do, on what and where, as its options say."""
+    """A line about a command's work, its inputs and its output, from its options."""
     given = ctx.params
     parts = [f"rsa-fast {ctx.info_name}"]
     if "protocol" in given:
@@ -190,12 +190,12 @@ def header(ctx: click.Context) -> str:
 def method_unsaid(given: dict[str, Any]) -> str:
     """The method of a command line that does not name one."""
     if given.get("config"):
-        return f"as {given['config']} says"
-    return "as the run has it" if given.get("resume") else "rsa"
+        return f"from {given['config']}"
+    return "of the run" if given.get("resume") else "rsa"
 
 
 def section(title: str, *options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """A decorator that gives a command these options of click, under a title in its help."""
+    """A decorator that adds these options of click to a command, under a title in its help."""
 
     def add(function: Function) -> Function:
         for option in reversed(options):
@@ -249,15 +249,15 @@ def exit_if_stopped(ctx: click.Context) -> Iterator[None]:
 class StderrHandler(logging.Handler):
     """Writes log messages to sys.stderr, with the rank in front if there are several.
 
-    Both are looked up for every message: test runners replace sys.stderr, and in a SLURM step
-    WORLD_SIZE is set only when the ranks meet.
+    Both are looked up for every message, because test runners replace sys.stderr, and a SLURM step
+    sets WORLD_SIZE only when the ranks meet.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         several_ranks = int(os.environ.get("WORLD_SIZE", 1)) > 1
         rank = f"[rank {os.environ.get('RANK')}] " if several_ranks else ""
         text = self.format(record)
-        # Of a run whose terminal was closed, the rest is saved all the same.
+        # If the terminal was closed, the message is lost, but the run continues.
         with suppress(OSError):
             if sys.stderr.isatty():
                 text = terminal.wrapped(text)
@@ -272,12 +272,12 @@ DATA = click.option(
     required=True,
     multiple=True,
     type=PLACE,
-    help="Folder with the images, or a text file with a path a line. Can be repeated.",
+    help="Folder with the images, or a text file with one path per line. Can be repeated.",
 )
 VAL_FRACTION = click.option(
     "--val-fraction",
     type=float,
-    help="Where there is no val/ or test/, hold out this fraction of the labelled training images "
+    help="If there is no val/ or test/, hold out this fraction of the labelled training images "
     "for scores.",
 )
 OUT = click.option("--out", required=True, type=FOLDER, help="Run folder to write.")
@@ -321,16 +321,16 @@ BACKEND = click.option(
 KEY = click.option(
     "--key",
     metavar="NAME",
-    help="Which network of a file with several, by a part of its keys, such as teacher. Default: "
-    "the one that is trained by gradient.",
+    help="Network to use if the file has several, named by a part of its keys, such as teacher. "
+    "Default: the one that is trained by gradient.",
 )
 
 
 def answer(result: Any, show: Callable[[], None] | None = None) -> None:
-    """Print the result of the current command, in processes of a job only the first one.
+    """Print the result of the current command. In a job, only the first process prints it.
 
-    On a terminal a person reads `show()` or, without it, a few lines. Elsewhere the last line is
-    the result as one JSON object, after `show()`. With --json the object is all.
+    On a terminal, this prints `show()` or, without it, a few lines. Elsewhere it prints `show()`
+    and then the result as one JSON object on the last line. With --json it prints only the object.
     """
     if not terminal.speaks():
         return
@@ -345,7 +345,7 @@ def answer(result: Any, show: Callable[[], None] | None = None) -> None:
 
 
 class Tool(click.Command):
-    """A command of tools/, of which this only has the summary: the list of commands is quick."""
+    """A command of tools/. Only its summary is here, so that the list of commands is quick."""
 
     def __init__(self, name: str, module: str, summary: str) -> None:
         super().__init__(name, help=summary)
@@ -367,7 +367,7 @@ class Tool(click.Command):
     context_settings={
         "help_option_names": ["-h", "--help"],
         "show_default": True,
-        "max_content_width": sys.maxsize,  # help has the terminal's width
+        "max_content_width": sys.maxsize,  # help is as wide as the terminal
     },
     epilog='For completion in bash: eval "$(_RSA_FAST_COMPLETE=bash_source rsa-fast)". '
     "Other shells: zsh_source, fish_source.",
@@ -375,15 +375,15 @@ class Tool(click.Command):
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.version_option(package_name="rsa-fast")
 def main(debug: bool) -> None:
-    """Pre-train ResNets with RSA and the methods it is compared with, fast."""
+    """Pre-train ResNets fast, with RSA and other self-supervised methods."""
     log = logging.getLogger("rsa_fast")
     log.setLevel(logging.INFO)
-    log.addHandler(STDERR_HANDLER)  # does nothing if it is there already
-    # Warnings of torch that a user can do nothing about: they repeat the settings of the loader, or
+    log.addHandler(STDERR_HANDLER)  # does nothing if it was already added
+    # Hide warnings of torch that do not help the user. They repeat the settings of the loader, or
     # name addresses that were tried before the right one.
     for message in ("This DataLoader will create", "'pin_memory' argument is set as true"):
         warnings.filterwarnings("ignore", message, UserWarning)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads this when it is imported
 
 
 @main.command(
@@ -402,7 +402,7 @@ def main(debug: bool) -> None:
     click.option(
         "--ablation",
         type=Name("ablation", *ABLATIONS),
-        help="Row of the paper's Table 1, instead of a method.",
+        help="Row of the RSA paper's Table 1, instead of a method.",
     ),
     CONFIG,
     SET,
@@ -412,7 +412,7 @@ def main(debug: bool) -> None:
     click.option(
         "--arch",
         metavar="NAME",
-        help="Override the network: a ResNet, timm/NAME, or FILE.py:FUNCTION.",
+        help="Override the network with a ResNet, timm/NAME, or FILE.py:FUNCTION.",
     ),
     click.option(
         "--lr",
@@ -427,13 +427,13 @@ def main(debug: bool) -> None:
 )
 @section(
     "Images",
-    click.option("--data", multiple=True, type=PLACE, help="Another way to name DATA."),
+    click.option("--data", multiple=True, type=PLACE, help="The same as DATA."),
     click.option(
-        "--name", help="What results call the data. Default: the dataset; for auto, the folder."
+        "--name", help="Name of the data in results. Default: the dataset; for auto, the folder."
     ),
     VAL_FRACTION,
     click.option(
-        "--download", is_flag=True, help="First download CIFAR-10, CIFAR-100 or STL-10 to --data."
+        "--download", is_flag=True, help="First download CIFAR-10, CIFAR-100 or STL-10 to DATA."
     ),
     BACKEND,
     THREADS,
@@ -455,7 +455,8 @@ def main(debug: bool) -> None:
     click.option(
         "--out",
         type=FOLDER,
-        help="Run folder to write. Default: runs/NAME-METHOD, counted up; to resume, the newest.",
+        help="Run folder to write. Default: runs/NAME-METHOD with the next free number, or with "
+        "--resume the newest one.",
     ),
     click.option(
         "--dry-run",
@@ -466,28 +467,28 @@ def main(debug: bool) -> None:
         "--resume",
         is_flag=True,
         help="Continue exactly from the newest checkpoint in --out, or start if there is none. "
-        "Without --dataset and --config, the recipe is that of the run, and without DATA, its "
-        "images. A larger --epochs lengthens the run.",
+        "Without --dataset and --config, the recipe is that of the run. Without DATA, the images "
+        "are those of the run. A larger --epochs lengthens the run.",
     ),
     click.option(
         "--resume-from",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="CHECKPOINT",
-        help="Continue from this checkpoint: the name of one in --out, whose later ones are "
-        "deleted, or one of another run, for a new --out.",
+        help="Continue from this checkpoint. If it is the name of a checkpoint in --out, later "
+        "ones are deleted. A checkpoint of another run needs a new --out.",
     ),
     click.option(
         "--force",
         is_flag=True,
-        help="Resume even if recipe or data differ; the differences are printed.",
+        help="Resume even if recipe or data differ. The differences are printed.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
     click.option(
         "--init-from",
         type=CHECKPOINT,
-        help="Start from the encoder in a file or a run's folder, as eval reads them. The heads "
-        "are taken too if it is a checkpoint of the same method and shapes. Ignored when a run is "
-        "resumed.",
+        help="Start from the encoder in a file or a run's folder. It can be any file that eval "
+        "reads. The heads are also loaded from a checkpoint of the same method and shapes. "
+        "Ignored when a run is resumed.",
     ),
     KEY,
     click.option(
@@ -551,9 +552,9 @@ def train(
 ) -> None:
     """Pre-train an encoder on the images in DATA and score it.
 
-    `rsa-fast train my_photos` is enough: `rsa-fast recipes auto` explains what it chooses. DATA is
-    a folder or a text file of paths, or several of them. The encoder is scored by kNN during
-    training, and by kNN and a linear classifier at the end.
+    `rsa-fast train my_photos` is enough. `rsa-fast recipes auto` explains which settings it
+    chooses. DATA is a folder or a text file of paths, or several of them. The encoder is scored by
+    kNN during training, and by kNN and a linear classifier at the end.
 
     Exit code 75: a signal (TERM, USR1, INT) stopped the run, which --resume continues exactly.
     """
@@ -567,9 +568,9 @@ def train(
     if key and not init_from:
         raise click.UsageError("--key is only valid with --init-from")
     if overwrite and not out:
-        raise click.UsageError("--overwrite wants --out, which says what to replace")
+        raise click.UsageError("--overwrite needs --out, the run to replace")
     arguments = sys.argv[1:]
-    origin = out  # the run whose recipe and images a resumed one has
+    origin = out  # the run from which a resumed one takes its recipe and images
     if resume_from and resume_from.is_file() and not (out and (out / "recipe.yaml").is_file()):
         origin = resume_from.absolute().parent.parent
         if not out:
@@ -583,7 +584,7 @@ def train(
     if not places:
         raise click.UsageError("give the folder with the images: rsa-fast train my_photos")
     if download and len(places) > 1:
-        raise click.UsageError("--download wants one folder, which the images go to")
+        raise click.UsageError("--download needs one folder for the images")
     images: Data = places[0] if len(places) == 1 else places
     from rsa_fast.distributed import (
         check_gpus,
@@ -601,7 +602,7 @@ def train(
     layout = binary_layout(chosen_dataset, places[0]) if download else ""
     if out is None:
         if int(launcher_variables(os.environ).get("WORLD_SIZE", 1)) > 1:
-            raise click.UsageError("several processes want --out: they write to one folder")
+            raise click.UsageError("several processes need --out: they write to one folder")
         out = default_out(name, images, chosen_dataset, chosen_method, resume=resume)
         arguments += ["--out", str(out)]
         origin = out
@@ -664,7 +665,7 @@ def train(
 
 
 def default_out(name: str | None, data: Data, dataset: str, method: str, *, resume: bool) -> Path:
-    """The folder runs/NAME-METHOD, counted up until it is new; to resume, the newest there is."""
+    """The folder runs/NAME-METHOD with the next free number or, to resume, the newest one."""
     name = name or (name_of(data) if dataset == "auto" else dataset)
     base = Path("runs") / f"{name}-{short_name(method)}"
     runs = base.parent.iterdir() if base.parent.is_dir() else ()
@@ -676,25 +677,24 @@ def default_out(name: str | None, data: Data, dataset: str, method: str, *, resu
 
 
 def binary_layout(dataset: str, data: Path) -> str:
-    """The name under which torchvision downloads a dataset. Raises ValueError where it cannot."""
+    """torchvision's name of a dataset to download. Raises ValueError if it has no download."""
     if not (layout := DATASETS[dataset].binary_layout):
         known = ", ".join(name for name, row in DATASETS.items() if row.binary_layout)
         raise ValueError(
-            f"--download knows {known}; put the images of {dataset} under {data} yourself"
+            f"--download supports {known}; put the images of {dataset} under {data} yourself"
         )
     return layout
 
 
 def refuse_both(option: str, value: object, other: str, other_value: object) -> None:
     if value and other_value:
-        raise click.UsageError(f"{option} and {other} exclude each other")
+        raise click.UsageError(f"{option} and {other} cannot be combined")
 
 
 def print_dry_run(recipe: Recipe, source: Source, processes: int) -> None:
-    """The recipe as YAML, and the numbers derived from it as JSON.
+    """Print the recipe as YAML, and the numbers derived from it as JSON.
 
-    Raises ValueError for a network, labels, a batch size or an order with which the run could not
-    start.
+    Raises ValueError if the run could not start with its network, labels, batch size or order.
     """
     from dataclasses import asdict
 
@@ -730,10 +730,10 @@ def recipe_of(
 ) -> Recipe:
     """The recipe of a command line.
 
-    It comes from dataset and method, --config, --ablation, --set, and options such as --epochs;
-    later ones replace earlier ones. `overrides` maps the names of recipe fields to the values of
-    those options, None for an option that is not given. The dataset auto chooses from `data`.
-    `stored` is a run's recipe.yaml, which is read in place of dataset, method and --config.
+    It comes from dataset and method, --config, --ablation, --set, and options such as --epochs.
+    Later ones replace earlier ones. `overrides` maps the names of recipe fields to the values of
+    those options, or to None if an option is not given. The dataset auto chooses its numbers from
+    `data`. `stored` is a run's recipe.yaml, which is read instead of dataset, method and --config.
     """
     from rsa_fast.recipes import build_recipe, flatten, parse_set, read_yaml, stored_recipe
 
@@ -784,10 +784,10 @@ def recipes(name: str | None, data: Path | None) -> None:
     """List the recipes, or show one with the source of every number.
 
     `rsa-fast recipes cifar100` shows RSA's recipe, `rsa-fast recipes cifar100/byol` that of BYOL.
-    `rsa-fast recipes auto` shows the rules for one's own images, and with --data what they choose.
+    `rsa-fast recipes auto` shows the rules for your own images, and with --data their choices.
     """
     if data and (not name or name.partition("/")[0] != "auto"):
-        raise click.UsageError("--data is for the recipe auto: no other one reads the images")
+        raise click.UsageError("--data is only valid for the recipe auto")
     if not name:
         list_recipes()
         return
@@ -801,7 +801,7 @@ def recipes(name: str | None, data: Path | None) -> None:
     dataset, _, method = name.partition("/")
     if dataset == "auto" and not data:
         rules = own_rules()
-        table = Table("field", "rule", "reason", title="auto, for one's own images")
+        table = Table("field", "rule", "reason", title="auto, for your own images")
         for rule in rules:
             table.add_row(*rule)
         answer({"auto": {field: rule for field, rule, _ in rules}}, partial(Console().print, table))
@@ -819,7 +819,7 @@ def recipes(name: str | None, data: Path | None) -> None:
     for field, value in flatten(recipe.model_dump()):
         head, _, tail = field.partition(".")
         explained = Text(meaning.get(field, ""))
-        # Of the views, the row has only some of the numbers.
+        # The row contains only some of the numbers of the views.
         if head in sources and (not tail or tail in sources[head].value):
             explained.append(f"\nsource: {sources[head].source}", "dim")
         table.add_row(Text(field), Text(plain(value)), explained)
@@ -827,7 +827,7 @@ def recipes(name: str | None, data: Path | None) -> None:
 
 
 def list_recipes() -> None:
-    """What each recipe is expected to reach and to cost, and the command that trains it."""
+    """List the expected accuracy and cost of each recipe, and the command that trains it."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -866,7 +866,7 @@ def list_recipes() -> None:
 
 
 def plain(value: Any) -> str:
-    """A recipe's value as it is shown: such as `0.2, 1` for a pair."""
+    """The text of a recipe's value, such as `0.2, 1` for a pair."""
     if isinstance(value, tuple | list):
         return ", ".join(map(plain, value)) or "none"
     if isinstance(value, dict):
@@ -895,8 +895,8 @@ def plain(value: Any) -> str:
     "--data",
     multiple=True,
     type=PLACE,
-    help="Folder with labelled train and test images, or a text file of paths. Default: those of "
-    "the run. If it is repeated, each is scored alone.",
+    help="Folder with labelled train and test images, or a text file of paths. Default: the "
+    "images of the run. Can be repeated, and then each is scored separately.",
 )
 @click.option(
     "--train",
@@ -923,20 +923,21 @@ def plain(value: Any) -> str:
     "--dataset",
     type=Name("dataset", *DATASETS),
     metavar="NAME",
-    help="Size and normalise images as for this dataset, not as the run did.",
+    help="Size and normalise images as for this dataset, not as in the run.",
 )
 @click.option(
     "--resize-px",
     metavar="PX",
-    help="Resize the short side of test images to this before the centre crop; native: do not.",
+    help="Resize the short side of test images to this before the centre crop; native: do not "
+    "resize.",
 )
 @click.option(
     "--set",
     "sets",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a recipe field, such as views.size_px, views.mean and views.std of an encoder "
-    "from elsewhere. Can be repeated.",
+    help="Override a recipe field, such as views.size_px, views.mean and views.std for another "
+    "project's encoder. Can be repeated.",
 )
 @section(
     "kNN",
@@ -946,7 +947,7 @@ def plain(value: Any) -> str:
     click.option(
         "--temperature",
         type=click.FloatRange(0, min_open=True),
-        help="Temperature of their votes, instead of .1 and .07.",
+        help="Temperature of the neighbours' votes, instead of .1 and .07.",
     ),
 )
 @section(
@@ -955,7 +956,7 @@ def plain(value: Any) -> str:
         "--protocol",
         "variant",
         type=Name("protocol", "fast", "rsa-small", "rsa-large"),
-        help="Protocol of the classifier; fast if not given.",
+        help="Protocol of the classifier. Default: fast.",
     ),
     click.option(
         "--epochs",
@@ -966,13 +967,13 @@ def plain(value: Any) -> str:
     click.option(
         "--bn",
         type=Name("mode", "eval", "recalibrate"),
-        help="BatchNorm in rsa-small: frozen (eval, the default), or statistics of the training "
-        "images (recalibrate, as in the RSA code).",
+        help="BatchNorm in rsa-small: frozen (eval, the default), or with statistics of the "
+        "training images (recalibrate, as in the RSA code).",
     ),
     click.option(
         "--nesterov/--no-nesterov",
         default=None,
-        help="Nesterov momentum in rsa-small; on by default, as in the RSA code.",
+        help="Nesterov momentum in rsa-small. It is on by default, as in the RSA code.",
     ),
 )
 def evaluate(
@@ -997,8 +998,8 @@ def evaluate(
     """Score an encoder by kNN or by a linear classifier.
 
     kNN is measured twice, with k=200 T=.1 and k=20 T=.07. The fast linear classifier is trained on
-    features that are computed once. rsa-small and rsa-large are trained on augmented images: they
-    are the paper's protocols for small datasets and for ImageNet.
+    features that are computed once. rsa-small and rsa-large are trained on augmented images. They
+    are the RSA paper's protocols for small datasets and for ImageNet.
     """
     from rsa_fast.evaluation.evaluate import evaluate as run
     from rsa_fast.evaluation.evaluate import show
@@ -1057,7 +1058,7 @@ def evaluate(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
-    help="Images per step. The learning rate is scaled in proportion.",
+    help="Images per step. The learning rate is proportional to it.",
 )
 @click.option(
     "--seed",
@@ -1140,7 +1141,7 @@ def detect(
     click.option(
         "--checkpoint",
         type=CHECKPOINT,
-        help="Run folder, whose newest checkpoint is read, or a file with an encoder, of this or "
+        help="Run folder, whose newest checkpoint is read, or a file with an encoder of this or "
         "another project. Not needed to resume.",
     ),
     KEY,
@@ -1148,15 +1149,15 @@ def detect(
         "--data",
         multiple=True,
         type=PLACE,
-        help="Folder with labelled images, or a text file of paths. Can be repeated. Default: "
-        "where the run of the checkpoint was trained.",
+        help="Folder with labelled images, or a text file of paths. Can be repeated. Default: the "
+        "images of the checkpoint's run.",
     ),
     VAL_FRACTION,
     click.option(
         "--dataset",
         type=Name("dataset", *DATASETS),
         metavar="NAME",
-        help="Size and normalise images as for this dataset, not as the run did.",
+        help="Size and normalise images as for this dataset, not as in the run.",
     ),
 )
 @section(
@@ -1169,13 +1170,13 @@ def detect(
     click.option(
         "--images-list",
         type=FILE,
-        help="Text file with the names of the images to use, one a line, instead of --labels.",
+        help="Text file with the names of the images to use, one per line, instead of --labels.",
     ),
     click.option(
         "--preset",
         type=Name("preset", *FINETUNE_PRESETS),
         default="simclr",
-        help="Whose numbers to use.",
+        help="Published numbers to use.",
     ),
     click.option(
         "--freeze", is_flag=True, help="Train only the classifier, on the encoder in eval mode."
@@ -1201,7 +1202,7 @@ def detect(
     click.option(
         "--force",
         is_flag=True,
-        help="Resume even if recipe or data differ; the differences are printed.",
+        help="Resume even if recipe or data differ. The differences are printed.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
 )
@@ -1244,8 +1245,8 @@ def finetune(
 ) -> None:
     """Train an encoder and a linear classifier on labelled images.
 
-    It is a run like those of `train`: folder, --resume and signals are the same. The result is the
-    accuracy of the classifier on the test images. `rsa-fast predict` uses the classifier.
+    The run works like those of `train`: folder, --resume and signals are the same. The result is
+    the accuracy of the classifier on the test images. `rsa-fast predict` uses the classifier.
     """
     refuse_both("--resume", resume, "--overwrite", overwrite)
     refuse_both("--gpus", gpus, "--nproc", nproc)
@@ -1311,13 +1312,13 @@ def finetune(
     "--split",
     type=Name("split", "all", "train", "test"),
     default="all",
-    help="Which images: all below the folder, or those for training or testing. Packed images "
-    "have no all.",
+    help="Images to use: all below the folder, or those for training or testing. For packed "
+    "images, all is not possible.",
 )
 def predict(
     checkpoint: Path, data: tuple[Path, ...], out: Path, top: int, split: PredictSplit
 ) -> None:
-    """Write the class and its probability of every image to a csv file."""
+    """Write the class of every image, with its probability, to a csv file."""
     from rsa_fast.evaluation.predict import predict as run
 
     result = run(checkpoint, data, out, top=top, split=split)
@@ -1330,32 +1331,32 @@ EMBEDDED = section(
         "--data",
         multiple=True,
         type=PLACE,
-        help="Folder with the images, or a text file of paths. Can be repeated. Default: where the "
-        "run of the checkpoint was trained.",
+        help="Folder with the images, or a text file of paths. Can be repeated. Default: the "
+        "images of the checkpoint's run.",
     ),
     click.option(
         "--split",
         type=Name("split", "pretrain", "train", "test"),
         default="pretrain",
-        help="Which images: all but those for testing, the labelled ones of these, or those for "
-        "testing.",
+        help="Images to use: all except those for testing, only the labelled ones among them, or "
+        "those for testing.",
     ),
     click.option(
         "--unlabelled",
         is_flag=True,
         default=None,
-        help="All images below DATA as one set without classes. Default: as the run did.",
+        help="Use all images below DATA as one set without classes. Default: as in the run.",
     ),
     click.option(
         "--dataset",
         type=Name("dataset", *DATASETS),
         metavar="NAME",
-        help="Size and normalise images as for this dataset, not as the run did.",
+        help="Size and normalise images as for this dataset, not as in the run.",
     ),
     click.option(
         "--resize-px",
         metavar="PX",
-        help="Resize the short side to this before the centre crop; native: do not.",
+        help="Resize the short side to this before the centre crop; native: do not resize.",
     ),
     click.option(
         "--set",
@@ -1385,15 +1386,15 @@ EMBEDDED = section(
     "--out",
     required=True,
     type=NEW_FILE,
-    help="The file to write: a name that ends in .npz, .npy, .parquet or .csv.",
+    help="The file to write. Its name must end in .npz, .npy, .parquet or .csv.",
 )
 def embed(
     checkpoint: Path, data: tuple[Path, ...], out: Path, sets: tuple[str, ...], **options: Any
 ) -> None:
-    """Write the features of all images to a file, a row for each image.
+    """Write the features of all images to a file, with one row per image.
 
-    A row has the image's path, its class if it has one, and the encoder's features as float32. The
-    order is that of the paths, whatever the number of processes.
+    A row contains the image's path, its class if there is one, and the encoder's features as
+    float32. The rows are in the order of the paths, whatever the number of processes.
     """
     from rsa_fast.evaluation.embed import embed as run
     from rsa_fast.recipes import parse_set
@@ -1420,9 +1421,14 @@ def embed(
 @EMBEDDED
 @click.option("--out", required=True, type=NEW_FILE, help="The .html page to write.")
 @click.option(
-    "--queries", type=click.IntRange(1), default=16, help="Number of images to show neighbours of."
+    "--queries",
+    type=click.IntRange(1),
+    default=16,
+    help="Number of images whose neighbours are shown.",
 )
-@click.option("--nearest", type=click.IntRange(1), default=8, help="Number of neighbours of each.")
+@click.option(
+    "--nearest", type=click.IntRange(1), default=8, help="Number of neighbours of each image."
+)
 @click.option(
     "--points",
     type=click.IntRange(0),
@@ -1437,9 +1443,9 @@ def neighbours(
     sets: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Show images beside those that an encoder finds most similar, and a map of all.
+    """Show images next to those that an encoder finds most similar, and a map of all images.
 
-    The page is one file with the images inside. The map wants scikit-learn.
+    The page is one file that contains the images. The map needs scikit-learn.
     """
     from rsa_fast.insight.neighbours import neighbours as run
     from rsa_fast.recipes import parse_set
@@ -1464,7 +1470,7 @@ def neighbours(
     "--images",
     type=click.IntRange(1),
     default=4,
-    help="Number of images: the first ones that training reads.",
+    help="Number of images. They are the first ones that training reads.",
 )
 @BACKEND
 @click.option(
@@ -1488,14 +1494,14 @@ def preview(
     epoch: int,
     seed: int | None,
 ) -> None:
-    """Draw a sheet of what training sees.
+    """Draw the inputs of training on a sheet.
 
-    It shows each image with its crops, and all their views with the random parameters that were
-    drawn. These are the four of RSA, unless a method, file or setting has other groups of crops.
+    The sheet shows each image with its crops, and all views with their random parameters. The views
+    are the four of RSA, unless a method, file or setting has other groups of crops.
     """
     overrides = {"backend": backend, "seed": seed}
     if not config and not method:
-        overrides["batch_size"] = images  # auto would refuse a folder with few images
+        overrides["batch_size"] = images  # otherwise auto would refuse a folder with few images
     recipe = recipe_of(
         dataset=dataset, method=method, config=config, sets=sets, overrides=overrides, data=data
     )
@@ -1521,14 +1527,15 @@ def preview(
     "--format",
     required=True,
     type=Name("format", *FORMATS),
-    help="Of ResNets, torchvision, timm, detectron2 and hf-timm only represent the standard ones: "
-    "7x7 stem, 64 channels.",
+    help="Format of the file. torchvision, timm, detectron2 and hf-timm only support standard "
+    "ResNets: 7x7 stem, 64 channels.",
 )
 @click.option(
     "--out",
     required=True,
     type=PLACE,
-    help="The file to write, or for hf-timm the folder. A README.md is written beside or in it.",
+    help="The file to write, or the folder for hf-timm. A README.md is written next to the file "
+    "or into the folder.",
 )
 @click.option(
     "--overwrite",
@@ -1549,11 +1556,11 @@ def export(checkpoint: Path, key: str | None, format: str, out: Path, overwrite:
     ),
     imports_torch=False,
 )
-@click.option("--data", default="data", type=FOLDER, help="Folder where the images are or will be.")
-@click.option("--out", default="runs", type=FOLDER, help="Folder where runs are or will be.")
+@click.option("--data", default="data", type=FOLDER, help="Folder of the images, now or later.")
+@click.option("--out", default="runs", type=FOLDER, help="Folder of the runs, now or later.")
 @click.pass_context
 def doctor(ctx: click.Context, data: Path, out: Path) -> None:
-    """Check this machine, and print how to fix what is wrong.
+    """Check this machine, and print how to fix faults.
 
     It checks versions, GPUs, limits and disks. The exit code is 1 if a check fails.
     """
@@ -1568,7 +1575,7 @@ def doctor(ctx: click.Context, data: Path, out: Path) -> None:
 @main.command(examples=("rsa-fast runs", "rsa-fast runs /scratch/runs"), imports_torch=False)
 @click.argument("folder", default="runs", type=FOLDER)
 def runs(folder: Path) -> None:
-    """List the runs in FOLDER, which is runs if not given, and below.
+    """List the runs in FOLDER and below. The default folder is runs.
 
     The state is running, finished, stopped (--resume continues it) or failed. The age is the time
     since the last record.
@@ -1582,9 +1589,9 @@ def runs(folder: Path) -> None:
 @main.command(examples=("rsa-fast watch runs/photos",), imports_torch=False)
 @click.argument("run", type=FOLDER)
 def watch(run: Path) -> None:
-    """Follow a run: its progress and scores until it ends, and its report.html.
+    """Follow a run until it ends: show its progress and scores, and update its report.html.
 
-    A browser that shows the page loads it again by itself.
+    A browser that shows the page reloads it automatically.
     """
     from dataclasses import asdict
 
@@ -1605,13 +1612,13 @@ def watch(run: Path) -> None:
 @click.option(
     "--out",
     type=NEW_FILE,
-    help="The page to write. For a single run the default is report.html in its folder.",
+    help="The page to write. For a single run, the default is report.html in its folder.",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Draw the curves of one or more runs on a web page.
 
-    The page of a running run says how far it is and loads itself again; rsa-fast watch keeps it up
-    to date.
+    The page of a running run shows its progress and reloads itself. rsa-fast watch keeps it up to
+    date.
     """
     from rsa_fast.insight.report import report as run
 
@@ -1643,13 +1650,13 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         "--methods",
         default="rsa,byol",
         metavar="NAME,...",
-        help="Methods to measure in turn, or all. --tune takes the first one.",
+        help="Methods to measure in turn, or all. --tune uses the first one.",
     ),
     click.option(
         "--repeats",
         type=click.IntRange(1),
         default=5,
-        help="Number of turns, after one more to warm up.",
+        help="Number of turns, after a warm-up turn.",
     ),
     click.option(
         "--seconds",
@@ -1667,7 +1674,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     click.option(
         "--tune",
         is_flag=True,
-        help="Instead, try loading settings and write the fastest ones to --out.",
+        help="Instead of measuring, try loading settings and write the fastest ones to --out.",
     ),
     click.option(
         "--budget-s",
@@ -1699,10 +1706,10 @@ def profile(
     budget_s: float,
     out: Path,
 ) -> None:
-    """Measure where the time of an iteration goes.
+    """Measure where an iteration spends its time.
 
-    The training step on a ready batch, the loading of the views, both together, and the parts of
-    each are measured. The result names the bottleneck and the setting that helps.
+    It measures the training step on a batch in memory, the loading of the views, both together, and
+    the parts of each. The result names the bottleneck and the setting that helps.
     """
     overrides = {"batch_size": batch_size, "backend": backend, "threads": threads}
     everything = methods.strip() == "all"
@@ -1757,8 +1764,8 @@ def profile(
         "--data",
         multiple=True,
         type=PLACE,
-        help="Folder with the images, or a text file of paths. Can be repeated. If not given, the "
-        "dataset as published is assumed.",
+        help="Folder with the images, or a text file of paths. Can be repeated. Default: the "
+        "published numbers of the dataset.",
     ),
 )
 @section(
@@ -1812,7 +1819,7 @@ def plan(
 
 @main.group()
 def convert() -> None:
-    """Convert images to few large files, or index such files."""
+    """Convert images to a few large files, or index such files."""
 
 
 convert.add_command(Tool("ffcv", "to_ffcv", "Convert the images in SRC to .beton files in DST."))
@@ -1832,13 +1839,13 @@ main.add_command(
     )
 )
 main.add_command(
-    Tool("stage", "stage", "Copy packed images in SRC to DST, from which training reads meanwhile.")
+    Tool("stage", "stage", "Copy packed images in SRC to DST, which training can already read.")
 )
 main.add_command(
     Tool(
         "subset",
         "imagenet100",
-        "Make DST, a subset of the image folder SRC (train/, val/), from a list of classes.",
+        "Make DST, a subset of the image folder SRC (train/, val/) with the classes of a list.",
     )
 )
 

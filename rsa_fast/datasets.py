@@ -1,10 +1,10 @@
-"""The datasets: one row each, with everything that the project knows about it.
+"""The datasets. Each has one row, with everything that the project knows about it.
 
     DATASETS["cifar10"].classes
 
-A recipe starts from the row's `fields`. The row `auto`, for one's own images, is completed from
-the images themselves by `own_dataset`. This module imports nothing heavy, so `rsa-fast --help`
-lists the names quickly.
+A recipe starts from the row's `fields`. The row `auto` is for the user's own images, and
+`own_dataset` completes it from the images themselves. This module imports nothing heavy, so
+`rsa-fast --help` lists the names quickly.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 class Dataset:
     """One dataset. `scales` names the rows of a method that apply to it, besides "all".
 
-    `file_gib` is a published size: for ImageNet that of ILSVRC2012_img_train.tar, or a part of it
-    in proportion to the images; for Tiny ImageNet that of its zip file; for the others that of
-    their pixels.
-    `binary_layout` is torchvision's class for the dataset's binary files, if it has such files.
-    `hub_id` is the name on Hugging Face's hub of the dataset, or of the one that it is a part of.
-    `run_length` are fields that a method's rows do not replace.
+    `file_gib` is a published size. For ImageNet it is the size of ILSVRC2012_img_train.tar, or a
+    part of it in proportion to the images. For Tiny ImageNet it is the size of its zip file. For
+    the others it is the size of their pixels. `binary_layout` is torchvision's class for the
+    dataset's binary files, if it has such files. `hub_id` is the name on Hugging Face's hub, either
+    of the dataset or of the one that contains it. `run_length` are fields that a method's rows do
+    not replace.
     """
 
     fields: Fields
     scales: tuple[str, ...]
     classes: int
-    images: int  # for pre-training
+    images: int  # the number of images for pre-training
     test_images: int
     file_gib: float
-    side_px: int | None  # None: the images have different sizes
+    side_px: int | None  # None if the images have different sizes
     binary_layout: str | None = None
     hub_id: str | None = None
     run_length: Fields = field(default_factory=dict)
@@ -56,15 +56,15 @@ SMALL = (
     cite("PAPER 4.1", arch="resnet18", optimizer="sgd", base_lr=0.1, batch_size=256, epochs=200)
     | cite("PAPER 4.1; on all parameters: CODE train_single.py", weight_decay=5e-4)
     | cite("CODE train_single.py main", lr_per="epoch")
-    | cite("CODE methods/BYOL.py, at 64 px too", stem="cifar")
-    | cite("CODE: read by PIL, which ignores it", exif_orientation=False)
+    | cite("CODE methods/BYOL.py, also at 64 px", stem="cifar")
+    | cite("CODE: PIL reads the images and ignores it", exif_orientation=False)
 )
 LARGE = (
     cite("PAPER 4.1", arch="resnet50", stem="imagenet", epochs=200)
     | cite("CODE train_multi.py adjust_learning_rate", lr_per="step")
     | cite("CODE eval_multi.py", eval_resize_px=256)
     | cite("PAPER 4.1; CODE train_multi.py getAugs", views={"size_px": 224, **IMAGENET_MEAN_STD})
-    | cite("CODE: read by PIL, which ignores it", exif_orientation=False)
+    | cite("CODE: PIL reads the images and ignores it", exif_orientation=False)
 )
 IMAGENET_1K = (
     LARGE
@@ -123,8 +123,8 @@ DATASETS = {
         fields=LARGE
         | cite("PAPER 4.1", optimizer="sgd", base_lr=0.2, weight_decay=1e-4, batch_size=256)
         | cite(
-            "CODE train_multi.py: of each GPU, with 64 images on 4 GPUs (PAPER Table 7); split:4 "
-            "restores these parts on one GPU",
+            "CODE train_multi.py: statistics of each GPU, with 64 images on 4 GPUs (PAPER Table "
+            "7); split:4 restores these parts on one GPU",
             bn="local",
         ),
         scales=("224px", "imagenet100"),
@@ -189,11 +189,11 @@ DATASETS = {
         file_gib=0.01,
         side_px=64,
     ),
-    # One's own images: these fields are the same for all, `own_dataset` chooses the others.
+    # The user's own images. These fields are always the same. `own_dataset` chooses the others.
     "auto": Dataset(
         fields=cite("ImageNet's, as usual for photographs", views=IMAGENET_MEAN_STD)
-        | cite("chosen: held out for scores where there is no val/ or test/", val_fraction=0.2)
-        | cite("chosen: telephones store photographs lying", exif_orientation=True),
+        | cite("chosen: held out for scores if there is no val/ or test/", val_fraction=0.2)
+        | cite("chosen: phones store photographs without rotating them", exif_orientation=True),
         scales=(),
         classes=0,
         images=0,
@@ -204,19 +204,19 @@ DATASETS = {
 }
 
 
-# The rules of `auto`. These tables and numbers are all there is to change.
+# The rules of `auto`. To change them, change these tables and numbers.
 @dataclass(frozen=True)
 class OwnSize:
-    """The size of views for images of some size, and what goes with it.
+    """The size of views for images of some size, with the other numbers that depend on it.
 
-    The row holds for images whose shorter sides have a median of up to `side_px`, and for views of
-    up to `size_px` where a user chose their size.
+    The row is for images whose shorter sides have a median of up to `side_px`. If the user chose
+    the size of the views, the row is for views of up to `size_px`.
     """
 
     side_px: float
     size_px: int
     eval_resize_px: int
-    scale: str  # of the methods' rows
+    scale: str  # the scale that selects rows of the methods
     largest_batch: int
     fields: Fields
 
@@ -232,7 +232,7 @@ OWN_SIZES = (
     OwnSize(128, 64, 64, "64px", 256, OWN_SMALL),
     OwnSize(math.inf, 224, 256, "224px", 128, OWN_LARGE),
 )
-# Up to so many images, so many steps in all.
+# Up to this number of images, the run has this number of steps in total.
 OWN_STEPS = (
     (1_000, 3_200),
     (5_000, 6_400),
@@ -240,13 +240,13 @@ OWN_STEPS = (
     (100_000, 32_000),
     (500_000, 100_000),
 )
-OWN_EPOCHS = 200  # with more images than that (PAPER 4.1)
-RESNET50_IMAGES = 20_000  # so many make ResNet-50 worth its time, at 224 px
+OWN_EPOCHS = 200  # for more images (PAPER 4.1)
+RESNET50_IMAGES = 20_000  # from this number, a ResNet-50 is worth its time at 224 px
 LEAST_IMAGES = 32
 LEAST_BATCH = 16
 LEAST_STEPS_PER_EPOCH = 16
-SHORT_STEPS = 20_000  # a shorter run takes the methods' rows "short"
-KNN_SCORES, CHECKPOINTS = 10, 20  # in a run
+SHORT_STEPS = 20_000  # a run with fewer steps uses the methods' rows "short"
+KNN_SCORES, CHECKPOINTS = 10, 20  # the numbers of both in a run
 
 
 def own_dataset(
@@ -259,8 +259,8 @@ def own_dataset(
 ) -> Dataset:
     """The row `auto` for training images with these heights and widths, `sizes` `(N, 2)`.
 
-    What a user chose, `size_px` of the views, `batch_size` and `epochs`, replaces the choice here,
-    and what follows from it is chosen to match.
+    `size_px` of the views, `batch_size` and `epochs` are choices of the user. They replace those
+    made here, and the other numbers are chosen to match.
 
     Raises ValueError for too few images.
     """
@@ -269,7 +269,7 @@ def own_dataset(
     same, images = DATASETS["auto"].fields, len(sizes)
     if images < LEAST_IMAGES and batch_size is None:
         raise ValueError(
-            f"auto found {images} training images and wants at least {LEAST_IMAGES}: add images, "
+            f"auto found {images} training images and needs at least {LEAST_IMAGES}: add images, "
             "or choose a --batch-size yourself"
         )
     side_px = int(np.median(sizes.min(axis=1)))
@@ -293,7 +293,7 @@ def own_dataset(
     epochs = epochs or wanted_epochs
     length_reason = "PAPER 4.1"
     if total_steps:
-        length_reason = f"chosen: about {total_steps:,} steps in all for {images:,} images"
+        length_reason = f"chosen: about {total_steps:,} steps in total for {images:,} images"
 
     return Dataset(
         fields=same
@@ -315,7 +315,7 @@ def own_dataset(
         side_px=None,
         run_length=cite(
             f"chosen: the largest from {LEAST_BATCH} to {own.largest_batch} with "
-            f"{LEAST_STEPS_PER_EPOCH} steps an epoch, or else the least",
+            f"{LEAST_STEPS_PER_EPOCH} steps per epoch, or else the smallest",
             batch_size=batch_size,
         )
         | cite(length_reason, epochs=epochs)
@@ -328,7 +328,7 @@ def own_dataset(
 
 
 def name_of(data: Data) -> str:
-    """What one's own images are called: as their folder, or as the file that lists them."""
+    """The name of the user's own images: that of their folder, or of the file that lists them."""
     if isinstance(data, str | Path):
         place = Path(data).resolve()
         return place.stem if place.is_file() else place.name
@@ -336,7 +336,7 @@ def name_of(data: Data) -> str:
 
 
 def every(epochs: int, times: int) -> int:
-    """After how many epochs something is done that is wanted about so many times."""
+    """The number of epochs between two events, so that there are about `times` in a run."""
     return max(1, round(epochs / times))
 
 
@@ -360,13 +360,14 @@ def own_rules() -> list[tuple[str, str, str]]:
         (
             "views.size_px",
             by_size([own.size_px for own in OWN_SIZES]),
-            "chosen: by the median of the images' shorter sides, as all that depends on px here",
+            "chosen: by the median of the images' shorter sides, like all rules here that depend "
+            "on px",
         ),
         by_field("stem"),
         (
             "arch",
             f"resnet18; at {largest_px} px from {RESNET50_IMAGES:,} images: resnet50",
-            "chosen: a larger network wants more images",
+            "chosen: a larger network needs more images",
         ),
         (
             "eval_resize_px",
@@ -376,14 +377,14 @@ def own_rules() -> list[tuple[str, str, str]]:
         ("views.mean, views.std", "ImageNet's", same["views"].source),
         (
             "batch_size",
-            f"the largest power of two from {LEAST_BATCH} that leaves {LEAST_STEPS_PER_EPOCH} "
-            f"steps an epoch; at most {by_size([own.largest_batch for own in OWN_SIZES])}",
-            "chosen: on few images the number of steps decides (docs/results.md)",
+            f"the largest power of two from {LEAST_BATCH} with at least {LEAST_STEPS_PER_EPOCH} "
+            f"steps per epoch; at most {by_size([own.largest_batch for own in OWN_SIZES])}",
+            "chosen: on few images, the number of steps matters (docs/results.md)",
         ),
         (
             "epochs",
-            f"as many as make, with {steps}; with more images {OWN_EPOCHS} epochs",
-            "chosen: as batch_size; PAPER 4.1 for more images",
+            f"by the number of steps ({steps}); for more images {OWN_EPOCHS} epochs",
+            "chosen: as for batch_size; PAPER 4.1 for more images",
         ),
         *map(by_field, ("optimizer", "base_lr", "weight_decay")),
         *((name, str(same[name].value), same[name].source) for name in same if name != "views"),
@@ -391,13 +392,13 @@ def own_rules() -> list[tuple[str, str, str]]:
         (
             "checkpoint_every_epochs",
             f"{CHECKPOINTS} checkpoints, about",
-            "chosen: a stop costs little",
+            "chosen: so that a stop loses little work",
         ),
         (
             "the method's",
             f"its rows for {by_size([own.scale for own in OWN_SIZES])}; with fewer than "
-            f"{SHORT_STEPS:,} steps those for short runs",
-            "as the published datasets have them: rsa-fast recipes DATASET/METHOD",
+            f"{SHORT_STEPS:,} steps, its rows for short runs",
+            "the same as for the published datasets: rsa-fast recipes DATASET/METHOD",
         ),
-        ("name", "the folder's name", "chosen: results name the data"),
+        ("name", "the folder's name", "chosen: so that results name the data"),
     ]

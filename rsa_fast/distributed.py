@@ -1,4 +1,4 @@
-"""The processes that train together: how they start, what they exchange, and which one went silent.
+"""The processes that train together: their start, their communication, and silent ones.
 
 Processes are configured by torchrun's environment variables (RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR, MASTER_PORT), or by those of a SLURM step if torchrun's are missing. A process with
@@ -30,19 +30,20 @@ from rsa_fast.pipelines.machine import cores, idle_cores
 
 log = logging.getLogger("rsa_fast")
 
-# SLURM sends the first two to a job that it pre-empts. The last one says that the terminal is gone.
+# SLURM sends the first two to a job that it pre-empts. The last one is sent when the terminal
+# closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# A signal stopped the run, and --resume continues it. EX_TEMPFAIL of sysexits.
+# The exit code if a signal stopped the run and --resume can continue it: EX_TEMPFAIL of sysexits.
 STOPPED_EXIT_CODE = 75
-BEAT_S = 1.0  # between two heartbeats
-ANSWER_S = 5.0  # the time given to the store for an answer; it may be in the process of rank 0
+BEAT_S = 1.0  # the time between two heartbeats
+ANSWER_S = 5.0  # the time limit for an answer of the store, which may be in the process of rank 0
 SILENT_S = 30.0  # a rank without a heartbeat for this long is reported
-MEET_S = 10.0  # a rank that has waited for this long for the others to start says so
-ALONE = "a shell of srun --pty has only one process; several start with srun, torchrun or --gpus"
-# Where MPI and SLURM give a process its number among those of its machine.
+MEET_S = 10.0  # a rank that waits longer than this for the others to start logs a message
+ALONE = "a shell of srun --pty has only one process; start several with srun, torchrun or --gpus"
+# The variables in which SLURM and MPI store the number of a process on its machine.
 LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
-# Whether `alone` is in effect. A ContextVar would stop torch.compile, which traces `world_size`.
+# Whether `alone` is active. A ContextVar would break torch.compile, which traces `world_size`.
 counts_alone = False
 
 
@@ -52,15 +53,15 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """The number of this process among these processes, from 0."""
     return dist.get_rank() if dist.is_initialized() and not counts_alone else 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A context in which this process counts as the only one, whatever others there are.
+    """A context in which this process counts as the only one, even if there are others.
 
-    The planner traces a step in it, whose tensors no rank can send.
+    The planner traces a step in it, because its tensors cannot be sent to other ranks.
     """
     global counts_alone
     counts_alone = True
@@ -71,9 +72,9 @@ def alone() -> Iterator[None]:
 
 
 def gpu_index() -> int:
-    """The index of the GPU, among those that this process sees, that this process uses.
+    """The index of this process's GPU among the GPUs that are visible to this process.
 
-    SLURM's --gpus-per-task=1 shows each process one GPU only, which then has the index 0. Raises
+    With SLURM's --gpus-per-task=1, each process sees only one GPU, which has the index 0. Raises
     ValueError if there are fewer GPUs than processes on this machine.
     """
     index = int(launcher_variables(os.environ).get("LOCAL_RANK", 0))
@@ -82,27 +83,27 @@ def gpu_index() -> int:
         return 0
     if index >= visible:
         raise ValueError(
-            f"process {index} of this machine, counted from 0, finds {visible} GPUs: "
-            "start one process per GPU"
+            f"process {index} of this machine, counted from 0, sees only {visible} GPUs: start one "
+            "process per GPU"
         )
     return index
 
 
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's five variables, read from `env` or derived from those of a SLURM step.
+    """The five variables of torchrun, read from `env` or derived from those of a SLURM step.
 
     A SLURM step is started by srun with one task per GPU. The result is empty for a single process.
-    Where only LOCAL_RANK is missing, it is SLURM's or MPI's, or else the rank modulo the number of
-    GPUs.
+    If only LOCAL_RANK is missing, it is taken from SLURM or MPI, or else it is the rank modulo the
+    number of GPUs.
 
-    Raises ValueError if other variables of torchrun are missing, or if torchrun is configured such
-    that restarted ranks would hang.
+    Raises ValueError if other variables of torchrun are missing, or if restarted ranks would hang
+    with torchrun's configuration.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [name for name in names if name not in env]
         if missing and env.get("WORLD_SIZE") == "1":
-            return {}  # some platforms give a single process its rank, and nothing else
+            return {}  # some platforms set only the rank of a single process
         if missing == ["LOCAL_RANK"]:
             by_gpu = int(env["RANK"]) % max(1, torch.cuda.device_count())
             found = (env[name] for name in LOCAL_RANKS if name in env)
@@ -117,13 +118,13 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
         shared_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shared_store and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             raise ValueError(
-                "torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: "
-                "else a restart hangs"
+                "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a "
+                "restart hangs"
             )
         return {name: env[name] for name in names}
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and not in_interactive_shell(env):
         # The port is the same on all machines of a step, and differs between steps and between
-        # jobs. Jobs have consecutive numbers, so the steps of a job are 101 ports apart.
+        # jobs. Jobs have consecutive numbers, so the ports of a job's steps differ by 101.
         step = int(env["SLURM_JOB_ID"]) + 101 * int(env.get("SLURM_STEP_ID", 0))
         port = 20_000 + step % 10_000
         return {
@@ -137,9 +138,9 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def in_interactive_shell(env: Mapping[str, str]) -> bool:
-    """Whether this command was typed in a shell that `srun --pty` opened.
+    """Whether this command was typed into a shell that `srun --pty` opened.
 
-    The shell has the variables of a task, but the other tasks of its step have ended at once.
+    The shell has the variables of a task, but the other tasks of its step have already ended.
     """
     return (
         ("SLURM_PTY_PORT" in env or "SLURM_PTY_WIN_COL" in env)
@@ -158,14 +159,14 @@ def first_host(nodes: str) -> str:
 def process_group(
     device: str, timeout_s: float, torch_threads: int | None = None
 ) -> Iterator[Heartbeat]:
-    """Join the other ranks, if there are any: with NCCL between GPUs, with gloo between CPUs.
+    """Join the other ranks, if there are any, with NCCL between GPUs or gloo between CPUs.
 
-    A single process on a CPU leaves busy cores to other programs meanwhile (`use_idle_cores`); a
-    resumed run passes the number of its threads as `torch_threads`.
+    A single process on a CPU leaves busy cores to other programs (`use_idle_cores`). A resumed run
+    passes the number of its threads as `torch_threads`.
 
     Raises ConnectionError if the ranks do not all start, or if one of them dies or keeps the others
-    waiting for longer than `timeout_s` seconds. The message then names that rank and what it was
-    doing.
+    waiting for longer than `timeout_s` seconds. The message then names that rank and its last
+    activity.
     """
     env = {} if dist.is_initialized() else launcher_variables(os.environ)
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -174,7 +175,7 @@ def process_group(
         use_idle_cores(torch_threads)
     if env:
         if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
-            log.info(f"LOCAL_RANK is not set: rank {env['RANK']} takes {env['LOCAL_RANK']}")
+            log.info(f"LOCAL_RANK is not set: rank {env['RANK']} uses {env['LOCAL_RANK']}")
         os.environ.update(env)
         if cuda:
             torch.cuda.set_device(gpu_index())
@@ -205,13 +206,13 @@ def process_group(
 
 
 def use_idle_cores(recorded: int | None = None) -> None:
-    """Let torch compute on a CPU with no more threads than there are idle cores, but at least one.
+    """Limit torch's threads on a CPU to the number of idle cores, but to at least one.
 
-    All threads wait for each other at the end of every operator. With one thread for each core, a
-    single busy program beside them therefore costs much more than its share. The number of threads
-    changes the last bits of the results, so a resumed run has the number that it `recorded`. The
-    number that torch has is never raised: it is a user's choice, or one for each physical core. A
-    number in OMP_NUM_THREADS is left as it is.
+    All threads wait for each other at the end of every operator. If there is one thread for each
+    core, a single other busy program therefore costs much more than its share. The number of
+    threads changes the last bits of the results, so a resumed run uses the number that it
+    `recorded`. torch's own number is never increased. It is the user's choice, or one thread for
+    each physical core. If OMP_NUM_THREADS is set, nothing is changed.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -230,9 +231,9 @@ def use_idle_cores(recorded: int | None = None) -> None:
 
 @contextmanager
 def stdout_silenced() -> Iterator[None]:
-    """What is written to stdout in this context is lost, also what C++ writes.
+    """Discard everything that is written to stdout in this context, even by C++.
 
-    gloo writes a line for every rank there, where the result belongs, and has no setting for it.
+    gloo writes a line for every rank to stdout, which is for results, and has no setting for it.
     """
     sys.stdout.flush()
     kept = os.dup(1)
@@ -260,8 +261,8 @@ def say_after(wait_s: float, text: str) -> Iterator[None]:
 def is_launched(env: Mapping[str, str], processes: int) -> bool:
     """Whether this process is one of the `processes` that torch's launcher has started.
 
-    A single process, of which a platform may have set the rank, still has to start them. Raises
-    ValueError if it is one of several, of which each would start as many.
+    A single process still has to start them, even if a platform has set its rank. Raises ValueError
+    if this is one of several processes, because each would start `processes` more.
     """
     size = int(launcher_variables(env).get("WORLD_SIZE", 1))
     if size == processes and "TORCHELASTIC_RUN_ID" in env:
@@ -270,25 +271,25 @@ def is_launched(env: Mapping[str, str], processes: int) -> bool:
         where = "WORLD_SIZE" if "WORLD_SIZE" in env else "SLURM_STEP_NUM_TASKS"
         raise ValueError(
             f"--gpus and --nproc start the processes of one machine, here {processes}, but this is "
-            f"one of {size} processes already ({where}={size}): leave the option out to train "
-            f"in these {size}, or unset {where} and RANK"
+            f"already one of {size} processes ({where}={size}): leave out the option to train in "
+            f"these {size}, or unset {where} and RANK"
         )
     return False
 
 
-def check_gpus(wanted: int) -> None:
-    """Raise ValueError if this machine has fewer GPUs than wanted."""
-    if (visible := torch.cuda.device_count()) < wanted:
+def check_gpus(count: int) -> None:
+    """Raise ValueError if this machine has fewer than `count` GPUs."""
+    if (visible := torch.cuda.device_count()) < count:
         advice = f"use at most --gpus {visible}" if visible else "--nproc trains on the CPU"
         raise ValueError(
-            f"--gpus {wanted}: torch finds {visible or 'no'} GPUs; {advice}, or see rsa-fast doctor"
+            f"--gpus {count}: torch finds {visible or 'no'} GPUs; {advice}, or see rsa-fast doctor"
         )
 
 
 def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
     """Run `rsa-fast` with `arguments` in `processes` processes on this machine.
 
-    torch's own launcher starts them, on a free port. If one process dies, all of them are restarted
+    torch's own launcher starts them on a free port. If one process dies, all of them are restarted
     from the newest checkpoint, at most `max_restarts` times. Returns the exit code.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -304,20 +305,20 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         run_id=uuid.uuid4().hex,
     )
-    # torch's launcher passes TERM, INT, HUP and QUIT on to the ranks. SLURM also sends USR1.
+    # torch's launcher forwards TERM, INT, HUP and QUIT to the ranks. SLURM also sends USR1.
     signal.signal(signal.SIGUSR1, stop_launcher)
     if signal.SIGHUP not in handled_signals():
-        # The launcher would handle it all the same. The ranks inherit the mask.
+        # Otherwise the launcher would handle it. The ranks inherit the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     elastic_log = logging.getLogger("torch.distributed.elastic")
     elastic_log.handlers, elastic_log.propagate = [LauncherHandler()], False
-    # Without this a restart would hang: see `launcher_variables`.
+    # Without this, a restart would hang: see `launcher_variables`.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         elastic_launch(config, sys.executable)("-c", rank_program(), *arguments)
     except SignalException as stop:
-        # The launcher has passed the signal on to the ranks, and they have ended.
+        # The launcher has forwarded the signal to the ranks, and they have ended.
         return STOPPED_EXIT_CODE if stop.sigval in STOP_SIGNALS else 128 + stop.sigval
     except ChildFailedError as error:
         # The code is negative if a signal killed the process.
@@ -327,9 +328,9 @@ def launch(processes: int, max_restarts: int, arguments: list[str]) -> int:
 
 
 class LauncherHandler(logging.Handler):
-    """Says in our words which process failed, and leaves out the launcher's warnings.
+    """Reports which process failed in a short line, without the launcher's warnings.
 
-    These report the signals that stop a run, of which the ranks write a line themselves.
+    The warnings are about signals that stop a run. The ranks report these themselves.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -349,9 +350,10 @@ class LauncherHandler(logging.Handler):
 
 
 def rank_program() -> str:
-    """The Python program of a rank, which imports from the same places as this process.
+    """The Python program of a rank, which imports from the same paths as this process.
 
-    `python -m rsa_fast` would search the working directory first, and with it the user's modules.
+    `python -m rsa_fast` would search the working directory first, which contains the user's
+    modules.
     """
     return (
         f"import sys; sys.path[:] = {sys.path}; "
@@ -360,7 +362,7 @@ def rank_program() -> str:
 
 
 def stop_launcher(number: int, frame: FrameType | None) -> None:
-    """A signal handler that makes torch's launcher pass the signal on and end."""
+    """A signal handler that makes torch's launcher forward the signal and end."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
@@ -392,7 +394,7 @@ def max_over_ranks(value: int) -> int:
 def barrier() -> None:
     """Wait until every rank has called this."""
     if world_size() > 1:
-        # Without a device NCCL warns that it has to guess one.
+        # Without a device, NCCL warns that it has to guess one.
         nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
@@ -400,8 +402,8 @@ def barrier() -> None:
 def gather(x: Tensor) -> Tensor:
     """The rows `(b, ...)` of every rank as `(world_size * b, ...)`, in the order of the ranks.
 
-    All ranks must have the same shape. The gradient returns to the rank that each row came from,
-    summed over all ranks that used the row.
+    All ranks must have the same shape. The gradient of a row is summed over all ranks that used it,
+    and returns to its rank.
     """
     if world_size() == 1:
         return x
@@ -418,27 +420,27 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # A reduce-scatter would suffice, but gloo has none.
+        # A reduce-scatter would be enough, but gloo has none.
         total = grad.contiguous()
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
 
 class Heartbeat:
-    """Publishes once a second what this rank is doing, and reports ranks that went silent.
+    """Publishes this rank's activity once a second, and reports silent ranks.
 
-    A context manager. A rank that is stopped, dead or waiting for its files keeps all others
-    waiting in a collective operation. The timeout of that operation names neither the rank nor the
-    reason, but the last heartbeat does.
+    This is a context manager. If a rank is stopped, dead or waiting for its files, all others wait
+    in a collective operation. The timeout of that operation names neither the rank nor the reason,
+    but the last heartbeat does.
 
-    A rank whose launcher is gone sends itself a SIGTERM.
+    A rank whose launcher has ended sends itself a SIGTERM.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.doing = "starting"
         self.silent_s = min(SILENT_S, timeout_s / 2)
         self.over = threading.Event()
-        # For each rank the text of its last heartbeat, and when it was received.
+        # The text of each rank's last heartbeat, and the time when it was received.
         self.last_beats = [("0 starting", time.monotonic())] * world_size()
         work = (self.beat, self.watch) if world_size() > 1 else ()
         self.threads = [threading.Thread(target=target, daemon=True) for target in work]
@@ -462,7 +464,7 @@ class Heartbeat:
         """
         store = dist.distributed_c10d._get_default_store()
         keys = [f"beat/{r}" for r in range(world_size())]
-        # A RuntimeError means that the store is gone, and the job with it.
+        # A RuntimeError means that the store and the job have ended.
         with suppress(RuntimeError):
             for count in itertools.count():
                 store.set(keys[rank()], f"{count} {self.doing}")
@@ -473,12 +475,12 @@ class Heartbeat:
                     return
 
     def watch(self) -> None:
-        """Report silent ranks, and send SIGTERM to this process if its launcher is gone."""
+        """Report silent ranks, and send SIGTERM to this process if its launcher has ended."""
         reported: set[int] = set()
         launcher = os.getppid()
         while not self.over.wait(BEAT_S):
             silent = self.silent(self.silent_s)
-            # The lowest rank that is not silent reports for all.
+            # The lowest rank that is not silent reports for all ranks.
             if rank() == min(set(range(world_size())) - silent.keys()):
                 for r in silent.keys() - reported:
                     log.warning(
@@ -504,7 +506,7 @@ class Heartbeat:
         return self.last_beats[rank][0].partition(" ")[2]
 
     def verdict(self) -> str:
-        """The silent ranks, or else what each rank is doing: the cause of a failed collective."""
+        """The cause of a failed collective: the silent ranks, or else the activity of each rank."""
         # A rank that has just died is not silent yet.
         time.sleep(ANSWER_S)
         if silent := self.silent(3 * BEAT_S):

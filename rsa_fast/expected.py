@@ -1,8 +1,8 @@
-"""What a recipe is expected to reach and to cost: `expectations()` has a row for each.
+"""The expected accuracy and cost of each recipe: `expectations()` returns one row per recipe.
 
-The accuracies are published ones of a linear classifier, not this project's. A published figure is
-here only if it was trained for as many epochs as the recipe. What its source did differently is
-beside it.
+The accuracies are published results of a linear classifier. They are not measured by this project.
+A published figure is listed only if its run had the same number of epochs as the recipe. A note
+names what its source did differently.
 
 The GPU-hours are predicted by `rsa-fast plan` for V100s of 32 GB and enough CPU cores to decode.
 `python -m tools.gpu_hours` prints the table again.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from rsa_fast.sourced import Fields, Sourced, cite
 
 GPU = "v100-32g"
-# The datasets of `GPU_HOURS`, in its order, and the number of GPUs: those of PAPER 4.5, and for
-# ImageNet-1K a node of eight.
+# The datasets of `GPU_HOURS`, in the same order, and the number of GPUs. It is that of PAPER 4.5,
+# and for ImageNet-1K a node of eight.
 GPUS = {
     "cifar10": 1,
     "cifar100": 1,
@@ -29,14 +29,14 @@ GPUS = {
     "imagenet1k-100ep": 8,
 }
 
-# These batches of 4,096 images do not fit in eight such GPUs otherwise.
+# Without recomputing, these batches of 4,096 images do not fit into eight such GPUs.
 RECOMPUTE = frozenset(
     (dataset, method)
     for dataset in ("imagenet1k", "imagenet1k-100ep")
     for method in ("simclr", "swav", "w-mse")
 )
 
-# Top-1 in percent of a linear classifier, by dataset and method.
+# Top-1 accuracy of a linear classifier in percent, by dataset and method.
 REPORTED: dict[str, Fields] = {
     "cifar10": cite("PAPER Table 2", simclr=88.3, moco=87.1, simsiam=86.9, byol=90.2, rsa=92.3),
     "cifar100": cite("PAPER Table 2", simclr=59.5, moco=60.3, simsiam=55.8, byol=63.9, rsa=68.1)
@@ -59,7 +59,7 @@ REPORTED: dict[str, Fields] = {
     | cite("SimSiam README", simsiam=68.3),
 }
 
-# Predicted, by method and by the datasets of `GPUS`.
+# Predicted GPU-hours, by method and by the datasets of `GPUS`.
 GPU_HOURS: dict[str, tuple[float, ...]] = {
     "barlow-twins": (0.44, 0.44, 3.4, 3.2, 13, 130, 66),
     "byol": (0.55, 0.55, 4.6, 4.3, 17, 170, 86),
@@ -87,13 +87,13 @@ class Expectation:
 
     dataset: str
     method: str
-    top1: Sourced | None  # None: not published for these epochs, and not measured
+    top1: Sourced | None  # None if it is neither published for these epochs nor measured
     gpu_hours: float
     gpus: int
 
     @property
     def name(self) -> str:
-        """The recipe as `rsa-fast recipes` takes it."""
+        """The name of the recipe for `rsa-fast recipes`."""
         return f"{self.dataset}/{self.method}"
 
     @property
@@ -105,7 +105,7 @@ class Expectation:
 
     @property
     def changes(self) -> dict[str, int]:
-        """The recipe's fields that the GPUs' memory makes different, in speed only."""
+        """The recipe's fields that the GPUs' memory requires. They change only the speed."""
         return {"recompute_stages": 1} if (self.dataset, self.method) in RECOMPUTE else {}
 
 

@@ -1,14 +1,14 @@
-"""Encoders: ResNets and networks from elsewhere. An encoder with a projector.
+"""Encoders, which are ResNets or other networks, and an encoder with a projector.
 
     features = Encoder("resnet18", stem="cifar")(images)  # (B, 3, 32, 32) -> (B, 512)
-    encoder = build_encoder(recipe)  # whatever the recipe's arch names
+    encoder = build_encoder(recipe)  # the network that the recipe's arch names
 
 The ResNets are torchvision's without the classifier. At 32 and 64 px they have the CIFAR stem: a
 3x3 convolution without max-pool. As in the reference code (methods/BYOL.py in
-github.com/tmllab/RSA), this convolution keeps PyTorch's default initialisation.
+github.com/tmllab/RSA), this convolution has PyTorch's default initialisation.
 
-Every encoder is a module that maps images `(B, 3, H, W)` to features `(B, feature_dim)` and has
-this number as its attribute. Nothing else is asked of it.
+Every encoder is a module that maps images `(B, 3, H, W)` to features `(B, feature_dim)` and has the
+attribute `feature_dim`. There are no other requirements.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from rsa_fast.pipelines.named import load_object
 if TYPE_CHECKING:
     from rsa_fast.recipes import Recipe
 
-STANDARD_WIDTH = 64  # channels of the first stage
-ONEDNN_CHANNELS = 16  # with fewer, oneDNN fails: see `StridedPointwise`
+STANDARD_WIDTH = 64  # the channels of the first stage
+ONEDNN_CHANNELS = 16  # with fewer channels, oneDNN fails: see `StridedPointwise`
 
 
 class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """From images `(B, 3, H, W)` to features `(B, feature_dim)`.
+    """A ResNet from images `(B, 3, H, W)` to features `(B, feature_dim)`.
 
     The keys of the state dict are torchvision's, without `fc`. `width` is the number of channels of
-    the first stage and scales all stages (64 is the standard network). With `zero_init_residual`
-    the last BatchNorm gain of every block starts at 0, so that the block starts as the identity.
-    With one of `in_channels`, the network gets the mean of the images' channels.
+    the first stage and scales all stages (64 is the standard network). With `zero_init_residual`,
+    the last BatchNorm gain of every block starts at 0, so the block starts as the identity. If
+    `in_channels` is 1, the network gets the mean of the images' channels.
 
     Two settings change the cost of training. The first `recompute_stages` stages store no
-    activations; the backward pass computes them again (Chen et al. 2016, arXiv:1604.06174). With
+    activations. The backward pass computes them again (Chen et al. 2016, arXiv:1604.06174). With
     `compiled`, torch.compile fuses the operations between the convolutions, which changes the
     results by rounding.
 
-    Raises ValueError for an unknown `arch` or `stem`, for a `width` that is too small, and unless
-    there are 1 or 3 `in_channels`.
+    Raises ValueError for an unknown `arch` or `stem`, for a `width` that is too small, and if
+    `in_channels` is not 1 or 3.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         layers = RESNETS[arch]
         if width * layers.width_per_group < STANDARD_WIDTH:
             raise ValueError(
-                f"width = {width} leaves no channel in the {layers.groups} groups of {arch}: "
-                f"it takes at least {STANDARD_WIDTH // layers.width_per_group}"
+                f"width = {width} leaves no channel in the {layers.groups} groups of {arch}: it "
+                f"needs at least {STANDARD_WIDTH // layers.width_per_group}"
             )
         self.width = width
         block = Bottleneck if layers.bottleneck else BasicBlock
@@ -112,7 +112,7 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        """Build a stage of torchvision's ResNet with `width` channels for its 64."""
+        """Build a stage of torchvision's ResNet with `width` channels instead of its 64."""
         if planes == STANDARD_WIDTH:
             self.inplanes = self.width
         planes = planes * self.width // STANDARD_WIDTH
@@ -121,8 +121,9 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
             shortcut = cast(Any, layer[0]).downsample
             channels = shortcut[0].in_channels, shortcut[0].out_channels
             if channels[0] < ONEDNN_CHANNELS:
-                # skip_init draws nothing, so the seed gives every layer the weights that it had.
-                # torchvision initialises the weights once all stages are built.
+                # skip_init uses no random numbers, so it does not change the weights that a seed
+                # gives to each layer. torchvision initialises the weights when all stages are
+                # built.
                 shortcut[0] = skip_init(  # type: ignore[no-untyped-call]
                     StridedPointwise, *channels, 1, stride, bias=False
                 )
@@ -133,12 +134,12 @@ class Encoder(ResNet):  # type: ignore[misc]  # torchvision has no types
 
 
 class StridedPointwise(nn.Conv2d):
-    """A 1x1 convolution with a stride; on a CPU, one without a stride on the pixels that it reads.
+    """A 1x1 convolution with a stride, which first selects the pixels if it runs on a CPU.
 
-    The backward pass of oneDNN's strided one writes past its buffer if the images are
+    The backward pass of oneDNN's strided convolution writes past its buffer if the images are
     channels_last and have fewer channels than a vector register has numbers: 8 with AVX2, 16 with
-    AVX-512 (github.com/uxlfoundation/oneDNN, issue 6035). On a CPU with AVX2, ResNet-18 of width 1
-    to 7 hung, died or got gradients that were ten times too large. AVX-512 was not measured.
+    AVX-512 (github.com/uxlfoundation/oneDNN, issue 6035). On a CPU with AVX2, a ResNet-18 of width
+    1 to 7 hung, crashed or had gradients that were ten times too large. AVX-512 was not measured.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class StridedPointwise(nn.Conv2d):
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """The forward pass of `encoder`, in four stages; the first includes the stem."""
+    """The forward pass of `encoder` in four stages, of which the first includes the stem."""
     e, x = encoder, images
     stages = [[e.conv1, e.bn1, e.relu, e.maxpool, e.layer1], [e.layer2], [e.layer3], [e.layer4]]
     for number, stage in enumerate(stages):
@@ -162,7 +163,7 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
 def compiled_features() -> Callable[[Encoder, Tensor], Tensor]:
     """`features`, compiled to a single graph for batches of one shape.
 
-    A graph break is an error, because it would undo the gain.
+    A graph break is an error, because the compilation would then have no benefit.
     """
     return torch.compile(features, fullgraph=True, dynamic=False)
 
@@ -176,7 +177,7 @@ def run_layers(layers: list[nn.Module], x: Tensor) -> Tensor:
 def run_recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
     """`run_layers`, but only `x` is stored, and the backward pass runs the layers again.
 
-    The running statistics of BatchNorm are updated in the first run only.
+    The running statistics of BatchNorm are only updated in the first run.
     """
     output: Tensor
     if torch.compiler.is_compiling():  # a compiled second run does not update the statistics
@@ -195,7 +196,7 @@ def run_recomputed(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 @contextmanager
 def statistics_discarded(layers: list[nn.Module]) -> Iterator[None]:
-    """Discard what the BatchNorms in `layers` would add to their running statistics."""
+    """Discard the updates of the BatchNorms in `layers` to their running statistics."""
     buffers = [
         (module, name, buffer)
         for layer in layers
@@ -213,21 +214,22 @@ def statistics_discarded(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def reduce_channels(network: nn.Module, in_channels: int) -> None:
-    """If the network takes one channel, let it get the mean of its images' channels."""
+    """If the network has one input channel, pass it the mean of the images' channels."""
     if in_channels == 1:
         network.register_forward_pre_hook(mean_of_channels)
 
 
 def mean_of_channels(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Images `(B, 1, H, W)` for `(B, 3, H, W)`. Images of one channel stay as they are."""
+    """Average images `(B, 3, H, W)` to `(B, 1, H, W)`. Images of one channel do not change."""
     return (inputs[0].mean(1, keepdim=True),)
 
 
 def build_encoder(recipe: Recipe, own: nn.Module | None = None) -> Encoder:
     """The encoder that the recipe's `arch` names, freshly initialised, or a copy of `own`.
 
-    The class is `Encoder` for ResNets only; of others a method may use what the head of this file
-    says. Raises ValueError for a network that is not there or does not do that.
+    Only ResNets have the class `Encoder`. A method may use the interface of the other networks that
+    is described at the top of this file. Raises ValueError for a network that does not exist or
+    does not have this interface.
     """
     check_arch(recipe, own)
     arch, size_px = recipe.arch, recipe.views.size_px
@@ -250,23 +252,24 @@ def build_encoder(recipe: Recipe, own: nn.Module | None = None) -> Encoder:
     reduce_channels(network, recipe.in_channels)
     feature_dim = measure_features(network, arch, size_px)
     if arch.startswith(TIMM):
-        # It is not always timm's `num_features`: some models have a layer behind the pooling.
+        # It is not always timm's `num_features`, because some models have a layer after the
+        # pooling.
         cast(Any, network).feature_dim = feature_dim
-    elif (found := getattr(network, "feature_dim", None)) != feature_dim:
+    elif (attribute := getattr(network, "feature_dim", None)) != feature_dim:
         raise ValueError(
-            f"{arch} has {'no feature_dim' if found is None else f'feature_dim = {found}'} "
+            f"{arch} has {'no feature_dim' if attribute is None else f'feature_dim = {attribute}'} "
             f"and {feature_dim} features: set the module's feature_dim to {feature_dim}"
         )
     return cast(Encoder, network)
 
 
 def check_arch(recipe: Recipe, own: nn.Module | None = None) -> None:
-    """Raise ValueError for a network that is not there, before anything is built."""
+    """Raise ValueError for a network that does not exist, before anything is built."""
     if recipe.arch == OWN:
         if own is None:
             raise ValueError(
-                "the network is a module that was passed in Python (arch = own): pass it again, as "
-                "encoder=module. The command line takes arch=path/to/file.py:function instead"
+                "the network is a module that was passed in Python (arch = own): pass it again, "
+                "as encoder=module. On the command line, use arch=path/to/file.py:function instead"
             )
     elif recipe.arch.startswith(TIMM):
         timm_options(recipe.arch, recipe.in_channels, recipe.views.size_px)
@@ -277,7 +280,7 @@ def check_arch(recipe: Recipe, own: nn.Module | None = None) -> None:
 def timm_options(arch: str, in_channels: int, size_px: int) -> dict[str, Any]:
     """The arguments of `timm.create_model` for the encoder `arch`.
 
-    Networks whose weights depend on the size of the images are built for it.
+    Networks whose weights depend on the size of the images are built for this size.
     """
     if find_spec("timm") is None:
         raise ValueError(f"{arch} needs timm: {PIP} install timm")
@@ -303,7 +306,7 @@ def build_timm(arch: str, in_channels: int, size_px: int) -> nn.Module:
 
     try:
         network: nn.Module = timm.create_model(**options)
-    except Exception as error:  # models refuse sizes and channels by errors of many types
+    except Exception as error:  # models raise many types of errors for sizes and channels
         raise ValueError(
             f"{arch} cannot be built for {in_channels} channels of {size_px} px: "
             f"{type(error).__name__}: {error}"
@@ -312,7 +315,7 @@ def build_timm(arch: str, in_channels: int, size_px: int) -> nn.Module:
 
 
 def build_named(arch: str) -> nn.Module:
-    """What the function `arch`, `path/to/file.py:name` or `package.module:name`, returns."""
+    """The network that a function returns: `path/to/file.py:name` or `package.module:name`."""
     function = load_object(arch)
     try:
         network = function()
@@ -321,14 +324,14 @@ def build_named(arch: str) -> nn.Module:
             f"{arch} was called without arguments and raised {type(error).__name__}: {error}"
         ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{arch} returned {type(network).__name__}, wanted a torch.nn.Module")
+        raise ValueError(f"{arch} returned {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
 def measure_features(network: nn.Module, arch: str, size_px: int) -> int:
     """The number of features of each image of this size.
 
-    Raises ValueError unless the network maps a batch of images to features `(B, D)`.
+    Raises ValueError if the network does not map a batch of images to features `(B, D)`.
     """
     device = next(network.parameters(), torch.empty(0)).device
     shape, training = (2, 3, size_px, size_px), network.training
@@ -340,13 +343,13 @@ def measure_features(network: nn.Module, arch: str, size_px: int) -> int:
             f"{arch} fails on images {shape}: {type(error).__name__}: {error}"
         ) from error
     network.train(training)
-    found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2:
+    output = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(output, tuple) or len(output) != 2 or output[0] != 2:
         raise ValueError(
-            f"{arch} maps images {shape} to {found}, wanted features (2, feature_dim): "
-            "pool over the image, and flatten"
+            f"{arch} maps images {shape} to {output}, not to features (2, feature_dim): pool over "
+            "the image, and flatten"
         )
-    return found[1]
+    return output[1]
 
 
 class Projected(nn.Module):

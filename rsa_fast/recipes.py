@@ -1,11 +1,11 @@
-"""Recipes: what is trained, on what, and how.
+"""Recipes, which contain all settings of a run: data, network, method and training.
 
     recipe = build_recipe("cifar100", "rsa", overrides={"epochs": 800})
     derived = resolve(recipe, count=50_000)  # steps_per_epoch, total_steps, peak_lr, ...
 
-The fields come from the dataset's row, the method's row, a user's file and `--set key=value`; later
-ones replace earlier ones. Unknown keys are errors, and so are fields of another method. In a row,
-every number has its source beside it (see `sourced.py` for PAPER, CODE and "chosen").
+The fields come from the dataset's row, the method's row, a user's file and `--set key=value`. Later
+ones replace earlier ones. Unknown keys and fields of another method are errors. In a row, every
+number has a source (see `sourced.py` for PAPER, CODE and "chosen").
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ VIEWS_WITHOUT_DEFAULT = {
     field.name for field in dataclasses.fields(ViewSpec) if field.default is dataclasses.MISSING
 }
 LOADING_FIELDS = tuple(field.name for field in dataclasses.fields(Loading))
-# The fields that a resumed run may change. `on_bad_image` is one of them: a bad image ends the run
-# unless it is skipped, so until then the setting has not changed what the run has seen.
+# The fields that a resumed run may change. `on_bad_image` is one of them, because it had no effect
+# before the run stopped at the first bad image.
 FREE_FIELDS = (
     *LOADING_FIELDS,
     "recompute_stages",
@@ -67,12 +67,12 @@ FREE_FIELDS = (
 
 
 class Recipe(BaseModel):
-    """The fields of every run. Batch sizes are global. Lengths are in epochs unless named steps.
+    """The fields of every run. Batch sizes are global. Lengths are in epochs or, if named, steps.
 
     A field without a default gets its value and its source from a row of `datasets.py` or of the
-    method's file. A default holds for every dataset, unless a row replaces it.
+    method's file. A default is valid for every dataset, unless a row replaces it.
 
-    `rsa-fast recipes NAME` shows the comment behind or above a field as its meaning (`meanings`).
+    `rsa-fast recipes NAME` shows the comment after or above a field as its meaning (`meanings`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -81,100 +81,104 @@ class Recipe(BaseModel):
     dataset: str  # a name in datasets.py
     method: str  # the name of a file in methods/ or of an entry point, or a file's absolute path
     views: ViewSpec  # the augmentation of the training images
-    # Evaluation resizes the short side of images to this before the centre crop. None: it resizes
-    # only images that are smaller than the crop.
+    # Evaluation resizes the short side of images to this before the centre crop. If it is None,
+    # only images that are smaller than the crop are resized.
     eval_resize_px: int | None = Field(None, ge=1)
-    # Where the data have no val/ or test/, this fraction of the labelled training images, the same
-    # of each class, is kept for scores: it is not trained on.
+    # If the data have no val/ or test/, this fraction of the labelled training images of each class
+    # is held out for scores and not used for training.
     val_fraction: float = Field(0, ge=0, lt=1)
     # All images below the folder are training images without labels, and there are no scores.
     unlabelled: bool = False
     # Image files are turned upright, as their EXIF tags say. Packed images are read as stored.
     exif_orientation: bool = False
-    # The encoder: a ResNet, timm/NAME, path/to/file.py:function, or own, which is passed in Python.
-    # stem, width, zero_init_residual, recompute_stages and compile are for ResNets.
+    # The encoder is a ResNet, timm/NAME, path/to/file.py:function, or own, which is passed in
+    # Python. stem, width, zero_init_residual, recompute_stages and compile are for ResNets.
     arch: str
     in_channels: Literal[1, 3] = 3  # with 1, the encoder gets the mean of a view's three channels
-    # A 3x3 convolution without max-pool (cifar), or 7x7 with it.
+    # The stem is a 3x3 convolution without max-pool (cifar), or a 7x7 convolution with it
+    # (imagenet).
     stem: Literal["cifar", "imagenet"] = "imagenet"
-    width: int = Field(64, ge=1)  # channels of the first stage; 64 is the standard ResNet
+    width: int = Field(64, ge=1)  # channels of the first stage; the standard ResNet has 64
     # Every residual block starts as the identity (CODE methods/BYOL.py).
     zero_init_residual: bool = True
     # BatchNorm's statistics are those of each rank's batch (local), of all ranks' (sync), or of
     # each of N equal parts of the global batch (split:N).
     bn: str = Field("local", pattern=r"^(local|sync|split:[1-9]\d*)$")
-    epochs: int = Field(ge=1)  # how often every training image is used
-    batch_size: int = Field(ge=1)  # images of an optimiser step, on all ranks together
+    epochs: int = Field(ge=1)  # the number of times that every training image is used
+    batch_size: int = Field(ge=1)  # the images of an optimiser step, on all ranks together
     # Each rank takes its part of the batch in N passes, one after the other, and adds up the
-    # gradients. N passes on one rank equal N ranks with bn = local, for about the memory of one.
+    # gradients. N passes on one rank are equivalent to N ranks with bn = local, but need about the
+    # memory of one pass.
     accumulate: int = Field(1, ge=1)
     # The algorithm that updates the weights.
     optimizer: Literal["sgd", "lars", "larc", "adam", "adamw"]
     base_lr: float = Field(gt=0)  # per 256 images: peak_lr = base_lr * batch_size / 256
-    peak_lr: float | None = Field(None, gt=0)  # if given, replaces that product
-    # The cosine of the learning rate ends here. Its default is that of PAPER 4.1.
+    peak_lr: float | None = Field(None, gt=0)  # replaces base_lr * batch_size / 256
+    # The cosine of the learning rate ends at this value. The default is that of PAPER 4.1.
     min_lr: float = Field(0, ge=0)
-    # At the start of these epochs, counted from 0 or, if negative, from the end of the run, the
-    # learning rate is multiplied by `lr_drop`. They replace the cosine. A run that is too short to
-    # reach one of them after its warm-up does without it.
+    # At the start of these epochs, the learning rate is multiplied by `lr_drop`. They are counted
+    # from 0 or, if negative, from the end of the run. They replace the cosine. A run that is too
+    # short to reach one of them after its warm-up leaves it out.
     lr_drop_epochs: tuple[int, ...] = ()
     lr_drop: float = Field(0.1, gt=0, lt=1)  # the factor at each of `lr_drop_epochs`
-    # The learning rate of gains and biases, which have one dimension, over that of the others.
+    # The learning rate of gains and biases, which have one dimension, divided by that of the other
+    # parameters.
     bias_lr_ratio: float = Field(1, gt=0)
     # The cosine moves at every step, or at the start of every epoch. The warm-up moves at every
     # step.
     lr_per: Literal["step", "epoch"] = "step"
-    # The momentum of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1; beta_2 is 0.999
-    # and eps 1e-8.
+    # The momentum of the optimiser (PAPER 4.1). For Adam and AdamW it is beta_1, while beta_2 is
+    # 0.999 and eps is 1e-8.
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False  # Nesterov's momentum, with SGD
-    weight_decay: float = Field(ge=0)  # Adam adds it to the gradient; AdamW shrinks the weights
-    # Which parameters SGD, LARC, Adam and AdamW leave without weight decay: none, or gains and
-    # biases, which have one dimension. LARS always leaves those without.
+    weight_decay: float = Field(ge=0)  # Adam adds it to the gradient, AdamW shrinks the weights
+    # The parameters that have no weight decay with SGD, LARC, Adam and AdamW: none, or gains and
+    # biases, which have one dimension. With LARS, gains and biases never have weight decay.
     decay_exclude: Literal["none", "norm_and_bias"] = "none"
-    # The gradients of all parameters together are scaled down to this norm where it is larger.
+    # If the norm of all gradients together is larger than this, they are scaled down to it.
     clip_grad_norm: float | None = Field(None, gt=0)
-    # The gradient of each parameter alone is scaled down to this norm where it is larger (DINO).
+    # If the norm of a parameter's gradient is larger than this, it is scaled down to it (DINO).
     clip_each_grad_norm: float | None = Field(None, gt=0)
-    trust_coefficient: float = Field(0.001, gt=0)  # of LARS and LARC (CODE common/lars.py)
+    trust_coefficient: float = Field(0.001, gt=0)  # for LARS and LARC (CODE common/lars.py)
     warmup_epochs: int = Field(0, ge=0)  # the learning rate rises linearly from `warmup_start_lr`
     warmup_start_lr: float = Field(0, ge=0)  # the learning rate of the first step of the warm-up
-    # auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU.
+    # auto means bf16 if the device computes in it, and otherwise fp16 on a GPU and fp32 on a CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # for the initialisation, the sample order and the views
-    # The order of an epoch: one permutation of all images (full), or of blocks of neighbours in the
-    # packed files and then of the images in a window of blocks. Blocks are for packed data larger
-    # than memory on a disk that does few reads a second: 3,200 instead of 564 images/s at 500 reads
-    # a second. On a local NVMe disk they gain nothing.
+    # The order of an epoch. It is one permutation of all images (full), or it is first a
+    # permutation of blocks of neighbours in the packed files and then of the images in a window of
+    # blocks (blocks). Blocks help if packed data are larger than the memory and the disk does few
+    # reads per second: 3,200 instead of 564 images/s at 500 reads per second. They do not help on a
+    # local NVMe disk.
     order: Literal["full", "blocks"] = "full"
-    block_mib: int = Field(1, ge=1)  # what is read in one piece
-    window_mib: int = Field(4096, ge=1)  # on all ranks together; two windows are in memory
+    block_mib: int = Field(1, ge=1)  # the size of a block, which is read in one piece
+    window_mib: int = Field(4096, ge=1)  # for all ranks together; two windows are in memory
 
     # --- Fields that change the result by rounding only
     # Train the encoder with torch.compile, which fuses BatchNorm, ReLU and sums. A model of RSA's
     # training (ResNet-50, 224 px, fp16, 256 images per V100) predicts 25% fewer bytes and 21% less
-    # roofline time. But there are 28% more kernels to launch, which costs time where images or
-    # batches are small, and compiling takes minutes.
+    # roofline time. But there are 28% more kernels to launch, which takes time if images or batches
+    # are small. Compiling takes minutes.
     compile: bool = False
 
     # --- Fields that change only speed or memory
-    # How many of the encoder's four stages are computed again in the backward pass, so that their
-    # activations need not be stored (Chen et al. 2016). The same model predicts 12.3 GiB instead of
-    # 21.6 GiB and 11% more time for one stage, which then fits a GPU of 16 GB, and 9.7 GiB and 19%
-    # more time for two.
+    # The number of the encoder's four stages that are computed again in the backward pass, so that
+    # their activations are not stored (Chen et al. 2016). For one stage, the same model predicts
+    # 12.3 GiB instead of 21.6 GiB, which fits a GPU of 16 GB, and 11% more time. For two stages, it
+    # predicts 9.7 GiB and 19% more time.
     recompute_stages: int = Field(0, ge=0, le=4)
-    backend: str = "auto"  # what makes the views
-    # Loader threads per rank; 0: its share of the cores, at most 16.
+    backend: str = "auto"  # the name of the backend that makes the views
+    # The number of loader threads per rank. 0 means the rank's share of the cores, at most 16.
     threads: int = Field(0, ge=0)
-    prefetch_batches: int = Field(2, ge=1)  # batches made ahead of the one in use
-    # Where jitter, grayscale and blur are computed; auto: on the device if that is a GPU.
+    prefetch_batches: int = Field(2, ge=1)  # the number of batches that are prefetched
+    # Where jitter, grayscale and blur are computed. auto means on the device if that is a GPU.
     aggressive_on: AggressiveOn = "auto"
     # Where the dali backend decodes if the device is a GPU: on the GPU (mixed) or on the host.
     decode_on: DecodeOn = "gpu"
-    # Where the networks are trained; auto: on the GPU if torch finds one.
+    # Where the networks are trained. auto means on the GPU if torch finds one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # What happens to an image that cannot be read: stop; or skip, which leaves it out, or later
-    # replaces it by the next that can be read.
+    # What to do with an image that cannot be read: stop or skip. With skip, it is left out at the
+    # start, or replaced by the next readable image later.
     on_bad_image: OnBadImage = "stop"
 
     # --- Fields that change only what is recorded, and when a run stops
@@ -182,16 +186,16 @@ class Recipe(BaseModel):
     evaluate: bool = True  # score the encoder, if the data have a test split
     knn_every_epochs: int = Field(10, ge=0)  # epochs between two kNN scores; 0: only at the end
     checkpoint_every_epochs: int = Field(1, ge=1)  # epochs between two checkpoints
-    keep_last: int = Field(2, ge=1)  # checkpoints that are not deleted
-    # The score, such as knn_top1, whose best epoch is kept as checkpoints/best.pt; empty: none is.
+    keep_last: int = Field(2, ge=1)  # the number of newest checkpoints that are not deleted
+    # The score, such as knn_top1, whose best epoch is saved as checkpoints/best.pt, or empty.
     keep_best: str = ""
-    max_skips: int = Field(50, ge=1)  # fp16 steps that overflow in a row before the run stops
-    timeout_s: float = Field(600, gt=0)  # how long ranks wait for each other before the run stops
-    wandb: bool = False  # send the records to Weights & Biases too
-    name: str = ""  # what results call the data; empty: as the dataset
+    max_skips: int = Field(50, ge=1)  # the run stops after this number of fp16 overflows in a row
+    timeout_s: float = Field(600, gt=0)  # the run stops if ranks wait longer for each other
+    wandb: bool = False  # also send the records to Weights & Biases
+    name: str = ""  # the name of the data in results, or empty for the dataset's name
 
     def __repr__(self) -> str:
-        """What is trained, then the fields that differ from the rows of the dataset and method."""
+        """A summary line, then the fields that differ from the rows of the dataset and method."""
         title = (
             f"{short_name(self.method)} on {self.data_name}: {self.arch}, {self.views.size_px} px, "
             f"batch {self.batch_size}, {self.epochs} epochs, lr {self.highest_lr:.4g}"
@@ -206,19 +210,19 @@ class Recipe(BaseModel):
 
     @property
     def data_name(self) -> str:
-        """What results call the data."""
+        """The name of the data in results."""
         return self.name or self.dataset
 
     @property
     def loading(self) -> Loading:
-        """The settings of loading, for `open_views`."""
+        """The settings of loading for `open_views`."""
         fields = {name: getattr(self, name) for name in LOADING_FIELDS}
         return Loading(**fields | {"threads": self.threads or loader_threads()})
 
     def open_source(self, data: Data, split: str, cache: str | Path | None = None) -> Source:
-        """The images of a split of `data`, read as the recipe says (`pipelines.open_source`).
+        """Open the images of a split of `data` by the recipe's settings (`pipelines.open_source`).
 
-        Bad test images are left out, whatever happens to training images: they are not scored.
+        Unreadable test images are always left out, so they are not scored.
         """
         return open_source(
             data,
@@ -231,7 +235,7 @@ class Recipe(BaseModel):
         )
 
     def training_source(self, data: Data, cache: str | Path | None = None) -> Source:
-        """The images that a run with this recipe is trained on."""
+        """Open the training images of a run with this recipe."""
         return self.open_source(data, "pretrain", cache)
 
     def order_of(
@@ -239,13 +243,14 @@ class Recipe(BaseModel):
     ) -> Order:
         """The order in which one of `world_size` ranks reads the images of a run.
 
-        Raises ValueError where batches do not divide, and for blocks of images that are not packed.
+        Raises ValueError if batches cannot be divided, and for blocks of images that are not
+        packed.
         """
         blocks = None
         if self.order == "blocks":
             if source.extents is None:
                 raise ValueError(
-                    f"order = blocks reads .beton files and tar shards, and {source.where} is "
+                    f"order = blocks needs .beton files or tar shards, and {source.where} is "
                     "neither: convert it with rsa-fast convert, or set order=full"
                 )
             blocks = source.extents.blocks(self.block_mib * 2**20, self.window_mib * 2**20)
@@ -277,8 +282,8 @@ class Recipe(BaseModel):
             default = type(self).model_fields[name].default
             if (value := getattr(self, name)) != default:
                 raise ValueError(
-                    f"{name} = {value} is for ResNets, and arch is {self.arch}: "
-                    f"leave it out, or set {name}={default}"
+                    f"{name} = {value} is only for ResNets, but arch is {self.arch}: leave it out, "
+                    f"or set {name}={default}"
                 )
         return self
 
@@ -302,14 +307,14 @@ class Recipe(BaseModel):
     def blocks_are_for_the_block_order(self) -> Recipe:
         for name in ("block_mib", "window_mib") if self.order == "full" else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} = {value} is for order=blocks, and order is full")
+                raise ValueError(f"{name} = {value} is only for order=blocks, but order is full")
         return self
 
     @model_validator(mode="after")
     def nesterov_is_for_sgd(self) -> Recipe:
         if self.nesterov and self.optimizer != "sgd":
             raise ValueError(
-                f"nesterov = True is for SGD, and optimizer is {self.optimizer}: leave it out"
+                f"nesterov = True is only for SGD, but optimizer is {self.optimizer}: leave it out"
             )
         return self
 
@@ -330,16 +335,18 @@ class Recipe(BaseModel):
             return self
         if self.min_lr:
             raise ValueError(
-                f"{given} replaces the cosine, which min_lr = {self.min_lr} is the end of: "
-                "set min_lr=0, or lr_drop_epochs=[]"
+                f"{given} replaces the cosine, but min_lr = {self.min_lr} is the end of the "
+                "cosine: set min_lr=0, or lr_drop_epochs=[]"
             )
         if early := [e for e in self.lr_drop_epochs if 0 <= e <= self.warmup_epochs]:
             raise ValueError(
                 f"{given}: epoch {early[0]} is not after the warm-up of {self.warmup_epochs} "
-                "epochs: name later ones"
+                "epochs: choose later ones"
             )
         if len(set(self.drop_epochs)) < len(self.drop_epochs):
-            raise ValueError(f"{given} names an epoch twice, of {self.epochs}: name it once")
+            raise ValueError(
+                f"{given} contains an epoch twice, in a run of {self.epochs}: leave one out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -350,9 +357,9 @@ class Recipe(BaseModel):
         if not method_class(self.method).mean_over_images:
             raise ValueError(
                 f"{given}: {short_name(self.method)} compares the images of a batch with each "
-                "other or with a queue, so that parts of a batch would teach something else: to "
-                "save memory, use recompute_stages or a smaller batch_size (a method of your own "
-                "says mean_over_images = True if its loss is one)"
+                "other or with a queue, so parts of a batch would have another loss: to save "
+                "memory, use recompute_stages or a smaller batch_size (your own method can set "
+                "mean_over_images = True if its loss is a mean over images)"
             )
         if self.bn == "sync":
             raise ValueError(
@@ -397,23 +404,23 @@ class Recipe(BaseModel):
         return {"lr": lr}
 
     def check_batch(self, world_size: int) -> None:
-        """Raise ValueError if BatchNorm would get less than 2 images, which have no variance."""
+        """Raise ValueError if BatchNorm would get fewer than 2 images, which have no variance."""
         parts = 1 if self.bn == "sync" else world_size * self.accumulate
         if self.bn.startswith("split:") or self.batch_size >= 2 * parts:
-            return  # `split_fits` has checked the other
+            return  # `split_fits` has checked split:N
         shared = [f"{world_size} ranks"] if world_size > 1 else []
         shared += [f"accumulate = {self.accumulate}"] if self.accumulate > 1 else []
         among = f", on {' and '.join(shared)}," if shared else ""
         sync = ", or bn=sync" if self.accumulate == 1 < self.batch_size else ""
         raise ValueError(
-            f"batch_size = {self.batch_size}, which is global{among} gives BatchNorm less than 2 "
-            f"images at once: it takes at least {2 * parts}{sync}"
+            f"batch_size = {self.batch_size}, which is global{among} gives BatchNorm fewer than 2 "
+            f"images at a time: it must be at least {2 * parts}{sync}"
         )
 
     def check_labels(self, labelled: bool, classes: int) -> None:
         """Raise ValueError if the method cannot train with these labels.
 
-        `labelled` says whether the dataset has labels, `classes` how many classes.
+        `labelled` is true if the dataset has labels, and `classes` is the number of classes.
         """
 
 
@@ -428,7 +435,7 @@ class Derived:
     total_steps: int
     warmup_steps: int
     peak_lr: float
-    batch_per_gpu: int  # images of one pass, of which a step has `accumulate`
+    batch_per_gpu: int  # the images of one pass; a step has `accumulate` passes
 
 
 def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
@@ -448,9 +455,9 @@ def resolve(recipe: Recipe, count: int, world_size: int = 1) -> Derived:
 
 
 def changed(recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """The fields that differ from their rows: name, value, and the rows' value.
+    """The fields that differ from their rows, each with its name, its value and the rows' value.
 
-    The list is empty where there are no rows to compare with.
+    The list is empty if there are no rows to compare with.
     """
     if isinstance(recipe, ForeignRecipe):
         return []
@@ -467,20 +474,20 @@ def recipe_type(method: str) -> type[Recipe]:
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """What each field of a recipe's class means, such as `views.blur_p`.
+    """The meaning of each field of a recipe's class, such as `views.blur_p`.
 
-    It is the comment behind the field, or the lines of comment above it. A class whose source is
-    not there has none.
+    It is the comment after the field, or the lines of comment above it. Fields of a class without
+    source code are left out.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for cls in reversed(kind.__mro__):
         if not (issubclass(cls, Recipe) or cls is ViewSpec):
             continue
         with suppress(OSError, TypeError):
-            found |= comments_of_fields(textwrap.dedent(inspect.getsource(cls)))
+            texts |= comments_of_fields(textwrap.dedent(inspect.getsource(cls)))
     if issubclass(kind, Recipe):
-        found |= {f"views.{name}": text for name, text in meanings(ViewSpec).items()}
-    return found
+        texts |= {f"views.{name}": text for name, text in meanings(ViewSpec).items()}
+    return texts
 
 
 def comments_of_fields(source: str) -> dict[str, str]:
@@ -488,24 +495,24 @@ def comments_of_fields(source: str) -> dict[str, str]:
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
-    found = {}
+    texts = {}
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         words, above = [comments.get(node.end_lineno or 0, "")], node.lineno - 1
-        # A line such as `# --- Fields that ...` heads a part of the class.
+        # A line such as `# --- Fields that ...` is the title of a part of the class.
         while lines[above - 1].lstrip().startswith("#") and not comments[above].startswith("---"):
             words.insert(0, comments[above])
             above -= 1
         if text := " ".join(filter(None, words)):
-            found[node.target.id] = text
-    return found
+            texts[node.target.id] = text
+    return texts
 
 
 def row(dataset: str, method: str, own: Dataset | None = None) -> Fields:
     """The fields of a dataset and a method, with sources. Raises ValueError for unknown names.
 
-    `own` is the row of one's own images (`own_row`), for the dataset `auto`.
+    `own` is the row of the user's own images (`own_row`), for the dataset `auto`.
     """
     if dataset not in DATASETS:
         raise ValueError(
@@ -523,23 +530,23 @@ def row(dataset: str, method: str, own: Dataset | None = None) -> Fields:
 
 
 def short_queue(queue_size: int, own: Dataset) -> Fields:
-    """A queue in which an image is hardly ever compared with its own earlier embedding."""
+    """A queue so short that images are rarely compared with their own earlier embeddings."""
     largest = max(2 ** int(math.log2(own.images) - 1), 2 * own.run_length["batch_size"].value)
     if queue_size <= largest:
         return {}
-    return cite("chosen: a queue of less than half of the images", queue_size=largest)
+    return cite("chosen: a queue with fewer than half of the images", queue_size=largest)
 
 
 def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
     """The row `auto` for the training images in `data` (see `datasets.own_dataset`).
 
-    `given` are fields that the user chose, from which others follow. Raises ValueError for too few
-    images, and the errors of `open_source`.
+    `given` are fields that the user chose. Other fields are derived from them. Raises ValueError
+    for too few images, and the errors of `open_source`.
     """
     given = given or {}
 
     def number(name: str) -> int | None:
-        """What the user chose for a field. A value out of range is refused with the others."""
+        """The user's choice for a field. A value out of range is refused later, with all others."""
         value = given.get(name)
         return value if isinstance(value, int) and value >= 1 else None
 
@@ -551,7 +558,7 @@ def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
         "pretrain",
         val_fraction=val_fraction,
         unlabelled=given.get("unlabelled") is True,
-        on_bad_image="skip",  # the run that follows decides what happens to bad images
+        on_bad_image="skip",  # the run itself decides about bad images
     ).manifest
     row = own_dataset(
         manifest.sizes,
@@ -560,7 +567,7 @@ def own_row(data: Data, given: dict[str, Any] | None = None) -> Dataset:
         batch_size=number("batch_size"),
         epochs=number("epochs"),
     )
-    return replace(row, fields=row.fields | cite("the images' place", name=name_of(data)))
+    return replace(row, fields=row.fields | cite("the place of the images", name=name_of(data)))
 
 
 def build_recipe(
@@ -579,13 +586,13 @@ def build_recipe(
         build_recipe("auto", "rsa", data="my_photos")
 
     The key `views.blur_p` changes a field of the views, and so does a keyword's mapping. Raises
-    ValueError, which names every value out of range and every unknown key, with the nearest known
-    one.
+    ValueError, which lists every value out of range and every unknown key, with the nearest known
+    key.
 
-    Where only the size of the views is changed, `eval_resize_px` follows in proportion.
+    If only the size of the views is changed, `eval_resize_px` changes in proportion.
 
-    The dataset `auto` chooses its row from the images in `data`; no other dataset reads them.
-    `data` is not needed if file and overrides have all fields, as a run's recipe.yaml has.
+    The dataset `auto` chooses its row from the images in `data`. No other dataset reads them.
+    `data` is not needed if file and overrides contain all fields, as a run's recipe.yaml does.
     """
     file_fields = flatten(read_yaml(Path(file)) if file else {})
     given = [*file_fields, *(overrides or {}).items(), *flatten(changes)]
@@ -595,7 +602,7 @@ def build_recipe(
     usual_px = fields["views"].get("size_px")
     arch = dict(given).get("arch", fields.get("arch"))
     if not (isinstance(arch, str) and arch in RESNETS):
-        # The rows' values of these fields are meant for the rows' ResNets.
+        # In the rows, the values of these fields are for the rows' ResNets.
         fields = {name: value for name, value in fields.items() if name not in RESNET_FIELDS}
     for key, value in given:
         head, _, tail = key.partition(".")
@@ -605,7 +612,7 @@ def build_recipe(
             fields[key] = value
     known = recipe_type(method).model_fields.items()
     if not own and dataset == "auto" and any(f.is_required() and k not in fields for k, f in known):
-        raise ValueError("auto chooses from the images: name their folder with --data, or data=")
+        raise ValueError("auto chooses from the images: give their folder by --data, or data=")
     views, resize_px = fields["views"], fields.get("eval_resize_px")
     size_px = views.get("size_px") if isinstance(views, dict) else None
     if resize_px and isinstance(size_px, int) and "eval_resize_px" not in dict(given):
@@ -622,12 +629,12 @@ def build_recipe(
 
 
 def resize_in_proportion(resize_px: int, usual_px: int, size_px: int) -> int:
-    """`eval_resize_px` for views of `size_px`, where it is `resize_px` for those of `usual_px`."""
+    """`eval_resize_px` for views of `size_px`, if it is `resize_px` for views of `usual_px`."""
     scaled = (2 * size_px * resize_px + usual_px) // (2 * usual_px)
     if size_px != usual_px:
         log.info(
-            f"eval_resize_px is {scaled}, in proportion to views.size_px = {size_px} "
-            f"({resize_px} for {usual_px})"
+            f"eval_resize_px is {scaled}, in proportion to views.size_px = {size_px} ({resize_px} "
+            f"for {usual_px})"
         )
     return scaled
 
@@ -635,8 +642,8 @@ def resize_in_proportion(resize_px: int, usual_px: int, size_px: int) -> int:
 def replaced(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe with other values of some fields, by their names, such as `views.size_px`.
 
-    Where only the size of the views is changed, `eval_resize_px` follows in proportion. Raises
-    ValueError as `parse` does.
+    If only the size of the views is changed, `eval_resize_px` changes in proportion. Raises the
+    errors of `parse`.
     """
     fields = recipe.model_dump()
     for key, value in changes.items():
@@ -662,7 +669,7 @@ def validate(fields: dict[str, Any]) -> Recipe:
 def recipe_of_own_encoder(recipe: Recipe) -> Recipe:
     """The recipe with `own` as its arch, for a network that is passed in Python.
 
-    Its stem, width and zero_init_residual, with which rows describe their ResNets, are left out.
+    Its stem, width and zero_init_residual are reset, because they describe the rows' ResNets.
     Raises ValueError for the other fields of ResNets.
     """
     fields = recipe.model_dump()
@@ -674,7 +681,7 @@ def recipe_of_own_encoder(recipe: Recipe) -> Recipe:
 class ForeignRecipe(Recipe):
     """The recipe in a checkpoint of a method that is not part of this package.
 
-    The method's own fields are kept as they are.
+    The method's own fields are not checked or changed.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -685,28 +692,29 @@ class ForeignRecipe(Recipe):
 
 
 def checkpoint_recipe(fields: dict[str, Any]) -> Recipe:
-    """The recipe in a checkpoint, whose encoder can be used without the method.
+    """The recipe in a checkpoint, for using its encoder without its method.
 
-    A checkpoint may name a file, and reading it must not execute code. Therefore a method that is
-    not part of this package is not loaded: it need not be there. Otherwise like `stored_recipe`.
+    A checkpoint may name a file, and reading the checkpoint must not execute code. Therefore a
+    method that is not part of this package is not loaded, and it does not have to exist. Otherwise
+    this is like `stored_recipe`.
     """
     method = fields.get("method")
     if not isinstance(method, str) or method in FILES:
         return stored_recipe(fields, "the checkpoint")
-    log.info(f"{method} is no method of this package: only its encoder is read, without the method")
+    log.info(f"{method} is not a method of this package: the encoder is loaded without the method")
     return parse(known_fields(fields, ForeignRecipe, "the checkpoint"), ForeignRecipe)
 
 
 def stored_recipe(fields: dict[str, Any], origin: str | None = None) -> Recipe:
     """The recipe that a run of this or another version stored in a checkpoint or in recipe.yaml.
 
-    A missing field has its default or, where it has none, the value of its row. A field that this
-    version does not know is ignored, and a line says so that begins with `origin`, if that is
-    given. Raises ValueError like `validate`.
+    A missing field has its default or, without a default, the value of its row. A field that this
+    version does not know is ignored. If `origin` is given, a log line that begins with it lists
+    these fields. Raises ValueError like `validate`.
     """
     method, dataset = fields.get("method"), fields.get("dataset")
     if not isinstance(method, str):
-        return validate(fields)  # refuses it
+        return validate(fields)  # raises the error
     kind = recipe_type(method)
     fields = known_fields(fields, kind, origin)
     if isinstance(dataset, str) and dataset in DATASETS:
@@ -720,9 +728,9 @@ def stored_recipe(fields: dict[str, Any], origin: str | None = None) -> Recipe:
 
 
 def known_fields(fields: dict[str, Any], kind: type[Recipe], origin: str | None) -> dict[str, Any]:
-    """The fields of a stored recipe that `kind` has. The others are reported: see `stored_recipe`.
+    """The fields of a stored recipe that `kind` has. `stored_recipe` explains the other fields.
 
-    `ForeignRecipe` keeps those that may be its method's.
+    `ForeignRecipe` has all fields that may belong to its method.
     """
     known: dict[str, Any] = {key: value for key, value in fields.items() if key != "views"}
     if kind is not ForeignRecipe:
@@ -750,7 +758,7 @@ def parse(fields: dict[str, Any], kind: type[Recipe]) -> Recipe:
 
 
 def explain(error: Any, kind: type[Recipe], method: str) -> str:
-    """One of pydantic's errors in our words."""
+    """One of pydantic's errors as a short text."""
     key = ".".join(str(part) for part in error["loc"])
     known = [
         *kind.model_fields,
@@ -758,7 +766,7 @@ def explain(error: Any, kind: type[Recipe], method: str) -> str:
     ]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         owners = ", ".join(name for name in METHODS if key in recipe_type(name).model_fields)
-        hint = f": {method} does not use it, {owners} do" if owners else nearest(key, known)
+        hint = f": it belongs to {owners}, not to {method}" if owners else nearest(key, known)
         return f"no field {key!r}{hint}"
     if error["type"] == "value_error" and not key:
         return str(error["msg"]).removeprefix("Value error, ")
@@ -767,12 +775,12 @@ def explain(error: Any, kind: type[Recipe], method: str) -> str:
 
 
 def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
-    """Turn `("beta_base=0.3", "views.blur_p=0")` into a dict, whose values are read as YAML.
+    """Parse `("beta_base=0.3", "views.blur_p=0")` into a dict. The values are read as YAML.
 
     Raises ValueError for an item without an equals sign.
     """
     if bad := [item for item in items if "=" not in item]:
-        raise ValueError(f"--set takes key=value, found {', '.join(bad)}")
+        raise ValueError(f"--set needs key=value, found {', '.join(bad)}")
     return {
         key.strip(): load_yaml(value, f"--set {key}")
         for key, _, value in (item.partition("=") for item in items)
@@ -780,7 +788,7 @@ def parse_set(items: tuple[str, ...]) -> dict[str, Any]:
 
 
 def flatten(fields: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The fields as pairs; those of a `views` mapping come last, as `views.blur_p` and so on."""
+    """The fields as pairs. Those of a `views` mapping come last, as `views.blur_p` and so on."""
     views = fields.get("views")
     if not isinstance(views, dict):
         return list(fields.items())
@@ -797,13 +805,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     fields = load_yaml(text, str(path))
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise ValueError(
-            f"{path} contains {type(fields).__name__}, wanted recipe fields as `key: value` lines"
+            f"{path} contains a {type(fields).__name__}, not recipe fields as `key: value` lines"
         )
     return fields
 
 
 class PlainYaml(yaml.SafeLoader):
-    """YAML without aliases: with them, a few lines can unfold to gigabytes."""
+    """YAML without aliases, because a few lines with aliases can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -812,12 +820,12 @@ class PlainYaml(yaml.SafeLoader):
 
 
 def load_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text. Raises ValueError, naming `origin`, for text no recipe may have."""
+    """The value of a YAML text. Raises ValueError, which names `origin`, for an invalid text."""
     try:
         return yaml.load(text, PlainYaml)
     # Values that do not fit their tag, such as `!!bool maybe`, raise one of the last three.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{origin} is not YAML for a recipe: {str(error)[:500]}") from error
+        raise ValueError(f"{origin} is not valid YAML for a recipe: {str(error)[:500]}") from error
 
 
 def dump_yaml(recipe: Recipe) -> str:

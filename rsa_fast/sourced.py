@@ -1,8 +1,8 @@
 """Numbers with their sources: `cite("PAPER 4.1", epochs=200)`.
 
-PAPER is the RSA paper (NeurIPS 2022) with the section, CODE is github.com/tmllab/RSA, and "chosen"
-marks our own choice where neither of them says. `rsa-fast recipes DATASET/METHOD` prints the source
-of every number.
+PAPER is the RSA paper (NeurIPS 2022) with the section, and CODE is github.com/tmllab/RSA. "chosen"
+marks our own choice, if neither of them has the number. `rsa-fast recipes DATASET/METHOD` prints
+the source of every number.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sourced:
-    """The value of a recipe's field, and where it comes from."""
+    """The value of a recipe's field, and its source."""
 
     value: Any
     source: str
 
 
-Fields = dict[str, Sourced]  # by the name of the recipe's field
-Rows = dict[str, Fields]  # by the scale of the datasets that the fields are for, or "all"
+Fields = dict[str, Sourced]  # the keys are names of a recipe's fields
+Rows = dict[str, Fields]  # the keys are scales of datasets, or "all"
 
 
 def cite(source: str, **fields: Any) -> Fields:
@@ -29,7 +29,7 @@ def cite(source: str, **fields: Any) -> Fields:
 
 
 def updated(fields: Fields, changes: Fields) -> Fields:
-    """`fields` with those of `changes` in their place. Of the views, the named numbers change."""
+    """`fields`, replaced by those of `changes`. Only the named numbers of the views change."""
     both = fields | changes
     if "views" in fields and "views" in changes:
         old, new = fields["views"], changes["views"]

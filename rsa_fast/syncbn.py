@@ -1,8 +1,8 @@
 """BatchNorm over more or fewer images than the batch of one rank.
 
-The global batch is normalised in `groups` equal parts. There is one part with bn = `sync` (over all
-ranks), one per rank with `local` (ordinary BatchNorm), and N with `split:N`, which gives one GPU
-the statistics of N GPUs, as MoCo's CIFAR demo does.
+The global batch is normalised in `groups` equal parts. With bn = `sync` there is one part (over all
+ranks). With `local` there is one part per rank (ordinary BatchNorm). With `split:N` there are N
+parts, which gives one GPU the statistics of N GPUs, as in MoCo's CIFAR demo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def bn_groups(bn: str, accumulate: int = 1) -> int:
-    """The number of parts that pass at once, for a recipe's `bn` and `accumulate`.
+    """The number of parts in one pass, for a recipe's `bn` and `accumulate`.
 
     Raises ValueError if they cannot be divided equally among the ranks and passes.
     """
@@ -43,7 +43,7 @@ def convert_batchnorm(network: Network, groups: int) -> Network:
     """Make every BatchNorm in `network` normalise `groups` parts of the global batch.
 
     Returns the same network. The keys of its state dict do not change. Raises ValueError for a
-    BatchNorm that cannot be replaced without changing what it computes.
+    BatchNorm whose replacement would compute something else.
     """
     if groups == world_size():
         return network
@@ -57,22 +57,22 @@ def convert_batchnorm(network: Network, groups: int) -> Network:
 
 
 def keep_activation(norm: _BatchNorm) -> None:
-    """Let a BatchNorm of timm with an activation behind it keep that when its class is replaced.
+    """Preserve the activation of a timm BatchNorm when its class is replaced.
 
-    Raises ValueError for what else would be lost.
+    Raises ValueError if the replacement would lose anything else.
     """
     own_forward = type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
     if own_forward and hasattr(norm, "drop") and hasattr(norm, "act"):
         norm.register_forward_hook(drop_and_activate)
     elif own_forward or norm.running_mean is None or norm.momentum is None:
         raise ValueError(
-            f"bn: only local leaves the network's {type(norm).__name__} as it is, which has a "
-            "forward of its own, no running statistics or no momentum: --set bn=local"
+            f"bn: only local is possible with the network's {type(norm).__name__}, which has its "
+            "own forward, no running statistics or no momentum: --set bn=local"
         )
 
 
 def drop_and_activate(norm: nn.Module, _: tuple[Tensor], normalised: Tensor) -> Tensor:
-    """What timm's BatchNormAct2d does behind its BatchNorm."""
+    """The operations of timm's BatchNormAct2d after its BatchNorm."""
     activated: Tensor = norm.get_submodule("act")(norm.get_submodule("drop")(normalised))
     return activated
 
@@ -128,7 +128,7 @@ class SyncBatchNorm(GroupedBatchNorm):
         outputs: tuple[Tensor, Tensor, Tensor]
         outputs = Normalise.apply(*arguments)  # type: ignore[no-untyped-call]
         normalised, mean, variance = outputs
-        # The running variance is the unbiased one, as in BatchNorm.
+        # The running variance is unbiased, as in BatchNorm.
         count = world_size() * x.numel() // x.shape[1]
         unbiased = variance.to(self.running_var.dtype) * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -139,9 +139,9 @@ class SyncBatchNorm(GroupedBatchNorm):
 class Normalise(torch.autograd.Function):
     """The normalisation over all ranks, with its gradient.
 
-    On CUDA it uses the kernels of torch's own SyncBatchNorm. The same formulas in plain operations
-    are used on the CPU, for which there are no kernels, and under torch.compile, which fuses plain
-    operations with those around them.
+    On CUDA it uses the kernels of torch's own SyncBatchNorm. The CPU has no such kernels, so the
+    same formulas are computed by plain operations. They are also used under torch.compile, which
+    fuses them with neighbouring operations.
     """
 
     @staticmethod
@@ -159,8 +159,9 @@ class Normalise(torch.autograd.Function):
         else:
             variance, mean = torch.var_mean(at_least_float32(x), all_but_channels(x), correction=0)
 
-        # Those of the global batch. The formula mean(x^2) - mean(x)^2 would lose precision by
-        # cancellation, so the variance of the ranks' means is added to the mean variance.
+        # The mean and the variance of the global batch. The formula mean(x^2) - mean(x)^2 would
+        # lose precision by cancellation, so the variance of the ranks' means is added to the mean
+        # variance.
         means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)  # (ranks, C)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
@@ -185,7 +186,7 @@ class Normalise(torch.autograd.Function):
             saved = (mean, inverse_std, weight)
             grad_x = torch.batch_norm_backward_elemt(grad, x, *saved, sums[0], sums[1], count)
         else:
-            shape = (-1, *[1] * (x.ndim - 2))  # of a vector (C,) that is broadcast over x
+            shape = (-1, *[1] * (x.ndim - 2))  # broadcasts a vector (C,) over x
             grad = at_least_float32(grad)
             x_hat = (at_least_float32(x) - mean.view(shape)) * inverse_std.view(shape)
             grad_bias = grad.sum(all_but_channels(x))
@@ -206,7 +207,7 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def all_but_channels(x: Tensor) -> list[int]:
-    """All dimensions of `x` `(B, C, ...)` except that of the channels."""
+    """All dimensions of `x` `(B, C, ...)` except the channels."""
     return [0, *range(2, x.ndim)]
 
 

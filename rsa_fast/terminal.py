@@ -1,6 +1,6 @@
-"""What a person at a terminal reads where a script gets JSON: a few lines for a command's result.
+"""The text for a person at a terminal: a few lines for a command's result, instead of JSON.
 
-This module imports nothing heavy, so that the first line of a command comes at once.
+This module imports nothing heavy, so the first line of a command appears immediately.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-# What the names of scores in a result are called. All scores are in percent.
+# The titles of the scores in a result. All scores are in percent.
 SCORES = {
     "knn": "kNN",
     "linear": "linear",
@@ -22,10 +22,10 @@ SCORES = {
     "box": "box",
     "mask": "mask",
 }
-# What the scores in the records of a run are called.
+# The titles of the scores in the records of a run.
 RECORDED_SCORES = {"knn_top1": "kNN", "linear_top1": "linear", "finetune_top1": "fine-tuned"}
 KINDS = {"top1": "", "top5": " top-5", "ap": " AP", "ap50": " AP50", "ap75": " AP75"}
-# What the results of the commands without scores contain.
+# The titles of the numbers in the results of commands without scores.
 NUMBERS = {
     "rows": "rows",
     "dim": "features in each",
@@ -33,11 +33,11 @@ NUMBERS = {
     "left_out": "left out",
     "classes": "classes",
     "parameters": "parameters",
-    "same_class_pct": "% of the neighbours of the same class",
+    "same_class_pct": "% of the neighbours have the same class",
     "chance_pct": "% by chance",
     "images_per_s": "images/s",
 }
-# The command that usually follows. It is typed as it stands, but for words in capitals.
+# The command that usually follows. Only the words in capitals have to be replaced.
 NEXT = {
     "train": "rsa-fast embed --checkpoint {out} --out embeddings.csv",
     "finetune": "rsa-fast predict --checkpoint {out} --data FOLDER --out predictions.csv",
@@ -48,12 +48,12 @@ NEXT = {
 
 
 def result_lines(command: str, result: dict[str, Any]) -> str:
-    """The result of a command in up to three lines: scores, where things are, what comes next."""
+    """The result of a command in up to three lines: scores, files and the next command."""
     rows = {"done": done(command, result)}
     if out := result.get("out"):
         rows["files"] = str(out)
-        if made := [name for name in RESULT_FILES if (Path(out) / name).exists()]:
-            rows["files"] += f": {', '.join(made)}"
+        if names := [name for name in RESULT_FILES if (Path(out) / name).exists()]:
+            rows["files"] += f": {', '.join(names)}"
     if form := NEXT.get(command):
         data = result.get("data")
         places = {
@@ -65,11 +65,11 @@ def result_lines(command: str, result: dict[str, Any]) -> str:
     return "\n".join(f"{title:6} {text}" for title, text in rows.items() if text)
 
 
-RESULT_FILES = ("report.html", "result.json", "checkpoints")  # in the folder of a run
+RESULT_FILES = ("report.html", "result.json", "checkpoints")  # in a run's folder
 
 
 def done(command: str, result: dict[str, Any]) -> str:
-    """The scores of a result, each with what it is compared with, or else its numbers."""
+    """The scores of a result, the first one with values to compare with, or else its numbers."""
     scores: list[str] = []
     for key, value in result.items():
         name, _, kind = key.rpartition("_")
@@ -88,7 +88,7 @@ def done(command: str, result: dict[str, Any]) -> str:
 
 
 def remark(name: str, result: dict[str, Any]) -> str:
-    """The accuracy by chance, and for kNN the scores during the run that explain its last one."""
+    """The accuracy by chance and, for kNN, the first and the best score during the run."""
     classes = result.get(f"{name}_per_class")
     parts = [f"chance {100 / len(classes):.1f}"] if classes else []
     metrics = Path(str(result.get("out"))) / "metrics.jsonl"
@@ -105,14 +105,14 @@ def remark(name: str, result: dict[str, Any]) -> str:
 
 
 def digits(value: float) -> str:
-    """A number with the digits that mean something: all of a count, else about three."""
+    """A number with its significant digits: all digits of a count, or else about three."""
     if isinstance(value, int) or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
-    """Such as `0:14` or `2:03:00`."""
+    """A duration such as `0:14` or `2:03:00`."""
     if seconds is None:
         return "-:--"
     minutes, seconds = divmod(round(seconds), 60)
@@ -121,7 +121,7 @@ def duration(seconds: float | None) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago something was, in its largest unit: `5 s`, `12 min`, `3 h`, `2 days`."""
+    """A time span in its largest unit: `5 s`, `12 min`, `3 h`, `2 days`."""
     for unit, size_s, most in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 48)):
         if seconds < most * size_s:
             return f"{seconds / size_s:.0f} {unit}"
@@ -129,14 +129,14 @@ def age(seconds: float) -> str:
 
 
 def wrapped(line: str) -> str:
-    """An indented line of a list, broken between words at the terminal's width.
+    """An indented line of a list, wrapped between words at the terminal's width.
 
-    Other lines stay whole: a command in them is copied as it stands.
+    Other lines are not wrapped, so that a command in them can be copied.
     """
     width = shutil.get_terminal_size().columns
     if not line.startswith(" ") or len(line) <= width:
         return line
-    indent = len("  ") + len(line.split()[0].ljust(9)) + 1  # where the text of the line begins
+    indent = len("  ") + len(line.split()[0].ljust(9)) + 1  # the column of the line's text
     return textwrap.fill(
         line,
         width,
@@ -147,5 +147,5 @@ def wrapped(line: str) -> str:
 
 
 def speaks() -> bool:
-    """Whether this process writes the lines that all processes of a job would write alike."""
+    """Whether this process writes the lines that are the same in all processes of a job."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -113,7 +113,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(data, tmp_path
 
 def test_one_image_for_batchnorm_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(
-        ValueError, match="batch_size = 1, which is global gives BatchNorm less than"
+        ValueError, match="batch_size = 1, which is global gives BatchNorm fewer than"
     ):
         train(tiny(batch_size=1), tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -310,4 +310,4 @@ def test_a_run_starts_again_from_a_chosen_checkpoint(folder, tmp_path, caplog):
         train(recipe, folder, out, resume_from="step_9.pt")
     words = ["train", "--out", str(out), "--resume-from", str(path), "--overwrite"]
     done = invoke(main, *words)
-    assert done.exit_code == 2 and "--resume-from and --overwrite exclude" in done.output
+    assert done.exit_code == 2 and "--resume-from and --overwrite cannot be combined" in done.output

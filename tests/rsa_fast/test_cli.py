@@ -125,15 +125,18 @@ def test_dry_run_refuses_what_training_does(folder, tmp_path, arguments, message
         (("--set", "bata_base=1"), "did you mean 'beta_base'?"),
         (("--backend", "dahli"), "no backend 'dahli'"),
         (("--batch-size", 1000), "do not fill one batch of 1000"),
-        (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
-        (("--gpus", 2, "--nproc", 2), "--gpus and --nproc exclude each other"),
+        (("--resume", "--overwrite"), "--resume and --overwrite cannot be combined"),
+        (("--gpus", 2, "--nproc", 2), "--gpus and --nproc cannot be combined"),
         (("--force",), "--force is only valid with --resume"),
         (("--key", "teacher"), "--key is only valid with --init-from"),
-        (("--nproc", 2, "--batch-size", 2), "gives BatchNorm less than 2 images at once"),
+        (("--nproc", 2, "--batch-size", 2), "gives BatchNorm fewer than 2 images at a time"),
         (("--arch", "timm/nosuch", "--set", "width=64", "--dry-run"), "no model 'nosuch'"),
         (("--method", "boyl"), "did you mean 'byol'?"),
         (("--data", "/nowhere"), "no folder /nowhere"),
-        (("--download", "--dataset", "tinyimagenet"), "--download knows cifar10, cifar100, stl10"),
+        (
+            ("--download", "--dataset", "tinyimagenet"),
+            "--download supports cifar10, cifar100, stl10",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(folder, tmp_path, arguments, message):
@@ -242,7 +245,7 @@ def test_gpus_auto_starts_a_process_for_each_gpu_also_with_a_rank_that_a_platfor
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     result = train(folder, tmp_path / "run", "--gpus", 2)
-    assert result.exit_code == 1 and "one of 2 processes already (WORLD_SIZE=2)" in result.stderr
+    assert result.exit_code == 1 and "already one of 2 processes (WORLD_SIZE=2)" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without a GPU")

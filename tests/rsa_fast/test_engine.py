@@ -68,13 +68,14 @@ def test_the_block_order_is_resumed_within_a_window_and_announced(tmp_path, capl
 def test_the_block_order_is_refused_for_files_and_resumed_with_the_same_blocks_only(
     folder, tmp_path
 ):
-    with pytest.raises(ValueError, match=r"order = blocks reads .beton files and tar shards, and"):
+    with pytest.raises(ValueError, match=r"order = blocks needs .beton files or tar shards, and"):
         train(tiny(order="blocks"), folder, tmp_path / "files")
     data = write_raw_beton(tmp_path / "data", 40, 32)
     train(tiny(order="blocks"), data, tmp_path / "run", stop_at_step=1)
     with pytest.raises(ValueError, match="block_mib: 1 in the checkpoint, 2 now"):
         train(tiny(order="blocks", block_mib=2), data, tmp_path / "run", resume=True)
-    with pytest.raises(ValueError, match="window_mib = 64 is for order=blocks, and order is full"):
+    message = "window_mib = 64 is only for order=blocks, but order is full"
+    with pytest.raises(ValueError, match=message):
         tiny(window_mib=64)
 
 

@@ -172,8 +172,8 @@ def test_the_rate_drops_at_its_epochs_in_place_of_the_cosine():
     [
         ({"lr_drop_epochs": (0,)}, "epoch 0 is not after the warm-up of 0 epochs"),
         ({"lr_drop_epochs": (9, 10), "warmup_epochs": 9}, "epoch 9 is not after the warm-up of 9"),
-        ({"lr_drop_epochs": (20, 20)}, r"\(20, 20\) names an epoch twice"),
-        ({"lr_drop_epochs": (20, -10), "epochs": 30}, "names an epoch twice, of 30"),
+        ({"lr_drop_epochs": (20, 20)}, r"\(20, 20\) contains an epoch twice"),
+        ({"lr_drop_epochs": (20, -10), "epochs": 30}, "contains an epoch twice, in a run of 30"),
         ({"lr_drop_epochs": (20,), "min_lr": 0.01}, "min_lr = 0.01 is the end of"),
         ({"lr_drop_epochs": (20,), "lr_drop": 1}, "lr_drop = 1: Input should be less than 1"),
         ({"lr_drop": 0}, "lr_drop = 0: Input should be greater than 0"),

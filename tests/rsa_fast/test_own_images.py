@@ -73,7 +73,7 @@ def test_the_size_follows_the_median_of_the_shorter_sides():
 
 
 def test_too_few_images_are_refused_unless_the_batch_is_given():
-    with pytest.raises(ValueError, match="found 31 training images and wants at least 32"):
+    with pytest.raises(ValueError, match="found 31 training images and needs at least 32"):
         own_dataset(square(31, 32), 0)
     assert own_dataset(square(31, 32), 0, batch_size=8).run_length["epochs"].value == 1067
 
@@ -208,17 +208,17 @@ def test_all_processes_get_the_folder_that_was_counted_once(photos, tmp_path, mo
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in (ranks | {"MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert "several processes want --out" in run("train", photos).output
+    assert "several processes need --out" in run("train", photos).output
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((), "give the folder with the images"),
-        (("photos", "--data", "photos"), "DATA and --data exclude each other"),
-        (("photos", "--overwrite"), "--overwrite wants --out"),
+        (("photos", "--data", "photos"), "DATA and --data cannot be combined"),
+        (("photos", "--overwrite"), "--overwrite needs --out"),
         (("nowhere",), "no folder nowhere"),
-        (("photos", "--download"), "--download knows cifar10, cifar100, stl10"),
+        (("photos", "--download"), "--download supports cifar10, cifar100, stl10"),
     ],
 )
 def test_what_a_run_cannot_start_from_is_one_line(words, message):

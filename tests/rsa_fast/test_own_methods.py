@@ -170,7 +170,8 @@ def test_a_faulty_file_is_refused_with_its_fault(tmp_path, fault):
 def test_fields_of_an_own_method_are_refused_for_others_and_in_words(file):
     with pytest.raises(ValueError, match=r"share = 3: Input should be less than or equal to 1"):
         build_recipe("cifar10", str(file), share=3)
-    with pytest.raises(ValueError, match=r"pull-together does not use it, .* moco, ressl, swav do"):
+    message = r"it belongs to .* moco, ressl, swav, not to pull-together"
+    with pytest.raises(ValueError, match=message):
         build_recipe("cifar10", str(file), queue_size=64)
 
 
@@ -198,7 +199,7 @@ def test_the_encoder_is_read_where_the_method_is_gone(folder, file, tmp_path, ca
     sys_modules = set(sys.modules)
 
     encoder, read = load_encoder(str(path))
-    assert f"{file} is no method of this package" in caplog.text
+    assert f"{file} is not a method of this package" in caplog.text
     assert set(sys.modules) == sys_modules
     assert read.model_dump() == recipe.model_dump()  # with the method's own field, unchecked
     assert str(read).startswith("pull-together on ")

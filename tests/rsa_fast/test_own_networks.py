@@ -174,7 +174,8 @@ def test_the_network_in_the_documents_is_an_encoder(tmp_path):
     ],
 )
 def test_fields_of_resnets_are_refused_by_name_elsewhere(field, value):
-    with pytest.raises(ValueError, match=f"{field} = {value} is for ResNets, and arch is timm/x"):
+    message = f"{field} = {value} is only for ResNets, but arch is timm/x"
+    with pytest.raises(ValueError, match=message):
         build_recipe("cifar10", "rsa", overrides={"arch": "timm/x", field: value})
 
 
@@ -207,9 +208,9 @@ def test_a_network_that_is_not_there_is_refused_before_images_are_read(nets, tmp
 def test_a_network_without_features_says_what_it_has_instead(nets):
     wrong = {
         "flat": r"has no feature_dim and 768 features: set the module's feature_dim to 768",
-        "unpooled": r"maps images \(2, 3, 16, 16\) to \(2, 4, 14, 14\), wanted features",
+        "unpooled": r"maps images \(2, 3, 16, 16\) to \(2, 4, 14, 14\), not to features",
         "broken": "called without arguments and raised RuntimeError: no weights here",
-        "number": "returned int, wanted a torch.nn.Module",
+        "number": "returned int, not a torch.nn.Module",
     }
     for name, message in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -297,7 +298,7 @@ def test_a_module_from_python_is_a_template_that_stays_as_it_is(folder, tmp_path
     module.feature_dim = 5
     with pytest.raises(ValueError, match="own has feature_dim = 5 and 6 features"):
         train(recipe, folder, tmp_path / "other", encoder=module)
-    with pytest.raises(ValueError, match="compile = True is for ResNets"):
+    with pytest.raises(ValueError, match="compile = True is only for ResNets"):
         train(tiny("simsiam", compile=True), folder, tmp_path / "other", encoder=module)
 
 
@@ -348,7 +349,7 @@ def test_a_batchnorm_that_would_be_lost_is_refused():
             return 2 * super().forward(x)
 
     for norm in (Doubled(4), nn.BatchNorm2d(4, track_running_stats=False)):
-        with pytest.raises(ValueError, match=r"bn: only local leaves .* as it is.*--set bn=local"):
+        with pytest.raises(ValueError, match=r"bn: only local is possible .*: --set bn=local"):
             convert_batchnorm(norm, 2)
         assert convert_batchnorm(norm, 1) is norm
 

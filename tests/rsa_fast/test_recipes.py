@@ -368,7 +368,7 @@ def test_a_recipe_prints_what_it_trains_and_what_differs_from_its_rows():
         (
             "temperature",
             0.2,
-            r"no field 'temperature': rsa does not use it, dino, infomin, .* simclr, swav do",
+            r"no field 'temperature': it belongs to dino, infomin, .* simclr, swav, not to rsa",
         ),
         ("recompute_stages", 5, r"recompute_stages = 5: .*less than or equal to 4"),
         ("compile", "inductor", r"compile = 'inductor': .*boolean"),
@@ -415,14 +415,14 @@ def test_test_images_smaller_than_the_crop_are_refused_before_training():
 @pytest.mark.parametrize(
     ("ranks", "fields", "message"),
     [
-        (8, {"batch_size": 8}, r"global, on 8 ranks, .*: it takes at least 16, or bn=sync"),
+        (8, {"batch_size": 8}, r"global, on 8 ranks, .*: it must be at least 16, or bn=sync"),
         (2, {"batch_size": 8, "accumulate": 4}, r"on 2 ranks and accumulate = 4, .*least 16$"),
         (
             1,
             {"batch_size": 1},
-            r"which is global gives BatchNorm less than 2 .*: it takes at least 2$",
+            r"which is global gives BatchNorm fewer than 2 .*: it must be at least 2$",
         ),
-        (1, {"batch_size": 1, "bn": "sync"}, r"it takes at least 2$"),
+        (1, {"batch_size": 1, "bn": "sync"}, r"it must be at least 2$"),
         (8, {"batch_size": 8, "bn": "sync"}, ""),
         (8, {"batch_size": 8, "bn": "split:4"}, ""),
         (4, {"batch_size": 8}, ""),
@@ -442,7 +442,7 @@ def test_unknown_names_suggest_the_nearest():
         build_recipe("cifar1000", "rsa")
     with pytest.raises(ValueError, match=r"no method 'boyl' \(did you mean 'byol'\?\)"):
         build_recipe("cifar10", "boyl")
-    with pytest.raises(ValueError, match="takes key=value, found beta"):
+    with pytest.raises(ValueError, match="needs key=value, found beta"):
         parse_set(("beta",))
 
 

@@ -167,7 +167,7 @@ def test_a_recipe_is_shown_with_meaning_and_source_in_80_columns():
     assert code == 0 and max(map(len, shown.splitlines())) <= 80 and "{" not in shown
     rows = re.split(r"\n (?=\S)", shown)
     (epochs,) = [row for row in rows if row.startswith("epochs ")]
-    assert "200" in epochs and "how often every training image" in epochs
+    assert "200" in epochs and "the number of times that every" in epochs
     assert "source: PAPER 4.1" in epochs
     (blur,) = [row for row in rows if row.startswith("views.blur_p ")]
     assert "0.5" in blur and "Gaussian blur" in blur and "source" not in blur  # a default
