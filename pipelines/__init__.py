@@ -1,4 +1,4 @@
-"""From images to the views that a method reads: the names that other packages use.
+"""Load images and make the views that a method reads. Other packages use these names.
 
     from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 
@@ -44,7 +44,7 @@ __all__ = list(MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is used: `rsa-fast --help` reads the backends' names without torch."""
+    """Import a name only when it is used: `rsa-fast --help` lists the backends without torch."""
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"rsa_fast.pipelines.{MODULE_OF[name]}"), name)

@@ -1,6 +1,6 @@
-"""The backends: one row each. The order of the rows is the order in which `auto` tries them.
+"""The table of backends. `auto` tries its rows in their order.
 
-A new backend is a row here and the module that the row names. This module imports nothing heavy,
+A new backend needs a row here and the module that the row names. This module imports nothing heavy,
 so that `rsa-fast --help` can list the names.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rsa_fast.pipelines.loading import Job, Loader
     from rsa_fast.pipelines.sources import Source
 
-RESIDENT_BYTES = 8 * 2**30  # decoded: more than any of the small datasets, less than ImageNet
+RESIDENT_BYTES = 8 * 2**30  # decoded; the small datasets are smaller, ImageNet is larger
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Backend:
     loader: str  # module:class
     suits: Callable[[Source, torch.device], str] = lambda source, device: ""
     package: tuple[str, str] | None = None
-    resident: bool = False  # holds all images in memory, decoded
+    resident: bool = False  # it keeps all images decoded in memory
 
     def installed(self) -> bool:
-        """Whether the needed library is there. It is looked for, not imported."""
+        """Whether the needed library is installed. It is searched for, but not imported."""
         parts = self.package[0].split(".") if self.package else []
         # find_spec of a.b raises an error where a is missing.
         return all(find_spec(".".join(parts[: i + 1])) for i in range(len(parts)))
@@ -58,9 +58,9 @@ def fits_in_memory(source: Source, device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory for the images in bytes: what this process may take of the host's, or the GPU's.
+    """The free memory for the images in bytes.
 
-    The smaller of the two counts.
+    On a GPU it is the smaller of its own memory and the host memory that this process may use.
     """
     import torch
 
@@ -69,7 +69,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_beton(source: Source, device: torch.device) -> str:
-    return f"{source.beton.name} is FFCV's" if source.beton else ""
+    return f"{source.beton.name} is a file of FFCV" if source.beton else ""
 
 
 def decodes_on_gpu(source: Source, device: torch.device) -> str:
@@ -78,8 +78,8 @@ def decodes_on_gpu(source: Source, device: torch.device) -> str:
 
 def is_fallback(source: Source, device: torch.device) -> str:
     if not source.encoded:
-        return "stored pixels need no decoder"
-    return "the fastest decoder of files on a CPU" if device.type == "cpu" else "decodes on the CPU"
+        return "the images are stored as pixels, which need no decoder"
+    return "it decodes files fastest on a CPU" if device.type == "cpu" else "it decodes on the CPU"
 
 
 BACKENDS = {

@@ -1,4 +1,4 @@
-"""FFCV's .beton files (version 2 of the format), read and written without ffcv.
+"""Read and write FFCV's .beton files (version 2 of the format) without ffcv.
 
 The record types below are the same as in ffcv. A file consists of:
 
@@ -8,8 +8,9 @@ The record types below are the same as in ffcv. A file consists of:
     the images, none of which crosses the border of a page
     one allocation record for each image
 
-Files made by ffcv's own DatasetWriter can be read too, with any fields that ffcv has: one RGB image
-is read, and one int as its label (`image_field`, `label_field`). The others are skipped.
+Files made by ffcv's own DatasetWriter can be read too, whichever of ffcv's types their fields have.
+One RGB image field is read, and one int field as the label (`image_field`, `label_field`). The
+other fields are skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 POINTER = np.dtype("<u8")
 BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 # The record of a field by ffcv's type number: float, int, RGB image, bytes, array, JSON, tensor.
-# A custom field has number 255, and the file does not say how long its record is.
+# A custom field has number 255, and the file does not contain the length of its record.
 INT, RGB = 1, 2
 FIELD_TYPES: dict[int, np.dtype] = {
     0: np.dtype("<f8"),
@@ -75,8 +76,9 @@ def beton_source(path: str | Path, split: str = "train") -> Source:
     files, they are "0", "1", ... Without a field for labels, every label is -1. `read` decodes both
     JPEGs and stored pixels. `encoded` is None if any image is stored as pixels.
 
-    Raises FileNotFoundError, and ValueError (with the file's name) for another version, a file
-    without an image or with a custom field, or one that is truncated or was never finished.
+    Raises FileNotFoundError if the file is missing. Raises ValueError (with the file's name) for
+    another version, for a file without an image field or with a custom field, and for a file that
+    is truncated or was never finished.
     """
     path = Path(path)
     packed = open_beton(path)
@@ -94,7 +96,7 @@ def open_beton(path: Path) -> Packed:
     try:
         header = table(path, HEADER, 1, 0)[0]
         if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}, this code reads {VERSION}")
+            raise ValueError(f"it has version {header['version']}, this code reads {VERSION}")
         fields = read_fields(path, header["fields"])
         record = np.dtype([("", FIELD_TYPES[kind]) for _, kind in fields], align=True)
         tables = HEADER.itemsize + len(fields) * FIELD.itemsize
@@ -103,16 +105,16 @@ def open_beton(path: Path) -> Packed:
         image, label = image_field(fields), label_field(ints)
         if dict(fields) != WRITTEN:
             others = ", ".join(name for name, _ in fields if name not in (fields[image][0], label))
-            say(
-                f"{path}: the images are field {fields[image][0]}, "
-                f"{f'the labels field {label}' if label else 'there are no labels'}"
-                f"{f'; not read: {others}' if others else ''}"
+            log_once(
+                f"{path}: the images are in field {fields[image][0]}, "
+                f"{f'the labels in field {label}' if label else 'and there are no labels'}"
+                f"{f'; fields not read: {others}' if others else ''}"
             )
         labels = ints[label] if label else np.full(len(metadata), -1)
         start = int(header["allocations_ptr"])
         if not 0 < start <= length:
             raise ValueError(
-                "its allocation table is missing: it is truncated, or its writer never finished"
+                "the allocation table is missing: the file is truncated or was never finished"
             )
         allocations = table(path, ALLOCATION, (length - start) // ALLOCATION.itemsize, start)
         return Packed([path], entries_of(metadata[f"f{image}"], labels, allocations))
@@ -121,17 +123,17 @@ def open_beton(path: Path) -> Packed:
 
 
 @cache  # A file is opened for several splits.
-def say(choice: str) -> None:
+def log_once(choice: str) -> None:
     """Log which fields are read, once per file and run."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         log.info(choice)
 
 
 def read_fields(path: Path, count: int | None = None) -> list[tuple[str, int]]:
-    """The names of the fields of a file, and ffcv's numbers of their types, in their order.
+    """The names of a file's fields in their order, each with ffcv's number of its type.
 
-    `count` is their number, if it is known. Raises ValueError when the file is truncated, and for a
-    custom field, whose length is not known.
+    `count` is the number of fields, if it is known. Raises ValueError if the file is truncated, or
+    has a custom field, because the length of such a field is not known.
     """
     if count is None:
         count = table(path, HEADER, 1, 0)[0]["fields"]
@@ -140,8 +142,8 @@ def read_fields(path: Path, count: int | None = None) -> list[tuple[str, int]]:
     fields = list(zip(names, descriptors["type"].tolist(), strict=True))
     if unknown := [f"{name} ({kind})" for name, kind in fields if kind not in FIELD_TYPES]:
         raise ValueError(
-            f"fields of custom types (ffcv's number): {', '.join(unknown)}. "
-            "Write it again without them"
+            f"it has fields of custom types (with ffcv's number): {', '.join(unknown)}. "
+            "Write the file again without them"
         )
     return fields
 
@@ -159,14 +161,14 @@ def image_field(fields: Sequence[tuple[str, int]]) -> int:
 
 
 def label_field(ints: dict[str, np.ndarray]) -> str | None:
-    """The name of the field of labels among the int fields, given as their names and values `(N,)`.
+    """The name of the label field, or None. `ints` has the int fields: names and values `(N,)`.
 
-    It is the first of `LABEL_NAMES` that is there, in any case. Otherwise it is the only int field
-    that is not an index of the samples and whose values can be the numbers of classes.
+    It is the first of `LABEL_NAMES` that exists, in upper or lower case. Otherwise it is the only
+    int field that is not an index of the samples and whose values can be the numbers of classes.
     """
     by_name = {name.lower(): name for name in reversed(ints)}
-    if known := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
-        return known
+    if label := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
+        return label
     others = [
         name
         for name, values in ints.items()
@@ -192,8 +194,8 @@ def table(path: Path, record: np.dtype, count: int, offset: int) -> np.ndarray:
 def entries_of(image: np.ndarray, labels: np.ndarray, allocations: np.ndarray) -> np.ndarray:
     """The images as `(N,)` of `ENTRY`, from their records `image` `(N,)` of `IMAGE`.
 
-    Only the allocations contain the size of an image in bytes. They are found by its position. Of
-    two allocations at one position, the smaller one is an empty array or text.
+    Only the allocations contain the size of an image in bytes. The allocation of an image is found
+    by its position. If two have the same position, the smaller one is an empty array or text.
     """
     allocations = allocations[np.lexsort((allocations["size"], allocations["ptr"]))]
     rank = np.searchsorted(allocations["ptr"], image["data_ptr"], side="right") - 1
@@ -223,11 +225,11 @@ def page_bytes(largest: int) -> int:
 class BetonWriter:
     """Appends images to a .beton file at `path`, in order.
 
-    After a kill it continues behind `done` `(n,)` of `ENTRY`, the images that are known to be
-    written. `count` is the number of images of the finished file, and `page` the size of a page in
-    bytes. The layout depends only on the sizes of the images, so the same images give the same
+    After a kill it continues after `done` `(n,)` of `ENTRY`, the images that are known to be
+    written. `count` is the number of images of the finished file, and `page` is the size of a page
+    in bytes. The layout depends only on the sizes of the images, so the same images give the same
     file. It is the layout of ffcv's writer with one worker. Raises ValueError when the file is
-    shorter than `done` says.
+    shorter than `done` requires.
     """
 
     def __init__(self, path: Path, count: int, page: int, done: np.ndarray) -> None:
@@ -239,7 +241,7 @@ class BetonWriter:
             self.end = int(done["offset"][-1] + done["size"][-1])
         self.file = path.open("r+b" if len(done) else "w+b")
         if len(done) and path.stat().st_size < self.end:
-            raise ValueError(f"{path} is shorter than its journal says: restart with --overwrite")
+            raise ValueError(f"{path} is shorter than its journal: restart with --overwrite")
         self.file.truncate(self.end)
         self.file.seek(self.end)
 

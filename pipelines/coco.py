@@ -1,4 +1,4 @@
-"""Data in COCO's format for detection: images, their objects, and what is read at each step.
+"""Detection data in COCO's format: the images, their objects, and the order of reading.
 
 images = CocoImages(Path("data/coco"), "train2017")
 image, objects = images[17, False]
@@ -49,7 +49,7 @@ class CocoImages(Dataset[Sample]):
         names = [image["file_name"] for image in images.values()]
         if absent_images := [name for name in names if not (self.folder / name).is_file()]:
             raise FileNotFoundError(
-                f"{path} names {len(absent_images)} images that {self.folder} lacks: "
+                f"{path} lists {len(absent_images)} images that are not in {self.folder}: "
                 f"{', '.join(absent_images[:5])}"
             )
         fields = {"image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"}
@@ -59,22 +59,22 @@ class CocoImages(Dataset[Sample]):
                 raise ValueError(f"{path}: annotation {entry['id']} has no {lacking}; {LAYOUT}")
             if entry["image_id"] not in images or entry["category_id"] not in categories:
                 raise ValueError(
-                    f"{path}: annotation {entry['id']} is of an image or a category "
-                    "that is not there"
+                    f"{path}: annotation {entry['id']} belongs to an image or a category "
+                    "that does not exist"
                 )
         self.ids = sorted(images)
         self.categories = {key: categories[key]["name"] for key in sorted(categories)}
         self.labels = {key: label for label, key in enumerate(self.categories, 1)}
         if not any(map(self.objects, self.ids)):
-            raise ValueError(f"{path} holds no instances: nothing to learn from or to evaluate on")
+            raise ValueError(f"{path} contains no instances to train or to evaluate on")
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The annotations of an image to train on: single objects with an area, no crowds."""
+        """The annotations of an image that are used: single objects with an area, no crowds."""
         entries = self.coco.imgToAnns[image_id]
         return [e for e in entries if not e["iscrowd"] and min(e["bbox"][2:]) > 0]
 
     def portrait(self) -> np.ndarray:
-        """Which images are higher than wide, `(len(self),)` bool."""
+        """Whether each image is taller than wide, `(len(self),)` bool."""
         images = [self.coco.imgs[image_id] for image_id in self.ids]
         return np.array([image["height"] > image["width"] for image in images])
 
@@ -89,7 +89,7 @@ class CocoImages(Dataset[Sample]):
         if image.shape[1:] != size:
             raise ValueError(
                 f"{entry['file_name']} is {tuple(image.shape[1:])} px high and wide, "
-                f"its annotations say {size}"
+                f"but {size} in its annotations"
             )
         boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4).float()
         boxes[:, 2:] += boxes[:, :2]  # from x, y, width, height to x1, y1, x2, y2
@@ -116,7 +116,7 @@ def read_annotations(path: Path) -> Any:
         with redirect_stdout(sys.stderr):
             coco = COCO(str(path))
     except (ValueError, AssertionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no COCO annotation file ({error!r}); {LAYOUT}") from error
+        raise ValueError(f"{path} is not a COCO annotation file ({error!r}); {LAYOUT}") from error
     if missing := {"images", "annotations", "categories"} - coco.dataset.keys():
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}; {LAYOUT}")
     return coco
@@ -129,7 +129,7 @@ def reading_plan(
 
     A batch depends only on the seed and the step. In all batches of an epoch except one, the images
     have the same orientation, so little padding is needed (detectron2 groups images in this way).
-    `portrait` `(N,)` says which images are higher than wide.
+    `portrait` `(N,)` is True for the images that are taller than wide.
     """
     for step in range(first, end):
         epoch, position = divmod(step, len(order))

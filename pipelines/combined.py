@@ -1,8 +1,7 @@
-"""Sources made of other sources: several joined to one, and a part of one.
+"""Make sources from other sources: join several, or take a part of one.
 
 both = joined([first, second], prefixes=["a", "b"], split="train")
-held = held_out_ids(both.manifest.labels, fraction=0.2)
-test = subset(both, held, "test")
+test = subset(both, held_out_ids(both.manifest.labels, fraction=0.2), "test")
 few = subset(both, stratified_ids(both.manifest.labels, fraction=0.1, seed=0), "train")
 """
 
@@ -19,19 +18,20 @@ from rsa_fast.pipelines.extents import joined_extents
 from rsa_fast.pipelines.manifest import Manifest, Paths, digest
 from rsa_fast.pipelines.sources import Source
 
-LABELS_SALT = 0x6C6162656C73  # this draw is not that of the images that are held out
+LABELS_SALT = 0x6C6162656C73  # gives other random numbers than the choice of held-out images
 
 
 def joined(sources: Sequence[Source], prefixes: Sequence[str], split: str) -> Source:
     """The images of all sources in their order, with classes of the same name merged.
 
-    The classes are sorted by name. `prefixes` are put before the paths of each source, as folders;
-    there are no paths if one source has none. Raises ValueError for a file that occurs twice.
+    The classes are sorted by name. The paths of each source get its prefix in `prefixes`, as a
+    folder. If one source has no paths, the result has none. Raises ValueError for a file that
+    occurs twice.
     """
     manifests = [source.manifest for source in sources]
     classes = tuple(sorted({name for manifest in manifests for name in manifest.classes}))
     number = {name: i for i, name in enumerate(classes)}
-    # The last entry of a table is the one of label -1: an unlabelled image stays unlabelled.
+    # The last entry of a table belongs to label -1, so an unlabelled image stays unlabelled.
     tables = [
         np.array([*map(number.get, manifest.classes), -1], np.int64) for manifest in manifests
     ]
@@ -90,7 +90,7 @@ def joined(sources: Sequence[Source], prefixes: Sequence[str], split: str) -> So
 
 
 def refuse_twice(paths: Sequence[str]) -> None:
-    """Raise ValueError if a path occurs twice: a copy held out for scores would be trained on."""
+    """Raise ValueError if a path occurs twice. One copy could be held out, the other trained on."""
     if len(set(paths)) < len(paths):
         twice = [path for path, count in Counter(paths).items() if count > 1]
         listed = ", ".join(twice[:20] + ["..."] * (len(twice) > 20))
@@ -98,15 +98,15 @@ def refuse_twice(paths: Sequence[str]) -> None:
 
 
 def subset(source: Source, ids: np.ndarray, split: str) -> Source:
-    """The images `ids` `(n,)` of a source as a split of their own."""
-    whole = source.manifest
+    """The images `ids` `(n,)` of a source as a separate split."""
+    parent = source.manifest
     manifest = Manifest(
         split,
-        whole.classes,
-        whole.labels[ids],
-        whole.sizes[ids],
-        digest(whole.fingerprint.encode(), ids.astype(np.int64)),
-        Paths(whole.paths[i] for i in ids) if whole.paths else Paths(),
+        parent.classes,
+        parent.labels[ids],
+        parent.sizes[ids],
+        digest(parent.fingerprint.encode(), ids.astype(np.int64)),
+        Paths(parent.paths[i] for i in ids) if parent.paths else Paths(),
     )
     encoded, file = source.encoded, source.file
     return Source(
@@ -126,9 +126,9 @@ def subset(source: Source, ids: np.ndarray, split: str) -> Source:
 def held_out_ids(labels: np.ndarray, fraction: float) -> np.ndarray:
     """The sample ids to hold out, sorted: a fraction of each class, rounded.
 
-    At least one image of a class is held out and at least one is left, so that none is held out of
-    a class of one image; unlabelled images never are. Which ones are chosen depends on the ids and
-    `labels` `(N,)` alone.
+    In each class, at least one image is held out and at least one is left. A class with one image
+    is therefore not split. Unlabelled images are never held out. The choice depends only on the ids
+    and `labels` `(N,)`.
     """
     return drawn_ids(
         labels,
@@ -138,10 +138,10 @@ def held_out_ids(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def stratified_ids(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """The sample ids of a fraction of each class, rounded, but at least one image; sorted.
+    """The sample ids of a fraction of each class (rounded, at least one image), sorted.
 
-    Which ones are drawn depends on the ids, `labels` `(N,)` and the seed alone. Those of a smaller
-    fraction are among those of a larger one.
+    The choice depends only on the ids, `labels` `(N,)` and the seed. The images of a smaller
+    fraction are a subset of those of a larger one.
     """
     return drawn_ids(
         labels, lambda counts: np.maximum(np.rint(fraction * counts), 1), seed ^ LABELS_SALT
@@ -149,7 +149,7 @@ def stratified_ids(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
 
 
 def fraction_of(labels: float | str) -> float:
-    """The fraction that `10`, `10%`, `"10"` or `0.1` mean.
+    """Parse a fraction: `10`, `10%`, `"10"` and `0.1` all mean 0.1.
 
     Raises ValueError unless it is in (0, 1].
     """
@@ -170,9 +170,10 @@ def fraction_of(labels: float | str) -> float:
 def drawn_ids(
     labels: np.ndarray, shares_of: Callable[[np.ndarray], np.ndarray], seed: int
 ) -> np.ndarray:
-    """Sample ids that are drawn from each class, sorted; no unlabelled image is drawn.
+    """Sample ids that are drawn from each class, sorted. No unlabelled image is drawn.
 
-    `shares_of` says how many are drawn of classes with these numbers of images, `(classes,)`.
+    `shares_of` gets the number of images of each class, `(classes,)`, and returns how many of them
+    to draw.
     """
     ids = np.flatnonzero(labels >= 0)
     ids = ids[np.lexsort((sample_keys(seed=seed, epoch=0, ids=ids), labels[ids]))]
@@ -184,28 +185,28 @@ def drawn_ids(
 def listed_ids(source: Source, names: Sequence[str]) -> np.ndarray:
     """The sample ids of the images with these names, sorted.
 
-    A name is the end of an image's path: the file's name, with the folders above it if several
-    images have that. Raises ValueError for images without paths, and for names that are given
-    twice, that no image has, or that several images have.
+    A name is the end of an image's path: the file's name, preceded by its folders if several images
+    have the same file name. Raises ValueError for images without paths, and for names that are
+    given twice, that no image has, or that several images have.
     """
     if not source.manifest.paths:
         raise ValueError(
             f"the images in {source.where} have no file names by which a list could choose them: "
             "give the folder with the image files"
         )
-    found: dict[str, list[int]] = {name: [] for name in names}
-    names_of = defaultdict(list)  # by the name of the file alone
-    for name in found:
+    ids_of: dict[str, list[int]] = {name: [] for name in names}
+    names_of = defaultdict(list)  # the keys are the names of the files without folders
+    for name in ids_of:
         names_of[name.rpartition("/")[2]].append(name)
     for sample, path in enumerate(source.manifest.paths):
         for name in names_of.get(path.rpartition("/")[2], ()):
             if f"/{path}".endswith(f"/{name}"):
-                found[name].append(sample)
+                ids_of[name].append(sample)
     faults = {
         "are given twice": [name for name, count in Counter(names).items() if count > 1],
-        "are not among the images": [name for name, ids in found.items() if not ids],
+        "are not among the images": [name for name, ids in ids_of.items() if not ids],
         "are names of several images (put the folder before them)": [
-            name for name, ids in found.items() if len(ids) > 1
+            name for name, ids in ids_of.items() if len(ids) > 1
         ],
     }
     rows = [
@@ -218,4 +219,4 @@ def listed_ids(source: Source, names: Sequence[str]) -> np.ndarray:
             f"of {len(names):,} names for {len(source.manifest):,} images in {source.where}, "
             + "; ".join(rows)
         )
-    return np.sort(np.array([ids[0] for ids in found.values()], np.int64))
+    return np.sort(np.array([ids[0] for ids in ids_of.values()], np.int64))

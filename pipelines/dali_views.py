@@ -1,13 +1,13 @@
-"""Views by NVIDIA DALI: one decode per image, and K crops of it by region of interest.
+"""Make views with NVIDIA DALI: it decodes each image once and resizes K regions of it.
 
 This is the default for image files on a GPU. DALI decodes there (`mixed`: the host's threads read
 the Huffman codes, the GPU does the rest), or on the host with `decode_on=cpu`. Its outputs are the
 weak crops as uint8, HWC.
 
 Every crop window is drawn by `draws` and given to DALI per sample. No random operator, reader or
-shuffle of DALI is used. DALI therefore has no state to save, and a new epoch or a resumed run is
-only other input. The aggressive stage runs in `device_ops` on a GPU and in `host_ops` on a CPU,
-because DALI's colour operators are 8 of 255 levels away from torchvision's.
+shuffle of DALI is used. DALI therefore has no state to save, and a new epoch or a resumed run only
+gives it other input. The aggressive stage runs in `device_ops` on a GPU and in `host_ops` on a CPU,
+because DALI's colour operators differ from torchvision's by 8 of 255 levels.
 
 A batch passes three stages:
 
@@ -27,8 +27,8 @@ memory of its own, and the crops are released before the batch is handed out.
 DALI's dynamic mode (`nvidia.dali.experimental.dynamic`, 2.4.0) was tried instead of the graph
 below. On a CPU it gives the same bits at the same speed (1.004 of the graph's wall time, 0.98 of
 its CPU time). It would save the queue's start and the restart after a bad image, a third of this
-file. But it is experimental, and without a GPU nothing checks its GPU operators, while the graph
-can be serialised, which checks every operator and argument (tests/pipelines).
+file. But it is experimental, and its GPU operators cannot be checked without a GPU. The graph can
+be serialised instead, which checks every operator and argument (tests/pipelines).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
     }
     with pipe:
         image = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
-        # EXIF rotation is not applied here: images that are turned come as PNGs of upright pixels.
+        # EXIF rotation is not applied here: images to be turned arrive as PNGs of upright pixels.
         if device == "gpu" and job.loading.decode_on == "gpu":
             image = fn.decoders.image(
                 image,
@@ -109,7 +109,7 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
             start = fn.external_source(name=f"start_{crop}", dtype=DALIDataType.INT32, ndim=1)
             end = fn.external_source(name=f"end_{crop}", dtype=DALIDataType.INT32, ndim=1)
             first = fn.external_source(name=f"from_{crop}", dtype=DALIDataType.FLOAT, ndim=1)
-            # A resize of a region would also read the pixels around it, which PIL's does not.
+            # DALI's resize of a region would also read the pixels around it. PIL's does not.
             window = fn.slice(image, device=device, start=start, end=end, axes=[0, 1])
             crops.append(
                 fn.resize(
@@ -130,8 +130,8 @@ def build_graph(job: Job, device: Literal["cpu", "gpu"], device_id: int | None) 
 def regions(params: np.ndarray) -> dict[str, np.ndarray]:
     """The inputs "start", "end" and "from" of the graph for one crop, `(B, 2)` each.
 
-    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. A flip resizes an axis from its end to its
-    start. What is left of a turn is a transposition, of the crops that DALI returns.
+    `params` `(B,)` are rows of `draws.VIEW_PARAMS`. For a flip, an axis is resized from its end to
+    its start. A quarter turn also needs a transposition, which is applied to DALI's crops later.
     """
     flip_x, flip_y, _ = mirrors(params)
     start = np.stack([params["top"], params["left"]], 1).astype(np.int32)
@@ -144,11 +144,11 @@ def regions(params: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class DaliViews(Loader):
-    """Loader over encoded images. Raises ValueError when DALI is missing.
+    """Loader of encoded images. Raises ValueError when DALI is missing.
 
-    DALI does not reliably say which image it cannot decode, and its pipeline is invalid from then
-    on. PIL then decodes the images of that batch, which also finds the bad one. A new pipeline gets
-    them as PNGs and continues from there.
+    DALI does not reliably report which image it cannot decode, and the failure makes its pipeline
+    invalid. PIL then decodes the images of that batch, which also finds the bad one. A new pipeline
+    gets them as PNGs and continues from there.
     """
 
     def __init__(self, job: Job) -> None:
@@ -156,7 +156,7 @@ class DaliViews(Loader):
         self.on_gpu = job.device.type == "cuda"
         if self.on_gpu and job.loading.aggressive_on == "host":
             raise ValueError(
-                "aggressive_on: host would bring the crops back from the GPU; use device, "
+                "aggressive_on = host would copy the crops back from the GPU: use device, "
                 "or backend native"
             )
         self.pool = ThreadPoolExecutor(job.loading.threads)
@@ -233,9 +233,9 @@ class DaliViews(Loader):
                 self.pipe.release_outputs()
                 yield batch
         finally:
-            # The caller may leave before the end of the epoch. The files that nobody needs any
-            # more are then not read, and DALI's queue is emptied. Otherwise the next iterator would
-            # get the batches of this one.
+            # The caller may stop before the end of the epoch. The files that are no longer needed
+            # are then not read, and DALI's queue is emptied. Otherwise the next iterator would get
+            # the batches of this one.
             for files in reading:
                 for file in files:
                     file.cancel()
@@ -260,7 +260,7 @@ class DaliViews(Loader):
         return ids, self.job.params(epoch, ids), list(encoded)
 
     def run(self, batch: Encoded) -> Encoded:
-        """Let DALI start on a batch. Returns the batch, which is kept until it is delivered."""
+        """Start a batch in DALI. Returns the batch, which is needed until it is delivered."""
         _, params, files = batch
         self.feed(self.pipe, files, params)
         self.pipe.schedule_run()

@@ -1,4 +1,4 @@
-"""The two stages of a view as batched tensor operations on the device. A GPU runs these.
+"""Make the two stages of a view with batched tensor operations, mainly on a GPU.
 
 The arithmetic is the same as in `host_ops`, on float32 tensors `(B, 3, S, S)` whose values are
 whole 8-bit levels. The random parameters are known on the host. If an operation applies to some
@@ -30,8 +30,8 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
 def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
     """Crop, resize, flip and turn `images` `(B, 3, H, W)` uint8 to levels `(B, 3, S, S)` float32.
 
-    The resize is antialiased like PIL's, bilinear or bicubic as the first of `params` says for all.
-    `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
+    The resize is antialiased like PIL's. `params` `(B,)` are rows of `draws.VIEW_PARAMS`. The first
+    of them decides for all images whether the resize is bilinear or bicubic.
     """
     window = [params[name] for name in ("top", "left", "height", "width")]
     fields = np.stack([*window, *mirrors(params)[:2]]).astype(np.float32)  # (6, B)
@@ -52,9 +52,9 @@ def weak_stage(images: Tensor, params: np.ndarray, size_px: int) -> Tensor:
 
 
 def transpose_(levels: Tensor, params: np.ndarray) -> Tensor:
-    """Swap both axes of those of `levels` `(B, 3, S, S)` that are turned by one or three quarters.
+    """Swap the two axes of the images that are turned by one or three quarters, in place.
 
-    They are changed in place. `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
+    The images are `levels` `(B, 3, S, S)`. `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
     """
     turned_rows = np.flatnonzero(mirrors(params)[2])  # (n,)
     if len(turned_rows):
@@ -129,9 +129,9 @@ def blend_weights(params: np.ndarray, k: int) -> np.ndarray:
     """The weights `(3, B)` float32 of the blend that is the k-th jitter operation of each sample.
 
     A blend moves each pixel towards a centre: black for brightness, the mean gray of the image for
-    contrast, and the gray of the pixel for saturation. The three weights say how far it moves, and
-    how much of the centre is the mean gray and how much the pixel's gray. The distance is 0 for hue
-    and for samples without jitter.
+    contrast, and the gray of the pixel for saturation. The first weight is the distance, which is 0
+    for hue and for samples without jitter. The other two are the shares of the mean gray and of the
+    pixel's gray in the centre.
     """
     operation = params["order"][:, k]
     factor = np.take_along_axis(params["factor"], operation[:, None].astype(np.intp), 1)[:, 0]
@@ -142,8 +142,8 @@ def blend_weights(params: np.ndarray, k: int) -> np.ndarray:
 
 def grayscale_weights(params: np.ndarray) -> np.ndarray:
     """The weights `(3, B)` of the fifth blend: samples with grayscale move to the pixel's gray."""
-    none, all_of_it = np.zeros(len(params)), np.ones(len(params))
-    return np.stack([params["grayscale"], none, all_of_it]).astype(np.float32)
+    zeros, ones = np.zeros(len(params)), np.ones(len(params))
+    return np.stack([params["grayscale"], zeros, ones]).astype(np.float32)
 
 
 def blend_(levels: Tensor, towards: Tensor, mean_share: Tensor, own_share: Tensor) -> None:
@@ -221,10 +221,10 @@ def box_matrices(sigma_px: np.ndarray, size: int) -> np.ndarray:
 
 
 def patches(weak: Tensor, offsets: np.ndarray) -> Tensor:
-    """The jigsaw's patches `(B, 9, 3, P, P)` of weak views `(B, 3, S, S)`: pure slices of them.
+    """Cut the jigsaw's patches `(B, 9, 3, P, P)` out of weak views `(B, 3, S, S)`.
 
-    A view is cut into 3 x 3 cells, which are counted row by row. Each patch lies in its cell at
-    `offsets` `(B, 9, 2)`, (y, x) in pixels.
+    A view has 3 x 3 cells, which are counted row by row. `offsets` `(B, 9, 2)` are the positions of
+    the patches in their cells, (y, x) in pixels.
     """
     cell_px = weak.shape[-1] // 3
     cells = np.stack(np.divmod(np.arange(9), 3), 1) * cell_px  # (9, 2)
@@ -260,10 +260,10 @@ def normalise(levels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -
 
 
 def rand_augment_(levels: Tensor, params: np.ndarray) -> None:
-    """The operations of RandAugment in `params` on `levels` `(B, 3, S, S)`, in place.
+    """Apply the operations of RandAugment in `params` to `levels` `(B, 3, S, S)`, in place.
 
-    Each step runs the tables, the blends and the affine maps on the samples that have one of them.
-    `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
+    Each of the two steps applies the tables, the blends and the affine maps to the samples that
+    have such an operation. `params` `(B,)` are rows of `draws.VIEW_PARAMS`.
     """
     for k in range(2):
         operation = params["rand_op"][:, k]
@@ -279,7 +279,7 @@ def rand_augment_(levels: Tensor, params: np.ndarray) -> None:
 
 
 def change_levels(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
-    """ImageOps' tables of `levels` `(n, 3, S, S)`, whose k-th operation they are."""
+    """Apply ImageOps' tables to `levels` `(n, 3, S, S)`, all of which have one as operation k."""
     device, pixels = levels.device, levels[0, 0].numel()
     flat = levels.long().flatten(2)  # (n, 3, S * S)
     value = send(params["rand_value"][:, k].astype(np.int64), device)[:, None, None]  # (n, 1, 1)
@@ -287,7 +287,7 @@ def change_levels(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
     low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)  # (n, 3, 1)
     # A number divided by a tensor would be rounded twice.
     scale = torch.full_like(low, 255, dtype=torch.float64) / (high - low).clamp(min=1)
-    stretched = (level * scale - low * scale).long()  # (n, 3, 256), as all tables
+    stretched = (level * scale - low * scale).long()  # (n, 3, 256), like all tables
     count = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=device)
     count.scatter_add_(2, flat, torch.ones_like(flat))
     step = (pixels - count.gather(2, high)) // 255  # (n, 3, 1)
@@ -309,7 +309,7 @@ def change_levels(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
 
 
 def enhance(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
-    """ImageEnhance's blends of `levels` `(n, 3, S, S)`, whose k-th operation they are.
+    """Apply ImageEnhance's blends to `levels` `(n, 3, S, S)`, all of which have one as operation k.
 
     The centre of the blend is the pixel's gray, the mean gray, black or the smoothed image.
     """
@@ -328,10 +328,11 @@ def enhance(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
 
 
 def transform(levels: Tensor, params: np.ndarray, k: int) -> Tensor:
-    """PIL's affine maps of `levels` `(n, 3, S, S)`, whose k-th operation they are.
+    """Apply PIL's affine maps to `levels` `(n, 3, S, S)`, all of which have one as operation k.
 
     This computes in float64, as Geometry.c does. In float32, 1% of the levels of a sheared image
-    would differ by one, and single pixels at the image's border would be filled or not.
+    would differ by one, and a few pixels at its border would be filled where PIL's are not, or the
+    other way round.
     """
     device, size = levels.device, levels.shape[-1]
     matrices = affine_matrices(params["rand_op"][:, k], params["rand_value"][:, k], size)

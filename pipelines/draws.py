@@ -1,4 +1,4 @@
-"""The random parameters of every view, drawn once by a counter-based hash.
+"""Draw the random parameters of every view with a counter-based hash.
 
     params = draw(seed=0, epoch=3, ids=np.arange(256), spec=spec, sizes=manifest.sizes[:256])
     params.shape  # (256, K), of VIEW_PARAMS: K crops of each image
@@ -46,10 +46,10 @@ class RandOp(IntEnum):
     TRANSLATE_Y = 15
 
 
-# The value of each operation at the largest level, which is 10. A blend's is its change from .1.
+# The value of each operation at the largest level, which is 10. 0.1 is added to a blend's value.
 # The units are levels (and bits for posterize), factors, degrees, slopes, and parts of the side.
 RAND_RANGE = np.array([0, 0, 0, 0, 4, 256, 110, 1.8, 1.8, 1.8, 1.8, 30, 0.3, 0.3, 0.45, 0.45])
-RAND_FILL = (124, 116, 104)  # the levels of a pixel that an affine map takes from outside the image
+RAND_FILL = (124, 116, 104)  # the levels of pixels that an affine map takes from outside the image
 RAND_DRAWS = 12  # six for each of the two operations
 
 
@@ -59,11 +59,11 @@ VIEW_PARAMS = np.dtype(
         ("left", "i4"),
         ("height", "i4"),
         ("width", "i4"),
-        ("bicubic", "?"),  # how the window is resized; else bilinear
+        ("bicubic", "?"),  # whether the window is resized bicubically; otherwise bilinearly
         ("flip", "?"),
         ("jitter", "?"),
         ("order", "i1", 4),  # order[k] is the number of the k-th jitter operation
-        ("factor", "f4", 4),  # factor[n] belongs to operation n; the one of hue is in turns
+        ("factor", "f4", 4),  # factor[n] belongs to operation n; that of hue is in turns
         ("grayscale", "?"),
         ("blur_sigma_px", "f4"),  # 0 means no blur
         ("vertical_flip", "?"),  # after `flip`
@@ -101,7 +101,7 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hash_keys(seed: int, *numbers: int | np.ndarray) -> NDArray[np.uint64]:
-    """The hash key of a seed and whole numbers: `(n,)` uint64, where the last of them is `(n,)`."""
+    """The hash keys `(n,)` uint64 of a seed and integers, the last of which is `(n,)`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         key = mix(np.asarray([seed], np.uint64) + golden)
@@ -118,7 +118,7 @@ def sample_keys(seed: int, epoch: int, ids: np.ndarray) -> NDArray[np.uint64]:
 def uniforms(seed: int, epoch: int, ids: np.ndarray, draws: int, crops: int = 2) -> np.ndarray:
     """Random numbers `(n, crops, draws)` float64 in [0, 1): `draws` of them per sample and crop.
 
-    Those of a crop do not depend on the number of crops.
+    The numbers of a crop do not depend on how many crops there are.
     """
     streams = crops * draws
     counter = np.arange(1, streams + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -132,9 +132,9 @@ def draw(seed: int, epoch: int, ids: np.ndarray, spec: ViewSpec, sizes: np.ndarr
 
     `ids` `(n,)` are the sample ids in the dataset, and `sizes` `(n, 2)` are their heights and
     widths in pixels. The distributions are those of torchvision's RandomResizedCrop,
-    RandomHorizontalFlip, ColorJitter and RandomGrayscale, a blur of random sigma, and, where the
-    spec has them, RandomVerticalFlip, a quarter turn of equal chances, RandomSolarize,
-    RandAugment, and for each patch of a jigsaw a place of equal chances in its cell.
+    RandomHorizontalFlip, ColorJitter and RandomGrayscale, and a blur of random sigma. The spec can
+    add RandomVerticalFlip, quarter turns, RandomSolarize, RandAugment and jigsaw patches. All four
+    quarter turns, and all positions of a patch in its cell, are equally likely.
     """
     crops, each = len(spec.crops), spec.by_crop
     u = uniforms(seed, epoch, ids, DRAWS, crops)  # (n, K, DRAWS)
@@ -184,7 +184,7 @@ def mirrors(params: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def batch_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """The seed of the generator that a function of the user's gets for one batch of one rank."""
+    """The seed of the generator of the user's own augmentation, for one batch of one rank."""
     return int(hash_keys(seed ^ 0x6578747261, epoch, step, rank)[0])
 
 
@@ -205,7 +205,7 @@ def crop_windows(
     widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits_across = (widths > 0) & (widths <= image_w[..., None])
     fits_down = (heights > 0) & (heights <= image_h[..., None])
-    fits = fits_across & fits_down  # (n, K, CROP_TRIES), as the four arrays before
+    fits = fits_across & fits_down  # (n, K, CROP_TRIES), like the four arrays above
     first = fits.argmax(-1)[..., None]  # (n, K, 1)
     accepted = fits.any(-1)  # (n, K)
     # This is torchvision's fallback: the whole image, narrowed to the nearest allowed aspect.
@@ -222,11 +222,11 @@ def rand_augment(u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two operations of RandAugment per view: numbers, values and bicubic, each `(n, K, 2)`.
 
     This is InfoMin's rand-n2-m10-mstd0.5 (PyContrast's datasets/RandAugment.py). Each operation is
-    one of 15, which may be the same one twice, and is applied with probability .5. Its level is
-    normal with mean 10 and deviation .5, clipped to [0, 10], so it is 10 in half of the cases. An
-    affine map goes either way, and is bilinear or bicubic. Here they are the last operations of a
-    view, whereas PyContrast has its grayscale after them. `u` `(n, K, RAND_DRAWS)` are the random
-    numbers.
+    one of 15 and is applied with probability 0.5. The same one may be drawn twice. Its level is
+    normal with mean 10 and deviation 0.5, clipped to [0, 10], so it is 10 in half of the cases. The
+    direction of an affine map is random, and it is bilinear or bicubic. Here these are the last
+    operations of a view, whereas PyContrast applies grayscale after them. `u` `(n, K, RAND_DRAWS)`
+    are the random numbers.
     """
     u = u.reshape(*u.shape[:2], 2, RAND_DRAWS // 2)
     which, applied, radius, angle, sign, bicubic = np.moveaxis(u, -1, 0)  # (n, K, 2) each

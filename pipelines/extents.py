@@ -1,8 +1,8 @@
-"""Where the images of a split are in a few big files, and advice to the system about these bytes.
+"""The positions of a split's images in a few big files, and advice to the system about them.
 
-The system reads ahead of a file that is read from front to back. Training reads images in a random
-order, of which the system knows nothing, so it is told what will be needed (`read_soon`) and what
-will not (`drop`). Neither changes what a later read returns.
+The operating system only reads ahead in a file that is read from front to back. Training reads the
+images in a random order. It therefore advises the system which images will be needed soon
+(`read_soon`) and which will not (`drop`). Neither changes the result of a later read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REQUEST_BYTES = 128 * 1024
 class Extents:
     """The file, offset and size in bytes of every image, each `(N,)`.
 
-    `opened(number)` returns the file of a number, open. It belongs to the caller for as long as the
-    caller refers to it.
+    `opened(number)` returns the open file of a number. The file stays open for as long as the
+    caller has a reference to it.
     """
 
     file: np.ndarray
@@ -51,8 +51,8 @@ class Extents:
     def blocks(self, block_bytes: int, window_bytes: int) -> Blocks:
         """The blocks that begin at multiples of `block_bytes` in each file.
 
-        An image belongs to the block in which its first byte is. A window has as many images as
-        `window_bytes` hold of average size.
+        An image belongs to the block in which its first byte is. The number of images in a window
+        is `window_bytes` divided by the average size of an image.
         """
         cells = self.file[self.stored], self.offset[self.stored] // block_bytes
         begins = np.any([np.diff(cell, prepend=-1) != 0 for cell in cells], 0)
@@ -60,9 +60,10 @@ class Extents:
         return Blocks(self.stored, np.cumsum(begins) - 1, max(1, int(window_bytes // mean_bytes)))
 
     def sorted_by(self, labels: np.ndarray) -> float:
-        """How far the images are stored by their `labels` `(N,)`: 0 for a random order, 1 for runs.
+        """How far the images are stored in the order of their `labels` `(N,)`.
 
-        It is Cohen's kappa of the labels of two neighbours.
+        It is Cohen's kappa between the labels of neighbours: 0 for a random order, 1 if all images
+        of a class are stored together.
         """
         stored = labels[self.stored]
         by_chance = float(np.square(np.unique(labels, return_counts=True)[1] / len(labels)).sum())
@@ -72,7 +73,7 @@ class Extents:
     def runs(self, ids: np.ndarray) -> Iterator[tuple[int, int, int]]:
         """The images `ids` `(n,)` as runs of bytes: file, first byte, and the byte after the last.
 
-        What lies between two images that are stored one after the other belongs to their run.
+        Bytes between two images that are stored one after the other belong to their run.
         """
         place = np.sort(self.place[ids])
         samples = self.stored[place]

@@ -1,4 +1,4 @@
-"""Views of an FFCV .beton file: one decode per image by FFCV's libjpeg, then our own kernels.
+"""Make views of an FFCV .beton file. FFCV's libjpeg decodes, and our kernels do the rest.
 
 FFCV opens the file and prepares batches ahead on a thread of its own. Its random crops, its order
 and its augmentations are not used: for each batch it only calls `FfcvViews.write`, which decodes
@@ -6,8 +6,7 @@ the images and makes all views of them by the kernels of `host_ops`.
 
 The stock decoder keeps a buffer of the largest image for every sample of every batch ahead (65 GiB
 on ImageNet at full size). This one allocates memory per image. FFCV also compiles its code again
-for each loader, which takes 5.6 s of every opening. `decode_views` is compiled once per process, in
-1.5 s.
+for each loader, which takes 5.6 s. `decode_views` is compiled once per process, in 1.5 s.
 
 Three kinds of threads take part:
 
@@ -21,11 +20,13 @@ Three kinds of threads take part:
 The views are written into memory of `self.transfer`, never into FFCV's. The stored images are read
 directly from the file, which FFCV maps into memory at the loader's first epoch and then keeps.
 
-Where a page of a map is not in memory, Linux also reads its surroundings, up to the read-ahead of
-the device: 25 to 67 bytes were read for each that was used. The map is therefore marked as read at
-random, and the system is asked for the images of a batch while the one before is made.
+When a page of the mapped file is not in memory, Linux also reads the pages around it, up to the
+read-ahead of the device: 25 to 67 bytes were read for each that was used. The map is therefore
+marked for random access. The system is asked to read the images of a batch while the previous batch
+is made.
 
-This file is written for ffcv 1.0.2. Some inner parts of FFCV are replaced; each place says why.
+This file is written for ffcv 1.0.2. It replaces some internal parts of FFCV. Comments give the
+reasons.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
         self.write = write
 
     def declare_state_and_memory(self, previous_state: object) -> tuple[object, None]:
-        # No memory is asked of FFCV, because it overwrites its memory while batches may still be in
-        # use: of 15 batches that were kept, 10 were overwritten.
+        # FFCV is asked for no memory, because it overwrites its memory while batches may still be
+        # in use. In a test with 15 batches still in use, it overwrote 10 of them.
         return previous_state, None
 
     def generate_code(self) -> Callable[..., object]:
@@ -134,7 +135,7 @@ class Decoder(Operation):  # type: ignore[misc]  # ffcv has no types
 
 
 class FfcvViews(Loader):
-    """Loader over a .beton file, of whose fields only one image is read (`beton.image_field`).
+    """Loader of a .beton file. Of its fields, only one image is read (`beton.image_field`).
 
     An image that FFCV cannot decode is decoded by PIL, or reported as bad if PIL fails too. If the
     file is replaced by a rename, the loader continues to read the old one. FFCV maps the file into
@@ -149,13 +150,14 @@ class FfcvViews(Loader):
         super().__init__(job)
         if job.source.beton is None:
             raise ValueError(
-                "backend ffcv reads .beton files: convert with `rsa-fast convert ffcv`, "
-                "or choose another backend, as several folders or val_fraction need"
+                "backend ffcv reads one .beton file: convert the data with "
+                "`rsa-fast convert ffcv`, or choose another backend. Several folders and "
+                "val_fraction need another one"
             )
         self.transfer = Transfer(job)
         self.pool = ThreadPoolExecutor(job.loading.threads)
         self.epoch = 0
-        self.coming: Iterator[np.ndarray] = iter(())  # the ids of the batches not yet asked for
+        self.coming: Iterator[np.ndarray] = iter(())  # the ids of the batches to be read ahead
         fields = read_fields(job.source.beton)
         names, image = [name for name, _ in fields], image_field(fields)
         decoder = Decoder(self.write)
@@ -233,7 +235,7 @@ class FfcvViews(Loader):
     def read_next_soon(self) -> None:
         """Ask the system for the stored images of the next batch, if there is one."""
         extents = self.job.source.extents
-        assert extents  # as the source is a .beton file
+        assert extents, "a .beton file has extents"
         for ids in islice(self.coming, 1):
             for _ in extents.read_soon(ids):
                 pass
@@ -246,8 +248,8 @@ class FfcvViews(Loader):
         self.read_next_soon()
         ids = np.array(batches, np.int64).reshape(-1)
         # Our order replaces FFCV's. FFCV 1.0.2 has an interface for this (TraversalOrder classes),
-        # but by a fault it refuses every class except its own. It also cuts every order to the
-        # length of the loader's first one.
+        # but because of a bug it refuses every class except its own. It also cuts every order to
+        # the length of the loader's first one.
         self.loader.traversal_order.sample_order = lambda _: ids
         self.loader.first_traversal_order = ids
         iterator = iter(self.loader)

@@ -1,4 +1,4 @@
-"""Atomic file writes, after which a file is completely new or unchanged, and the cache folder."""
+"""Write files atomically: afterwards each is either completely new or unchanged."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def read_list_text(path: Path) -> str:
-    """The text of a list, in UTF-8 or, with the mark of Windows' editors, in UTF-16.
+    """The text of a list of files, in UTF-8, or in UTF-16 if it starts with a byte order mark.
 
-    File names need not be UTF-8: their other bytes are kept as Python keeps them in names.
+    File names need not be valid UTF-8. Invalid bytes become surrogates, as in Python's file names.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -83,9 +83,10 @@ def partial_name(name: str) -> str:
 
 
 def user_cache() -> Path:
-    """The user's folder for what this program can make again, which need not exist.
+    """The user's cache folder of this program. It need not exist.
 
-    It is in $XDG_CACHE_HOME or ~/.cache. A user without a home has one among the temporary files.
+    It is in $XDG_CACHE_HOME or ~/.cache. For a user without a home folder, it is in the folder for
+    temporary files.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(home):

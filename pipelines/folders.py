@@ -1,10 +1,10 @@
-"""Which image files below a folder are the training images, which the test images, and which none.
+"""Decide which image files below a folder are training images, test images or neither.
 
     splits_of(Path("data/birds"))               # where the training and the test images are
     list_images(Path("data/birds"), "train")    # their paths, labels and classes
 
-This is the only place where that is decided. A folder that can be read in two ways is refused.
-Whatever is left out is counted, so that a start can say so.
+No other module decides this. A folder that can be read in two ways is refused. Everything that is
+left out is counted, so that it can be reported at the start.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from PIL import Image
 from rsa_fast.pipelines.files import read_list_text
 from rsa_fast.pipelines.manifest import Listing, Paths
 
-# What PIL says it opens, but for the formats of which it only reads the header or which need other
-# programs.
+# PIL lists these formats, but it reads only their headers or needs other programs for them.
 UNREAD_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
 IMAGE_SUFFIXES = {
@@ -32,7 +31,7 @@ IMAGE_SUFFIXES = {
     if form in Image.OPEN and form not in UNREAD_FORMATS
 }
 TRAIN_NAMES = {"train", "training"}
-# Where a folder has both of them, the validation images are the test split.
+# If a folder has both of them, the validation images are the test split.
 VAL_NAMES, TEST_NAMES = {"val", "valid", "validation"}, {"test", "testing"}
 SPLIT_NAMES = TRAIN_NAMES | VAL_NAMES | TEST_NAMES
 # Parts of names such as train2017, test_images or val-set, which look like those of splits.
@@ -40,8 +39,8 @@ SPLIT_WORDS = SPLIT_NAMES | {"dev", "eval", "evaluation", "holdout"}
 FILLERS = ("images", "image", "imgs", "img", "set", "data", "split")
 # Folders that operating systems and network disks make.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found"}
-OURS = "written by this program"  # in the counts of what was left out
-FOREIGN = {  # what the images may be in, by suffix
+OURS = "written by this program"  # the name of such files in the counts of what was left out
+FOREIGN = {  # other formats that may contain the images, by suffix
     ".parquet": "parquet files, such as Hugging Face's: save their images to class folders",
     ".arrow": "arrow files, such as Hugging Face's: save their images to class folders",
     ".tfrecord": "TFRecord files: save their images to class folders",
@@ -64,13 +63,13 @@ UNLABELLED = "--unlabelled reads all images below it as one set without classes"
 class Splits:
     """Where the images of a folder's splits are.
 
-    `apart` are the folders in `train` that hold no training images. `unread` are the folders
-    beside the splits, which are in neither.
+    `excluded` are the folders in `train` that contain no training images. `unread` are the folders
+    beside the splits. They belong to neither split.
     """
 
     train: Path
     test: Path | None
-    apart: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
     unread: tuple[str, ...] = ()
 
 
@@ -87,49 +86,49 @@ def splits_of(data: Path) -> Splits:
         [name for name in names if name.lower() in known]
         for known in (TRAIN_NAMES, VAL_NAMES, TEST_NAMES)
     )
-    for alike in (trains, vals, tests):
-        if len(alike) > 1:
+    for rivals in (trains, vals, tests):
+        if len(rivals) > 1:
             raise ValueError(
-                f"{data} holds {listed(alike)} for one split: keep one, move the others away"
+                f"{data} contains {listed(rivals)} for one split: keep one, move the others away"
             )
     test = next(iter(vals + tests), None)
     test_folder = data / test if test else None
     unread = tuple(name for name in names if name not in [*trains, test])
     if trains:
         train = data / trains[0]
-        holding = [] if test else with_images(data, unread)
-        if holding and not with_images(train, read_folder(train)[1]):
+        others = [] if test else with_images(data, unread)
+        if others and not with_images(train, read_folder(train)[1]):
             raise ValueError(
-                f"{data} holds {trains[0]}/ beside {listed(holding)}, and all of them images: is "
-                f"{trains[0]}/ a class or the training images? For these, give {train}; for a "
-                f"class, rename it. {UNLABELLED}"
+                f"{data} contains {trains[0]}/ and {listed(others)}, each with images: is "
+                f"{trains[0]}/ a class, or does it contain the training images? If it is a class, "
+                f"rename it. If not, give {train}. {UNLABELLED}"
             )
         return Splits(train, test_folder, unread=unread)
-    if alike := with_images(data, filter(looks_like_a_split, unread)):
+    if similar := with_images(data, filter(looks_like_a_split, unread)):
         raise ValueError(
-            f"{data} holds {listed(alike)}, which looks like a split, but not train/, and not val/ "
-            f"or test/: rename it so, or give the folder with the training images, as in "
-            f"{data / alike[0]}. {UNLABELLED}"
+            f"{data} contains {listed(similar)}, which looks like a split but is not named "
+            "train/, val/ or test/: rename it, or give the folder with the training images, such "
+            f"as {data / similar[0]}. {UNLABELLED}"
         )
     classes = []
     if test_folder:
         classes = with_images(data, (name for name in unread if name.lower() not in SPLIT_NAMES))
         if classes and not set(read_folder(test_folder)[1]) & set(classes):
             raise ValueError(
-                f"{data} holds {test}/ beside {listed(classes)}, and none of their names inside "
-                f"it: is {test}/ a class or the test images? Move the training images into train/, "
-                f"or rename the class. {UNLABELLED}"
+                f"{data} contains {test}/ and {listed(classes)}, but {test}/ has no folders of "
+                f"these names: is {test}/ a class, or does it contain the test images? Move the "
+                f"training images into train/, or rename the class. {UNLABELLED}"
             )
     if test_folder and not (classes or images):
         raise FileNotFoundError(
-            f"{data} holds {test}/, but no training images: put them into train/ beside it"
+            f"{data} contains {test}/, but no training images: put them into train/ beside it"
         )
-    apart = frozenset(name for name in names if name.lower() in SPLIT_NAMES)
-    return Splits(data, test_folder, apart, tuple(sorted(apart - {test})))
+    excluded = frozenset(name for name in names if name.lower() in SPLIT_NAMES)
+    return Splits(data, test_folder, excluded, tuple(sorted(excluded - {test})))
 
 
 def looks_like_a_split(name: str) -> bool:
-    """Whether a folder's name is that of a split with something added, as train2017."""
+    """Whether a folder's name is that of a split with something added, such as train2017."""
     word = "".join(letter for letter in name.lower() if letter.isalpha())
     for filler in FILLERS:
         word = word.removesuffix(filler).removeprefix(filler)
@@ -141,11 +140,11 @@ def list_images(
 ) -> Listing:
     """The paths of an image folder's split (relative to `data`, sorted), its labels and classes.
 
-    The label is -1 where images are not in class folders. `unlabelled` takes all images below the
-    folder for training images without labels. What is left out is counted in `ignored`.
+    The label is -1 for images that are not in class folders. With `unlabelled`, all images below
+    the folder are training images without labels. What is left out is counted in `ignored`.
 
-    Raises FileNotFoundError if there are no images, and ValueError for a class without any and for
-    a folder that can be read in two ways.
+    Raises FileNotFoundError if there are no images. Raises ValueError for a class without images
+    and for a folder that can be read in two ways.
     """
     ignored = Counter() if ignored is None else ignored
     if unlabelled:
@@ -153,7 +152,7 @@ def list_images(
     splits = splits_of(data)
     root = splits.train
     if split == "test":
-        assert splits.test, "open_source has looked for it"
+        assert splits.test, "open_source checks that there is one"
         root = splits.test
         if table := labels_of_table(root, data, ignored):
             return table
@@ -168,7 +167,7 @@ def list_images(
     by_class: dict[str, Paths] = {}
     empty: dict[str, Counter[str]] = {}
     for name in sorted(names):
-        if root == data and name in splits.apart:
+        if root == data and name in splits.excluded:
             continue
         left_out: Counter[str] = Counter()
         parts = list(walk(root / name, data, left_out))
@@ -185,12 +184,12 @@ def list_images(
         return without_labels(Paths(flat), root, ignored)
     if flat and (len(by_class) < 2 or len(flat) >= count):
         raise ValueError(
-            f"{root} holds {len(flat)} images beside {listed(by_class)} with {count}: are the "
-            "folders classes? Then move the images beside them away or into a class; if not, "
+            f"{root} contains {len(flat)} images, and {count} images in {listed(by_class)}: are "
+            "the folders classes? If so, move the images beside them away or into a class. If not, "
             f"{UNLABELLED}"
         )
     if empty:
-        rows = [f"{name}{held(left_out)}" for name, left_out in list(empty.items())[:10]]
+        rows = [f"{name}{in_brackets(left_out)}" for name, left_out in list(empty.items())[:10]]
         hints = hints_of(sum(empty.values(), Counter()))
         raise (ValueError if by_class else FileNotFoundError)(
             f"no images in {len(empty)} class folder(s) of {root}: {', '.join(rows)}. Fill or "
@@ -206,7 +205,7 @@ def list_images(
 def without_labels(paths: Paths, root: Path, ignored: Counter[str]) -> Listing:
     """The listing of images without classes. Raises FileNotFoundError if there are none."""
     if not paths:
-        raise FileNotFoundError(f"no images in {root}{held(ignored)}{hints_of(ignored)}")
+        raise FileNotFoundError(f"no images in {root}{in_brackets(ignored)}{hints_of(ignored)}")
     return paths, np.full(len(paths), -1, np.int64), ()
 
 
@@ -214,18 +213,18 @@ def refuse_splits_inside(folder: Path, parts: list[tuple[str, list[str]]], data:
     """Raise ValueError if a class folder has images in a folder that is named like a split."""
     start = len(prefix_of(folder, data))
     inside = {prefix[start:].partition("/")[0] for prefix, images in parts if images}
-    if found := sorted(name for name in inside if name.lower() in SPLIT_NAMES):
+    if splits := sorted(name for name in inside if name.lower() in SPLIT_NAMES):
         raise ValueError(
-            f"{folder} holds {listed(found)}: give {folder} itself if these are its splits. The "
-            f"classes belong inside train/ and val/, not around them. {UNLABELLED}"
+            f"{folder} contains {listed(splits)}: give {folder} itself if these are its splits. "
+            f"Class folders must be inside train/ and val/, not around them. {UNLABELLED}"
         )
 
 
 def labels_of_table(root: Path, data: Path, ignored: Counter[str]) -> Listing | None:
     """The test images whose classes are in a table, or None if there is no such table.
 
-    The tables are Tiny ImageNet's `val_annotations.txt` and ImageNet's `LOC_val_solution.csv`, of
-    Kaggle, in the test folder or beside it. A table without its images counts as none.
+    The tables are Tiny ImageNet's `val_annotations.txt` and Kaggle's `LOC_val_solution.csv` for
+    ImageNet, in the test folder or beside it. A table whose images are missing is ignored.
     """
     for table in (
         root / "val_annotations.txt",
@@ -277,7 +276,7 @@ def images_below(folder: Path, data: Path, ignored: Counter[str] | None = None) 
 
 
 def with_images(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of the folders `names` in a folder that have an image, at any depth."""
+    """The folders of `names` in a folder that contain an image at any depth."""
     return [name for name in names if any(images for _, images in walk(folder / name, folder))]
 
 
@@ -286,8 +285,8 @@ def walk(
 ) -> Iterator[tuple[str, list[str]]]:
     """The images in `folder` and its subfolders: the path relative to `data`, and the names.
 
-    Symbolic links to folders are followed, but not those to a folder in which they are. Hidden
-    folders are not entered, nor those that this program writes.
+    Symbolic links to folders are followed, unless they lead to a folder that contains them. Hidden
+    folders and folders written by this program are skipped.
     """
     above: tuple[str, ...] = (os.path.realpath(data),)
     if folder != data:
@@ -304,7 +303,7 @@ def walk(
 
 
 def prefix_of(folder: Path, data: Path) -> str:
-    """What the paths relative to `data` of the images in a folder start with."""
+    """The path of a folder relative to `data`, with a slash at its end unless it is empty."""
     return "".join(f"{part}/" for part in folder.relative_to(data).parts)
 
 
@@ -313,8 +312,8 @@ def read_folder(
 ) -> tuple[list[str], list[str]]:
     """The names of the images and of the folders in one folder.
 
-    `above` are the real paths of the data folder, of the folders between and of this one. What is
-    left out is counted in `ignored`.
+    `above` are the real paths of the data folder, of this folder and of all folders between them.
+    What is left out is counted in `ignored`.
     """
     above = above or (os.path.realpath(place),)
     ignored = Counter() if ignored is None else ignored
@@ -323,7 +322,7 @@ def read_folder(
     others: list[str] = []
     has_cache = False
     with os.scandir(place) as entries:
-        for entry in entries:  # the listing itself says what is a folder: no stat is needed
+        for entry in entries:  # the listing marks the folders, so no stat is needed
             name = entry.name
             is_image = name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
             if is_image and not entry.is_dir(follow_symlinks=False):
@@ -357,7 +356,7 @@ def read_folder(
 
 
 def leads_up(link: str, above: tuple[str, ...]) -> bool:
-    """Whether a link leads to a folder in which it is."""
+    """Whether a link leads to a folder that contains it."""
     real = os.path.realpath(link)
     return any(folder == real or folder.startswith(f"{real.rstrip('/')}/") for folder in above)
 
@@ -365,7 +364,7 @@ def leads_up(link: str, above: tuple[str, ...]) -> bool:
 def is_ours(files: Collection[str], empty: bool) -> bool:
     """Whether a folder with these files is a run's folder or a converted dataset.
 
-    `empty` says that nothing but a cache of this program is in it.
+    `empty` means that it contains nothing except a cache of this program.
     """
     return (
         empty
@@ -382,8 +381,8 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f"{name}/" for name in names[:5]) + rest
 
 
-def held(ignored: Counter[str]) -> str:
-    """What is there instead of images, in brackets, or nothing."""
+def in_brackets(ignored: Counter[str]) -> str:
+    """What was left out, in brackets, or an empty string."""
     return f" ({counts_of(ignored)})" if ignored else ""
 
 
@@ -393,6 +392,6 @@ def counts_of(ignored: Counter[str]) -> str:
 
 
 def hints_of(ignored: Counter[str]) -> str:
-    """A sentence for each kind of file that is known to hold images but is not read."""
-    found = dict.fromkeys(FOREIGN[suffix] for suffix in FOREIGN if ignored[suffix])
-    return "".join(f". Found {hint}" for hint in found)
+    """A sentence for each file type in `FOREIGN` that was left out."""
+    hints = dict.fromkeys(FOREIGN[suffix] for suffix in FOREIGN if ignored[suffix])
+    return "".join(f". Found {hint}" for hint in hints)

@@ -1,13 +1,14 @@
-"""Which layout the images have, and how to open them.
+"""Find out in which layout the images are stored, and open them.
 
     source = open_source("data/cifar10", split="pretrain")
-    source.manifest, source.read(17)    # what the split is, and an image (H, W, 3)
+    source.manifest, source.read(17)    # a description of the split, and an image (H, W, 3)
 
 There are five layouts: folders of image files, FFCV's .beton files, tar shards, the binary files of
-CIFAR and STL-10, and a text file of paths. Several of them are read as one dataset. There are three
-splits: `pretrain` (all training images, labelled or not), `train` (the labelled ones, for
-evaluation) and `test`. The first two differ only for STL-10, whose pre-training set is 5k labelled
-and 100k unlabelled images, and where a labelled and an unlabelled dataset are read as one.
+CIFAR and STL-10, and a text file of paths. Several places can be read as one dataset.
+
+There are three splits: `pretrain` (all training images, labelled or not), `train` (the labelled
+ones, for evaluation) and `test`. The first two differ in two cases only. STL-10 has 5k labelled and
+100k unlabelled images for pre-training. A labelled and an unlabelled dataset can be read as one.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ BINARY_FOLDERS = {  # the folder that torchvision's download makes, and torchvis
 LAYOUT = (
     "wanted: train/<class>/*.jpg with val/<class>/*.jpg or test/<class>/*.jpg, one flat folder of "
     f"images, torchvision's {', '.join(BINARY_FOLDERS)}, FFCV's train*.beton or *.ffcv with val* "
-    "or test*, tar shards train/*.tar with val/ or test/, or a .txt or .tsv file with a path "
-    "a line"
+    "or test*, tar shards train/*.tar with val/ or test/, or a .txt or .tsv file with one path "
+    "per line"
 )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the images of a place are read: the arguments of `open_source` of these names."""
+    """How images are read. The fields are arguments of `open_source`."""
 
     cache: Path | None = None
     unlabelled: bool = False
@@ -79,24 +80,24 @@ def open_source(
     on_bad_image: OnBadImage = "stop",
     exif_orientation: bool = False,
 ) -> Source:
-    """The images of a split of `data`: a folder in any of the layouts, a text file, or several.
+    """Open a split of `data`: a folder in any of the layouts, a text file, or several of these.
 
-    If a split is there both packed (a .beton file or tar shards) and as image files, the packed
-    form is read. `cache` is a folder for the manifest where no other can be written. In a process
-    group all ranks must call this (`scan.scan_files`).
+    If a split exists both packed (a .beton file or tar shards) and as image files, the packed form
+    is read. `cache` is a folder for the manifest, used if no other folder can be written. In a
+    process group all ranks must call this function (`scan.scan_files`).
 
     With `unlabelled`, all images below a folder are training images without labels, and there is no
-    test split. With `on_bad_image` "skip", files that are no whole images are left out, and
-    `Source.bad` names them. With `exif_orientation`, image files are turned upright as their EXIF
-    tags say. Packed images are taken as they are stored.
+    test split. With `on_bad_image` "skip", damaged and incomplete files are left out and listed in
+    `Source.bad`. With `exif_orientation`, image files are turned upright by their EXIF tags. Packed
+    images are never turned.
 
-    Where the data have no test split, this fraction `val_fraction` of the labelled training images
-    is `test`, and the rest is `train` and `pretrain` (`combined.held_out_ids`). Otherwise it
-    changes nothing.
+    If the data have no test split, the fraction `val_fraction` of the labelled training images is
+    `test`, and the rest is `train` and `pretrain` (`combined.held_out_ids`). If they have one,
+    `val_fraction` has no effect.
 
-    Raises FileNotFoundError when the folder or the split is missing, and ValueError for an empty
-    class, unreadable images (each with its path), a corrupt binary file, a split that is there in
-    two packed forms, a faulty line in a text file, or a file that is given twice.
+    Raises FileNotFoundError if the folder or the split is missing. Raises ValueError for an empty
+    class, unreadable images (each with its path), a corrupt binary file, a split that exists in two
+    packed forms, a faulty line in a text file, and a file that is given twice.
     """
     places = places_of(data)
     if split not in SPLITS:
@@ -109,36 +110,37 @@ def open_source(
     with_test = [place for place in places if not unlabelled and has_test_split(place)]
     if with_test and split == "test":
         if (without := [str(place) for place in places if place not in with_test]) and is_rank_0():
-            log.info(f"no val/ or test/ in {', '.join(without)}: scores are on the others' images")
+            log.info(f"no val/ or test/ in {', '.join(without)}: the others' images are the test")
         return open_places(with_test, split, reading)
     if with_test:
         return open_places(places, split, reading)
     lack = f"no val/ or test/ folder in {described(data)}"
     if not val_fraction:
-        hint = "val_fraction = 0.2 holds out a part of labelled training images"
+        hint = "val_fraction = 0.2 holds out a part of the labelled training images"
         raise FileNotFoundError(f"{lack}: without one there is no evaluation; {hint}")
-    whole = open_places(places, "pretrain", reading)
-    held = held_out_ids(whole.manifest.labels, val_fraction)
+    images = open_places(places, "pretrain", reading)
+    held_out = held_out_ids(images.manifest.labels, val_fraction)
     if split == "test":
-        if not held.size:
+        if not held_out.size:
             raise FileNotFoundError(
-                f"{lack}, and no class with two images or more, of which some could be held out: "
-                "without either there is no evaluation"
+                f"{lack}, and no class has two or more images, so none can be held out: without "
+                "test images there is no evaluation"
             )
-        return replace(subset(whole, held, split), ignored={}, bad={})  # they are the other part's
-    if not held.size:
-        return whole if split == "pretrain" else open_places(places, split, reading)
-    labels = whole.manifest.labels
-    rest = np.setdiff1d(np.arange(len(labels)), held)
+        # The training split reports what was left out.
+        return replace(subset(images, held_out, split), ignored={}, bad={})
+    if not held_out.size:
+        return images if split == "pretrain" else open_places(places, split, reading)
+    labels = images.manifest.labels
+    rest = np.setdiff1d(np.arange(len(labels)), held_out)
     if split == "train":
         rest = rest[labels[rest] >= 0]
-    return replace(subset(whole, rest, split), held_out=len(held))
+    return replace(subset(images, rest, split), held_out=len(held_out))
 
 
 def places_of(data: Data) -> list[Path]:
     """The folders and text files of `data`.
 
-    Raises FileNotFoundError for those that are not there, and ValueError where there is none or one
+    Raises FileNotFoundError for one that does not exist. Raises ValueError if none is given, or one
     is given twice.
     """
     places = [Path(data)] if isinstance(data, str | Path) else [Path(place) for place in data]
@@ -146,7 +148,7 @@ def places_of(data: Data) -> list[Path]:
         raise ValueError(f"no folder with images is given; {LAYOUT}")
     for place in places:
         if place.is_file() and place.suffix.lower() not in LIST_SUFFIXES:
-            raise ValueError(f"{place} is a file, but no list of paths; {LAYOUT}")
+            raise ValueError(f"{place} is a file, but not a list of paths; {LAYOUT}")
         if not place.exists():
             kind = "file" if place.suffix.lower() in LIST_SUFFIXES else "folder"
             raise FileNotFoundError(f"no {kind} {place}: {LAYOUT}")
@@ -161,7 +163,7 @@ def described(data: Data) -> str:
 
 
 def inventory(train: Source, test: Source | None = None) -> str:
-    """What was read and what was left out, in one line; bad images follow, a line each."""
+    """One line about what was read and what was left out, and a line for each bad image."""
     parts = [f"train: {described_split(train)} from {train.where}, {train.sizes_in_words()}"]
     if held_out := train.held_out:
         share = held_out / (len(train.manifest) + held_out)
@@ -182,7 +184,7 @@ def inventory(train: Source, test: Source | None = None) -> str:
         parts.append(f"ignored: {counts_of(ignored)}")
     if bad:
         rows = "\n".join(bad_rows(bad))
-        parts.append(f"left out, because they are no whole images: {len(bad):,}\n{rows}")
+        parts.append(f"left out, because damaged or incomplete: {len(bad):,}\n{rows}")
     return "; ".join(parts)
 
 
@@ -202,7 +204,7 @@ def is_rank_0() -> bool:
 def open_places(places: Sequence[Path], split: str, reading: Reading) -> Source:
     """The images of a split of all places in one source.
 
-    Where only some of several places are labelled, `train` and `test` are the images of those.
+    If only some of several places are labelled, `train` and `test` are the images of those.
     """
     if len(places) == 1:
         return open_place(places[0], split, reading)[0]
@@ -219,10 +221,10 @@ def open_places(places: Sequence[Path], split: str, reading: Reading) -> Source:
 def open_place(place: Path, split: str, reading: Reading, part: str = "") -> tuple[Source, Path]:
     """The images of a split of a folder or text file, and the folder their paths are relative to.
 
-    The scan of a folder is cached beside its train/, and that of a text file beside it. That of a
-    folder without train/ is in the user's cache folder, because torchvision's ImageFolder would
-    take a folder beside the classes for a class. Where this cannot be written, the cache is in
-    `reading.cache`. `part` keeps the files of several places apart.
+    The scan is cached beside train/, or beside the text file. For a folder without train/, the
+    cache is in the user's cache folder, because torchvision's ImageFolder would treat a folder
+    beside the classes as a class. If that place cannot be written, the cache is in `reading.cache`.
+    `part` distinguishes the cache files of several places.
     """
     name = "test.npz" if split == "test" else "train.npz"
     root, home, listing = place, place if has_train_folder(place) else None, None
@@ -263,7 +265,7 @@ def open_place(place: Path, split: str, reading: Reading, part: str = "") -> tup
         return turn_upright(pixels, int(orientations[sample])) if turned else pixels
 
     def encoded(sample: int) -> bytes:
-        # No bytes are returned for an image to turn, so that it is not decoded without that.
+        # No bytes are returned for an image to be turned, so that no backend decodes it unturned.
         if turned and orientations[sample] != 1:
             return b""
         return read_bytes(f"{folder}/{manifest.paths[sample]}")
@@ -287,7 +289,7 @@ def has_train_folder(place: Path) -> bool:
 
 
 def split_folder(data: Path, manifest: Manifest) -> Path:
-    """The folder that holds all images of a split: a folder such as train/, or all of `data`."""
+    """The folder that contains all images of a split: a folder such as train/, or `data` itself."""
     first, below, _ = manifest.paths[0].partition("/")
     return data / first if below and first.lower() in SPLIT_NAMES else data
 
@@ -299,7 +301,7 @@ def binary_layout_of(data: Path) -> str | None:
 
 
 def has_test_split(place: Path) -> bool:
-    """Whether a folder has test images of its own; a text file has none."""
+    """Whether a folder has its own test images. A text file has none."""
     if place.is_file():
         return False
     return bool(binary_layout_of(place) or packed_place(place, "test") or splits_of(place).test)
@@ -323,13 +325,15 @@ def packed_place(data: Path, split: str) -> Path | None:
     if has_tars and holds_shards(data, split):
         places.append(data)
     if len(places) > 1:
-        found = ", ".join(sorted(place.name for place in places))
-        raise ValueError(f"{data} holds {found} for one split: keep one, move the others away")
+        names_found = ", ".join(sorted(place.name for place in places))
+        raise ValueError(
+            f"{data} contains {names_found} for one split: keep one, move the others away"
+        )
     return places[0] if places else None
 
 
 def download(data: str | Path, binary_layout: str) -> None:
-    """Fetch "CIFAR10", "CIFAR100" or "STL10" into `data`, by torchvision's class of that name."""
+    """Download "CIFAR10", "CIFAR100" or "STL10" to `data` with torchvision's class of that name."""
     import torchvision.datasets as datasets
 
     getattr(datasets, binary_layout)(str(data), download=True)
@@ -364,7 +368,7 @@ def read_list(place: Path) -> tuple[Path, Listing]:
     """
     text = read_list_text(place)
     if "\0" in text:
-        raise ValueError(f"{place} is no text in UTF-8: wanted a path a line, found binary data")
+        raise ValueError(f"{place} contains binary data: wanted text in UTF-8, one path per line")
     files: list[str] = []
     names: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -373,18 +377,18 @@ def read_list(place: Path) -> tuple[Path, Listing]:
         path, *rest = line.split("\t")
         if len(rest) > 1:
             raise ValueError(
-                f"{place}, line {number}: {len(rest)} tabs. Wanted a path, and perhaps one tab and "
-                "the name of a class"
+                f"{place}, line {number}: found {len(rest)} tabs. Wanted a path, optionally "
+                "followed by one tab and the name of a class"
             )
         files.append(os.path.abspath(place.parent / path.rstrip()))
         names.append(rest[0].strip() if rest else "")
         if bool(names[-1]) != bool(names[0]):
             raise ValueError(
-                f"{place}, line {number}: {'a' if names[-1] else 'no'} class, other than in the "
+                f"{place}, line {number}: found {'a' if names[-1] else 'no'} class, unlike in the "
                 "lines before. Give all images a class or none"
             )
     if not files:
-        raise ValueError(f"{place} names no image: wanted a path a line")
+        raise ValueError(f"{place} lists no image: wanted one path per line")
     root = os.path.commonpath({os.path.dirname(file) for file in files})
     start = len(root.rstrip("/")) + 1
     paths = Paths(file[start:] for file in files)
@@ -395,13 +399,13 @@ def read_list(place: Path) -> tuple[Path, Listing]:
 
 
 def check_list(place: Path, root: Path, listing: Listing) -> Listing:
-    """Raise ValueError with the paths in a text file at which there is no file."""
+    """Return `listing`, or raise ValueError with those of its paths at which there is no file."""
     paths = listing[0]
     exists = map_threaded(lambda path: (os.path.isfile(f"{root}/{path}"), 0), paths, np.bool_)[:, 0]
     if not exists.all():
         missing = np.flatnonzero(~exists)
         rows = [f"  {root / paths[i]}" for i in missing[:20]] + ["  ..."] * (len(missing) > 20)
         listed = "\n".join(rows)
-        fault = f"{len(missing)} of the {len(paths)} files in {place} are not there"
+        fault = f"{len(missing)} of the {len(paths)} files in {place} do not exist"
         raise ValueError(f"{fault}; correct or remove their lines:\n{listed}")
     return listing

@@ -40,16 +40,16 @@ log = logging.getLogger("rsa_fast")
 
 @dataclass(frozen=True)
 class Loading:
-    """How views are loaded. Only `on_bad_image` changes what is seen; the rest is speed.
+    """How views are loaded. Only `on_bad_image` can change results, all other fields change speed.
 
-    `backend` is a name in `BACKENDS`, or "auto". `threads` belong to one rank; by default they are
-    its share of the cores. `prefetch_batches` are made ahead of the one in use. `aggressive_on`
-    says where the aggressive stage runs: as numba kernels on the host or as tensor operations on
-    the device; "auto" is the device on a GPU. `decode_on` is where the dali backend decodes when it
-    trains on a GPU. With `on_bad_image` "skip", an image that cannot be read is
-    replaced (`Loader.readable`).
+    `backend` is a name in `BACKENDS`, or "auto". `threads` is the number per rank, by default the
+    rank's share of the cores. `prefetch_batches` is the number of batches made ahead of the current
+    one. `aggressive_on` chooses where the aggressive stage runs: on the host (numba kernels) or on
+    the device (tensor operations). "auto" chooses the device if it is a GPU. `decode_on` chooses
+    where the dali backend decodes when the device is a GPU. With `on_bad_image` "skip", an image
+    that cannot be read is replaced (`Loader.readable`).
 
-    Raises ValueError for a value that does not exist.
+    Raises ValueError for an unknown value.
     """
 
     backend: str = "auto"
@@ -74,7 +74,7 @@ class Loading:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
 
     def resolved(self, source: Source, device: torch.device) -> tuple[Loading, str]:
-        """With what "auto" stands for, and the reason for the backend (empty if it was given)."""
+        """The settings without "auto", and the reason for the backend (empty if it was given)."""
         backend, reason = self.backend, ""
         if backend == "auto":
             backend, reason = choose_backend(source, device)
@@ -98,26 +98,26 @@ class Job:
 
     @cached_property
     def crops(self) -> list[int]:
-        """Which of the K crops the views need. No others are made."""
+        """The crops, of all K, that the views need. No others are made."""
         return sorted({stage_and_crop(view)[1] for view in self.reads})
 
     @cached_property
     def crops_alike(self) -> list[list[int]]:
-        """The needed crops, those of one size and interpolation together."""
-        alike: dict[tuple[int, str], list[int]] = {}
+        """The needed crops, grouped by size and interpolation."""
+        groups: dict[tuple[int, str], list[int]] = {}
         for crop in self.crops:
             spec = self.spec.crops[crop]
-            alike.setdefault((spec.size_px, spec.interpolation), []).append(crop)
-        return list(alike.values())
+            groups.setdefault((spec.size_px, spec.interpolation), []).append(crop)
+        return list(groups.values())
 
     @cached_property
     def whole_views(self) -> frozenset[str]:
-        """The views that are made to get those that are read: patches are cut from weak views."""
-        made = set()
+        """The views from which those in `reads` are taken: patches are cut from weak views."""
+        views = set()
         for view in self.reads:
             stage, crop = stage_and_crop(view)
-            made.add(view_name("weak", crop) if stage == "patches" else view)
-        return frozenset(made)
+            views.add(view_name("weak", crop) if stage == "patches" else view)
+        return frozenset(views)
 
     def params(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """The random parameters of all crops, `(B, K)` of `draws.VIEW_PARAMS`."""
@@ -127,24 +127,24 @@ class Job:
         """The batch of the images `ids` `(B,)`, from its `whole_views`."""
         labels = self.source.manifest.labels[ids]
         label, sample = device_ops.send(np.stack([labels, ids]), self.device)
-        read = {}
+        results = {}
         for name in self.spec.views:
             stage, crop = stage_and_crop(name)
             if name not in self.reads:
                 continue
             if stage == "patches":
                 weak, offsets = views[view_name("weak", crop)], params["patch_offset"][:, crop]
-                read[name] = device_ops.patches(weak, offsets)
+                results[name] = device_ops.patches(weak, offsets)
             else:
-                read[name] = views[name]
-        return Batch(label, read, sample)
+                results[name] = views[name]
+        return Batch(label, results, sample)
 
     def jpeg(self, sample: int) -> bytes | None:
-        """The stored bytes of a usual JPEG (`jpeg_header`) of the manifest's size. Otherwise None.
+        """The stored bytes of a usual JPEG (`jpeg_header`) of the manifest's size, otherwise None.
 
-        All other images are decoded by PIL (`read`), which also finds out what is wrong with them.
-        At unusual sampling, such as 4:4:0, other decoders are up to 5 levels away from PIL, and for
-        CMYK images up to 2.
+        All other images are decoded by PIL (`read`), which also reports what is wrong with them.
+        With unusual chroma subsampling, such as 4:4:0, other decoders differ from PIL by up to 5
+        levels, and for CMYK images by up to 2.
         """
         from rsa_fast.pipelines.host_ops import (
             jpeg_header,  # numba: a GPU can train from memory without it
@@ -158,13 +158,13 @@ class Job:
     def read(self, sample: int) -> np.ndarray:
         """The image `(H, W, 3)` uint8, decoded by PIL.
 
-        Raises ValueError when it is damaged, or when its size is no longer the manifest's: the crop
-        windows were drawn for the manifest's size.
+        Raises ValueError if it is damaged. Also raises it if its size is no longer the manifest's,
+        because the crop windows were drawn for that size.
         """
         image = self.source.read(sample)
         if image.shape[:2] != self.size(sample):
-            sizes = f"{image.shape[:2]} px, its manifest says {self.size(sample)}"
-            raise ValueError(f"{sizes}: the data changed; delete its .rsa-fast folder")
+            sizes = f"{image.shape[:2]} px, but {self.size(sample)} px in its manifest"
+            raise ValueError(f"{sizes}: the data changed. Delete the .rsa-fast folder")
         return image
 
     def size(self, sample: int) -> tuple[int, int]:
@@ -174,10 +174,10 @@ class Job:
 
 
 class Loader(ABC):
-    """One rank's loader; `len()` is the number of batches per epoch.
+    """The loader of one rank. `len()` is the number of batches per epoch.
 
-    It is a context manager that closes itself. `skipped` holds the bad images met so far: sample id
-    and what is wrong. Raises ValueError when the recipe's `views.extra` names no function.
+    It is a context manager that closes itself. `skipped` contains the bad images found so far, by
+    their sample ids, with what is wrong. Raises ValueError if `views.extra` is not a function.
     """
 
     def __init__(self, job: Job) -> None:
@@ -213,7 +213,7 @@ class Loader(ABC):
 
     @abstractmethod
     def load_batches(self, epoch: int, step: int) -> Generator[Batch]:
-        """A backend's part of `batches`: all of it but the user's own augmentation."""
+        """A backend's part of `batches`: everything except the user's own augmentation."""
 
     def __enter__(self) -> Loader:
         return self
@@ -226,12 +226,12 @@ class Loader(ABC):
         """Join the threads that the loader started."""
 
     def readable(self, sample: int, read: Callable[[int], Read]) -> tuple[int, Read]:
-        """`sample` and `read(sample)`. If it is bad, the same for the next sample id that is not.
+        """Read an image, or the next one if it is bad. Returns its sample id and `read(id)`.
 
-        The replacement keeps its own label and random parameters. What is trained on therefore
-        depends on the data alone: it is the same on every rank and after a resume. An image that
-        was bad once is not tried again. Raises ValueError with the sample id and the file when bad
-        images are not to be skipped, or when no image can be read.
+        A replacement has its own label and random parameters. The choice therefore depends only on
+        the data: it is the same on every rank and after a resume. An image that was bad once is not
+        tried again. Raises ValueError with the sample id and the file if bad images are not to be
+        skipped, or if no image can be read.
         """
         manifest = self.job.source.manifest
         for candidate in chain(range(sample, len(manifest)), range(sample)):
@@ -243,17 +243,17 @@ class Loader(ABC):
                 path = f", {manifest.paths[candidate]}" if manifest.paths else ""
                 fault = f"sample {candidate}{path}: {error}"
                 if self.job.loading.on_bad_image == "stop":
-                    advice = "To train on without it: --on-bad-image skip"
+                    advice = "To continue without it, use --on-bad-image skip"
                     raise ValueError(f"{fault}. {advice}") from error
                 self.skip(candidate, fault)
         raise ValueError(
-            f"none of the {len(manifest)} images can be read; one of them: {self.skipped[sample]}"
+            f"none of the {len(manifest)} images can be read, for example {self.skipped[sample]}"
         )
 
     def skip(self, sample: int, fault: str) -> None:
         """Remember a bad image, and report it once.
 
-        A worker process reports nothing: the process that it works for does.
+        A worker process reports nothing, because the training process does.
         """
         if self.skipped.setdefault(sample, fault) is fault and get_worker_info() is None:
             log.warning(f"skipped {fault}")
@@ -272,18 +272,18 @@ def open_views(
     """A loader of the views named in `reads` (of `spec.views`) on `device` in `dtype`.
 
     The loader is a context manager. `len()` is the number of batches per epoch, and
-    `batches(epoch, step)` yields those from number `step` on. The backend that "auto" chose is
-    logged with the reason.
+    `batches(epoch, step)` yields the batches of an epoch from number `step`. The backend that
+    "auto" chose is logged with the reason.
 
-    Raises ValueError for an unknown view, a missing library, images that the backend cannot take,
-    and, while loading, for an image that can no longer be read or whose size differs from the
-    manifest's (unless `loading.on_bad_image` is "skip").
+    Raises ValueError for an unknown view, a missing library, and images that the backend does not
+    support. Loading raises it for an image that can no longer be read or whose size has changed,
+    unless `loading.on_bad_image` is "skip".
     """
     device = torch.device(device)
     if not reads or (unknown := reads - set(spec.views)):
         raise ValueError(
             f"no such views {sorted(unknown if reads else reads)}: choose from "
-            f"{', '.join(spec.views)}, or change views.groups, which says what crops there are"
+            f"{', '.join(spec.views)}, or change views.groups, which defines the crops"
         )
     resolved, reason = (loading or Loading()).resolved(source, device)
     if reason:
@@ -295,6 +295,6 @@ def open_views(
 def in_parts(
     pool: ThreadPoolExecutor, parts: int, count: int, work: Callable[[slice], None]
 ) -> None:
-    """Run `work` on `count` samples, cut into equal slices, one per thread; return at the end."""
+    """Run `work` on `count` samples in equal slices, one per thread, and wait for all of them."""
     edges = np.linspace(0, count, parts + 1).astype(int)
     list(pool.map(lambda part: work(slice(edges[part], edges[part + 1])), range(parts)))

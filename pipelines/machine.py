@@ -1,7 +1,7 @@
-"""What this process may use of the machine: cores, idle cores, available memory, and its pip.
+"""The cores, idle cores and memory that this process may use, and the command of its pip.
 
-Containers are limited by cgroups, version 1 or 2. `os.cpu_count` does not know these limits, and
-the kernel's number of free pages counts the page cache, which any program may have filled, as used.
+Containers are limited by cgroups, version 1 or 2. `os.cpu_count` ignores these limits. The kernel's
+number of free pages does not include the page cache, although that memory is available.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# In messages: the pip of this process. `pip` may be another one, and rsa-fast[...] is in no index
-# that a clone could be installed from.
+# Messages show the pip of this process, because `pip` may belong to another Python. They name the
+# missing library, because rsa-fast[...] is in no package index.
 PIP = f"{shlex.quote(sys.executable)} -m pip"
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Of the loader, per process. More threads spend their time waiting for Python's lock: with kernels
-# of fixed length, 64 of them make no more images per second from files than 16.
+# The most loader threads per process. More threads only wait for Python's lock: with kernels of
+# fixed length, 64 threads make no more images per second from files than 16.
 MOST_THREADS = 16
-IDLE_WINDOW_S = 0.2  # 20 ticks of the kernel's clock: idle cores are known to a twentieth
+IDLE_WINDOW_S = 0.2  # 20 ticks of the kernel's clock, so idle cores are measured to 0.05
 
 
 def cores() -> int:
-    """The number of cores that the affinity and the CPU quota of the cgroup leave, at least 1."""
+    """The number of cores that the affinity and the CPU quota of the cgroup allow, at least 1."""
     quota, _ = read_cgroups((PROC / "self" / "cgroup").read_text())
     return max(1, int(min(len(os.sched_getaffinity(0)), quota)))
 
@@ -33,8 +33,8 @@ def cores() -> int:
 def loader_threads() -> int:
     """This rank's share of the allowed cores, at least 1 and at most `MOST_THREADS`.
 
-    A launcher such as torchrun lets all ranks of a machine use all cores. SLURM says how many each
-    of its tasks has.
+    A launcher such as torchrun lets all ranks of a machine use all cores. SLURM reports how many
+    cores each of its tasks has.
     """
     own = min(cores(), int(os.environ.get("SLURM_CPUS_PER_TASK", cores())))
     return min(MOST_THREADS, max(1, own // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -52,7 +52,7 @@ def idle_ticks(proc: Path = PROC) -> int:
     """The ticks that the allowed cores were idle since the start of the machine."""
     allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     rows = (line.split() for line in (proc / "stat").read_text().splitlines())
-    # The columns are user, nice, system, idle and iowait. A core that waits for a disk is free.
+    # The columns are user, nice, system, idle and iowait. A core that waits for a disk is idle.
     return sum(int(row[4]) + int(row[5]) for row in rows if row[0] in allowed)
 
 
@@ -69,7 +69,7 @@ def available_memory_bytes(proc: Path = PROC, root: Path = CGROUPS) -> int:
             usages = (folder / file for file in ("memory.current", "memory.usage_in_bytes"))
             used = next(int(path.read_text()) for path in usages if path.is_file())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # In version 1, only the totals include the groups below, as the usage does.
+            # In version 1, only the totals include the child groups, which the usage also includes.
             scope = "total_" if "total_active_file" in stat else ""
             page_cache = sum(int(stat[f"{scope}{kind}_file"]) for kind in ("active", "inactive"))
             available.append(max(0, int(limits[0]) - used + page_cache))
@@ -77,7 +77,7 @@ def available_memory_bytes(proc: Path = PROC, root: Path = CGROUPS) -> int:
 
 
 def read_cgroups(groups: str, root: Path = CGROUPS) -> tuple[float, float]:
-    """The cores and the bytes of memory that cgroups leave to this process.
+    """The cores and the bytes of memory that cgroups allow this process.
 
     `groups` is the text of /proc/self/cgroup, v1 or v2. The limits of parent groups count too.
     """
@@ -98,7 +98,7 @@ def cgroup_folders(groups: str, root: Path) -> Iterator[Path]:
 
 
 def read_limits(folder: Path, *files: str) -> list[float]:
-    """The numbers in those of the files that exist; "max", -1 and 0 mean no limit."""
+    """The numbers in those of the files that exist. "max", -1 and 0 mean no limit."""
     paths = [folder / file for file in files]
     words = " ".join(path.read_text() for path in paths if path.is_file()).split()
     return [float(word) if word.isdigit() and word != "0" else math.inf for word in words]

@@ -1,4 +1,4 @@
-"""What a split is: its classes, labels, image sizes and paths, and a fingerprint of them.
+"""The manifest of a split: its classes, labels, image sizes and paths, and their fingerprint.
 
 `scan.py` makes the manifest of image files. Every backend and every rank reads the same one.
 """
@@ -14,14 +14,14 @@ from typing import overload
 
 import numpy as np
 
-MAX_PIXELS = 178_956_970  # per image; PIL too takes a larger one for a decompression bomb
-CHUNK = 4096  # paths at a time: few enough to hold as Python objects, enough to be efficient
+MAX_PIXELS = 178_956_970  # per image; PIL also refuses larger ones as decompression bombs
+CHUNK = 4096  # the number of paths that are Python strings at the same time
 
 
 class Paths(Sequence[str]):
-    """A million paths in one buffer, in a third of the memory of as many strings. Immutable.
+    """An immutable sequence of paths in one buffer, which takes a third of the memory of strings.
 
-    Made from strings, or from the `text` of another.
+    It is made from strings, or from the `text` of another `Paths`.
     """
 
     def __init__(self, paths: Iterable[str] | bytes = b"") -> None:
@@ -50,7 +50,7 @@ class Paths(Sequence[str]):
             if len(chosen) > 1 and chosen.step == 1:
                 return self.decode(chosen[0], chosen[-1]).split("\0")
             return [self[i] for i in chosen]
-        i = range(len(self))[index]  # counts negative ones from the end, raises IndexError
+        i = range(len(self))[index]  # this supports negative numbers and raises IndexError
         return self.decode(i, i)
 
     def __iter__(self) -> Iterator[str]:
@@ -65,16 +65,16 @@ Listing = tuple[Paths, np.ndarray, tuple[str, ...]]  # paths, their labels (int6
 class Manifest:
     """One split: `sizes` `(N, 2)` are heights and widths in pixels, `labels` `(N,)` are int64.
 
-    A label of -1 means unlabelled. Raises ValueError when the parts do not fit together, for a path
-    that leads out of the data folder, and for an image of more than `MAX_PIXELS`.
+    A label of -1 means unlabelled. Raises ValueError if the fields do not match each other, for a
+    path that leads out of the data folder, and for an image of more than `MAX_PIXELS`.
     """
 
     split: str
     classes: tuple[str, ...]
     labels: np.ndarray
     sizes: np.ndarray
-    fingerprint: str  # of names, labels, bytes and sizes; it does not depend on the data's place
-    paths: Paths = field(default_factory=Paths)  # relative to the data folder; or none
+    fingerprint: str  # a hash of the content, which does not depend on the place of the data
+    paths: Paths = field(default_factory=Paths)  # relative to the data folder; may be empty
 
     def __post_init__(self) -> None:
         count, sizes = self.labels.size, self.sizes
@@ -123,9 +123,9 @@ def digest(*parts: bytes | np.ndarray) -> str:
 
 
 def fingerprint_files(listing: Listing, lengths: np.ndarray, sizes: np.ndarray) -> str:
-    """SHA-256 of the classes, of a line per file (joined by newlines), then of the sizes.
+    """SHA-256 of the classes and of a line per file (joined by newlines), followed by the sizes.
 
-    `lengths` `(N,)` are the files' bytes.
+    `lengths` `(N,)` are the lengths of the files in bytes.
     """
     paths, labels, classes = listing
     lines = chain(classes, map("{}\t{}\t{}".format, paths, labels.tolist(), lengths.tolist()))

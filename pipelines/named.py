@@ -1,10 +1,10 @@
-"""Python objects that are named in a text: `path/to/file.py:name` or `package.module:name`.
+"""Load Python objects that a text names: `path/to/file.py:name` or `package.module:name`.
 
     blur = load_object("my_views.py:motion_blur")
 
-This is how a user's own file comes in: an augmentation, a network, a method. A file is executed
-once in a process. It is a module of `sys.modules` under a name made from its absolute path, so
-that its classes pickle, and worker processes that are forked later find it.
+Users add their own augmentation, network or method in this way. A file is executed once in a
+process. Its module is in `sys.modules` under a name made from the absolute path. Its classes can
+therefore be pickled, and worker processes that are forked later find it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ONE_AT_A_TIME = threading.RLock()  # two threads must not execute the same file
 def load_object(spec: str) -> Any:
     """The object that `spec` names: `path/to/file.py:name` or `package.module:name`.
 
-    Raises ValueError, as `load_module` does, and when the module has nothing of that name.
+    Raises ValueError as `load_module` does, and if the module has no such name.
     """
     where, colon, name = spec.rpartition(":")
     if not (where and name.isidentifier()):
-        what = "nothing behind the colon" if colon and not name else "no name behind a colon"
-        raise ValueError(f"{spec!r} has {what}: path/to/file.py:name or package.module:name needed")
+        what = "nothing after the colon" if colon and not name else "no name after a colon"
+        raise ValueError(f"{spec!r} has {what}: wanted path/to/file.py:name or package.module:name")
     module = load_module(where)
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]
@@ -45,7 +45,7 @@ def load_object(spec: str) -> Any:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar known word, or an empty string if none is similar."""
+    """A hint with the most similar known word, or an empty string if none is similar."""
     matches = get_close_matches(word, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
@@ -53,8 +53,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def load_module(where: str | Path) -> ModuleType:
     """The module of a path to a Python file, or of a dotted name such as `package.module`.
 
-    A file is executed once in a process, whatever path leads to it. Raises ValueError when there is
-    no such file or module, and when it cannot be imported: with the error and its line.
+    A file is executed once in a process, whatever path leads to it. Raises ValueError if there is
+    no such file or module, and if it cannot be imported (with the error and its line).
     """
     if is_file(where):
         return module_of_file(absolute(where))
@@ -71,20 +71,20 @@ def load_module(where: str | Path) -> ModuleType:
 
 
 def is_file(where: str | Path) -> bool:
-    """Whether `where` means a file rather than a dotted name. It need not exist."""
+    """Whether `where` means a file rather than a dotted name. The file need not exist."""
     return isinstance(where, Path) or os.sep in where or where.endswith(".py")
 
 
 def absolute(where: str | Path) -> Path:
-    """A file's one absolute path, which holds in every working directory."""
+    """The absolute path of a file, which is valid in every working directory."""
     try:
         return Path(where).expanduser().resolve()
-    except RuntimeError as error:  # no such user's home, or links in a circle
-        raise ValueError(f"{str(where)!r} is no path to a file: {error}") from error
+    except RuntimeError as error:  # the user of ~user is unknown, or links form a circle
+        raise ValueError(f"{str(where)!r} is not a path to a file: {error}") from error
 
 
 def absolute_spec(spec: str) -> str:
-    """`spec` with an absolute path if it names an object of a file. Otherwise unchanged."""
+    """`spec` with an absolute path if it names an object of a file, otherwise unchanged."""
     where, colon, name = spec.rpartition(":")
     return f"{absolute(where)}{colon}{name}" if is_file(where) else spec
 
@@ -103,7 +103,7 @@ def module_of_file(path: Path) -> ModuleType:
         spec = spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None, "a .py file has a loader"
         module = module_from_spec(spec)
-        sys.modules[name] = module  # before it is executed, as its dataclasses look it up
+        sys.modules[name] = module  # before it is executed, because dataclasses look it up
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
@@ -115,7 +115,7 @@ def module_of_file(path: Path) -> ModuleType:
 
 
 def fault(error: BaseException, path: Path | None = None) -> str:
-    """The type, message and line of `error`: the last line in the file `path`, or of all."""
+    """The type, message and line of `error`. The line is the last one in `path`, or of any file."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if path is not None and frame.filename == str(path)]
     where = (own or frames)[-1]

@@ -1,4 +1,4 @@
-"""Views of image files and tar shards by a pool of threads: one decode, K crops per image.
+"""Make views of image files and tar shards with a pool of threads. Each image is decoded once.
 
 This is the default on a CPU. JPEGs are decoded by libjpeg-turbo 3 through simplejpeg, which gives
 the same pixels as PIL and releases the interpreter lock. All other images are decoded by PIL. When
@@ -23,18 +23,19 @@ from rsa_fast.pipelines.loading import Job, Loader
 from rsa_fast.pipelines.transfer import HostViews, Transfer
 from rsa_fast.pipelines.views import Batch
 
-# So many images are decoded one after the other, before the first view of them is made. This makes
-# the decoder 4% faster, because its code, tables and branch history stay in the core.
+# This many images are decoded one after the other before their views are made. This makes the
+# decoder 4% faster, because its code, tables and branch history stay in the core.
 CHUNK = 4
-# The most chunks per task. To start and end a task takes 10 us with Python's lock held.
+# The most chunks per task. Starting and ending a task takes 10 us, during which it has Python's
+# lock.
 CHUNKS = 4
 
-# A batch in work: its tasks, and the memory, the ids `(B,)` and the parameters `(B, K)` they write.
+# A batch in progress: its tasks, and what they write: memory, ids `(B,)`, parameters `(B, K)`.
 Submitted = tuple[list[Future[None]], HostViews, np.ndarray, np.ndarray]
 
 
 class NativeViews(Loader):
-    """Loader over encoded images."""
+    """Loader of encoded images."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -56,7 +57,7 @@ class NativeViews(Loader):
                         task.result()
                     yield self.transfer.batch(memory, ids, params)
         finally:
-            # The caller may leave before the end of the epoch. The tasks must then end here,
+            # The caller may stop before the end of the epoch. The tasks must then end here,
             # because the next iterator gets the same memory.
             for tasks, *_ in ahead:
                 for task in tasks:
@@ -67,7 +68,7 @@ class NativeViews(Loader):
         ids, params = ids.copy(), self.job.params(epoch, ids)
         memory = self.transfer.take(len(ids))
         views = self.transfer.arrays(memory)
-        # Each thread has a task of the batch, if it is large enough.
+        # Each thread gets a task of the batch, if the batch is large enough.
         threads = self.job.loading.threads
         task_size = CHUNK * min(CHUNKS, max(1, len(ids) // (CHUNK * threads)))
 
@@ -92,7 +93,7 @@ class NativeViews(Loader):
         try:
             image: np.ndarray = decode_jpeg(data)
         except ValueError:
-            # For a damaged file, PIL's error names the file. It also reads what libjpeg-turbo only
-            # warns about, such as bytes between two segments.
+            # For a damaged file, the error of `read` names the file. PIL also accepts what
+            # libjpeg-turbo only warns about, such as bytes between two segments.
             return self.job.read(sample)
         return image

@@ -1,6 +1,6 @@
 """Read arrays from untrusted .npz files: no pickle, no decompression bomb.
 
-Reading never takes more memory than the file is long.
+Reading never takes more memory than the size of the file.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """The arrays `wanted` (name: type) from a file written by `np.savez`.
 
-    Those of `optional` are read where they are there.
+    The arrays `optional` are read if the file has them.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged or contains other arrays.
     """
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             length = file.seek(0, io.SEEK_END)
-            there = {name.removesuffix(".npy") for name in archive.namelist()}
-            types = {name: kind for name, kind in (optional or {}).items() if name in there}
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            types = {name: kind for name, kind in (optional or {}).items() if name in names}
             types |= wanted
             return {name: read_array(archive, length, name, types[name]) for name in types}
     except FileNotFoundError:
@@ -44,8 +44,8 @@ def read_array(archive: zipfile.ZipFile, length: int, name: str, wanted: np.dtyp
     data = bytearray(archive.read(member))
     header = io.BytesIO(data)
     if (version := np.lib.format.read_magic(header)) != (1, 0):
-        raise ValueError(f"{member.filename} is of version {version}")
+        raise ValueError(f"{member.filename} has version {version}, wanted (1, 0)")
     shape, columns_first, dtype = np.lib.format.read_array_header_1_0(header)
     if dtype != wanted or columns_first:
-        raise ValueError(f"{member.filename} holds {dtype}, wanted {wanted}")
+        raise ValueError(f"{member.filename} contains {dtype}, wanted {wanted}")
     return np.frombuffer(data, dtype, offset=header.tell()).reshape(shape)

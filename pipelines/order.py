@@ -1,11 +1,11 @@
 """Which samples each rank reads at each step: a pure function of (seed, epoch, step, rank, ranks).
 
-The full order is one random permutation of an epoch's samples. The block order is one too, but it
-reads the storage in long pieces (`block_order`).
+The full order is one random permutation of an epoch's samples. The block order is also a
+permutation, but it reads the storage in long pieces (`block_order`).
 
 In each step, R ranks together read the same samples as one rank with the same global batch size. A
-rank that accumulates gradients over N batches reads in turn what N ranks would read at once.
-Resuming needs no replay: the samples of any step are computed directly.
+rank that accumulates gradients over N batches reads the samples of N ranks, one batch after the
+other. Resuming needs no replay, because the samples of any step are computed directly.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 
 from rsa_fast.pipelines.draws import hash_keys, sample_keys
 
-# The order gets seeds of its own, because the views are drawn from the keys of the seed itself.
+# The orders use seeds of their own, because the views are drawn from the keys of the seed itself.
 ORDER_SALT, BLOCK_SALT = 0x6F72646572, 0x626C6F636B
-MAX_LANES = 64  # so many nodes can each read a part of the storage of their own
+MAX_LANES = 64  # up to this many nodes can each read their own part of the storage
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """The storage of N samples, cut into blocks of neighbours.
 
-    `stored` `(N,)` are the sample ids in the order in which they are stored, and `numbers` `(N,)`
-    the number of the block of each of these, from 0 and increasing. `window_samples` of one or more
-    blocks are in memory together.
+    `stored` `(N,)` are the sample ids in the order in which they are stored. `numbers` `(N,)` are
+    the numbers of their blocks, which start at 0 and increase. `window_samples` is the largest
+    number of samples in a window. The samples of a window are read and mixed together.
     """
 
     stored: np.ndarray
@@ -37,7 +37,7 @@ class Blocks:
     window_samples: int
 
     def mates(self, batch_size: int) -> float:
-        """How many others of its block an image meets in its batch, on average."""
+        """How many other images of its block an image has in its batch, on average."""
         counts = np.bincount(self.numbers)
         others = float((counts * (counts - 1)).sum() / len(self.numbers))
         return others * batch_size / max(batch_size, min(self.window_samples, len(self.numbers)))
@@ -47,14 +47,14 @@ class Blocks:
 class Order:
     """The reading plan of one rank over `count` samples.
 
-    `batch_size` is the global batch of an optimiser step. Each rank reads its part of it in
-    `accumulate` batches, one after the other, so that `len()`, the number of batches per epoch, is
-    that of the steps times `accumulate`. The last samples of an epoch, which do not fill a step,
-    are left out. They are other samples in every epoch. With `blocks` the order is that of
-    `block_order`, otherwise the full one.
+    `batch_size` is the global batch size of an optimiser step. Each rank reads its part of a step
+    in `accumulate` batches, one after the other. `len()` is the number of batches per epoch: the
+    steps times `accumulate`. The last samples of an epoch are left out if they do not fill a step.
+    They are other samples in every epoch. With `blocks` the order is that of `block_order`,
+    otherwise it is the full one.
 
-    Raises ValueError when the dataset does not fill one step, or when the batch size is not
-    divisible by the number of ranks times `accumulate`.
+    Raises ValueError if the dataset does not fill one step, or if the batch size is not divisible
+    by the number of ranks times `accumulate`.
     """
 
     count: int
@@ -74,7 +74,7 @@ class Order:
         if self.batch_size % (self.world_size * self.accumulate):
             turns = f" times accumulate = {self.accumulate}" if self.accumulate > 1 else ""
             raise ValueError(
-                f"batch_size {self.batch_size} is global and does not divide among "
+                f"batch_size {self.batch_size} is global and cannot be divided among "
                 f"{self.world_size} ranks{turns}"
             )
 
@@ -83,24 +83,24 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """The steps of the optimiser in an epoch."""
+        """The number of optimiser steps in an epoch."""
         return self.count // self.batch_size
 
     @property
     def batch_per_rank(self) -> int:
-        """The images of one batch, of which this rank reads `accumulate` in a step."""
+        """The number of images in a batch. A rank reads `accumulate` batches in a step."""
         return self.batch_size // (self.world_size * self.accumulate)
 
     def ids(self, epoch: int, number: int) -> np.ndarray:
         """The sample ids `(batch_per_rank,)` of this rank's batch `number`, from 0, of `epoch`."""
         step, turn = divmod(number, self.accumulate)
-        # Where this batch would be among those of ranks that do not accumulate.
+        # The rank that would read this batch if the ranks did not accumulate.
         place = self.rank * self.accumulate + turn
         first = step * self.batch_size + place * self.batch_per_rank
         return self.epoch_ids(epoch)[first : first + self.batch_per_rank]
 
     def epoch_ids(self, epoch: int) -> np.ndarray:
-        """The sample ids of an epoch on all ranks, `(count,)`, with those that are left out."""
+        """The sample ids of an epoch on all ranks, `(count,)`. The last ones may be left out."""
         if self.blocks is None:
             return epoch_order(self.count, self.seed, epoch)
         return block_order(self.blocks, self.batch_size, self.seed, epoch)
@@ -131,12 +131,13 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 def block_order(blocks: Blocks, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of the sample ids, `(N,)` int64, that reads the storage block by block.
 
-    The blocks are put in a random order, and cut into lanes of equal length. A batch takes an equal
-    part of each lane: the first part of the first lane, and so on, so that a rank reads some lanes
-    and leaves the others to other ranks. A lane is cut into windows of the same steps in all lanes,
-    and within a window its samples are put in a random order. Both random orders sort hash keys.
-    The number of lanes depends on the global batch only, so the order is that of any number of
-    ranks. The samples that do not fill a step come last.
+    The blocks are put in a random order, and the sequence is cut into lanes of equal length. A
+    batch consists of equal parts of all lanes, in the order of the lanes. Each rank therefore reads
+    some lanes, and the other ranks read the others. Each lane is cut into windows, which contain
+    the same steps in all lanes. Within a window, the samples of a lane are put in a random order.
+    Both random orders are obtained by sorting hash keys. The number of lanes depends only on the
+    global batch size, so the order does not depend on the number of ranks. The samples that do not
+    fill a step come last.
     """
     steps, lanes = len(blocks.stored) // batch_size, lanes_of(batch_size)
     block_keys = hash_keys(seed ^ BLOCK_SALT, epoch, np.arange(blocks.numbers[-1] + 1))
@@ -157,6 +158,6 @@ def lanes_of(batch_size: int) -> int:
 
 
 def count_windows(blocks: Blocks, batch_size: int) -> int:
-    """The windows of an epoch, of at most `window_samples` but at least one step each."""
+    """The number of windows in an epoch. Each has at most `window_samples`, but at least a step."""
     steps = len(blocks.stored) // batch_size
     return min(steps, -(-steps * batch_size // blocks.window_samples))

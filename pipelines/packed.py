@@ -38,14 +38,14 @@ ENTRY = np.dtype(
 
 
 class Packed:
-    """The images of one split: `entries` `(N,)` of `ENTRY` say where they are in the files `paths`.
+    """The images of one split: `entries` `(N,)` of `ENTRY` are their places in the files `paths`.
 
-    Each file is opened once and stays open, if there are few. A split takes at most a quarter of
-    the descriptors that the process has left. Where its files are more, those that were not read
-    for the longest time are closed, and opened again when they are needed.
+    A few files are opened once and stay open. A split uses at most a quarter of the file
+    descriptors that the process has left. If it has more files, the least recently read ones are
+    closed, and are opened again when they are needed.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a file that ends before its last
-    image (with its name), and for entries outside their file or overlapping entries.
+    Raises FileNotFoundError for a missing file. Raises ValueError for a file that ends before its
+    last image (with its name), for entries outside their file, and for overlapping entries.
     """
 
     def __init__(self, paths: Sequence[Path], entries: np.ndarray) -> None:
@@ -55,14 +55,14 @@ class Packed:
         outside = (file < 0) | (file >= len(paths)) | (start < 0) | (size < 1)
         if outside.any():
             raise ValueError(
-                f"image {outside.argmax()} lies outside its file: "
+                f"image {outside.argmax()} is outside its file: "
                 "the table is damaged, convert or index the data again"
             )
         limit = max(1, free_descriptors() // 4)
-        # A hit of the cache takes no lock of ours. A file that leaves the cache is closed by its
-        # last reader, as nothing refers to it any more.
+        # Reading from the cache needs no lock of our own. A file that leaves the cache is closed
+        # after its last reader, because nothing refers to it any more.
         self.opened = lru_cache(limit)(partial(open_file, self.paths, self.states))
-        # Where `tools.stage` copies files to, they are links until their copies are complete.
+        # In a folder to which `tools.stage` copies, a file is a link until its copy is complete.
         self.copies = {
             number: (str(path.with_name(partial_name(path.name))), str(path))
             for number, path in enumerate(paths)
@@ -75,7 +75,7 @@ class Packed:
             last = entries[beyond[-1]]
             end = int(last["offset"]) + int(last["size"])
             raise ValueError(
-                f"{paths[last['file']]} is truncated: {lengths[last['file']]:,} bytes, "
+                f"{paths[last['file']]} is truncated: it has {lengths[last['file']]:,} bytes, but "
                 f"its images end at {end:,}. Copy or convert it again"
             )
         order = np.lexsort((start, file))
@@ -92,11 +92,11 @@ class Packed:
         return len(self.entries)
 
     def bytes_at(self, number: int, size: int, offset: int) -> bytes:
-        """Up to `size` bytes of a file from byte `offset`, fewer if it ends before."""
+        """Up to `size` bytes of a file from byte `offset`, fewer if the file ends before."""
         for copy in self.copies.get(number, ()):
             if len(data := read_copy(copy, size, offset)) == size:
                 return data
-        file = self.opened(number)  # This reference keeps the file open until it is read.
+        file = self.opened(number)  # this reference keeps the file open until it is read
         return os.pread(file.fileno(), size, offset)
 
     def stored(self, sample: int) -> bytes:
@@ -109,8 +109,8 @@ class Packed:
             raise ValueError(f"cannot read {self.name(sample)}: {error}") from error
         if len(data) != size:
             raise ValueError(
-                f"{self.name(sample)}: {len(data)} of {size} bytes: "
-                "the file was cut since it was opened"
+                f"{self.name(sample)}: found {len(data)} of {size} bytes: "
+                "the file was truncated after it was opened"
             )
         return data
 
@@ -132,7 +132,7 @@ class Packed:
             raise ValueError(reason) from error
         if pixels.shape != shape:
             raise ValueError(
-                f"{self.name(sample)} is {pixels.shape}, its table says {shape}. "
+                f"{self.name(sample)} has shape {pixels.shape}, but {shape} in its table. "
                 "Convert or index the data again"
             )
         return pixels
@@ -155,14 +155,14 @@ class Packed:
         """
         sizes = np.stack([self.entries["height"], self.entries["width"]], -1)
         labels = np.ascontiguousarray(self.entries["label"])
-        # The names of folders may be invalid UTF-8, which Python's strings hold as surrogates.
+        # The names of folders may be invalid UTF-8, which Python's strings contain as surrogates.
         digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogatepass"))
         digest.update(self.entries.data)
         try:
             manifest = Manifest(split, classes, labels, sizes, digest.hexdigest())
         except ValueError as error:
             reason = (
-                f"{self.paths[0]} and what is beside it: {error}. Convert or index the data again"
+                f"{self.paths[0]} and the files beside it: {error}. Convert or index the data again"
             )
             raise ValueError(reason) from error
         encoded = None if self.entries["raw"].any() else self.stored
@@ -172,7 +172,7 @@ class Packed:
 
 
 def read_copy(path: str, size: int, offset: int) -> bytes:
-    """Up to `size` bytes of a copy from byte `offset`: fewer or none if they are not there yet."""
+    """Up to `size` bytes of a copy from byte `offset`, fewer if they are not copied yet."""
     try:
         copy = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # a link leads to the original
     except OSError:
@@ -184,15 +184,15 @@ def read_copy(path: str, size: int, offset: int) -> bytes:
 
 
 def open_file(paths: Sequence[Path], states: Sequence[tuple[int, int]], number: int) -> io.FileIO:
-    """Open one of the files `paths`. While it is open, a file that is replaced is read as it was.
+    """Open one of the files `paths`. Replacing the file later does not change the open one.
 
-    Raises ValueError when its state is no longer that in `states` (`state_of`).
+    Raises ValueError if its state is no longer that in `states` (`state_of`).
     """
     file = io.FileIO(paths[number])
     if (state := state_of(os.fstat(file.fileno()))) != states[number]:
         raise ValueError(
-            f"{paths[number]} was changed or replaced since the split was opened: "
-            f"{state[0]:,} bytes, before {states[number][0]:,}"
+            f"{paths[number]} was changed or replaced after the split was opened: it has "
+            f"{state[0]:,} bytes, before it had {states[number][0]:,}"
         )
     return file
 
@@ -212,20 +212,20 @@ def read_classes(path: Path, form: str, count: int) -> tuple[str, ...]:
     """The class names from the description that the converters write beside a split.
 
     `form` is "beton" or "shards", and `count` is the number of images. Raises FileNotFoundError
-    when there is no description, and ValueError when it describes other data.
+    if there is no description, and ValueError if it describes other data.
     """
     try:
         description = json.loads(path.read_text())
         if description["version"] != VERSION:
-            raise ValueError(f"version {description['version']}, this code reads {VERSION}")
+            raise ValueError(f"it has version {description['version']}, this code reads {VERSION}")
         if (description["format"], description["count"]) != (form, count):
             raise ValueError(
-                f"it describes {description['count']} images as {description['format']}, "
-                f"beside {count} as {form}"
+                f"it describes {description['count']} images as {description['format']}, but "
+                f"there are {count} as {form}"
             )
         classes = description["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no list of names")
+            raise ValueError("its classes are not a list of names")
         return tuple(classes)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(

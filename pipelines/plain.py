@@ -1,4 +1,4 @@
-"""Images for evaluation, the same for every backend: optional resize, centre crop, normalise."""
+"""The images for evaluation: resized, cropped and normalised in the same way for all backends."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ log = logging.getLogger("rsa_fast")
 
 AHEAD = 2  # batches that are decoded before they are needed
 
-# Above this ratio of its sides an image is cropped while it is resized, to the same pixels up to
-# rounding. Resized as a whole, one of 2 x 30,000 px takes 4.6 GB for a crop of 224 px.
+# If the ratio of an image's sides is larger, it is cropped and resized in one operation, which
+# gives the same pixels up to rounding. Otherwise an image of 2 x 30,000 px takes 4.6 GB for a crop
+# of 224 px.
 MAX_ASPECT_RATIO = 32
 
 
 def plain_image(image: np.ndarray, size_px: int, resize_px: int | None) -> np.ndarray:
     """Resize and crop an image `(H, W, 3)` uint8 to `(size_px, size_px, 3)` uint8.
 
-    Its short side is resized to `resize_px` (bilinear), then the centre is cropped. With None the
-    image is not resized, unless it is smaller than the crop: then it is enlarged to fill it.
+    Its short side is resized to `resize_px` (bilinear), then the centre is cropped. If `resize_px`
+    is None, only an image smaller than the crop is resized. It is enlarged to fill the crop.
     """
     short_px = min(image.shape[:2])
     resize_px = resize_px or max(short_px, size_px)
@@ -60,8 +61,8 @@ class PlainImages:
     Yields `(images (B, 3, S, S), labels (B,))` on the device. The images are normalised and in
     `dtype`. With several ranks, each reads every `world_size`-th image, starting at `rank`. With 0
     `threads`, a rank decodes on its share of the cores (`machine.loader_threads`). With
-    `on_bad_image` "skip", an image that cannot be read is black and its label is -1. Raises
-    ValueError for it otherwise, and when the images would be resized to less than the crop.
+    `on_bad_image` "skip", an image that cannot be read is black and its label is -1. Otherwise
+    ValueError is raised. It is also raised if images would be resized to less than the crop.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class PlainImages:
 
     @property
     def transform(self) -> str:
-        """A description in words of what is done to an image before it is normalised."""
+        """A description of how an image is changed before it is normalised."""
         resize = f"short side to {self.resize_px} px, " if self.resize_px else ""
         return f"{resize}centre crop {self.size_px} px"
 

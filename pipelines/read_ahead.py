@@ -1,4 +1,4 @@
-"""The thread that reads the windows of a block order, each before the batches that need it."""
+"""Read the windows of a block order on a thread, each before the batches that need it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rsa_fast.pipelines.order import Order
 
 
 class ReadAhead:
-    """Reads what one rank needs of the current window and the next one, on a thread of its own.
+    """Reads one rank's part of the current window and of the next one, on its own thread.
 
-    Together, the ranks of a node read each window once, as each rank reads lanes of its own. The
-    window before is dropped from memory, so that two windows are there at any time. The end of an
-    epoch is followed by the first window of the next one.
+    Each rank reads its own lanes, so the ranks of a node together read each window once. The
+    previous window is dropped, so two windows are in memory at any time. The last window of an
+    epoch is followed by the first window of the next epoch.
     """
 
     def __init__(self, extents: Extents, order: Order) -> None:
@@ -26,20 +26,20 @@ class ReadAhead:
         self.pool = ThreadPoolExecutor(1, "read-ahead")
 
     def reach(self, epoch: int, number: int) -> None:
-        """Say that this rank is about to take batch `number` of `epoch`. Returns at once."""
+        """Report that this rank is about to take batch `number` of `epoch`. Returns at once."""
         window = self.order.window(epoch, number)
         if window != self.window:
             self.window = window
             self.pool.submit(self.walk, window)
 
     def walk(self, window: int) -> None:
-        """Ask the system for the windows, until it is done or another window is reached."""
+        """Ask the system to read the windows. Stop early if another window is reached."""
         for _ in self.advice(window):
             if window != self.window:
                 return
 
     def advice(self, window: int) -> Iterator[None]:
-        """What is asked of the system when a window is reached, one run of bytes at a time."""
+        """Advise the system when a window is reached, one run of bytes for each `next`."""
         needed = [self.order.window_ids(each) for each in (window, window + 1)]
         over = self.order.window_ids(window - 1) if window else needed[0]
         return chain(

@@ -1,7 +1,7 @@
-"""Views of a dataset held as uint8 in memory: CIFAR, STL-10, Tiny ImageNet, the demo.
+"""Make views of a dataset that is in memory as uint8: CIFAR, STL-10, Tiny ImageNet, the demo.
 
 Nothing is read or decoded after the start. On a CPU the views are made by `host_ops` on a pool of
-threads, on a GPU by `device_ops` from the images in its memory.
+threads. On a GPU they are made by `device_ops` from the images in its memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rsa_fast.pipelines.views import Batch
 
 
 class ResidentViews(Loader):
-    """Loader over images in memory.
+    """Loader of images in memory.
 
     Here `aggressive_on` decides where both stages of a view are made, not only the aggressive one.
-    Raises ValueError when the images do not fit in memory, or when they are not all of one size
-    and the views are made on the device.
+    Raises ValueError if the images do not fit in memory, or if they differ in size and the views
+    are made on the device.
     """
 
     def __init__(self, job: Job) -> None:
@@ -40,7 +40,7 @@ class ResidentViews(Loader):
             low, high = self.sizes.min(0), self.sizes.max(0)
             raise ValueError(
                 f"images of {low[0]}x{low[1]} to {high[0]}x{high[1]} px: "
-                "the resident backend on a device needs one size"
+                "the resident backend on a device needs images of one size"
             )
         images = torch.from_numpy(pixels).view(-1, *self.sizes[0].tolist(), 3)  # (N, H, W, 3)
         self.images = images.permute(0, 3, 1, 2).contiguous().to(job.device)
@@ -80,7 +80,7 @@ class ResidentViews(Loader):
         job, params = self.job, self.job.params(epoch, ids)
         views: dict[str, torch.Tensor] = {}
         for crops in job.crops_alike:
-            # The C crops of one size are made in one go, as C * B views.
+            # The C crops of one size are made together, as C * B views.
             crop_params = np.concatenate([params[:, crop] for crop in crops])  # (C * B,)
             index = device_ops.send(np.tile(ids, len(crops)), job.device)
             images = self.images.index_select(0, index)  # (C * B, 3, H, W)
@@ -91,8 +91,8 @@ class ResidentViews(Loader):
     def load(self) -> np.ndarray:
         """All images in one flat uint8 array, decoded by PIL.
 
-        Also sets `offsets` `(N,)`, where each image starts, and `stand_ins` `(N,)`, the sample id
-        to use for each one: its own, or that of the replacement of a bad image.
+        Also sets `offsets` `(N,)`, the starts of the images, and `stand_ins` `(N,)`, the sample ids
+        to use for them. For a bad image this is the id of its replacement, otherwise its own.
         """
         job, count = self.job, len(self.sizes)
         ends = (self.sizes.astype(np.int64).prod(1) * 3).cumsum()
@@ -100,7 +100,7 @@ class ResidentViews(Loader):
         free = free_bytes(job.device)
         if ends[-1] > 0.8 * free:
             raise ValueError(
-                f"{count} images take {ends[-1] / 2**30:.1f} GiB decoded, "
+                f"{count} images take {ends[-1] / 2**30:.1f} GiB decoded, but "
                 f"{free / 2**30:.1f} GiB are free on {job.device}: "
                 "too large for the resident backend"
             )

@@ -1,7 +1,7 @@
-"""The manifest of image files: headers are read once, and the result is cached.
+"""Make the manifest of image files. Their headers are read once, and the result is cached.
 
-`layouts.open_place` says where the cache is. In a process group rank 0 lists and checks the files,
-and the others read its cache.
+`layouts.open_place` decides where the cache is. In a process group rank 0 lists and checks the
+files, and the other ranks read its cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rsa_fast.pipelines.sources import check_depth, exif_orientation, open_image
 
 OnBadImage = Literal["stop", "skip"]
 
-VERSION = 4  # of the cache
+VERSION = 4  # the version of the cache's format
 CACHE: dict[str, np.dtype] = {
     "meta": np.dtype("|u1"),
     "paths": np.dtype("|u1"),
@@ -41,16 +41,16 @@ CACHE: dict[str, np.dtype] = {
     "sizes": np.dtype("<i4"),
     "orientations": np.dtype("|u1"),
 }
-SHOWN = 20  # bad images in a message
+SHOWN = 20  # the most bad images that a message lists
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What the headers of image files say.
+    """What was read from the headers of image files.
 
-    `orientations` `(N,)` uint8 are the values of EXIF, 1 for an upright image, which
-    `manifest.sizes` does not heed. `bad` are the files that are no whole images and therefore not
-    in the manifest, by path, with what is wrong.
+    `orientations` `(N,)` uint8 are the values in EXIF, 1 for an upright image. `manifest.sizes` are
+    the sizes before turning. `bad` are the paths of damaged or incomplete files, with what is
+    wrong. These files are not in the manifest.
     """
 
     manifest: Manifest
@@ -58,17 +58,17 @@ class Scan:
     bad: Mapping[str, str]
 
     def upright(self) -> Manifest:
-        """The manifest of the images as they are once they are turned upright."""
+        """The manifest of the images after they are turned upright."""
         if (self.orientations == 1).all():
             return self.manifest
-        sizes, lying = self.manifest.sizes.copy(), self.orientations >= 5
-        sizes[lying] = sizes[lying, ::-1]
+        sizes, sideways = self.manifest.sizes.copy(), self.orientations >= 5
+        sizes[sideways] = sizes[sideways, ::-1]
         fingerprint = digest(self.manifest.fingerprint.encode(), self.orientations)
         return replace(self.manifest, sizes=sizes, fingerprint=fingerprint)
 
 
 def bad_rows(bad: Mapping[str, str]) -> list[str]:
-    """A line for each of these files and what is wrong with it, for a message."""
+    """A line for each of the files `bad`, with what is wrong with it, for a message."""
     rows = [f"  {path}: {bad[path]}" for path in sorted(bad)[:SHOWN]]
     return rows + ["  ..."] * (len(bad) > SHOWN)
 
@@ -82,23 +82,25 @@ def scan_files(
 ) -> Scan:
     """The scan of the image files that `list_files()` returns, from their headers or the cache.
 
-    The paths are relative to `data`. The cache is the first of the files `places` that fits; a new
-    one goes to the first of them that can be written. It fits while names, labels, file sizes and
-    modification times are unchanged. To know that takes a stat of every file. In a process group
-    all ranks must call this function: rank 0 does this work first, and the others use the cache
-    that it found or wrote. A rank that does not see that cache, because its node has other disks,
-    does the work itself.
+    The paths are relative to `data`. The cache is the first of the files `places` that is valid. A
+    new cache is written to the first of them that can be written. A cache is valid while names,
+    labels, file sizes and modification times are unchanged, so the check needs a stat of every
+    file.
 
-    Raises ValueError with the path of every damaged or incomplete image, unless `on_bad_image` is
-    "skip" and some images are whole, and as `list_files` does.
+    In a process group all ranks must call this function. Rank 0 does this work first, and the
+    others use the cache that it read or wrote. A rank that cannot see that cache, because its node
+    has other disks, does the work itself.
+
+    Raises the errors of `list_files`, and ValueError with the path of every damaged or incomplete
+    image. With `on_bad_image` "skip", it is raised only if no image is usable.
     """
     scan = scan_or_cache(data, split, list_files, places)
     if scan.bad and (on_bad_image == "stop" or not len(scan.manifest)):
         total = len(scan.bad) + len(scan.manifest)
         raise ValueError(
-            f"{len(scan.bad)} of {total} files under {data} are no whole images; replace or delete "
-            f"them, repair them with `rsa-fast verify {data} --fix`, or leave them out with "
-            "--on-bad-image skip:\n" + "\n".join(bad_rows(scan.bad))
+            f"{len(scan.bad)} of {total} files under {data} are damaged or incomplete images; "
+            f"replace or delete them, repair them with `rsa-fast verify {data} --fix`, or leave "
+            "them out with --on-bad-image skip:\n" + "\n".join(bad_rows(scan.bad))
         )
     return scan
 
@@ -109,7 +111,7 @@ def scan_or_cache(
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return checked_scan(data, split, list_files, places)[0]
     if dist.get_rank() == 0:
-        state = ""  # where rank 0 fails, every rank does the work, and fails with the same message
+        state = ""  # if rank 0 fails, every rank does the work and fails with the same message
         try:
             scan, state = checked_scan(data, split, list_files, places)
         finally:
@@ -132,9 +134,9 @@ def checked_scan(
     if scan is None:
         headers, bad = read_headers(data, paths)
         if bad:
-            whole = np.flatnonzero(headers[:, 0])
-            paths, labels = Paths(paths[i] for i in whole.tolist()), labels[whole]
-            headers, stats = headers[whole], stats[whole]
+            usable = np.flatnonzero(headers[:, 0])
+            paths, labels = Paths(paths[i] for i in usable.tolist()), labels[usable]
+            headers, stats = headers[usable], stats[usable]
         sizes, orientations = np.ascontiguousarray(headers[:, :2]), headers[:, 2].astype(np.uint8)
         listing = paths, labels, classes
         fingerprint = fingerprint_files(listing, lengths=stats[:, 0], sizes=sizes)
@@ -145,7 +147,7 @@ def checked_scan(
 
 
 def map_threaded(work: Callable[[str], tuple[int, ...]], paths: Paths, dtype: type) -> np.ndarray:
-    """`(N, ...)`: `work` of every path, on threads, which hide the latency of a network disk."""
+    """The results of `work` for all paths, `(N, ...)`. Threads hide a network disk's latency."""
 
     def rows(start: int) -> np.ndarray:
         return np.array([work(path) for path in paths[start : start + CHUNK]], dtype)
@@ -156,7 +158,7 @@ def map_threaded(work: Callable[[str], tuple[int, ...]], paths: Paths, dtype: ty
 
 
 def file_stat(path: str) -> tuple[int, int]:
-    """Size in bytes and modification time in nanoseconds, or -1 twice for a link that is broken."""
+    """Size in bytes and modification time in nanoseconds, or -1 twice for a broken link."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:
@@ -165,18 +167,18 @@ def file_stat(path: str) -> tuple[int, int]:
 
 
 def read_headers(data: Path, paths: Paths) -> tuple[np.ndarray, dict[str, str]]:
-    """`(N, 3)` int32 heights, widths and EXIF orientations, and what is wrong with which files.
+    """`(N, 3)` int32 heights, widths and EXIF orientations, and what is wrong with bad files.
 
-    The row of a file that is not a complete image is zero.
+    The row of a damaged or incomplete file is zero.
     """
     faults: dict[str, str] = {}
 
     def header(path: str) -> tuple[int, int, int]:
-        found = header_size(data / path)
-        if isinstance(found, str):
-            faults[path] = found
+        result = header_size(data / path)
+        if isinstance(result, str):
+            faults[path] = result
             return 0, 0, 0
-        return found
+        return result
 
     return map_threaded(header, paths, np.int32), faults
 
@@ -184,9 +186,9 @@ def read_headers(data: Path, paths: Paths) -> tuple[np.ndarray, dict[str, str]]:
 def header_size(path: Path) -> tuple[int, int, int] | str:
     """Height and width in pixels and the EXIF orientation, or what is wrong with the file.
 
-    A whole JPEG has an end marker in its last bytes. Where none is there, the file may be cut, or
-    other data may follow the image, as in the motion photographs of telephones: the image is then
-    decoded to know.
+    A complete JPEG has an end marker in its last bytes. Without one, the file may be truncated, or
+    other data may follow the image, as in the motion photographs of telephones. The image is then
+    decoded to find out.
     """
     try:
         with path.open("rb") as file, open_image(file) as image:
@@ -202,7 +204,7 @@ def header_size(path: Path) -> tuple[int, int, int] | str:
             return height, width, orientation
     except Exception as error:  # on damaged bytes, decoders raise all kinds of exceptions
         if not path.exists():
-            return f"a link to {path.readlink()}, which is not there"
+            return f"a link to {path.readlink()}, which does not exist"
         if path.stat().st_size == 0:
             return "empty file"
         if "image file is truncated" in str(error):
@@ -233,13 +235,14 @@ def read_cache(places: list[Path], split: str, state: str) -> Scan | None:
             if stored["orientations"].shape != (len(manifest),):
                 raise ValueError(f"{stored['orientations'].shape} orientations")
         except ValueError as error:
-            raise ValueError(f"{place} is no work of this program: {error}. Delete it") from error
+            reason = f"{place} was not written by this program: {error}. Delete it"
+            raise ValueError(reason) from error
         return Scan(manifest, stored["orientations"], bad)
     return None
 
 
 def write_cache(places: list[Path], state: str, scan: Scan) -> None:
-    """Write to the first place that is writable; where none is, every start scans the files."""
+    """Write to the first place that is writable. If none is, every start scans the files."""
     manifest = scan.manifest
     meta = {
         "state": state,

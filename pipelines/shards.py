@@ -1,11 +1,11 @@
-"""Tar shards, as WebDataset and DALI read them, with an index by which an image takes one read.
+"""Read and write tar shards in WebDataset's format. With their index, one read gets one image.
 
     train.json
     train/index.npz
     train/shard-000000.tar   train/shard-000000.idx
     train/shard-000001.tar   ...
 
-These are the shards that `ShardWriter` writes. A sample consists of two members, `<key>.jpg` and
+These are the files that `ShardWriter` writes. A sample consists of two members, `<key>.jpg` and
 `<key>.cls` (its label as text). The key is the number of the sample in the split. The `.idx` files
 have the format of DALI's wds2idx. `index.npz` contains six columns with one number per sample:
 shard, offset, size, label, height and width.
@@ -13,9 +13,9 @@ shard, offset, size, label, height and width.
     index.npz   imagenet1k-train-0000.tar   imagenet1k-train-0001.tar   ...
     index.json  imagenet1k-validation-00.tar   ...
 
-Shards from elsewhere have any names and images of any format. `tools/index.py` writes their index,
-which also contains the files' names, with the description inside the folder. Both splits' shards
-may be in one folder: the words of their names then say which they are.
+Shards from other programs may have any names and image formats. `tools/index.py` writes their index
+and description into the folder. This index also contains the names of the shards. The shards of
+both splits may be in one folder if words in their names tell them apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ INDEX = {
     "height": "height",
     "width": "width",
 }
-# The names of the shards' files, joined by zeros. Without it they are `shard_path(folder, shard)`.
+# The names of the shards, joined by zero bytes. Without them, they are `shard_path(folder, shard)`.
 NAMES = {"names": np.dtype("|u1")}
 INDEX_VERSION = "v1.2"  # the version of wds2idx whose format the .idx files have
 
@@ -84,7 +84,7 @@ def pack(folder: Path, paths: Sequence[Path], entries: np.ndarray) -> Packed:
     try:
         return Packed(paths, entries)
     except ValueError as error:
-        raise ValueError(f"{folder} is not what index.npz says: {error}") from error
+        raise ValueError(f"{folder} does not match its index.npz: {error}") from error
 
 
 def read_index(folder: Path) -> tuple[list[Path], np.ndarray]:
@@ -104,17 +104,17 @@ def read_index(folder: Path) -> tuple[list[Path], np.ndarray]:
             raise ValueError("its columns differ in length")
         if text is None:
             if (shards := int(columns["shard"].max(initial=-1)) + 1) > count:
-                raise ValueError(f"{shards} shards of {count} images")
+                raise ValueError(f"it has {shards} shards, but {count} images")
             paths = [shard_path(folder, shard) for shard in range(shards)]
         else:
             names = Paths(text.tobytes())
             if outside := [name for name in names if "/" in name or name in ("", ".", "..")]:
-                raise ValueError(f"{outside[0]!r} is no name of a file in the folder")
+                raise ValueError(f"{outside[0]!r} is not the name of a file in the folder")
             paths = [folder / name for name in names]
             if new := set(tar_names(folder)) - set(names):
-                raise ValueError(f"it lacks {len(new)} of the .tar files, one is {min(new)}")
+                raise ValueError(f"{len(new)} of the .tar files are not in it, such as {min(new)}")
     except (ValueError, TypeError) as error:
-        reason = f"{index} is no index of shards ({error}): convert the data again, or {command}"
+        reason = f"{index} is not a valid index ({error}): convert the data again, or {command}"
         raise ValueError(reason) from error
     entries = np.zeros(count, ENTRY)
     for column, field in INDEX.items():
@@ -131,10 +131,11 @@ def write_index(file: BinaryIO, entries: np.ndarray, names: Sequence[str] = ()) 
 
 
 def holds_shards(folder: Path, split: str | None = None) -> bool:
-    """Whether a folder is one of tar shards.
+    """Whether a folder contains tar shards.
 
-    It has an index, or tar files and neither images nor folders. With the `split` "test", the test
-    shards must be beside those for training. Without a split, it may be the folder of any one.
+    It then has an index, or it has tar files and neither images nor folders. If `split` is "test",
+    it must also have test shards beside those for training. If `split` is None, its shards may
+    belong to any split.
     """
     if not (folder / "index.npz").is_file():
         with os.scandir(folder) as entries:
@@ -155,8 +156,8 @@ def tar_names(folder: Path) -> list[str]:
 def shards_of(names: Sequence[str], split: str) -> np.ndarray:
     """The positions in `names` of the shards of a split.
 
-    Where the names' words say that both training and test shards are among them, it is those of the
-    split. As with folders, validation comes before test. Otherwise all shards are of one split.
+    If the names contain words for both training and test, these are the shards of the split. As
+    with folders, validation comes before test. Otherwise all shards belong to one split.
     """
     kinds = [kind_of(name) for name in names]
     kind = "train"
@@ -167,7 +168,7 @@ def shards_of(names: Sequence[str], split: str) -> np.ndarray:
 
 
 def kind_of(name: str) -> str:
-    """The split that the words of a shard's name say: "val", "test" or, by default, "train"."""
+    """The split by the words in a shard's name: "val", "test" or, by default, "train"."""
     words = set(re.split("[^a-z]+", name.lower()))
     if words & TRAIN_NAMES:
         return "train"
@@ -200,10 +201,10 @@ def member(name: str, data: bytes) -> bytes:
 class ShardWriter:
     """Appends samples to the shards of `folder`, in order.
 
-    After a kill it continues behind `done` `(n,)` of `ENTRY`, the samples that are known to be
-    written. Whatever follows them in the folder is deleted. A shard is closed before the sample
-    that would make it larger than `shard_bytes`, but contains at least one sample. Raises
-    ValueError when a shard is shorter than `done` says.
+    After a kill it continues after `done` `(n,)` of `ENTRY`, the samples that are known to be
+    written. Everything after them in the folder is deleted. A shard is closed before the sample
+    that would make it larger than `shard_bytes`, but it contains at least one sample. Raises
+    ValueError if a shard is shorter than `done` requires.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, done: np.ndarray) -> None:
@@ -223,7 +224,7 @@ class ShardWriter:
         path = shard_path(self.folder, self.shard)
         self.file = path.open("r+b" if self.end else "w+b")
         if path.stat().st_size < self.end:
-            raise ValueError(f"{path} is shorter than its journal says: restart with --overwrite")
+            raise ValueError(f"{path} is shorter than its journal: restart with --overwrite")
         self.file.truncate(self.end)
         self.file.seek(self.end)
 

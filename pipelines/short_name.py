@@ -1,8 +1,8 @@
 """The package's short name in a clone: `pipelines.NAME` is the module `rsa_fast.pipelines.NAME`.
 
-An installed rsa-fast only has the long name, so that it never meets a user's own `pipelines`. A
-clone has the folder at its top. Imported from there, the modules would exist twice, and a `Batch`
-of one copy would be no `Batch` of the other.
+An installed rsa-fast has only the long name, so that it cannot conflict with a user's own
+`pipelines`. A clone has the folder at its top. If modules were imported from there, they would
+exist twice, and the `Batch` of one copy would not be the `Batch` of the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a TIFF's tags say about its pixels, beyond what PIL makes of them."""
+"""Read from a TIFF's tags what PIL does not report about its pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIN_SAMPLE_VALUE, MAX_SAMPLE_VALUE = 280, 281
 S_MIN_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 340, 341
 UNSIGNED, SIGNED = 1, 2  # values of SampleFormat
 SAMPLE_FORMATS = {UNSIGNED: "unsigned integers", SIGNED: "signed integers", 3: "floats"}
-BIG_TIFF = 43  # a version in the third byte, with a header of 16 bytes
+BIG_TIFF = 43  # the version in the third byte of a file with a header of 16 bytes
 SEPARATE = 2  # value of PlanarConfiguration: one band after the other
 GRAY = (0, 1)  # values of PhotometricInterpretation: 0 is white, or 0 is black
 
@@ -32,18 +32,18 @@ Tags = Mapping[int, Any]
 
 
 def value(tags: Tags, tag: int, default: float) -> float:
-    """The value of a tag, the largest where every band has one."""
+    """The value of a tag. If every band has its own value, it is the largest one."""
     values = tags.get(tag, default)
     return float(max(values) if isinstance(values, tuple) else values)
 
 
 def tags_of(image: Image.Image) -> Tags:
-    """The tags of an opened image; none if it is no TIFF."""
+    """The tags of an opened image, empty if it is not a TIFF."""
     return image.tag_v2 if isinstance(image, TiffImageFile) else {}
 
 
 def read_tags(file: BinaryIO) -> Tags:
-    """The tags of a file that PIL could not open; none if it is no TIFF, or cut before them."""
+    """The tags of a file that PIL could not open, empty if it is no TIFF or is cut before them."""
     file.seek(0)
     header = file.read(8)
     if not header.startswith(tuple(PREFIXES)):
@@ -72,11 +72,12 @@ def is_signed(image: Image.Image) -> bool:
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Whether PIL opens this TIFF and returns other pixels than those stored, or only their ends.
+    """Whether PIL opens this TIFF but returns wrong pixels, or only a part of their values.
 
-    It takes the bytes of uncompressed 16-bit bands that are stored one after the other for pixels,
-    the first of many bands for a gray image, and the upper byte of 16-bit colours, where a file
-    that declares a smaller range has little.
+    PIL does this in three cases. It reads the bytes of uncompressed 16-bit bands as pixels if the
+    bands are stored one after the other. It reads the first of many bands as a gray image. It reads
+    only the upper byte of 16-bit colours, which is almost zero if the file declares a smaller
+    range.
     """
     tags = tags_of(image)
     if not tags:
@@ -94,8 +95,9 @@ def is_misread(image: Image.Image) -> bool:
 def declared_range(image: Image.Image) -> tuple[float, float] | None:
     """The values of black and white that a TIFF declares, or None.
 
-    Unsigned integers of up to 16 bits have a range without a declaration. Those of more bits, and
-    floats, fill theirs so rarely that it means nothing. Signed integers must declare both ends.
+    Unsigned integers of up to 16 bits need no declaration, because their range is that of the type.
+    Integers of more bits and floats rarely use the range of the type, so they must declare the
+    largest value. Signed integers must declare both ends.
     """
     tags = tags_of(image)
     bits, kind = value(tags, BITSPERSAMPLE, 1), value(tags, SAMPLEFORMAT, UNSIGNED)

@@ -1,7 +1,7 @@
-"""The reference: views by PIL and torchvision, one operation after another.
+"""The reference backend: PIL and torchvision make the views, one operation after another.
 
-The parameters are those of `draws`. This backend is slow and obvious. The tests compare all others
-with it.
+The parameters are those of `draws`. This backend is slow, but easy to check. The tests compare all
+others with it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def weak_view(image: Image.Image, p: np.void, size_px: int) -> Image.Image:
 
 
 def aggressive_view(weak: Image.Image, p: np.void) -> Image.Image:
-    """The aggressive stage of the 8-bit weak view: jitter and all that follows it."""
+    """The aggressive stage of the 8-bit weak view: jitter and all operations after it."""
     if p["jitter"]:
         for operation in p["order"]:
             weak = JITTER[operation](weak, float(p["factor"][operation]))
@@ -63,7 +63,7 @@ def affine(view: Image.Image, how: Image.Resampling, *matrix: float) -> Image.Im
     return view.transform(view.size, Image.Transform.AFFINE, matrix, how, fillcolor=RAND_FILL)
 
 
-# Each makes a view of another one, the operation's value and the interpolation.
+# Each function takes a view, the operation's value and the interpolation, and returns a view.
 RAND_AUGMENT: dict[RandOp, Callable[[Image.Image, float, Image.Resampling], Image.Image]] = {
     RandOp.AUTO_CONTRAST: lambda view, _, __: ImageOps.autocontrast(view),
     RandOp.EQUALIZE: lambda view, _, __: ImageOps.equalize(view),
@@ -107,9 +107,9 @@ def patches(weak: torch.Tensor, p: np.void) -> torch.Tensor:
 
 
 def channels_last(views: torch.Tensor) -> torch.Tensor:
-    """Views `(B, 3, S, S)` in channels_last memory format, also each patch of `(B, 9, 3, P, P)`."""
-    whole = views.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-    return whole.view_as(views)
+    """Views `(B, 3, S, S)` or patches `(B, 9, 3, P, P)` in channels_last memory format."""
+    images = views.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+    return images.view_as(views)
 
 
 def ignore_signals(worker: int) -> None:

@@ -1,13 +1,13 @@
-"""What a view is: the augmentation as plain numbers, and the batch that every backend yields.
+"""The augmentation of the views as plain numbers, and the batch that every backend yields.
 
 RSA augments in two stages (section 4.1 of the paper, with the values of MoCo v2). A *weak* view is
 a crop and a flip. An *aggressive* view is that same crop and flip, followed by colour jitter,
 grayscale and blur. Two crops per image give four views. A vertical flip and a rotation by quarter
-turns can be added to the weak stage, solarize and RandAugment to the aggressive one, and a function
-of one's own after both.
+turns can be added to the weak stage, and solarize and RandAugment to the aggressive one. A function
+of the user can be added after both.
 
-Any number of crops can be made of one decoded image. They come in groups, whose sizes and
-augmentations may differ, as the multi-crop of SwAV:
+Any number of crops can be made of one decoded image. They are in groups, whose sizes and
+augmentations may differ, as in the multi-crop of SwAV:
 
     groups = (CropGroup("global", 2, crop_area=(0.14, 1)), CropGroup("local", 6, size_px=96))
     spec = ViewSpec(224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), groups=groups)
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")  # of two crops, as RSA reads them
+VIEWS = ("weak_1", "weak_2", "aggressive_1", "aggressive_2")  # the views of two crops, for RSA
 Stage = Literal["weak", "aggressive", "patches"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 Interpolation = Literal["bilinear", "bicubic"]
@@ -38,22 +38,22 @@ def view_name(stage: Stage, crop: int) -> str:
 
 
 def stage_and_crop(view: str) -> tuple[str, int]:
-    """What `view_name` made the name of."""
+    """The stage and the crop of a view, from the name that `view_name` gave it."""
     stage, _, number = view.rpartition("_")
     return stage, int(number) - 1
 
 
 def patch_px(size_px: int) -> int:
-    """The side of the patches of a crop with a jigsaw: 64 px of cells of 85 px (PIRL's code)."""
+    """The side of a jigsaw's patches: 64 px in cells of 85 px, as in PIRL's code."""
     return size_px // 3 * 64 // 85
 
 
 @dataclass(frozen=True)
 class CropGroup:
-    """Crops of one image that are augmented alike: their name and number, and how they differ.
+    """Crops of one image with the same augmentation: their name, their number and their own values.
 
-    Every field but the first two replaces the one of the same name in the `ViewSpec` around it,
-    unless it is None. Crops whose parameters differ from each other are groups of one.
+    Every field except the first two replaces the field of the same name in the `ViewSpec` that has
+    this group, unless it is None. Crops with different parameters must be different groups.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "allow_inf_nan": False}
@@ -81,7 +81,7 @@ class CropGroup:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The fields that are not as in the `ViewSpec` around the group."""
+        """The fields that replace those of the `ViewSpec`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -110,25 +110,25 @@ class ViewSpec:
     # The probability of a vertical flip, in the weak stage: for images without an upper side, such
     # as aerial ones.
     vertical_flip_p: float = 0
-    # In the weak stage, the image is turned by 0, 90, 180 or 270 degrees, each as likely.
+    # Whether the weak stage turns the image by 0, 90, 180 or 270 degrees, with equal probability.
     quarter_turns: bool = False
     # The probability that brightness, contrast, saturation and hue change, in a random order.
     jitter_p: float = 0.8
-    brightness: float = 0.4  # its factor lies in 1 +- this
-    contrast: float = 0.4  # as brightness
-    saturation: float = 0.4  # as brightness
-    hue: float = 0.1  # its shift lies in +- this, in turns of the colour circle
+    brightness: float = 0.4  # its factor is in the range 1 +- this
+    contrast: float = 0.4  # the same for contrast
+    saturation: float = 0.4  # the same for saturation
+    hue: float = 0.1  # its shift is in the range +- this, in turns of the colour circle
     grayscale_p: float = 0.2  # probability that the colours are removed
     blur_p: float = 0.5  # probability of a Gaussian blur
     # The range of the blur's standard deviation. It is not scaled with size_px.
     blur_sigma_px: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0  # probability that levels of 128 and more are inverted, after the blur
     rand_augment: bool = False  # InfoMin's RandAugment, rand-n2-m10-mstd0.5, at the end
-    # The weak crop is also cut into the nine patches of a jigsaw, as the views `patches_k`.
+    # Whether the weak crop is also cut into the nine patches of a jigsaw, the views `patches_k`.
     jigsaw: bool = False
     # The groups of crops, in their order. All crops are made of one decoded image.
     groups: tuple[CropGroup, ...] = (CropGroup("crops", 2),)
-    # A function of one's own, `my_views.py:function`, which changes a batch's views at the end (see
+    # The user's own function, `my_views.py:function`, which changes a batch's views at the end (see
     # extra.py). The path is made absolute here, so that a resumed run may start in another folder.
     extra: str | None = None
 
@@ -137,7 +137,7 @@ class ViewSpec:
         if self.extra is not None:
             object.__setattr__(self, "extra", absolute_spec(self.extra))
         bad = [
-            f"{name}={getattr(self, name)}: a probability lies in [0, 1]"
+            f"{name}={getattr(self, name)}: a probability is in [0, 1]"
             for name in PROBABILITIES
             if not 0 <= getattr(self, name) <= 1
         ]
@@ -164,7 +164,7 @@ class ViewSpec:
             bad.append(f"hue={self.hue}: in [0, 0.5] turns")
         names = [group.name for group in self.groups]
         if not names or len(set(names)) < len(names) or not all(names):
-            bad.append(f"groups={names}: at least one, each with a name of its own")
+            bad.append(f"groups={names}: at least one, each with its own name")
         bad += [
             f"count={group.count} of the group {group.name}: at least 1"
             for group in self.groups
@@ -197,7 +197,7 @@ class ViewSpec:
     def by_crop(self) -> dict[str, np.ndarray]:
         """Every number of the augmentation for each of the K crops: `(K,)`, or `(2, K)` of a range.
 
-        They are kept, because making them takes a tenth of the time of the draws of 256 images.
+        They are cached, because making them takes a tenth of the time of the draws of 256 images.
         """
         import numpy as np
 
@@ -207,12 +207,12 @@ class ViewSpec:
     def names(self, stage: Stage, group: str | None = None) -> tuple[str, ...]:
         """The names of a stage's views, of all crops or of those of a group.
 
-        Raises ValueError for a group that there is not.
+        Raises ValueError for an unknown group.
         """
         names = [g.name for g in self.groups for _ in range(g.count)]  # (K,)
         if group is not None and group not in names:
-            known = ", ".join(dict.fromkeys(names))
-            raise ValueError(f"no group {group!r} of crops: choose from {known}")
+            choices = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"no group {group!r} of crops: choose from {choices}")
         return tuple(view_name(stage, k) for k, name in enumerate(names) if group in (None, name))
 
     def shape(self, view: str) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ class ViewSpec:
 
     @cached_property
     def views(self) -> tuple[str, ...]:
-        """The names of all views, stage by stage. Patches are those of crops with a jigsaw."""
+        """The names of all views, stage by stage. Only crops with a jigsaw have patches."""
         patches = [view_name("patches", k) for k, crop in enumerate(self.crops) if crop.jigsaw]
         return (*self.names("weak"), *self.names("aggressive"), *patches)
 
@@ -238,11 +238,12 @@ class Batch:
     `views` contains the views that the method reads, by their names (`ViewSpec.names`), with crops
     counted from 1. The others were not computed. Each view is `(B, 3, S, S)`, normalised, in
     channels_last memory format, on the device and in the compute dtype. `aggressive_i` has the same
-    crop, flips and turns as `weak_i`, followed by colour jitter, grayscale, blur and what else the
-    recipe asks for. `patches_i` `(B, 9, 3, P, P)` are parts of `weak_i`. The crops of an image are
-    independent of each other.
+    crop, flips and turns as `weak_i`, followed by colour jitter, grayscale, blur and the optional
+    operations of the recipe. `patches_i` `(B, 9, 3, P, P)` are parts of `weak_i`. The crops of an
+    image are independent of each other.
+
     `label` is `(B,)` int64, -1 for unlabelled images. `ids` is `(B,)` int64, the sample ids of the
-    images whose pixels are in the rows; None where there is no dataset.
+    images in the rows, or None without a dataset.
     """
 
     label: Tensor

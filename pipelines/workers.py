@@ -1,7 +1,7 @@
-"""How worker processes hand their tensors to the training process.
+"""Send tensors from worker processes to the training process.
 
-PyTorch's DataLoader copies them to shared memory on a thread of the worker. Where `/dev/shm` is too
-small for that, as the 64 MB of a container by default, this thread only prints the error, and the
+PyTorch's DataLoader copies them to shared memory on a thread of the worker. If `/dev/shm` is too
+small for that (a container has 64 MB by default), this thread only prints the error, and the
 training process waits for ever. A `Parcel` sends the bytes through the pipe instead.
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger("rsa_fast")
 
 
 class Parcel:
-    """What a worker returns: any `content`, with the `tensors` in it.
+    """What a worker returns: any `content`, and the `tensors` in it.
 
     The training process receives `content` itself.
     """
@@ -42,13 +42,13 @@ def from_shared_memory(content: object) -> object:
 
 
 def from_pipe(data: bytes) -> object:
-    say_full()
+    warn_full()
     return pickle.loads(data)
 
 
 @cache  # once per process
-def say_full() -> None:
+def warn_full() -> None:
     log.warning(
         "no room in /dev/shm: batches come from the worker processes through a pipe, which is "
-        "slower. docker run --shm-size=2g gives room; fewer --threads or backend native need less"
+        "slower. For more room use docker run --shm-size=2g, fewer --threads or backend native"
     )

@@ -135,10 +135,10 @@ def test_further_fields_are_skipped_and_the_choice_is_said(tmp_path, caplog, ord
     image = next(name for name in order if "image" in name)
     label = next((name for name in order if name in ("label", "Target", "species")), "")
     label = label if labels == LABELS else ""
-    assert f"the images are field {image}, " in line
-    assert (f"the labels field {label}" if label else "there are no labels") in line
+    assert f"the images are in field {image}, " in line
+    assert (f"the labels in field {label}" if label else "there are no labels") in line
     unread = [name for name in order if name not in (image, label)]
-    assert not unread or line.endswith(f"; not read: {', '.join(unread)}")
+    assert not unread or line.endswith(f"; fields not read: {', '.join(unread)}")
 
 
 def test_numbers_that_are_no_classes_are_no_labels(tmp_path):
@@ -240,7 +240,7 @@ def test_a_writer_goes_on_behind_what_is_known_written(written, done):
     write(written, images(), done)
     assert written.read_bytes() == wanted
     written.write_bytes(wanted[: end - 1])
-    with pytest.raises(ValueError, match="shorter than its journal says"):
+    with pytest.raises(ValueError, match="shorter than its journal: restart"):
         write(written, images(), done)
 
 
@@ -264,12 +264,12 @@ def test_damaged_and_foreign_files_are_named(written):
     fails_with(b"", "truncated: 0 of 1 records")
     fails_with(b"not a beton file, but longer than a header", "version 28526, this code reads 2")
     fails_with(changed(version=3), "version 3, this code reads 2")
-    fails_with(changed(allocations_ptr=0), "its writer never finished")
+    fails_with(changed(allocations_ptr=0), "the file is truncated or was never finished")
     fails_with(changed(count=10**9), "truncated: ")
     fails_with(whole[:1000], "truncated: 0 of 2 records")
     fails_with(whole[:2110], "truncated: 0 of 7 records")
     fails_with(whole[:-1], "1 of 7 images are not in its allocation table")
-    fails_with(whole[: len(whole) // 2], "its allocation table is missing: it is truncated")
+    fails_with(whole[: len(whole) // 2], "the allocation table is missing: the file is truncated")
     fails_with(
         whole.replace(b"\x02image", b"\x01image"),
         r"none of its fields \(image, label\) is an RGBImageField",
@@ -330,7 +330,7 @@ def test_a_folder_of_beton_files_is_a_source(written):
     assert len(open_source(data, "test").manifest) == 2
     write(data / "train_400.ffcv", images()[:2])
     with pytest.raises(
-        ValueError, match=r"holds train\.beton, train_400\.ffcv for one split: keep one"
+        ValueError, match=r"contains train\.beton, train_400\.ffcv for one split: keep one"
     ):
         open_source(data, "pretrain")
 

@@ -275,7 +275,7 @@ def test_solarize_is_pil_s():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ((), "at least one, each with a name of its own"),
+        ((), "at least one, each with its own name"),
         ((CropGroup("a", 1), CropGroup("a", 2)), r"groups=\['a', 'a'\]: at least one, each with"),
         ((CropGroup("a", 0),), "count=0 of the group a: at least 1"),
         ((CropGroup("a", 1, size_px=0),), "the group a: size_px=0: at least 1"),

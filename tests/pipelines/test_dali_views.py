@@ -88,6 +88,6 @@ def test_views_made_on_the_host_are_refused_on_a_gpu_before_dali_starts(folder):
     made_on_host = Loading("dali", aggressive_on="host")
     on_gpu = replace(job(folder), device=torch.device("cuda"), loading=made_on_host)
     with pytest.raises(
-        ValueError, match="aggressive_on: host would bring the crops back from the GPU; use device"
+        ValueError, match="aggressive_on = host would copy the crops back from the GPU: use device"
     ):
         DaliViews(on_gpu)

@@ -180,7 +180,10 @@ def test_an_image_that_would_be_black_or_misread_is_named_by_the_scan(kind, tmp_
 def test_values_outside_the_declared_range_are_refused_when_they_are_read(tmp_path):
     path = tmp_path / "image.tif"
     path.write_bytes(tiff(RAMP.astype(np.uint16), {MAX: ("H", [255])}))
-    with pytest.raises(ValueError, match="0 to 4095, but 0 to 255 would be shown, as declared"):
+    with pytest.raises(
+        ValueError,
+        match="0 to 4095, but 0 to 255 would be shown as black to white, as the file declares",
+    ):
         read_rgb(path)
 
 

@@ -54,11 +54,11 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
     "removed": (lambda data: None, "No such file"),
     "smaller": (
         lambda data: jpeg(7, 9, 30),
-        r"\(9, 30\) px, its manifest says \(20, 20\): the data changed",
+        r"\(9, 30\) px, but \(20, 20\) px in its manifest: the data changed",
     ),
     "larger": (
         lambda data: jpeg(7, 40, 30),
-        r"\(40, 30\) px, its manifest says \(20, 20\): the data changed",
+        r"\(40, 30\) px, but \(20, 20\) px in its manifest: the data changed",
     ),
     "bomb": (bomb, r"exceeds limit of 178956970 pixels"),
 }
@@ -198,7 +198,7 @@ def test_nothing_readable_is_an_error_not_a_loop(data, backend):
         open_loader(source, backend, on_bad_image="skip") as loader,
         pytest.raises(
             ValueError,
-            match=r"none of the 24 images can be read; one of them: sample \d+, train/class_",
+            match=r"none of the 24 images can be read, for example sample \d+, train/class_",
         ),
     ):
         next(iter(loader.batches(0)))
@@ -317,7 +317,7 @@ def test_a_file_cut_during_the_run_loses_only_what_lay_behind_the_cut(tmp_path, 
             assert torch.allclose(batch.weak_1, wanted, atol=1e-6)
         assert (
             loader.skipped.keys() == bad
-            and "the file was cut since it was opened" in loader.skipped[14]
+            and "the file was truncated after it was opened" in loader.skipped[14]
         )
 
 

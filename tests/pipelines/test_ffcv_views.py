@@ -167,7 +167,7 @@ def test_another_loader_compiles_nothing(loader, beton):
 
 
 def test_other_data_are_refused(folder):
-    with pytest.raises(ValueError, match=r"backend ffcv reads \.beton files: convert"):
+    with pytest.raises(ValueError, match=r"backend ffcv reads one \.beton file: convert"):
         open_loader(folder, "ffcv")
 
 

@@ -76,13 +76,22 @@ def test_val_wins_over_test_and_the_rest_is_counted(tmp_path):
         (["dev/a/1.png", "other/a/1.png"], "dev/, which looks like a split"),
         (["train/1.png", "training/2.png"], "train/, training/ for one split"),
         (["train/a/1.png", "val/a/1.png", "valid/a/2.png"], "val/, valid/ for one split"),
-        (["bus/1.png", "car/2.png", "train/3.png"], "is train/ a class or the training images"),
-        (["bus/1.png", "car/2.png", "test/3.png"], "is test/ a class or the test images"),
+        (
+            ["bus/1.png", "car/2.png", "train/3.png"],
+            "is train/ a class, or does it contain the training images",
+        ),
+        (
+            ["bus/1.png", "car/2.png", "test/3.png"],
+            "is test/ a class, or does it contain the test images",
+        ),
         (["val/a/1.png"], "no training images"),
-        (["birds/train/a/1.png", "birds/val/a/2.png"], "birds holds train/, val/"),
-        (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], "cat holds test/, train/"),
-        ([f"{i}.png" for i in range(8)] + ["more/8.png", "more/9.png"], "8 images beside more/"),
-        (["1.png", "a/2.png", "b/3.png", "2.png"], "2 images beside a/, b/ with 2"),
+        (["birds/train/a/1.png", "birds/val/a/2.png"], "birds contains train/, val/"),
+        (["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"], "cat contains test/, train/"),
+        (
+            [f"{i}.png" for i in range(8)] + ["more/8.png", "more/9.png"],
+            "8 images, and 2 images in more/",
+        ),
+        (["1.png", "a/2.png", "b/3.png", "2.png"], "2 images, and 2 images in a/, b/"),
     ],
 )
 def test_a_folder_that_can_be_read_in_two_ways_is_refused(tmp_path, names, message):
@@ -313,7 +322,7 @@ def test_bad_images_can_be_left_out_from_the_scan_on(tmp_path):
         open_source(data, "pretrain")
     source = open_source(data, "pretrain", on_bad_image="skip")
     assert list(source.bad) == ["train/class_0/001.jpg"] and len(source.manifest) == 7
-    assert "left out, because they are no whole images: 1\n  train/class_0/001.jpg: truncated" in (
+    assert "left out, because damaged or incomplete: 1\n  train/class_0/001.jpg: truncated" in (
         inventory(source)
     )
     bad.unlink()  # The rest is the dataset that it would be without the bad file.

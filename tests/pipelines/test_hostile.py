@@ -154,7 +154,7 @@ def test_a_cache_that_no_scan_wrote_is_refused_by_name(tmp_path):
     ):
         write_cache(place, **changes)
         with pytest.raises(
-            ValueError, match=r"train\.npz is no work of this program: .*\. Delete it"
+            ValueError, match=r"train\.npz was not written by this program: .*\. Delete it"
         ):
             read_cache([place], "train", "s")
 
@@ -321,17 +321,17 @@ BETON_FAULTS = {
     ),
     "table behind the end": (
         lambda h, f, m, a: h.__setitem__("allocations_ptr", 2**63),
-        "its allocation table is missing",
+        "the allocation table is missing",
     ),
     "data behind the end": (
         lambda h, f, m, a: move(m, a, 2**40),
         "is truncated: .* its images end at 1,099,511",
     ),
-    "negative": (lambda h, f, m, a: move(m, a, 2**64 - 8), "image 2 lies outside its file"),
+    "negative": (lambda h, f, m, a: move(m, a, 2**64 - 8), "image 2 is outside its file"),
     "size": (lambda h, f, m, a: a["size"].__setitem__(2, 2**63 - 1), "is truncated"),
     "negative size": (
         lambda h, f, m, a: a["size"].__setitem__(2, 2**63),
-        "image 2 lies outside its file",
+        "image 2 is outside its file",
     ),
     "one on another": (
         lambda h, f, m, a: move(m, a, int(a["ptr"][4]) + 1),
@@ -441,13 +441,13 @@ def index(shards) -> dict[str, np.ndarray]:
 
 
 INDEX_FAULTS = [
-    ("offset", -512, "image 2 lies outside its file"),
+    ("offset", -512, "image 2 is outside its file"),
     ("offset", 10**6, r"shard-000000\.tar is truncated"),
     ("offset", 2**63 - 1, r"shard-000000\.tar is truncated"),
-    ("size", -1, "image 2 lies outside its file"),
+    ("size", -1, "image 2 is outside its file"),
     ("size", 2**62, r"shard-000000\.tar is truncated"),
     ("size", 10**4, "images 2 and 3 overlap"),
-    ("shard", -1, "image 2 lies outside its file"),
+    ("shard", -1, "image 2 is outside its file"),
     ("height", 0, r"image 2 is \[0, 20\] px"),
     ("width", 2**31 - 1, r"image 2 is \[20, 2147483647\] px"),
     ("label", 2**40, "labels up to 1099511627776 of 3 classes"),
@@ -472,7 +472,7 @@ def test_an_index_of_uneven_or_other_columns_is_refused(shards, index):
         {"shard": index["shard"][0]},
     ):
         np.savez(shards / "train" / "index.npz", **{**index, **changes})
-        with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
+        with pytest.raises(ValueError, match=r"index\.npz is not a valid index"):
             shard_source(shards / "train", "train")
 
 

@@ -154,7 +154,7 @@ def test_classes_of_one_image_cannot_be_held_out(tmp_path):
     for split in ("pretrain", "train"):
         found = open_source(tmp_path, split, val_fraction=0.5).manifest
         assert found.fingerprint == whole.fingerprint
-    with pytest.raises(FileNotFoundError, match="no class with two images"):
+    with pytest.raises(FileNotFoundError, match="no class has two or more images"):
         open_source(tmp_path, "test", val_fraction=0.5)
 
 
@@ -224,7 +224,7 @@ def test_the_test_images_of_several_folders_are_those_of_the_folders_with_some(t
     assert len(both["train"].manifest) == 12 and len(both["test"].manifest) == 6
     alone = open_source(with_test, "test")
     assert both["test"].manifest.fingerprint == alone.manifest.fingerprint
-    assert caplog.messages == [f"no val/ or test/ in {without}: scores are on the others' images"]
+    assert caplog.messages == [f"no val/ or test/ in {without}: the others' images are the test"]
 
 
 def test_packed_images_join_files_but_have_no_paths(beton, photos):
@@ -270,7 +270,7 @@ def test_every_place_has_to_be_there(photos, tmp_path):
         open_source([photos, tmp_path / "nowhere"], "pretrain")
     with pytest.raises(FileNotFoundError, match=r"no file .*list\.txt: wanted"):
         open_source(tmp_path / "list.txt", "pretrain")
-    with pytest.raises(ValueError, match=r"0\.png is a file, but no list of paths"):
+    with pytest.raises(ValueError, match=r"0\.png is a file, but not a list of paths"):
         open_source(photos / "cat" / "0.png", "pretrain")
 
 
@@ -346,13 +346,13 @@ def test_a_text_file_and_folders_are_read_as_one(folder, photos, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["photos/cat/0.png\tcat", "photos/cat/1.png"], "line 2: no class, other than"),
-        (["photos/cat/0.png", "", "photos/cat/1.png\tcat"], "line 3: a class, other than"),
-        (["photos/cat/0.png\tcat\t7"], "line 1: 2 tabs"),
-        (["# nothing", " "], "names no image"),
+        (["photos/cat/0.png\tcat", "photos/cat/1.png"], "line 2: found no class, unlike"),
+        (["photos/cat/0.png", "", "photos/cat/1.png\tcat"], "line 3: found a class, unlike"),
+        (["photos/cat/0.png\tcat\t7"], "line 1: found 2 tabs"),
+        (["# nothing", " "], "lists no image"),
         (["photos/cat/0.png", "photos/../photos/cat/0.png"], r"1 images are given twice.* 0\.png"),
-        (["photos/cat/0.png", "a\0b"], "is no text in UTF-8"),
-        (["photos/cat/0.png", "photos/cat"], "1 of the 2 files in .* are not there"),
+        (["photos/cat/0.png", "a\0b"], "contains binary data: wanted text in UTF-8"),
+        (["photos/cat/0.png", "photos/cat"], "1 of the 2 files in .* do not exist"),
     ],
 )
 def test_a_faulty_text_file_is_refused(photos, tmp_path, lines, message):

@@ -258,8 +258,9 @@ def test_auto_says_what_it_chose_and_why(folder, caplog, monkeypatch):
 
 
 IN_MEMORY = ("resident", "the images take 0.00 GiB decoded and stay in memory")
-FFCV = ("ffcv", "train.beton is FFCV's")
-PIXELS, FILES = "stored pixels need no decoder", "the fastest decoder of files on a CPU"
+FFCV = ("ffcv", "train.beton is a file of FFCV")
+PIXELS = "the images are stored as pixels, which need no decoder"
+FILES = "it decodes files fastest on a CPU"
 ON_GPU, NO_DALI, NO_FFCV = (
     "it can decode on the GPU",
     "DALI is not installed; decodes on the CPU",

@@ -92,10 +92,10 @@ def test_what_cannot_be_loaded_is_named_with_its_reason(tmp_path, monkeypatch):
         "raises.py:f": r"raises\.py cannot be loaded: JSONDecodeError: .*\(line 3\)",
         "imports.py:f": r"ModuleNotFoundError: No module named 'nothing_of.*\(line 2\)",
         "leaves.py:f": r"SystemExit: bye \(line 1\)",
-        "own.py": r"'own\.py' has no name behind a colon: path/to/file\.py:name",
-        "own.py:": r"nothing behind the colon",
+        "own.py": r"'own\.py' has no name after a colon: wanted path/to/file\.py:name",
+        "own.py:": r"nothing after the colon",
         "nothing_of_this_name:f": r"no module named 'nothing_of_this_name' is installed: for a fi",
-        "~nobody_of_this_name/own.py:f": r"'~nobody_of_this_name/own\.py' is no path to a file",
+        "~nobody_of_this_name/own.py:f": r"'~nobody_of_this_name/own\.py' is not a path to a file",
         f"{'long' * 200}.py:f": r"there is no file .*longlong\.py",
         "os.nothing:f": r"no module named 'os\.nothing' is installed",
     }.items():

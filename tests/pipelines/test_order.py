@@ -62,9 +62,9 @@ def test_the_dropped_remainder_changes_every_epoch():
 def test_too_few_images_and_an_indivisible_batch_are_errors():
     with pytest.raises(ValueError, match=r"7 training images do not fill one batch of 8"):
         Order(7, 8, 0)
-    with pytest.raises(ValueError, match="does not divide among 3 ranks"):
+    with pytest.raises(ValueError, match="cannot be divided among 3 ranks"):
         Order(100, 8, 0, rank=0, world_size=3)
-    with pytest.raises(ValueError, match="does not divide among 2 ranks times accumulate = 3"):
+    with pytest.raises(ValueError, match="cannot be divided among 2 ranks times accumulate = 3"):
         Order(100, 8, 0, rank=0, world_size=2, accumulate=3)
 
 

@@ -149,7 +149,7 @@ def test_a_writer_goes_on_behind_what_is_known_written(data, tmp_path, done):
     write(tmp_path / "again", entries[:done])
     assert contents(tmp_path / "again") == wanted
     shard_path(tmp_path / "again", shard).write_bytes(b"short")
-    with pytest.raises(ValueError, match="shorter than its journal says"):
+    with pytest.raises(ValueError, match="shorter than its journal: restart"):
         ShardWriter(tmp_path / "again", SHARD_BYTES, entries[:done])
 
 
@@ -158,7 +158,7 @@ def test_damaged_and_missing_files_are_named(data):
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(
-        ValueError, match=rf"{last.name} is truncated: [\d,]+ bytes, its images end at"
+        ValueError, match=rf"{last.name} is truncated: it has [\d,]+ bytes, but its images end at"
     ):
         shard_source(data / "train", "train")
     last.unlink()
@@ -174,7 +174,7 @@ def test_damaged_and_missing_files_are_named(data):
     with pytest.raises(ValueError, match=r"train\.json does not describe the images"):
         shard_source(data / "train", "train")
     (data / "train" / "index.npz").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"index\.npz is no index of shards"):
+    with pytest.raises(ValueError, match=r"index\.npz is not a valid index"):
         shard_source(data / "train", "train")
     (data / "train" / "index.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*index\.npz: rsa-fast convert index"):
@@ -186,7 +186,7 @@ def test_val_shards_are_the_test_split_and_two_forms_of_a_split_are_refused(data
     (data / "train.json").rename(data / "val.json")
     assert len(open_source(data, "test").manifest) == COUNT
     (data / "val.beton").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds val, val\.beton for one split: keep one"):
+    with pytest.raises(ValueError, match=r"contains val, val\.beton for one split: keep one"):
         open_source(data, "test")
 
 
@@ -280,6 +280,6 @@ def test_few_shards_stay_open_and_a_reopened_one_must_be_the_same(many, monkeypa
     packed = open_shards(many)
     assert packed.stored(99) == bytes([99]) * 100 and packed.stored(0) == b"\0"
     shard_path(many, 50).write_bytes(bytes(20_000))
-    with pytest.raises(ValueError, match=r"shard-000050\.tar was changed or replaced since"):
+    with pytest.raises(ValueError, match=r"shard-000050\.tar was changed or replaced after"):
         packed.stored(50)
     assert packed.stored(51) == bytes([51]) * 52

@@ -243,7 +243,7 @@ def test_a_split_packed_in_two_forms_is_refused_and_a_folder_is_listed_once(tmp_
         packed_place(tmp_path, "pretrain") == tmp_path / "train.beton"
         and listed.count(tmp_path) == 1
     )
-    with pytest.raises(ValueError, match=r"holds test, validation\.ffcv for one split"):
+    with pytest.raises(ValueError, match=r"contains test, validation\.ffcv for one split"):
         packed_place(tmp_path, "test")
     (tmp_path / "validation.ffcv").unlink()
     assert packed_place(tmp_path, "test") == tmp_path / "test"

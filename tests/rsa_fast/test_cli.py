@@ -98,7 +98,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(folder, tmp_path):
     ("arguments", "message"),
     [
         (("--batch-size", 1000), "do not fill one batch of 1000"),
-        (("--gpus", 3), "batch_size 8 is global and does not divide among 3 ranks"),
+        (("--gpus", 3), "batch_size 8 is global and cannot be divided among 3 ranks"),
         (("--method", "supervised"), "supervised training on 10 classes found labels of 2 classes"),
     ],
 )

@@ -477,13 +477,13 @@ def damage(root: Path, fault: str) -> None:
     [
         ("no folder", "train2017; wanted: train2017/, val2017/ and annotations/"),
         ("no annotations", "instances_val2017.json; wanted"),
-        ("missing image", "names 1 images that .* lacks: 000000000001.png"),
-        ("no instances", "holds no instances"),
+        ("missing image", "lists 1 images that are not in .*: 000000000001.png"),
+        ("no instances", "contains no instances"),
         ("no segmentation", "annotation 1 has no segmentation"),
-        ("unknown category", "annotation 1 is of an image or a category that is not there"),
+        ("unknown category", "annotation 1 belongs to an image or a category that does not exist"),
         ("other categories", "differ in the id or the name of: ball, disc"),
         ("no categories", "has no annotations, categories"),
-        ("a list", "is no COCO annotation file"),
+        ("a list", "is not a COCO annotation file"),
     ],
 )
 def test_faulty_data_is_named_before_anything_is_written(tmp_path, fault, message):
@@ -500,7 +500,7 @@ def test_too_few_images_and_a_wrong_size_are_named(coco, weights, tmp_path):
     images.coco.imgs[5]["width"] = 97
     with pytest.raises(
         ValueError,
-        match=r"000000000000.png is \(64, 96\) px high and wide, its annotations say \(64, 97\)",
+        match=r"000000000000.png is \(64, 96\) px high and wide, but \(64, 97\) in its annotations",
     ):
         images[0, False]
 

@@ -489,7 +489,7 @@ def test_the_decode_rate_is_images_by_the_seconds_of_cpu_they_took(folder, monke
         ),
         (
             ("--gpu", "v100-32g", "--gpus", 3),
-            "batch_size 256 is global and does not divide among 3 ranks",
+            "batch_size 256 is global and cannot be divided among 3 ranks",
         ),
         (
             ("--gpu", "v100-32g", "--batch-size", 60_000),

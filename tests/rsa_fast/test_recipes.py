@@ -361,7 +361,7 @@ def test_a_recipe_prints_what_it_trains_and_what_differs_from_its_rows():
     [
         ("bata_base", 0.3, r"no field 'bata_base' \(did you mean 'beta_base'\?\)"),
         ("views.blurp", 0.3, r"no field 'views\.blurp' \(did you mean 'views\.blur_p'\?\)"),
-        ("views.blur_p", 1.5, r"blur_p=1\.5: a probability lies in \[0, 1\]"),
+        ("views.blur_p", 1.5, r"blur_p=1\.5: a probability is in \[0, 1\]"),
         ("epochs", 0, r"epochs = 0: .*greater than or equal to 1"),
         ("optimizer", "rmsprop", r"optimizer = 'rmsprop'"),
         ("epochs", "many", r"epochs = 'many'"),

@@ -63,7 +63,7 @@ def test_bad_training_images_are_left_out_of_the_run_and_of_its_evaluation(data,
         train(tiny(**ONE_EPOCH), data, tmp_path / "refused")
     caplog.set_level(logging.INFO, "rsa_fast")
     result = train(tiny(**ONE_EPOCH, on_bad_image="skip"), data, tmp_path / "out")
-    assert "no whole images: 1\n  train/class_0/002.jpg: truncated JPEG" in caplog.text
+    assert "damaged or incomplete: 1\n  train/class_0/002.jpg: truncated JPEG" in caplog.text
     expected = train(tiny(**ONE_EPOCH), without, tmp_path / "expected")
     assert scores_of(result) == scores_of(expected)
 

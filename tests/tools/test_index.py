@@ -195,7 +195,7 @@ def test_a_folder_without_an_index_names_the_command_and_new_shards_are_noticed(
         shard_source(tmp_path / "train", "train")
     index(tmp_path)
     write_tar(tmp_path / "train" / "b.tar", sample(1, 1))
-    with pytest.raises(ValueError, match=r"it lacks 1 of the \.tar files, one is b\.tar"):
+    with pytest.raises(ValueError, match=r"1 of the \.tar files are not in it, such as b\.tar"):
         shard_source(tmp_path / "train", "train")
     index(tmp_path)
     content(shard_source(tmp_path / "train", "train"), [0, 1], [1, 1])
@@ -209,7 +209,7 @@ def test_an_index_names_only_files_of_its_folder(tmp_path):
     for name in (b"../x.tar", b"/etc/passwd", b"..", b"x.tar\0"):
         columns["names"] = np.frombuffer(name, np.uint8)
         np.savez(tmp_path / "index.npz", **columns)
-        with pytest.raises(ValueError, match="is no name of a file in the folder"):
+        with pytest.raises(ValueError, match="is not the name of a file in the folder"):
             shard_source(tmp_path, "train")
 
 
