@@ -9,7 +9,8 @@
 Each command prints a table and, on the last line, one JSON object. The speeds of one run are
 compared as ratios, because ratios differ less between machines than the speeds do. Variants take
 turns, so that a slow minute slows all of them, and the figures are medians over the turns. Nothing
-else should run on the machine. Where something does, `backends` also has the CPU time per image.
+else should run on the machine. `backends` also prints the CPU time per image, which other programs
+change less.
 """
 
 from __future__ import annotations
@@ -183,19 +184,20 @@ def cpu_s() -> float:
 
 
 def cpu_in_words() -> str:
-    """The CPU, the number of its cores, and which of the instructions it has that matter here.
+    """The CPU, the number of its cores, and its vector instructions.
 
-    Its name does not say what it is: several generations call themselves "AMD EPYC".
+    The name of a CPU is not enough: several generations have the name "AMD EPYC".
     """
-    found = {}
+    entries = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        found[name.strip()] = value.strip()
+        entries[name.strip()] = value.strip()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
-    flags = [flag for flag in wanted if flag in found.get("flags", "").split()]
+    flags = [flag for flag in wanted if flag in entries.get("flags", "").split()]
     return (
-        f"{found.get('model name', 'CPU')}, family {found.get('cpu family', '?')}, model "
-        f"{found.get('model', '?')}, {cores()} cores, {' '.join(flags) or 'none of AVX2, AVX-512'}"
+        f"{entries.get('model name', 'CPU')}, family {entries.get('cpu family', '?')}, model "
+        f"{entries.get('model', '?')}, {cores()} cores, "
+        f"{' '.join(flags) or 'none of AVX2, AVX-512'}"
     )
 
 
@@ -213,15 +215,17 @@ def backends(
 ) -> None:
     """Measure images per second of every backend on 2 CPU threads, decoding included.
 
-    The files are read from the page cache. Beside a rate stands the CPU time per image, which other
-    work on the machine changes less. One view is that of a linear evaluation. Multi-crop is SwAV's
-    2 x 224 and 6 x 96 px, on `native`, on the torchvision backend, which like solo-learn's
-    transform makes all crops by PIL from one decode, and, where it is installed, by lightly's
-    transform, which also makes BYOL's two views. At another `--size`, the crops are in proportion.
+    The files are read from the page cache. The CPU time per image is printed beside the rate. It
+    depends less on other work on the machine.
+
+    One view is what a linear evaluation needs. Multi-crop is SwAV's 2 x 224 and 6 x 96 px, and in
+    proportion at another `--size`. It is measured on `native` and on the torchvision backend, where
+    PIL makes all crops from one decode, as in solo-learn's transform. If lightly is installed, its
+    transforms for multi-crop and for BYOL's two views are also measured.
     """
     source = open_source(data, "train")
     if source.encoded is None:
-        raise click.UsageError(f"{data} holds pixels: wanted a folder of image files")
+        raise click.UsageError(f"{data} contains pixels: wanted a folder of image files")
     spec = replace(build_recipe("imagenet1k", "rsa").views, size_px=size)
     every, weak, byol = frozenset(VIEWS), frozenset(VIEWS[:2]), frozenset(VIEWS[2:])
     one = frozenset(VIEWS[:1])
@@ -295,7 +299,7 @@ def backends(
     for peer in ("torchvision_multi_crop", *peers):
         views_of = "multi_crop" if peer.endswith("multi_crop") else "byol"
         result[f"native_over_{peer}"] = medians[f"native_{views_of}"] / medians[peer]
-    # The time of the views alone, for each value of them: of multi-crop over BYOL's two views.
+    # The time per pixel of the views, without decoding: multi-crop relative to BYOL's two views.
     pixels = sum(crop.size_px**2 for crop in crops.crops) / (2 * size**2)
     views_s = {
         name: 1 / medians[name] - 1 / medians["decode_limit"]
@@ -313,8 +317,8 @@ def backends(
 def lightly_loaders(source: Source, spec: ViewSpec, batch_size: int) -> dict[str, DataLoader[Any]]:
     """lightly's transforms of the source's files in 2 worker processes each, as users run them.
 
-    They make the multi-crop views of `spec` and, of its first crop's size, BYOL's two views. The
-    batches do not end. Empty where lightly is not installed.
+    They make the multi-crop views of `spec`, and BYOL's two views in the size of its first crop.
+    The batches do not end. The dictionary is empty if lightly is not installed.
     """
     if find_spec("lightly") is None:
         return {}
@@ -368,10 +372,7 @@ def decode_by_torchvision(jpeg: bytearray) -> object:
 def decoding_speed(
     files: list[bytes], decode: Callable[[bytearray], object], seconds: float
 ) -> tuple[float, float]:
-    """Images per second when two threads decode JPEGs to RGB and do nothing else.
-
-    Also the CPU seconds per image.
-    """
+    """Images per second, and CPU seconds per image, when two threads only decode JPEGs to RGB."""
     jpegs = [bytearray(file) for file in files if file.startswith(b"\xff\xd8")]
     deadline, cpu_began = time.perf_counter() + seconds, cpu_s()
 
@@ -432,7 +433,7 @@ def step(width: int, batch_size: int, turns: int) -> None:
         "images_per_s": 1e3 * batch_size / statistics.median(ready_ms),
     }
     precision = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
-    title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless said"
+    title = f"ResNet-18, width {width}, 32 px, batch {batch_size}, {precision} unless named"
     show(title, [(name, spread(values, "ms")) for name, values in times.items()], result)
 
 
@@ -446,8 +447,8 @@ def step(width: int, batch_size: int, turns: int) -> None:
 def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seconds: float) -> None:
     """Measure the training loop of the ImageNet-1K recipes with each backend for files.
 
-    The figures are RSA's step time relative to BYOL's, and the share of the time that is spent
-    waiting for views.
+    The figures are RSA's step time relative to BYOL's, and the share of time spent waiting for
+    views.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         to_ffcv([str(data), folder], standalone_mode=False)
@@ -497,7 +498,7 @@ def training(data: Path, arch: str, size: int, batch_size: int, turns: int, seco
 def everything(data: Path, plain: bool) -> None:
     """Measure all speeds in docs/results.md.
 
-    Each benchmark runs in a process of its own, as the memory and threads of one slow the next.
+    Each benchmark runs in its own process, because the memory and threads of one slow the next.
     """
     figures = {}
     on_files = ["--data", str(data)]

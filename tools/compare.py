@@ -4,11 +4,11 @@
     python -m tools.compare --data data/cifar10 --only rsa --epochs 20 --batch-size 32
 
 The rows are those of RSA's Table 4, and the other methods of this package. All have the same
-backbone, images and number of epochs. Each run has about a hundredth of the steps of the paper, so
-the accuracies are not the paper's, and the order of the methods can be another one.
+backbone, images and number of epochs. Each run has about 1% of the paper's training steps. Expect
+neither the paper's accuracies nor its ranking of the methods.
 
-After a stop, the same command goes on: runs that are finished are read, and one that is not is
-resumed. The last line is one JSON object.
+If the command was stopped, run it again: it reads finished runs and resumes the unfinished one. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from rsa_fast.training.step import build_run
 
 # The budget is for a narrow ResNet-18 on two CPU cores.
 BUDGET = {"width": 16, "lr_per": "step", "knn_every_epochs": 0}
-SGD_PEAK_LR = 0.06  # of the methods whose rows have SGD; those with other optimisers keep theirs
-# Targets follow faster than in the paper, as there are few steps.
+SGD_PEAK_LR = 0.06  # for methods with SGD; methods with another optimiser use their own rate
+# Targets follow faster than in the paper, because there are few steps.
 FAST_TARGET = {"tau_base": 0.97}
 # BatchNorm gets 16 images, as in the shuffling of MoCo's CIFAR demo, but half as many parts.
 SHUFFLED = {"bn": "split:4"}
@@ -40,15 +40,15 @@ MULTI_CROP = [
     {"name": "global", "count": 2},
     {"name": "local", "count": 6, "size_px": 18, "crop_area": (0.08, 0.5)},
 ]
-# As in other short runs, which end before the fifteenth epoch: the queue is used from the second.
+# The queue is used from the second epoch, because a short run ends before the paper's fifteenth.
 SHORT_SWAV: dict[str, Any] = {"queue_start_epoch": 1, "queue_size": 512, "prototypes": 100}
 SHORT_SWAV |= {"epsilon": 0.03, "peak_lr": 1.0}
-SEEDS = (0, 1, 2)  # of the two rows that the paper is about; the others have one
+SEEDS = (0, 1, 2)  # for the two rows that the paper compares; the others have one seed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a method, what differs from its recipe, and the seeds it has."""
+    """One row of the table: a method, its changes to the recipe, and its seeds."""
 
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -89,12 +89,12 @@ def recipe_of(row: Row, seed: int, epochs: int, batch_size: int) -> Recipe:
 
 
 def result_of(recipe: Recipe, data: Path, out: Path) -> dict[str, Any]:
-    """The result of a run in the folder `out`, which is trained, resumed or only read.
+    """The result of the run in the folder `out`. The run is trained, resumed or only read.
 
     Raises ValueError when the folder has a run of another recipe.
     """
     result = out / "result.json"
-    # `train` also gets a finished run of another recipe, and refuses it with the difference.
+    # For a finished run of another recipe, `train` raises an error with the difference.
     if not (result.is_file() and (out / "recipe.yaml").read_text() == dump_yaml(recipe)):
         train(recipe, data, out, resume=any((out / "checkpoints").glob("*.pt")))
     scores: dict[str, Any] = json.loads(result.read_text())
@@ -109,7 +109,7 @@ def random_init(recipe: Recipe, data: Path) -> dict[str, Any]:
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each score, and of several seeds also its standard deviation."""
+    """The mean of each score, and its standard deviation if there are several seeds."""
     figures: dict[str, Any] = {"seeds": len(results)}
     for name in SCORES:
         values = [result[name] for result in results if result.get(name) is not None]
@@ -131,7 +131,7 @@ def cell(figures: dict[str, Any], name: str) -> str:
     "--data",
     type=click.Path(path_type=Path, exists=True),
     required=True,
-    help="CIFAR-10, or images like it.",
+    help="Folder with CIFAR-10, or with similar images.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/compare"), show_default=True
@@ -144,7 +144,7 @@ def cell(figures: dict[str, Any], name: str) -> str:
 def main(data: Path, out: Path, epochs: int, batch_size: int, only: tuple[str, ...]) -> None:
     """Train every method at one small budget, and compare kNN and linear accuracy."""
     rows = {name: row for name, row in ROWS.items() if not only or name in only}
-    # All recipes are built before the first is trained, so that a mistake in one shows at once.
+    # All recipes are built before the first run, so that a mistake in one is reported at once.
     recipes = {
         name: [recipe_of(row, seed, epochs, batch_size) for seed in row.seeds]
         for name, row in rows.items()

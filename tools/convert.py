@@ -3,10 +3,11 @@
 Images are encoded in parallel and written in order. The result is read back, and only then gets its
 final name.
 
-During the conversion everything of a split is in `DST/<split>.partial/`: the settings
+During the conversion all files of a split are in `DST/<split>.partial/`: the settings
 (`plan.json`), the images written so far, and a journal of them (`journal`). An image counts as
-written once it is in the journal, and it is on the disk before its journal record is. After a kill,
-whatever is not in the journal is cut off. The result is therefore the same as without the kill.
+written when it is in the journal. It is on the disk before its journal record is. After a kill,
+everything that is not in the journal is cut off. The result is therefore the same as without the
+kill.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ JOURNAL = np.dtype([("entry", ENTRY), ("crc32", "<u4"), ("psnr_db", "<f4")])
 RESIZE_FILTER = Image.Resampling.HAMMING
 CHUNK = 8  # images per task of a worker
 SYNC_EVERY_S = 2.0  # a kill loses at most the work of this time
-REFRESH_EVERY_S = 0.2  # of the progress bar
+REFRESH_EVERY_S = 0.2  # how often the progress bar is drawn
 # The arguments and options that both commands have.
 PARAMS: list[click.Parameter] = [
     click.Argument(["src"], type=click.Path(path_type=Path, exists=True, file_okay=False)),
@@ -72,7 +73,7 @@ PARAMS: list[click.Parameter] = [
     click.Option(
         ["--exif-orientation"],
         is_flag=True,
-        help="Store images upright, as their EXIF orientation says, which is ignored otherwise.",
+        help="Turn images upright by their EXIF orientation, which is ignored otherwise.",
     ),
     click.Option(
         ["--workers"],
@@ -95,7 +96,7 @@ class Encoding:
     The write modes jpg, raw, smart and proportion are those of ffcv's RGBImageField. smart stores a
     JPEG when an image has more than `smart_threshold_bytes` of pixels. proportion stores a JPEG
     with `compress_probability`, decided by a hash of the seed and the sample. passthrough keeps the
-    bytes of JPEGs that need no resizing and are grayscale or RGB; other images become JPEGs.
+    bytes of JPEGs that need no resizing and are grayscale or RGB. Other images become JPEGs.
     """
 
     write_mode: str
@@ -107,7 +108,7 @@ class Encoding:
     seed: int = 0
 
     def sizes(self, sizes: np.ndarray) -> np.ndarray:
-        """The stored heights and widths `(..., 2)` of images of these `sizes`, which never grow.
+        """The stored heights and widths `(..., 2)` of images of these `sizes`. Images never grow.
 
         Sizes are rounded down as in ffcv, but exactly: ffcv's floats lose a pixel for some sizes.
         """
@@ -145,7 +146,7 @@ class Encoded:
 
 
 class Writer(Protocol):
-    """Appends images in order, behind the entries that its file has already."""
+    """Appends images in order, after the entries that its file already has."""
 
     def append(self, data: bytes, label: int) -> tuple[int, int]: ...
     def sync(self) -> None: ...
@@ -163,7 +164,7 @@ class Format:
     """
 
     name: str
-    suffix: str  # of the split's file; empty for a folder
+    suffix: str  # the suffix of the split's file; empty for a folder
     writer: Callable[[Path, np.ndarray, np.ndarray], Writer]
     open: Callable[[Path], Packed]
     label: Callable[[Packed, int], int]
@@ -181,12 +182,12 @@ def run(
     overwrite: bool,
     exif_orientation: bool,
 ) -> None:
-    """Convert the training split and the test split, if there is one; the latter is named val.
+    """Convert the training split and, if there is one, the test split, which is named val.
 
     Prints what was written as one JSON object. `order(count)` gives the samples in the order of
-    writing; `exif_orientation` is that of `open_source`, and the other keyword arguments are those
+    writing. `exif_orientation` is that of `open_source`, and the other keyword arguments are those
     of `convert`. The headers of all images are checked before anything is written. Errors are
-    raised as click's, for the command line.
+    raised as click's exceptions, for the command line.
     """
     open_images = partial(open_source, src, cache=dst, exif_orientation=exif_orientation)
     try:
@@ -229,12 +230,12 @@ def convert(
     workers: int,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write one split to `dst`, or continue an earlier run; returns the summary of the split.
+    """Write one split to `dst`, or continue an earlier run. Returns the summary of the split.
 
-    `settings` is everything that decides the bytes, and is recorded. An existing split with other
-    settings or from another source raises ValueError, unless `overwrite` is set. An image that
-    cannot be read raises ValueError with its name, and a full disk raises OSError. After both
-    errors the next run continues with what was written.
+    `settings` are all options that change the bytes. They are recorded. An existing split with
+    other settings or from another source raises ValueError, unless `overwrite` is set. An image
+    that cannot be read raises ValueError with its name, and a full disk raises OSError. After
+    either error the next run continues with what was written.
     """
     plan = {
         "format": form.name,
@@ -253,15 +254,15 @@ def convert(
         recorded = read_matching(description, plan)
         if not final.exists():
             raise ValueError(
-                f"{description} is there but {final} is not: put it back, or use --overwrite"
+                f"{description} exists but {final} does not: put it back, or use --overwrite"
             )
-        # The folder is still there when a kill came after the last rename.
+        # The folder still exists if the process was killed after the last rename.
         remove(work)
-        note(f"{final} is complete: left alone")
+        note(f"{final} is complete: left unchanged")
         return summary(final, recorded)
     if final.exists() and not (work / description.name).exists():
         raise ValueError(
-            f"{final} is in the way and no conversion of ours wrote it: move it, or use --overwrite"
+            f"{final} exists but was not written by rsa-fast convert: move it, or use --overwrite"
         )
     work.mkdir(parents=True, exist_ok=True)
     if (work / "plan.json").exists():
@@ -293,7 +294,7 @@ def convert(
                 free_gb = shutil.disk_usage(dst).free / 1e9
                 raise OSError(
                     f"the disk of {dst} is full ({free_gb:.1f} GB free). "
-                    f"Make room and run again: {work} is kept"
+                    f"Make room and run again to continue with {work}"
                 ) from error
             verify(source, payload, form=form, order=order, records=records, workers=workers)
             write_json(work / description.name, plan | statistics(payload, records))
@@ -316,9 +317,9 @@ def fill(
     journal: io.BufferedRandom,
     workers: int,
 ) -> np.ndarray:
-    """Encode and write the images that the journal lacks; returns all `JOURNAL` records `(N,)`."""
+    """Encode and write the images not in the journal. Returns all `JOURNAL` records `(N,)`."""
     records = np.zeros(len(order), JOURNAL)
-    # The journal is read by this handle, as closing another one of the same file drops the lock.
+    # The journal is read by this handle, because closing another one of the file drops the lock.
     journal.seek(0)
     earlier = journal.read()
     done = records[: len(earlier) // JOURNAL.itemsize]  # an incomplete record is not counted
@@ -359,8 +360,8 @@ def fill(
 def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
     """One image as it will be stored.
 
-    Raises ValueError with its name when it cannot be read or has another size than it had when the
-    source was scanned.
+    Raises ValueError with its name if it cannot be read, or if its size has changed since the scan
+    of the source.
     """
     scanned = source.manifest.sizes[sample]
     height, width = encoding.sizes(scanned).tolist()
@@ -370,8 +371,8 @@ def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
     pixels = source.read(sample)
     if list(pixels.shape[:2]) != scanned.tolist():
         raise ValueError(
-            f"{image_name(source, sample)} was {scanned} pixels when scanned, "
-            f"now {pixels.shape[:2]}: start again"
+            f"{image_name(source, sample)} had {scanned} pixels when scanned, and now has "
+            f"{pixels.shape[:2]}: start again"
         )
     image = Image.fromarray(pixels)
     if not same_size:
@@ -386,9 +387,10 @@ def encode(source: Source, sample: int, encoding: Encoding) -> Encoded:
 
 
 def plain_jpeg(source: Source, sample: int) -> bytes | None:
-    """The image's own bytes if they are a JPEG that every decoder accepts, which CMYK ones are not.
+    """The image's own bytes if they are a JPEG that every decoder accepts, otherwise None.
 
-    Else None. For a damaged image, `source.read` raises the error that names it.
+    A CMYK JPEG is not accepted by every decoder. For a damaged image, `source.read` raises the
+    error that names it.
     """
     try:
         data = source.encoded(sample) if source.encoded else b""
@@ -401,7 +403,7 @@ def plain_jpeg(source: Source, sample: int) -> bytes | None:
 
 
 def psnr_db(original: np.ndarray, decoded: np.ndarray) -> float:
-    """The peak signal-to-noise ratio of two 8-bit images in dB; 100 if they are equal."""
+    """The peak signal-to-noise ratio of two 8-bit images in dB. It is 100 if they are equal."""
     error = np.square(original.astype(np.float32) - decoded).mean()
     return min(100.0, float(10 * np.log10(255**2 / max(error, 1e-6))))
 
@@ -422,8 +424,8 @@ def verify(
     packed = form.open(payload)
     if not np.array_equal(packed.entries, records["entry"]):
         raise ValueError(
-            f"the tables of {payload} are not as written: "
-            "the disk may be faulty; --overwrite restarts"
+            f"the tables of {payload} differ from what was written: the disk may be faulty. "
+            "Restart with --overwrite"
         )
 
     def check_chunk(samples: np.ndarray) -> list[int]:
@@ -437,15 +439,15 @@ def verify(
         same_bytes = zlib.crc32(data) == records["crc32"][sample]
         if not same_bytes or form.label(packed, sample) != records["entry"]["label"][sample]:
             raise ValueError(
-                f"{packed.name(sample)} ({original}) is not as written: "
-                "the disk may be faulty; --overwrite restarts"
+                f"{packed.name(sample)} ({original}) differs from what was written: the disk may "
+                "be faulty. Restart with --overwrite"
             )
         try:
             packed.decode(sample, data)
         except ValueError as error:
             raise ValueError(
-                f"{original} of the source is damaged: "
-                f"replace or delete it, then --overwrite ({error})"
+                f"{original} of the source is damaged ({error}): replace or delete it, then "
+                "restart with --overwrite"
             ) from error
 
     checked = in_order(check_chunk, np.arange(len(order)), workers)
@@ -478,13 +480,14 @@ def psnr_summary(psnr: np.ndarray) -> dict[str, float]:
 def in_order(
     work: Callable[[np.ndarray], list[Result]], samples: np.ndarray, workers: int
 ) -> Generator[Result, None, None]:
-    """Apply `work` to chunks of `samples` in forked processes; yields the results in order.
+    """Apply `work` to chunks of `samples` in forked processes. Yields the results in order.
 
     An exception in a worker is raised here at once. A worker that dies raises ChildProcessError.
     """
-    # A worker that inherits and collects a dead DALI pipeline waits for threads it does not have.
+    # If a worker inherited an unused DALI pipeline, collecting it would wait for threads that the
+    # worker does not have. The pipeline is therefore collected here.
     gc.collect()
-    # Forked workers share the source and its million paths; nothing of it is sent to them.
+    # Forked workers share the source and its million paths, so nothing of it is sent to them.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
         workers, context, initializer=start_worker, initargs=(os.getpid(), work)
@@ -493,14 +496,14 @@ def in_order(
     try:
         for first in range(0, len(samples), CHUNK):
             waiting.append(pool.submit(work_on, samples[first : first + CHUNK]))
-            # This limits how far a fast worker is ahead of a slow one, and the memory it takes.
+            # This limits how far a fast worker gets ahead of a slow one, and so the memory used.
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a worker died, perhaps killed for lack of memory: run again with fewer --workers"
+            "a worker process died, perhaps for lack of memory: run again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -517,7 +520,7 @@ def start_worker(parent: int, work: Callable[[np.ndarray], list[Any]]) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this worker once its parent is gone. A killed parent cannot end its workers itself."""
+    """End this worker when its parent has ended. A killed parent cannot end its workers itself."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -530,7 +533,7 @@ def work_on(samples: np.ndarray) -> list[Any]:
 def progress(
     items: Iterable[Result], title: str, done: int, total: int
 ) -> Generator[Result, None, None]:
-    """Yield `items`, of which `done` of `total` were done before, with a progress bar on stderr.
+    """Yield `items` with a progress bar on stderr. `done` of the `total` items were done before.
 
     The bar shows how many are done, the speed and the time that is left.
     """
@@ -572,7 +575,7 @@ def read_matching(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
         shown = "; ".join(text if len(text) < 200 else f"{text[:200]}..." for text in changes)
         raise ValueError(
             f"{path} was made with other settings or from another source: {shown}. "
-            "Use the same, another DST, or --overwrite"
+            "Use the same settings and source, another DST, or --overwrite"
         )
     return recorded
 

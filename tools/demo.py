@@ -2,11 +2,12 @@
 
     python -m tools.demo --out runs/demo
 
-This draws the images of tools/make_demo.py and trains RSA and BYOL on them, both with the `demo`
-recipe and the same budget. Both are compared with a randomly initialised network and with raw
-pixels. The results are a table of accuracies, a sheet of views and a report with the curves.
+This draws the images of tools/make_demo.py. RSA and BYOL are trained on them with the `demo` recipe
+and the same budget, and compared with a randomly initialised network and with raw pixels. The
+results are a table of accuracies, a sheet of views and a report with the curves.
 
-On a machine that would need longer than `--minutes`, both methods are trained for fewer epochs.
+If the demo would take longer than `--minutes` on a machine, both methods are trained for fewer
+epochs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ log = logging.getLogger("rsa_fast")
 
 METHODS = ("rsa", "byol")
 TRAINING_SHARE = 0.8  # of the time; the rest is for drawing, evaluating and reporting
-TRIAL_STEPS = 30  # whose second half is timed
+TRIAL_STEPS = 30  # the second half of them is timed
 INTRODUCTION = """\
 This draws 3,000 images of 10 classes, trains RSA and BYOL on them without labels, and compares both
 with raw pixels and with an untrained network. It takes 3 minutes on two cores with bf16 (Zen 4)."""

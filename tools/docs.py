@@ -1,4 +1,4 @@
-"""Write the pages of `docs` that follow from the code: commands, Python API, recipes and methods.
+"""Write the generated pages of `docs`: commands, Python API, recipes and methods.
 
     python -m tools.docs docs
 
@@ -29,7 +29,7 @@ from rsa_fast.recipes import Recipe
 from rsa_fast.sourced import Fields
 
 GENERATED = "<!-- python -m tools.docs writes this page. Change the code, not the page. -->"
-TOOLS = ("demo", "make_demo", "bench", "compare", "docs")  # those without a command of rsa-fast
+TOOLS = ("demo", "make_demo", "bench", "compare", "docs")  # they have no command of rsa-fast
 # A method's rows in the table of docs/results.md.
 MEASURED = {
     "byol": ("BYOL, AA", "BYOL, AW"),
@@ -51,10 +51,10 @@ NOT_MEASURED = "**Not measured** yet at the small budget of [Results](../results
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a method besides its code. `views` says which ones it reads."""
+    """Facts about a method that are not in its code. `views` describes the views that it reads."""
 
     title: str
-    paper: str  # the address of the paper; for RSA that of its code, which links the paper
+    paper: str  # the address of the paper; for RSA the address of its code, which links the paper
     views: str
 
 
@@ -90,7 +90,7 @@ ABOUT = {
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def main(folder: Path) -> None:
-    """Write the generated pages to FOLDER, which is docs."""
+    """Write the generated pages to FOLDER, usually docs."""
     for name, text in pages((folder / "results.md").read_text()).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
 
 
 def pages(results: str) -> dict[str, str]:
-    """The text of every generated page by its path in `docs`. `results` is the page of results."""
+    """The text of every generated page, by its path in `docs`. `results` is the results page."""
     texts = {"cli.md": commands(), "api.md": api(), "recipes.md": recipes()}
     texts["methods/index.md"] = methods()
     texts |= {f"methods/{name}.md": method(name, results) for name in METHODS}
@@ -132,7 +132,7 @@ def every_command(path: str, command: click.Command) -> Iterator[tuple[str, clic
 
 def help_of(path: str, command: click.Command) -> str:
     settings = {**cli.main.context_settings, "terminal_width": 80}
-    # click keeps the help option of a command's first context, which may have had no -h.
+    # click caches the help option of a command's first context, which may have had no -h.
     command._help_option = None
     return command.get_help(click.Context(command, info_name=path, **settings))
 
@@ -172,7 +172,7 @@ def described(value: Any) -> str:
 
 
 def head(lines: list[str], node: ast.FunctionDef | ast.ClassDef) -> str:
-    """A definition as the code has it, without docstring. That of a class has its fields."""
+    """The code of a definition without its docstring. For a class it includes the fields."""
     first = node.body[0]
     if isinstance(node, ast.FunctionDef):
         inside = lines[node.lineno - 1 : first.lineno - 1]
@@ -193,7 +193,7 @@ def code(text: str) -> str:
 
 
 def markdown(doc: str) -> str:
-    """A docstring, whose indented list of arguments or errors becomes a list of Markdown."""
+    """A docstring as Markdown. Its indented list of arguments or errors becomes a Markdown list."""
 
     def entries(match: re.Match[str]) -> str:
         items = re.split(r"\n(?=\S)", textwrap.dedent(match[2]).strip("\n"))
@@ -208,8 +208,8 @@ def markdown(doc: str) -> str:
 
 def recipes() -> str:
     text = (
-        "# Recipes\n\nA recipe combines the row of a dataset with that of a method: see "
-        f"[Settings](settings.md). {SOURCES} `rsa-fast recipes DATASET/METHOD` shows a whole "
+        "# Recipes\n\nA recipe combines the row of a dataset with the row of a method: see "
+        f"[Settings](settings.md). {SOURCES} `rsa-fast recipes DATASET/METHOD` shows a complete "
         "recipe. The rows of the methods are on [their pages](methods/index.md).\n"
         "\n## Fields\n\nThese are the fields of every recipe. A method may have more.\n\n"
         f"{code(head_of(Recipe))}\n"
@@ -217,7 +217,7 @@ def recipes() -> str:
     for name, dataset in DATASETS.items():
         text += f"\n## {name}\n\n"
         if name == "auto":
-            text += "For your own images. The rules are:\n\n"
+            text += "This dataset is for your own images. Its fields follow from these rules:\n\n"
             text += table(("field", "rule", "reason"), own_rules())
             continue
         text += f"{dataset.images:,} images for pre-training, {dataset.test_images:,} test images, "
@@ -257,9 +257,9 @@ def methods() -> str:
     ]
     return (
         "# Methods\n\n`--method NAME` chooses a method. All methods run on the same engine, with "
-        "the same loading, networks and evaluation. [A method of your own]"
-        "(../add-a-method.md) is one file. Each page says what follows the paper, what follows its "
-        "code, and what is our own choice.\n\n"
+        "the same loading, networks and evaluation. [Your own method]"
+        "(../add-a-method.md) is one file. Each page describes what follows the paper, what "
+        "follows its code, and what is our own choice.\n\n"
         f"{table(('method', 'name', 'views', 'source'), rows)}\n"
         "`--ablation aa|aw|ma-fixed|ma-decay` are the four rows of Table 1 of the RSA paper.\n"
     )
@@ -293,7 +293,7 @@ def linked(about: About) -> str:
 
 
 def own_fields(recipe: type[Recipe]) -> str:
-    """The fields that a method's recipes have besides those of all recipes, with the comments."""
+    """The fields that only a method's recipes have, with their comments."""
     kinds = recipe.__mro__[: recipe.__mro__.index(Recipe)]
     heads = [head_of(kind) for kind in reversed(kinds)]
     heads = [text for text in heads if "\n" in text]  # the others have no fields
@@ -312,7 +312,7 @@ def head_of(kind: type) -> str:
 
 
 def where(scale: str) -> str:
-    """Which recipes the row of a scale is for."""
+    """The recipes that the row of a scale is for."""
     if scale == "all":
         return "For all datasets"
     names = [name for name, dataset in DATASETS.items() if scale in dataset.scales]
@@ -325,11 +325,11 @@ def where(scale: str) -> str:
 
 def small_budget(results: str) -> tuple[list[str], dict[str, list[str]]]:
     """The header of the table that compares all methods, and its rows by their first cell."""
-    (found,) = re.findall(
+    (table_text,) = re.findall(
         r"^\| top-1 % \| kNN k=200 \|.*\n(?:\|.*\n)+", results[: results.index("## The demo")], re.M
     )
     header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in found.splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table_text.splitlines()
     ]
     return header, {row[0]: row for row in rows}
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of docs/ from what was recorded and measured.
+"""Draw the pictures of the README and of docs/ from recorded data.
 
     python -m tools.figures                             # all pictures, into docs/figures
     python -m tools.figures --record data/demo          # first train the runs of resume.svg again
@@ -8,10 +8,10 @@
 | views.png | three photographs, their two crops and their four views |
 | flow.svg | which network sees which views, and the weight of their pairs |
 | throughput.svg | views per second, from experiments/views_per_second.json |
-| resume.svg | a run killed 20 times over one left alone, from experiments/killed_runs.json |
+| resume.svg | the same run with 20 kills and without, from experiments/killed_runs.json |
 
-Each picture has a white background of its own, so that it can be read on a dark page too. The same
-inputs give the same files.
+Each picture has a white background, so that it can also be read on a dark page. The same inputs
+give the same files.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ for setting in (
 
 
 def record(data: Path) -> None:
-    """Train a run that is left alone and one that is killed at random moments, and record both.
+    """Train a run without kills and one that is killed at random moments, and record both.
 
-    `data` is a folder for the demo's images, which are drawn if it is not there.
+    `data` is the folder of the demo's images. They are drawn if it does not exist.
     """
     make_demo(data, per_class=25)
     moments = random.Random(0)
@@ -74,7 +74,7 @@ def record(data: Path) -> None:
         subprocess.run(train_command(data, alone), check=True)
         for _ in range(KILLS):
             run = subprocess.Popen([*train_command(data, killed), "--resume"])
-            more_steps = moments.randrange(24)  # an epoch, and so a checkpoint, every 25 steps
+            more_steps = moments.randrange(24)  # an epoch has 25 steps and ends with a checkpoint
             before = last_step(killed)
             while run.poll() is None and last_step(killed) < before + more_steps:
                 time.sleep(0.01)
@@ -115,7 +115,7 @@ RED, BLUE = CROP_INKS[:2]
 ORANGE = "#bc4c00"
 GAP_PX, LINE_PX = 12, 24
 VIEW_PX = 144
-VIEWS_EPOCH = 0  # in which jitter, grayscale and blur are all seen
+VIEWS_EPOCH = 0  # in this epoch, jitter, grayscale and blur all occur
 
 
 def draw_views(out: Path) -> None:
@@ -143,12 +143,12 @@ def draw_views(out: Path) -> None:
         for left, name in zip(lefts[1:], VIEWS, strict=True):
             pixels = levels[name][row].round().clip(0, 255).astype(np.uint8)
             page.paste(Image.fromarray(pixels), (left, top))
-    # 256 colours: a third of the bytes.
+    # 256 colours take a third of the bytes.
     page.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(out, optimize=True)
 
 
 class Drawing:
-    """An SVG of some size in px, to which shapes are added in their order."""
+    """An SVG picture. Shapes are added one on top of the other. Sizes are in px."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -168,7 +168,7 @@ class Drawing:
         self.add("rect", {"x": x, "y": y, "width": width, "height": height, "rx": 6} | style)
 
     def text(self, x: float, y: float, text: str, size: int = 14, anchor: str = "start") -> None:
-        """Lines of text, whose first base line is at `y`."""
+        """Lines of text. The base line of the first one is at `y`."""
         for i, line in enumerate(text.split("\n")):
             place = {"x": x, "y": y + 1.3 * size * i, "font_size": size, "text_anchor": anchor}
             self.add("text", {"fill": INK} | place, line)
@@ -261,7 +261,7 @@ def draw_throughput(out: Path) -> None:
 
 
 def draw_resume(out: Path) -> None:
-    """The losses of both recorded runs over the steps, and where the one was killed."""
+    """The losses of both recorded runs over the steps, and the steps at which one was killed."""
     recorded = json.loads(KILLED_RUNS.read_text())
     alone, killed = recorded["loss_alone"], recorded["loss_killed"]
     kills = recorded["killed_at_step"]

@@ -2,7 +2,7 @@
 
     python -m tools.gpu_hours
 
-Decoding is left out: it depends on the cores of the machine. The command takes ten minutes.
+Decoding is left out, because it depends on the cores of the machine. The command takes ten minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rsa_fast.recipes import build_recipe, resolve
 
 
 def gpu_hours(row: Expectation) -> float:
-    """The GPU-hours of a row's run, to two digits."""
+    """The GPU-hours of a row's run, rounded to two digits."""
     recipe = build_recipe(row.dataset, row.method, overrides=dict(row.changes))
     predicted = plan(recipe, GPU, row.gpus)
     step_ms = max(ms for limit, ms in predicted["limits_ms"].items() if limit != "decoding")

@@ -20,12 +20,12 @@ from rsa_fast.pipelines.files import read_list_text
 from rsa_fast.pipelines.folders import images_below
 from rsa_fast.tools.convert import progress
 
-VERSION = 1  # of subset.json, which says what a subset was made from
+VERSION = 1  # the format of subset.json, which records how a subset was made
 SPLITS = ("train", "val", "test")
 
 
 def read_classes(path: Path) -> list[str]:
-    """The class names in a text file, sorted. It has one per line; # begins a comment.
+    """The class names in a text file, sorted. It has one per line, and # begins a comment.
 
     Further columns, after a tab, a comma or a wnid, are not read. Raises ValueError when there is
     no class, when one is listed twice, and when one cannot be the name of a folder.
@@ -34,7 +34,7 @@ def read_classes(path: Path) -> list[str]:
     columns = (re.split(r"[\t,]|(?<=^n\d{8})\s", line)[0].strip() for line in lines)
     names = sorted(filter(None, columns))
     if not names:
-        raise ValueError(f"{path} lists no class: wanted one wnid a line, such as n01440764")
+        raise ValueError(f"{path} lists no class: wanted one wnid per line, such as n01440764")
     if twice := sorted({name for name, following in pairwise(names) if name == following}):
         raise ValueError(f"{path} lists classes twice: {', '.join(twice)}. Remove one line of each")
     if invalid := [name for name in names if Path(name).name != name]:
@@ -43,12 +43,12 @@ def read_classes(path: Path) -> list[str]:
 
 
 def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) -> dict[str, Any]:
-    """Write the folders of `classes` of every split in `src` to `dst`; returns what `dst` contains.
+    """Write the folders of `classes` of every split in `src` to `dst`. Returns their counts.
 
-    Nothing is done when `dst` already is this subset. Links are absolute, so `dst` can be moved but
+    Nothing is done if `dst` already is this subset. Links are absolute, so `dst` can be moved but
     the source must stay where it is. An interrupted run leaves nothing at `dst`. Raises
-    FileNotFoundError with the names of all missing class folders, before anything is written, and
-    ValueError when `dst` contains something else.
+    FileNotFoundError with the names of all missing class folders, before anything is written.
+    Raises ValueError if `dst` contains something else.
     """
     src = src.resolve()
     record = {"version": VERSION, "source": str(src), "copy": copy, "classes": classes}
@@ -73,8 +73,7 @@ def make_subset(src: Path, dst: Path, classes: list[str], copy: bool = False) ->
     }
     if missing := [str(folder) for folder, paths in images.items() if not paths]:
         raise FileNotFoundError(
-            f"{src} lacks {len(missing)} class folder(s), or they hold no images: "
-            f"{', '.join(missing)}"
+            f"{src} has no images for {len(missing)} class folder(s): {', '.join(missing)}"
         )
     partial = dst.with_name(f"{dst.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

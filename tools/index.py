@@ -1,18 +1,19 @@
-"""Write the index of tar shards that were made elsewhere, for WebDataset or timm.
+"""Write the index of tar shards that were made by other programs, for WebDataset or timm.
 
     python -m tools.index data/imagenet-wds
 
-The folder holds the `.tar` files, or folders of them, such as `train/` and `val/`. Both splits'
-files may be in one folder if their names say which are which: `imagenet1k-validation-00.tar`.
+The folder contains the `.tar` files, or folders of them, such as `train/` and `val/`. The files of
+both splits may be in one folder if their names tell them apart: `imagenet1k-validation-00.tar`.
 
 A sample consists of the members of a shard whose names are equal up to the first dot, as in
 WebDataset: `n01440764/7.jpg` and `n01440764/7.cls`. One of them is the image, in any format that
-training reads. Its label is the text in `.cls`, or else in `.json` the value of `label`, `cls`,
-`class`, `class_name`, `class_id` or `target`. Numbers are the labels themselves. Otherwise the
-labels are the names of the classes. A sample without a label gets -1.
+training reads. Its label is the text in `.cls`. Without `.cls`, it is the value of `label`, `cls`,
+`class`, `class_name`, `class_id` or `target` in `.json`. Numbers are the labels themselves.
+Otherwise the labels are the names of the classes. A sample without a label gets -1.
 
-The headers of all members and images are read once. Beside the shards this writes `index.npz`,
-which says where each image is, and `index.json`, which describes them. The shards stay as they are.
+The headers of all members and images are read once. This writes two files beside the shards:
+`index.npz` with the position of each image, and `index.json` with a description of the images. The
+shards are not changed.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ LABEL_KEYS = ("label", "cls", "class", "class_name", "class_id", "target")
 COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 NOT_SEEKABLE = (
-    "is compressed, so no image in it can be read without all that are before it. "
+    "is compressed, so an image can only be read together with all images before it. "
     "Decompress it first: gunzip (bunzip2, unxz, unzstd) leaves a .tar file"
 )
-MAX_SHOWN = 20  # faults in a message
+MAX_SHOWN = 20  # the most faults in a message
 
 Label = int | str | None
-Parts = dict[str, tarfile.TarInfo]  # the members of a sample by what follows the first dot
+Parts = dict[str, tarfile.TarInfo]  # the members of a sample, by their names after the first dot
 
 
 @dataclass
 class Shard:
-    """What is in a shard.
+    """The contents of a shard.
 
-    `entries` `(n,)` of `ENTRY` lack the shard's number and the labels, which are in `labels`.
+    `entries` `(n,)` of `ENTRY` do not contain the shard's number yet. Their labels are in `labels`.
     `left_out` counts the members that are not read, by kind. `faults` are the samples that stop the
-    work, and `unreadable` the images that are left out, each with the reason.
+    work, and `unreadable` are the images that are left out, each with the reason.
     """
 
     entries: np.ndarray = field(default_factory=lambda: np.zeros(0, ENTRY))
@@ -81,7 +82,7 @@ def read_shard(path: Path) -> Shard:
         except tarfile.TarError as error:
             if os.pread(file.fileno(), 8, 0).startswith(MAGIC):
                 raise ValueError(f"{path} {NOT_SEEKABLE}") from error
-            raise ValueError(f"{path} is no complete tar file: {error}") from error
+            raise ValueError(f"{path} is not a complete tar file: {error}") from error
         for key, parts in samples.items():
             try:
                 image = image_of(parts)
@@ -94,12 +95,12 @@ def read_shard(path: Path) -> Shard:
                 continue
             try:
                 rows.append(entry_of(tar, parts[image]))
-            except Exception as error:  # Damaged bytes make PIL raise exceptions of any type.
+            except Exception as error:  # damaged bytes make PIL raise exceptions of any type
                 shard.unreadable.append(f"{path.name}: {key}.{image}: {error}")
                 continue
             shard.labels.append(label)
-            read = (image, "cls" if "cls" in parts else "json")
-            shard.left_out.update(f".{kind}" for kind in parts if kind not in read)
+            used = (image, "cls" if "cls" in parts else "json")
+            shard.left_out.update(f".{kind}" for kind in parts if kind not in used)
     shard.entries = np.array(rows, ENTRY)
     return shard
 
@@ -107,12 +108,12 @@ def read_shard(path: Path) -> Shard:
 def check_end(file: BinaryIO, offset: int) -> None:
     """Raise ReadError unless a tar file ends at `offset`, where tarfile found no more header."""
     file.seek(offset)
-    if file.read(BLOCK) != bytes(BLOCK):  # tarfile also takes a damaged header for the end
-        raise tarfile.ReadError(f"no member and no end mark at byte {offset:,}. Copy it again")
+    if file.read(BLOCK) != bytes(BLOCK):  # tarfile also treats a damaged header as the end
+        raise tarfile.ReadError(f"no member and no end mark at byte {offset:,}: copy it again")
     while chunk := file.read(2**20):
         if chunk.strip(b"\0"):
             raise tarfile.ReadError(
-                f"data follow its end mark at byte {offset:,}, as in joined tar files. Unpack it "
+                f"data follow its end mark at byte {offset:,}, as in joined tar files: unpack it "
                 "with tar --ignore-zeros and pack it again"
             )
 
@@ -144,7 +145,7 @@ def group(path: Path, tar: tarfile.TarFile, shard: Shard) -> dict[str, Parts]:
 
 
 def image_of(parts: Parts) -> str:
-    """Which part of a sample is its image; empty for members that are no sample.
+    """The part of a sample that is its image, or an empty string if the members are no sample.
 
     Raises ValueError for two images, and for a label without an image.
     """
@@ -157,18 +158,18 @@ def image_of(parts: Parts) -> str:
 
 
 def entry_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[int, ...]:
-    """An image as a row of `ENTRY`, whose size in pixels is read from its header."""
-    file = cast(BinaryIO, tar.extractfile(member))  # None only for what is no regular file
+    """The row of `ENTRY` of an image. Its size in pixels is read from its header."""
+    file = cast(BinaryIO, tar.extractfile(member))  # None only if it is not a regular file
     with file, open_image(file) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} px, at most {MAX_PIXELS:,} are read")
+            raise ValueError(f"{image.width}x{image.height} px, wanted at most {MAX_PIXELS:,}")
         return 0, member.offset_data, member.size, -1, image.height, image.width, False
 
 
 def label_of(file: int, parts: Parts) -> Label:
-    """The label of a sample: a number, the name of a class, or None where there is none.
+    """The label of a sample: a number, the name of a class, or None if it has no label.
 
-    `file` is the shard's descriptor. Raises ValueError for a `.json` that is none.
+    `file` is the shard's descriptor. Raises ValueError for a `.json` that is not valid JSON.
     """
 
     def text(member: tarfile.TarInfo) -> str:
@@ -187,24 +188,24 @@ def label_of(file: int, parts: Parts) -> Label:
 
 
 def as_label(value: Any) -> Label:
-    """A value as a number or a name; None for what is neither, such as a list."""
+    """A value as a number or a name, or None if it is neither, such as a list."""
     if isinstance(value, str):
         return int(value) if value.removeprefix("-").isdecimal() else value or None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def numbered(labels: list[list[Label]]) -> tuple[list[np.ndarray], list[str]]:
-    """The labels of each folder as int64, and the names of the classes, which are the same for all.
+    """The labels of each folder as int64, and the class names of all folders together.
 
     If all labels are numbers of classes, the names are "0", "1", ... up to the largest. Otherwise
     they are the labels as text, sorted.
     """
-    found = {label for each in labels for label in each if label is not None}
-    numbers = [label for label in found if isinstance(label, int) and -1 <= label < MAX_CLASSES]
-    if len(numbers) == len(found):
+    distinct = {label for each in labels for label in each if label is not None}
+    numbers = [label for label in distinct if isinstance(label, int) and -1 <= label < MAX_CLASSES]
+    if len(numbers) == len(distinct):
         classes = [str(i) for i in range(max(numbers, default=-1) + 1)]
     else:
-        classes = sorted(map(str, found))
+        classes = sorted(map(str, distinct))
     number = {name: i for i, name in enumerate(classes)}
     return [
         np.array([number.get(str(label), -1) for label in each], "<i8") for each in labels
@@ -212,10 +213,9 @@ def numbered(labels: list[list[Label]]) -> tuple[list[np.ndarray], list[str]]:
 
 
 def shard_folders(place: Path) -> list[Path]:
-    """The folder itself if it holds tar files, or else the folders in it that do.
+    """The folder itself if it contains tar files, otherwise the folders in it that do.
 
-    Raises ValueError where there are none or some are compressed, and where the index is another
-    tool's.
+    Raises ValueError if there are none, if some are compressed, or if another tool wrote the index.
     """
     inside = sorted(path for path in place.iterdir() if path.is_dir() and path.name[0] != ".")
     folders = [place] if tar_names(place) else [path for path in inside if tar_names(path)]
@@ -224,17 +224,17 @@ def shard_folders(place: Path) -> list[Path]:
             if COMPRESSED.search(path.name):
                 raise ValueError(f"{path} {NOT_SEEKABLE}")
     if not folders:
-        raise ValueError(f"no .tar files in {place}, and in none of the folders in it")
+        raise ValueError(f"no .tar files in {place} or in the folders in it")
     for folder in folders:
         if (folder / "index.npz").exists() and not (folder / "index.json").exists():
             raise ValueError(
-                f"{folder} has the index that rsa-fast convert dali wrote: train on it"
+                f"{folder} already has an index by rsa-fast convert dali: train on it as it is"
             )
     return folders
 
 
 def index(place: Path) -> dict[str, dict[str, Any]]:
-    """Write the index of each folder of shards; returns a summary of each.
+    """Write the index of each folder of shards. Returns a summary of each.
 
     Raises ValueError with the shard and the key of every sample that is not one image.
     """
@@ -251,10 +251,10 @@ def index(place: Path) -> dict[str, dict[str, Any]]:
     left_out = sum((shard.left_out for shard in shards), Counter[str]())
     if left_out:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-        note(f"left out, neither images nor labels: {counts}")
+        note(f"left out, because they are neither images nor labels: {counts}")
     if unreadable := [fault for shard in shards for fault in shard.unreadable]:
         shown = "; ".join(unreadable[:MAX_SHOWN])
-        note(f"left out, {len(unreadable)} images that cannot be read: {shown}")
+        note(f"left out {len(unreadable)} images that cannot be read: {shown}")
     by_folder = [
         [shard for path, shard in zip(paths, shards, strict=True) if path.parent == folder]
         for folder in folders
@@ -271,7 +271,7 @@ def index(place: Path) -> dict[str, dict[str, Any]]:
 def write(
     folder: Path, shards: list[Shard], labels: np.ndarray, classes: list[str]
 ) -> dict[str, Any]:
-    """Write the index of a folder; returns its summary."""
+    """Write the index of a folder. Returns its summary."""
     entries = np.concatenate([shard.entries for shard in shards])
     entries["file"] = np.repeat(np.arange(len(shards)), [len(shard.entries) for shard in shards])
     entries["label"] = labels
@@ -284,7 +284,7 @@ def write(
         "count": len(entries),
         "classes": classes,
     }
-    # The index comes last: without it, the folder counts as not indexed.
+    # The index is written last, because a folder without it counts as not indexed.
     write_json(folder / "index.json", description)
     write_whole(folder / "index.npz", lambda file: write_index(file, entries, names))
     return {

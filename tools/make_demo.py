@@ -1,16 +1,16 @@
-"""Draw the demo's images: a small labelled folder of JPEGs, the same on every machine.
+"""Draw the demo's images: a small labelled folder of JPEGs, which is the same on every machine.
 
     python -m tools.make_demo data/demo
 
 There are ten classes, each a shape filled with a texture. Every shape and every texture occurs in
 two classes, so that neither of them determines the class alone. Colours, position, size, rotation,
 the texture's phase, lighting, contrast, background and JPEG quality vary within a class. The crops,
-flips and colour changes of the views remove most of what tells one image from another, and leave
-shape and texture.
+flips and colour changes of the views remove most differences between images of a class. They do not
+remove shape and texture.
 
-These choices were made by measuring raw pixels and RSA at the demo's budget. Textures of 8 to 10 px
-are what the network learns fastest and what raw pixels match worst. With vivid colours, a strong
-light from one side, or rotations by any angle, images are recognised by these, and no method does
+These choices were made by measuring raw pixels and RSA at the demo's budget. With textures of 8 to
+10 px, the network learns fastest and raw pixels score lowest. With vivid colours, a strong light
+from one side or rotations by any angle, the network recognises images by these, and no method is
 better than chance.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-VERSION = 3  # of the drawing code; another version draws other images
+VERSION = 3  # the version of the drawing code; another version draws other images
 SHAPES = ("disc", "square", "triangle", "star", "cross")
 TEXTURES = ("stripes", "dots", "checks", "rings", "blotches")
 CLASSES = [(i, j % 5) for i in range(5) for j in (i, i + 1)]  # (shape, texture)
@@ -38,7 +38,7 @@ Mask = NDArray[np.bool_]
 
 
 def shape_mask(shape: str, x: Array, y: Array) -> Mask:
-    """The pixels inside the shape, which about fills the unit circle of the coordinates."""
+    """The pixels inside the shape, which fills most of the unit circle of the coordinates."""
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
     if shape == "disc":
         return radius < 0.9
@@ -101,7 +101,7 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
     angle = rng.uniform(-0.3, 0.3)
     u = ((x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)) / extent
     v = ((y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)) / extent
-    period = rng.uniform(0.25, 0.33)  # of the texture, in extents
+    period = rng.uniform(0.25, 0.33)  # the period of the texture, in extents
     phase = rng.uniform(0, 1, 2)
     grey, step = rng.uniform(0.15, 0.85), rng.uniform(0.45, 0.6)
     first, second = tint(grey, rng), tint(grey + (step if grey < 0.5 else -step), rng)
@@ -122,7 +122,7 @@ def render(label: int, size_px: int, rng: np.random.Generator) -> Image.Image:
 def make_demo(
     root: Path, per_class: int = 300, size_px: int = 64, seed: int = 0
 ) -> dict[str, str | int]:
-    """Write `root/train` and `root/test`, unless they are there; returns what `root` contains.
+    """Write `root/train` and `root/test` unless they exist. Returns what `root` contains.
 
     An interrupted run leaves nothing at `root`. Raises ValueError when `root` contains something
     else.

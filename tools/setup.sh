@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the virtual environment $1 with the versions of constraints.txt: `base` as $2 installs what
 # `make demo` needs, `all` everything. FFCV is built from source, which needs Debian packages. They
-# are installed if this script may do so as root or by sudo without a password. Otherwise FFCV is
-# left out, and the reason is printed.
+# are installed if the script runs as root or can use sudo without a password. Otherwise FFCV is left
+# out, and the reason is printed.
 set -euo pipefail
 venv=$1
 apt_packages="libopencv-dev libturbojpeg0-dev pkg-config"
@@ -17,7 +17,7 @@ install_headers() { as_root apt-get update -qq && as_root apt-get install -y -qq
 if [ "$2" = base ]; then
     python=${PYTHON:-python3.11}
     if ! command -v "$python" >/dev/null; then
-        echo "setup: no $python found; install Python 3.11 or name it:"
+        echo "setup: no $python found: install Python 3.11, or give its path:"
         echo "  make PYTHON=/path/to/python3.11 setup"
         exit 1
     fi

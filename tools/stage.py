@@ -4,12 +4,13 @@
     rsa-fast train --data /local/imagenet ...
 
 DST has links to the files of SRC from the start, so that training can begin at once. Each link is
-replaced by the file's copy when that is complete. Of the file that is being copied, the bytes that
-have arrived are read from the copy, and the others from SRC. Backend ffcv is an exception: it maps
-a file into memory when it starts, and reads the copy only from the next start on.
+replaced by the file's copy when the copy is complete. While a file is copied, training reads the
+bytes that are already in the copy from there, and the others from SRC. Backend ffcv is an
+exception: it maps a file into memory when it starts, so it reads the copy only after the next
+start.
 
 After a kill or an error, run the same command again: it continues where it stopped. At the end, the
-copies are opened, and their fingerprints must be those that a run records of SRC.
+copies are opened, and their fingerprints are compared with those of SRC.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from rsa_fast.pipelines.layouts import has_test_split, open_source, packed_place
 from rsa_fast.pipelines.packed import state_of
 from rsa_fast.tools.convert import note, sync_folder
 
-PIECE_BYTES = 2**26  # is on the disk before the next piece is begun
+PIECE_BYTES = 2**26  # a piece is on the disk before the next one is begun
 AGAIN = "delete DST and start again"
 
 
 def packed_files(src: Path) -> list[str]:
     """The files of the packed splits in `src`, relative to it, with their descriptions.
 
-    The small ones come first. Raises FileNotFoundError where there are none.
+    The small ones come first. Raises FileNotFoundError if there are none.
     """
     files: set[Path] = set()
     for split in ("train", "test"):
@@ -63,7 +64,7 @@ def fingerprints(data: Path) -> dict[str, str]:
 
 
 def prepare(src: Path, dst: Path) -> dict[str, Any]:
-    """Link the files of `src` into `dst`; returns the plan of the copies, which is kept there.
+    """Link the files of `src` into `dst`. Returns the plan of the copies, which is saved in `dst`.
 
     Raises ValueError if `dst` has other files of these names, and OSError if there is too little
     room on its disk.
@@ -78,11 +79,11 @@ def prepare(src: Path, dst: Path) -> dict[str, Any]:
     if record.is_file():
         if json.loads(record.read_text()) != plan:
             raise ValueError(
-                f"{dst} was staged from other files than are in {src} now: delete it, or choose "
+                f"{dst} was staged from other files than those in {src}: delete it, or choose "
                 "another DST"
             )
     elif in_the_way := [name for name in files if os.path.lexists(dst / name)]:
-        raise ValueError(f"{dst / in_the_way[0]} is in the way: choose another DST")
+        raise ValueError(f"{dst / in_the_way[0]} already exists: choose another DST")
     present = sum(
         path.lstat().st_size
         for name in files
@@ -92,7 +93,7 @@ def prepare(src: Path, dst: Path) -> dict[str, Any]:
     needed = sum(size for size, _ in plan["files"].values()) - present
     if needed > (free := shutil.disk_usage(dst).free):
         raise OSError(
-            f"{needed / 1e9:.1f} GB are to be copied to {dst}, whose disk has {free / 1e9:.1f} GB "
+            f"the copies in {dst} need {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB "
             "free: make room, or choose another DST"
         )
     record.parent.mkdir(exist_ok=True)
@@ -114,16 +115,16 @@ def partial_of(target: Path) -> Path:
 
 
 def copy(original: Path, target: Path, state: list[int]) -> None:
-    """Replace the link `target` by a copy of `original`, or continue to.
+    """Replace the link `target` by a copy of `original`. Continues an earlier copy.
 
-    Whatever is longer than the pieces that are known to be on the disk is copied again. Raises
-    ValueError if the size and the modification time of `original` are no longer `state`.
+    Only complete pieces of an earlier copy are used, because they are known to be on the disk.
+    Raises ValueError if the size and the modification time of `original` are no longer `state`.
     """
     partial, size = partial_of(target), state[0]
     partial.touch()
     with original.open("rb") as source, partial.open("r+b") as file:
-        whole_pieces = (file.seek(0, os.SEEK_END) - 1) // PIECE_BYTES
-        done = file.truncate(max(0, whole_pieces) * PIECE_BYTES)
+        complete_pieces = (file.seek(0, os.SEEK_END) - 1) // PIECE_BYTES
+        done = file.truncate(max(0, complete_pieces) * PIECE_BYTES)
         file.seek(done)
         while done < size:
             end = min(size, (done // PIECE_BYTES + 1) * PIECE_BYTES)
@@ -135,7 +136,7 @@ def copy(original: Path, target: Path, state: list[int]) -> None:
             os.fsync(file.fileno())
         if list(state_of(os.fstat(source.fileno()))) != state:
             raise ValueError(f"{original} was changed while it was copied: {AGAIN}")
-    # An open run compares these, as it does for the original.
+    # A run that has opened the original compares these times.
     os.utime(partial, ns=(state[1], state[1]))
     partial.replace(target)
     sync_folder(target.parent)
@@ -149,8 +150,8 @@ def copy_all(src: Path, dst: Path, plan: dict[str, Any]) -> None:
         note(f"{number} of {len(links)}: {dst / name}, {plan['files'][name][0] / 1e9:.1f} GB")
     if (copied := fingerprints(dst)) != plan["fingerprints"]:
         raise ValueError(
-            f"the copies in {dst} are not what {src} has ({copied} instead of "
-            f"{plan['fingerprints']}): the disk may be faulty; delete {dst} and start again"
+            f"the copies in {dst} differ from {src} ({copied} instead of "
+            f"{plan['fingerprints']}): the disk may be faulty. Delete {dst} and start again"
         )
 
 
@@ -160,11 +161,11 @@ def copy_all(src: Path, dst: Path, plan: dict[str, Any]) -> None:
 @click.option(
     "--background",
     is_flag=True,
-    help="Return when training can start, and copy in a process of its own, which writes to "
+    help="Return as soon as training can start. A separate process copies and writes to "
     "DST/.rsa-fast/stage.log.",
 )
 def main(src: Path, dst: Path, background: bool) -> None:
-    """Copy the .beton files or tar shards in SRC to DST, from which training may read meanwhile.
+    """Copy the .beton files or tar shards in SRC to DST. Training may already read from DST.
 
     The last line of the output is a JSON object that describes what was copied.
     """
@@ -177,8 +178,7 @@ def main(src: Path, dst: Path, background: bool) -> None:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ValueError(
-                    f"another process is copying to {dst}: training can start, and there is "
-                    "nothing else to do"
+                    f"another process is already copying to {dst}: training can start"
                 ) from error
             plan = prepare(src, dst)
             note(f"training can start: --data {dst}")

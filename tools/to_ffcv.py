@@ -3,8 +3,8 @@
     python -m tools.to_ffcv data/imagenet data/imagenet-ffcv --max-resolution 500
 
 The options and their defaults are those of ffcv-imagenet's write_imagenet.sh. In addition,
-`--write-mode passthrough` stores JPEGs unchanged. The images are shuffled, as by `tools.to_dali`,
-so that neighbours in the file are of any classes. After a kill or an error, run the same command
+`--write-mode passthrough` stores JPEGs unchanged. The images are shuffled as by `tools.to_dali`, so
+that neighbours in the file belong to random classes. After a kill or an error, run the same command
 again: it continues where it stopped.
 """
 
@@ -22,14 +22,14 @@ from rsa_fast.tools.convert import PARAMS, WRITE_MODES, Encoding, Format, run
 
 
 def writer(path: Path, sizes: np.ndarray, done: np.ndarray) -> BetonWriter:
-    """A writer for images of at most `sizes` `(N, 2)` that continues behind the entries `done`.
+    """A writer for images of at most `sizes` `(N, 2)` that continues after the entries `done`.
 
     Its pages are large enough for the pixels of the largest image, because the size of a JPEG is
     not known before it is encoded. Raises ValueError when a side is too long for the format.
     """
     if (largest_px := sizes.max(initial=0)) > MAX_SIDE_PX:
         raise ValueError(
-            f"the format takes sides up to {MAX_SIDE_PX} px, an image has {largest_px}: "
+            f"an image has a side of {largest_px} px, but the format allows {MAX_SIDE_PX} px: "
             "use --max-resolution"
         )
     largest_bytes = 3 * sizes.astype(np.int64).prod(-1).max(initial=1)
@@ -99,7 +99,7 @@ def main(
     if write_mode == "smart" and smart_threshold is None:
         raise click.UsageError(
             "--write-mode smart needs --smart-threshold: "
-            "ffcv without one stores pixels only, which is raw"
+            "without it, ffcv stores only pixels, as --write-mode raw does"
         )
     encoding = Encoding(
         write_mode,

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the fast suite with another Python and torch, in a new environment that is removed afterwards:
+# This script runs the fast suite with another Python and torch. It makes a new environment and
+# removes it at the end:
 #   bash tools/try_versions.sh /path/to/python3.13 2.15.0
 #   bash tools/try_versions.sh python3.10 2.7.0 tests/rsa_fast/test_engine.py
-# `newest` stands for the newest torch. Further arguments go to pytest. All other packages are the
-# newest that fit. PIP_INDEX_URL and the other variables of pip apply.
+# `newest` means the newest torch. Further arguments are passed to pytest. All other packages are
+# the newest compatible ones. pip also uses PIP_INDEX_URL and its other environment variables.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: bash tools/try_versions.sh PYTHON TORCH|newest [pytest arguments]" >&2

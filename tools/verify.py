@@ -6,8 +6,8 @@
 The output is a table and, on the last line, one JSON object. The exit code is 1 if there are bad
 images. --fix keeps all originals.
 
-Known limit: damage that a decoder accepts is not detected, such as changed pixels in a BMP. There
-is no checksum that says what the pixels were.
+Known limit: damage that a decoder accepts is not detected, such as changed pixels in a BMP, because
+there is no checksum of the pixels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rsa_fast.pipelines.scan import header_size
 from rsa_fast.pipelines.sources import Source, exif_orientation, open_image, to_rgb
 from rsa_fast.tools.convert import in_order, note, progress
 
-BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "no bytes at all"}
+BAD = {"corrupt": "cannot be decoded", "truncated": "ends too early", "empty": "has no bytes"}
 NOTES = {
     "duplicate": "same bytes as another image",
     "not_rgb": "grayscale, CMYK, palette, alpha or 16 bits: converted when read",
@@ -49,15 +49,16 @@ NOTES = {
 # The folder of the originals, below the data. It is hidden, so that no listing of images finds it.
 ORIGINALS = Path(".rsa-fast", "replaced")
 UNREAD = f", more than the {MAX_PIXELS:,} pixels that training reads"
-REPAIRABLE = 4  # times as many pixels are reduced; more would take tens of GB of memory
-MAX_SHOWN = 100  # paths of each kind in the JSON object; --report has all
+# Images of up to this many times MAX_PIXELS are reduced. More would take tens of GB of memory.
+REPAIRABLE = 4
+MAX_SHOWN = 100  # the most paths of each kind in the JSON object; --report has all
 JPEG_QUALITY = 95
 
 Findings = dict[str, dict[str, str]]  # kind -> path -> detail
 
 
 def verify_images(data: Path, paths: Paths, workers: int, max_pixels: int) -> Findings:
-    """Decode the image files `paths` below `data`; returns what is wrong with them."""
+    """Decode the image files `paths` below `data`. Returns what is wrong with them."""
 
     def inspect_chunk(samples: np.ndarray) -> list[tuple[bytes, dict[str, str]]]:
         return [inspect(data / paths[int(sample)], max_pixels) for sample in samples]
@@ -106,9 +107,9 @@ def inspect(path: Path, max_pixels: int) -> tuple[bytes, dict[str, str]]:
 
 @contextmanager
 def pil_of_any_size() -> Iterator[None]:
-    """Let PIL open images that are too large for training. For a process with one thread."""
+    """Let PIL open images that are too large for training. The process must have one thread."""
     bound = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = REPAIRABLE * MAX_PIXELS // 2  # PIL refuses twice as many
+    Image.MAX_IMAGE_PIXELS = REPAIRABLE * MAX_PIXELS // 2  # PIL refuses more than twice this number
     try:
         with no_warnings():
             yield
@@ -124,7 +125,7 @@ def no_warnings() -> Iterator[None]:
 
 
 def unread_size(data: bytes) -> str:
-    """The size of an image that only has too many pixels for training; else an empty string."""
+    """The size of an image whose only fault is too many pixels, otherwise an empty string."""
     try:
         with pil_of_any_size(), open_image(io.BytesIO(data)) as image:
             too_large = image.width * image.height > MAX_PIXELS
@@ -156,7 +157,7 @@ def verify_source(data: Path, workers: int) -> tuple[int, Findings]:
 
 
 def read_fault(source: Source, sample: int) -> str:
-    """What is wrong with one sample; empty if nothing is."""
+    """What is wrong with one sample, or an empty string."""
     try:
         size = source.read(sample).shape[:2]
     except Exception as error:  # as in `inspect`
@@ -164,17 +165,17 @@ def read_fault(source: Source, sample: int) -> str:
     expected = tuple(int(side) for side in source.manifest.sizes[sample])
     if size == expected:
         return ""
-    return f"decodes to {size} px (height, width), the manifest says {expected}"
+    return f"decodes to {size} px (height, width), but has {expected} in the manifest"
 
 
 def fix(
     data: Path, findings: Findings, workers: int, max_pixels: int
 ) -> tuple[list[str], list[str]]:
-    """Re-encode truncated, non-RGB and over-large images; move away those that cannot be repaired.
+    """Re-encode truncated, non-RGB and over-large images. Move away what cannot be repaired.
 
-    Returns the paths of the repaired images and of those moved away. All originals are kept, where
-    `originals_of` says. Raises ValueError, before anything is changed, when a
-    file is outside `data`, behind a linked folder.
+    Returns the paths of the repaired images and of those moved away. All originals are kept in the
+    folder `originals_of`. Raises ValueError, before anything is changed, if a linked folder leads
+    to a file outside of `data`.
     """
     to_fix = (paths for kind, paths in findings.items() if kind != "duplicate")
     paths = sorted(set(chain.from_iterable(to_fix)))
@@ -184,17 +185,17 @@ def fix(
     }
     if outside := [path for path in paths if not inside[(data / path).parent]]:
         raise ValueError(
-            f"{len(outside)} file(s) to fix lie outside {data}, behind links: "
-            f"{outside[0]} is {(data / outside[0]).resolve()}. Run --fix where they lie"
+            f"links lead to {len(outside)} file(s) to fix outside of {data}: "
+            f"{outside[0]} is {(data / outside[0]).resolve()}. Run --fix on their own folder"
         )
     lost = findings["corrupt"].keys() | findings["empty"].keys()
-    kept = originals_of(data, paths)
+    originals = originals_of(data, paths)
     if paths:
-        note(f"the originals are kept in {kept}")
+        note(f"the originals are kept in {originals}")
 
     def fix_chunk(samples: np.ndarray) -> list[bool]:
         return [
-            replace(data, paths[sample], kept, paths[sample] not in lost, max_pixels)
+            replace(data, paths[sample], originals, paths[sample] not in lost, max_pixels)
             for sample in samples
         ]
 
@@ -204,29 +205,29 @@ def fix(
 
 
 def originals_of(data: Path, paths: list[str]) -> Path:
-    """Where the originals of the images `paths` are kept.
+    """The folder for the originals of the images `paths`.
 
-    It is beside a folder of class folders, because torchvision's ImageFolder would take a folder in
-    it for a class, and otherwise inside.
+    It is inside `data`. If `data` consists of class folders, it is beside `data`, because
+    torchvision's ImageFolder would treat a folder inside as a class.
     """
     if any("/" in path for path in paths) and not has_train_folder(data):
-        whole = data.resolve()
-        return whole.with_name(f"{whole.name}.replaced")
+        resolved = data.resolve()
+        return resolved.with_name(f"{resolved.name}.replaced")
     return data / ORIGINALS
 
 
-def replace(data: Path, path: str, kept: Path, repairable: bool, max_pixels: int) -> bool:
+def replace(data: Path, path: str, originals: Path, repairable: bool, max_pixels: int) -> bool:
     """Replace an image by a repaired one, or move it away if that fails.
 
-    The original is kept below the folder `kept`. Returns whether the image was repaired.
+    The original is kept below the folder `originals`. Returns whether the image was repaired.
     """
-    image, original = data / path, kept / path
+    image, original = data / path, originals / path
     original.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     # An earlier --fix may have kept an original of this name.
     while original.exists() or original.is_symlink():
         number += 1
-        original = kept / f"{path}.{number}"
+        original = originals / f"{path}.{number}"
     content = repaired_content(image, max_pixels) if repairable else None
     if content is None:
         shutil.move(image, original)
@@ -239,8 +240,8 @@ def replace(data: Path, path: str, kept: Path, repairable: bool, max_pixels: int
 def repaired_content(path: Path, max_pixels: int) -> bytes | None:
     """The decodable part of an image, encoded as 8-bit RGB of at most `max_pixels`, or None.
 
-    The result is a JPEG if the file's name says so. Otherwise it is a PNG under any name, because
-    readers go by the content. It has the EXIF orientation of the image.
+    The result is a JPEG if the file has a JPEG's suffix. Otherwise it is a PNG, whatever the
+    suffix, because readers look at the content. It has the EXIF orientation of the image.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
@@ -285,7 +286,7 @@ def show(data: Path, findings: Findings) -> None:
     "--fix",
     "fixing",
     is_flag=True,
-    help="Repair image files or move them away; keep all originals.",
+    help="Repair image files or move them away. All originals are kept.",
 )
 @click.option("--workers", default=cores, show_default="all cores", type=click.IntRange(1))
 @click.option(
@@ -313,14 +314,14 @@ def main(
     """Decode every image below PATH, or every sample of a converted dataset.
 
     Corrupt, truncated and empty files are bad, and so are images that are too large for training.
-    The exit code is then 1. All other findings are notes, because training accepts such images:
-    duplicates (identical bytes), images that are not RGB (converted when read) and over-large
-    images (slow).
+    If there are bad files, the exit code is 1. All other findings are notes, because training
+    accepts such images: duplicates (identical bytes), images that are not RGB (converted when read)
+    and over-large images (slow).
 
     --fix encodes non-RGB images, over-large images and the decodable part of truncated images
     again, under the same names. It moves corrupt and empty files away. The originals are kept in
     PATH/.rsa-fast/replaced/, or in PATH.replaced/ if PATH contains class folders. The exit code is
-    then 0, as nothing bad is left.
+    0, because no bad file is left.
     """
     try:
         ignored: Counter[str] = Counter()
@@ -329,12 +330,12 @@ def main(
             if fixing:
                 raise ValueError(
                     f"{path} is not a folder of image files: "
-                    "--fix the images it was made from, then convert again"
+                    "use --fix on the images it was made from, then convert again"
                 )
             count, findings = verify_source(path, workers)
         else:
             if ignored:
-                note(f"no images: {counts_of(ignored)}")
+                note(f"ignored, because they are not images: {counts_of(ignored)}")
             count, findings = len(files), verify_images(path, files, workers, max_pixels)
         show(path, findings)
         counts = {kind: len(paths) for kind, paths in findings.items()}
@@ -346,7 +347,7 @@ def main(
         if fixing:
             repaired, moved = fix(path, findings, workers, max_pixels)
             for name in moved:
-                click.echo(f"moved away, it cannot be repaired: {name}", err=True)
+                click.echo(f"moved away, because it cannot be repaired: {name}", err=True)
             result |= {"repaired": len(repaired), "moved_away": len(moved)}
             report |= {"repaired": repaired, "moved_away": moved}
         if report_path:

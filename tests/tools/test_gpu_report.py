@@ -108,7 +108,7 @@ gpu_report.main(["--out", sys.argv[1]])
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", program, str(out)], env=env) as process:
         table = out.with_suffix(".md")  # It is written after the JSON.
-        while not (table.is_file() and table.read_text().endswith("- long: was under way\n")):
+        while not (table.is_file() and table.read_text().endswith("- long: was still running\n")):
             time.sleep(0.1)
             assert process.poll() is None
         process.send_signal(number)
@@ -153,7 +153,7 @@ power limit, W 300
 
 - c; d: skipped: no card
 - e: ValueError: bad
-- f; g: left out, the part's time was over
+- f; g: left out, because the part's time was over
 
 **Second**
 
@@ -166,7 +166,7 @@ power limit, W 300
 **Fourth**
 
 - TimeoutError: killed
-- h: was under way
+- h: was still running
 """
 
 

@@ -21,7 +21,7 @@ KEYS = {
     "resume": {"steps", "resumed_gap", "again_gap"},
     "learn": {"minutes", "knn_top1"},
 }
-REASONS = r"No module named '(nvidia|ffcv).*|the card has none"
+REASONS = r"No module named '(nvidia|ffcv).*|the card does not support bf16"
 # W-MSE and SwAV do not take a batch of 8 images.
 REASONS += r"|the recipe has faults:\n  batch_size = 8 is not a multiple of 256: .*"
 REASONS += r"|the recipe has faults:\n  warmup_start_lr = 0.3 is above the peak learning rate .*"

@@ -58,7 +58,7 @@ def test_all_missing_classes_are_named_before_anything_is_written(source, tmp_pa
     result = invoke(main, source, tmp_path / "subset", "--classes", tmp_path / "list.txt")
     assert result.exit_code == 1
     named = "train/empty, train/ghost, val/class_1, val/empty, val/ghost"
-    assert f"lacks 5 class folder(s), or they hold no images: {named}" in result.output
+    assert f"has no images for 5 class folder(s): {named}" in result.output
     assert not list(tmp_path.glob("subset*"))
     with pytest.raises(FileNotFoundError, match="no train/ in"):
         make_subset(tmp_path, tmp_path / "subset", ["class_0"])

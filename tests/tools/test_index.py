@@ -160,7 +160,7 @@ def test_an_unreadable_image_is_left_out_by_name(tmp_path):
     write_tar(tmp_path / "x.tar", [*sample(0, 1), ("9.jpg", b"junk"), *sample(1, 2)])
     done = run(tmp_path)
     assert done.exit_code == 0
-    assert "left out, 1 images that cannot be read: x.tar: 9.jpg: cannot identify" in done.stderr
+    assert "left out 1 images that cannot be read: x.tar: 9.jpg: cannot identify" in done.stderr
     content(shard_source(tmp_path, "train"), [0, 1], [1, 2])
 
 
@@ -168,11 +168,11 @@ def test_incomplete_and_compressed_files_are_refused_with_the_reason(tmp_path):
     path = write_tar(tmp_path / "x.tar", sample(0, 1) + sample(1, 2))
     whole = path.read_bytes()
     for cut, message in (
-        (whole[:2000], "is no complete tar file"),
-        (whole[: whole.index(b"\xff\xd9")], "is no complete tar file: unexpected end of data"),
-        (whole[: 512 * (len(whole) // 512 // 2)], "is no complete tar file"),
-        (whole.rstrip(b"\0")[:-1] + b"x" * 512, "is no complete tar file"),
-        (b"", "is no complete tar file: empty file"),
+        (whole[:2000], "is not a complete tar file"),
+        (whole[: whole.index(b"\xff\xd9")], "is not a complete tar file: unexpected end of data"),
+        (whole[: 512 * (len(whole) // 512 // 2)], "is not a complete tar file"),
+        (whole.rstrip(b"\0")[:-1] + b"x" * 512, "is not a complete tar file"),
+        (b"", "is not a complete tar file: empty file"),
         (whole + whole, "data follow its end mark at byte"),
     ):
         path.write_bytes(cut)

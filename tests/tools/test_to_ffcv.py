@@ -149,7 +149,8 @@ def test_a_side_that_does_not_fit_the_format_is_refused(tmp_path):
     Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(root / "train/class_0/long.png")
     result = invoke(main, root, tmp_path / "b", "--write-mode", "raw", "--max-resolution", "80000")
     assert (
-        result.exit_code == 1 and "takes sides up to 65535 px, an image has 70000" in result.stderr
+        result.exit_code == 1
+        and "a side of 70000 px, but the format allows 65535 px" in result.stderr
     )
 
 

@@ -253,7 +253,7 @@ def test_fix_does_not_reach_through_links(tmp_path):
     (tmp_path / "subset" / "train" / "class_0").symlink_to(data / "train" / "class_0")
     assert run(tmp_path / "subset")[1]["paths"]["empty"] == ["train/class_0/000.jpg"]
     result = invoke(main, tmp_path / "subset", "--fix")
-    assert result.exit_code == 1 and "1 file(s) to fix lie outside" in result.output
+    assert result.exit_code == 1 and "links lead to 1 file(s) to fix outside" in result.output
     assert (data / "train" / "class_0" / "000.jpg").exists() and not (
         tmp_path / "subset" / ".rsa-fast"
     ).exists()
@@ -302,7 +302,7 @@ def test_a_converted_set_is_read_through_its_source(tmp_path, monkeypatch):
     code, result = run(tmp_path, "--report", str(tmp_path / "report.json"))
     assert code == 1 and (result["images"], result["bad"]) == (25, 2)
     assert json.loads((tmp_path / "report.json").read_text())["paths"]["corrupt"] == {
-        "pretrain/11": "decodes to (7, 9) px (height, width), the manifest says (8, 9)",
+        "pretrain/11": "decodes to (7, 9) px (height, width), but has (8, 9) in the manifest",
         "test/3": "cannot decode image 3",
     }
     refused = invoke(main, tmp_path, "--fix")

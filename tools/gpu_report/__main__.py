@@ -28,7 +28,7 @@ from rsa_fast.tools.gpu_report.predictions import Predictions
 from rsa_fast.tools.gpu_report.table import Columns, as_markdown
 from rsa_fast.tools.gpu_report.worker import Message, Settings, Worker
 
-# The seconds that a measurement may take beyond 1.5 shares of its part, or beyond all minutes.
+# The seconds that a measurement may take after 1.5 shares of its part, or after all minutes.
 GRACE_S = 15.0
 START_S = 60.0  # the time that a new process may take to import its libraries
 BATCH_COLUMNS = {"batch": "{batch_size}", "precision": "{precision}"}
@@ -39,10 +39,10 @@ class Part:
     """Some measurements of one kind, and a table of them."""
 
     name: str
-    share: float  # of the minutes, relative to the shares of the other parts
+    share: float  # its share of the minutes, relative to the shares of the other parts
     place: str  # "module:function", where the function returns the part's cases
     title: str
-    columns: Columns  # of the table; the case is in a column before these
+    columns: Columns  # the columns of the table after the first one, which has the case
 
 
 PARTS = (
@@ -138,12 +138,13 @@ PARTS = (
         name="resume",
         share=10,
         place="rsa_fast.tools.gpu_report.loops:resume",
-        title="A run that was stopped and resumed against one left alone, RSA on ImageNet-1K",
+        title="A run that was stopped and resumed, and the same run without a stop, RSA on "
+        "ImageNet-1K",
         columns=BATCH_COLUMNS
         | {
             "steps": "{steps}",
             "resumed, largest difference of a weight": "{resumed_gap:.2g}",
-            "left alone again, largest difference": "{again_gap:.2g}",
+            "repeated without a stop, largest difference": "{again_gap:.2g}",
         },
     ),
     Part(
@@ -161,7 +162,7 @@ PARTS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command. Returns its exit code."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     names = [part.name for part in PARTS]
@@ -205,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_report",
-        description="Measure what only a GPU can show; write it as JSON and as a Markdown table.",
+        description="Measure what only a GPU can show. Write it as JSON and as a Markdown table.",
     )
     add = parser.add_argument
     add(
@@ -218,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--data",
         type=Path,
-        help="CIFAR-10 or the like, or a folder of photographs; by default images are drawn",
+        help="CIFAR-10 or similar images, or a folder of photographs; by default images are drawn",
     )
     add("--parts", help=f"some of {','.join(part.name for part in PARTS[1:])}")
     add(
@@ -248,7 +249,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def repetitions(text: str) -> int:
-    """A number of repeats: quartiles need at least 2, and more than 150 may end the epoch."""
+    """Parse a number of repeats. Quartiles need at least 2. More than 150 may end the epoch."""
     if not 2 <= (number := int(text)) <= 150:
         raise argparse.ArgumentTypeError(f"found {text}, wanted 2 to 150")
     return number

@@ -218,9 +218,10 @@ def sync(settings: Settings) -> list[Case]:
 
 
 def check_no_waits(settings: Settings, method: str, backend: str, _: float) -> Iterator[Row]:
-    """Some steps and their loading. Raises torch's RuntimeError when the host waits in them.
+    """Run some steps and their loading. Raises torch's RuntimeError if the host waits in them.
 
-    Raises SkippedError when the method does not take the settings, such as W-MSE a small batch.
+    Raises SkippedError if the method does not accept the settings. W-MSE, for example, does not
+    accept a small batch.
     """
     if backend == "dali":
         check_dali()

@@ -21,10 +21,10 @@ from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
 from rsa_fast.training.step import Run, choose_device, choose_dtype
 
 NODE_GPUS = 8  # the batch sizes of the ImageNet-1K recipes are for a node of 8 GPUs
-SMALL_PX = 96  # images up to this size train as CIFAR's do; larger ones are photographs
-STEPS = 100_000  # length of the schedules; its value does not matter, as these runs stop early
+SMALL_PX = 96  # images up to this size are trained like CIFAR's; larger ones are photographs
+STEPS = 100_000  # length of the schedules, which does not matter, because these runs stop early
 WARM_UP_STEPS = 3  # the first step chooses cuDNN's algorithms and allocates the momentum
-MAX_CONVERTED = 5000  # more photographs of the caller are not converted for FFCV
+MAX_CONVERTED = 5000  # if the user has more photographs, they are not converted for FFCV
 # The name of each property and its name in nvidia-smi.
 SMI = {
     "driver": "driver_version",
@@ -38,14 +38,14 @@ Result = TypeVar("Result")
 
 
 def gpu() -> torch.device:
-    """The GPU. Raises SkippedError where there is none."""
+    """The GPU. Raises SkippedError if there is none."""
     if not torch.cuda.is_available():
-        raise SkippedError("torch finds no GPU; `rsa-fast doctor` says why")
+        raise SkippedError("torch finds no GPU; `rsa-fast doctor` shows why")
     return choose_device("cuda")
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Properties of the first GPU, by their names in `SMI`; empty if nvidia-smi does not work."""
+    """The first GPU's properties by their names in `SMI`, empty if nvidia-smi does not work."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = f"--query-gpu={','.join(SMI.values())}"
@@ -83,7 +83,7 @@ def imagenet(settings: Settings, method: str, **fields: Any) -> Recipe:
 
 
 def largest_that_fits(batch_size: int, work: Callable[[int], Result]) -> Result:
-    """The result of `work(batch_size)`; the batch size is halved until it fits on the GPU."""
+    """The result of `work(batch_size)`. The batch size is halved until it fits on the GPU."""
     while True:
         free_memory()
         try:
@@ -106,9 +106,9 @@ def ready_batch(run: Run, reads: Iterable[str]) -> Batch:
 
 
 def photographs(settings: Settings, backend: str = "native") -> Path:
-    """A folder of photographs, the caller's or drawn ones, in the format that a backend reads.
+    """A folder of photographs, given by the user or drawn, in the format that a backend reads.
 
-    Raises SkippedError when the caller has too many photographs to convert.
+    Raises SkippedError when the user has given too many photographs to convert.
     """
     folder = settings.data if settings.data and not small(settings) else drawn(settings)
     if backend != "ffcv" or open_source(folder, "pretrain").beton:
@@ -126,7 +126,7 @@ def photographs(settings: Settings, backend: str = "native") -> Path:
 
 
 def small(settings: Settings) -> Source | None:
-    """The caller's images if they are small, as CIFAR's are, else None."""
+    """The user's images if they are small like CIFAR's, otherwise None."""
     source = open_source(settings.data, "pretrain", settings.scratch) if settings.data else None
     return source if source and source.manifest.sizes.max() <= SMALL_PX else None
 

@@ -44,7 +44,7 @@ from rsa_fast.training.step import build_run, train_step
 TURNS = 5
 STOP_AT, END_AT = 3, 6  # steps of the run that is stopped and resumed
 CIFAR_IMAGES = 50_000
-EPOCHS_SHARE = 0.85  # share of the time left that is planned for epochs; training also has to start
+EPOCHS_SHARE = 0.85  # the share of the time that is planned for epochs; the rest is for the start
 
 
 def loop(settings: Settings) -> list[Case]:
@@ -62,7 +62,7 @@ def loop(settings: Settings) -> list[Case]:
 
 
 def from_photographs(settings: Settings, fields: dict[str, str], _: float) -> Iterator[Row]:
-    """The speed of a backend's views alone, and then that of the training loop on them."""
+    """The speed of a backend's views alone, and then the speed of the training loop with them."""
     if fields["backend"] == "dali":
         check_dali()
     folder = photographs(settings, fields["backend"])
@@ -112,7 +112,7 @@ def resident(settings: Settings) -> list[Case]:
 
 
 def from_memory(settings: Settings, _: float) -> Iterator[Row]:
-    """The time of a step on a ready batch and that of the training loop, measured in turns."""
+    """The times of a step on a ready batch and of a step in the training loop, taken in turns."""
     recipe = build(settings, "cifar10", "rsa", backend="resident")
     source = small(settings) or random_images(recipe.views.size_px)
     run = build_run(recipe, len(source.manifest))
@@ -187,7 +187,7 @@ def compare_resumed(settings: Settings, deterministic: bool, _: float) -> Iterat
 def in_process(
     deterministic: bool, recipe: Recipe, data: Path, runs: list[tuple[Path, int]]
 ) -> None:
-    """Call `train_runs` in a process of its own, as cuBLAS reads its settings when CUDA starts."""
+    """Call `train_runs` in a new process, because cuBLAS reads its settings when CUDA starts."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     try:
@@ -213,7 +213,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def largest_gap(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two values in the same position; 0 means that all are equal."""
+    """The largest difference of two values in the same position. 0 means that all are equal."""
     gap = 0.0
     for name, values in one.items():
         differ = ~((values == other[name]) | (values.isnan() & other[name].isnan()))
@@ -223,7 +223,7 @@ def largest_gap(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 def learn(settings: Settings) -> list[Case]:
-    """RSA on the caller's small images, or on the demo's."""
+    """RSA on the user's small images, or on the demo's."""
     gpu()
     return [Case("rsa", partial(curve, settings))]
 
@@ -258,7 +258,7 @@ def curve(settings: Settings, seconds: float) -> Iterator[Row]:
             training.result()
             return
         if time.monotonic() > ends_at:
-            yield {"note": f"stopped after {seconds:.0f} s, when its time was over"}
+            yield {"note": f"stopped after {seconds:.0f} s, because its time was over"}
             return
         time.sleep(0.2)
 

@@ -32,7 +32,7 @@ class Predictions:
             self.pending.append((part, row["case"], future))
 
     def collect(self, until: float = 0.0) -> None:
-        """Enter the finished predictions into the report; wait for the others until `until`.
+        """Enter the finished predictions into the report. Wait for the others until `until`.
 
         `until` is a time of `time.monotonic()`.
         """
@@ -75,7 +75,7 @@ def predict(part: str, row: Row, card: str | None) -> Row:
         step_ms = max(ms for limit, ms in limits_ms.items() if limit != "decoding")
         prediction = with_error(row, "step_ms", "predicted_ms", step_ms)
         return {"roofline_share": roofline_share, **prediction}
-    if part == "loop" and recipe.backend != "native":  # the planner knows no other decoder
+    if part == "loop" and recipe.backend != "native":  # the planner models no other decoder
         return {}
     data = Path(row["data"]) if "data" in row else None
     rate = plan(recipe, card, cores=row["threads"], data=data)["images_per_s"]

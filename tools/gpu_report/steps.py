@@ -45,7 +45,7 @@ def memory(settings: Settings) -> list[Case]:
 
 
 def without_bf16(_: float) -> Iterator[Row]:
-    raise SkippedError("the card has none")
+    raise SkippedError("the card does not support bf16")
 
 
 def peak(settings: Settings, method: str, fields: dict[str, Any], _: float) -> Iterator[Row]:
@@ -75,7 +75,7 @@ def peak(settings: Settings, method: str, fields: dict[str, Any], _: float) -> I
 
 
 def step(settings: Settings) -> list[Case]:
-    """RSA and BYOL in turns, and supervised training. First eager, then compiled.
+    """RSA and BYOL in turns, and supervised training, first eager and then compiled.
 
     Compiling takes minutes.
     """

@@ -8,11 +8,11 @@ from typing import Any
 from rsa_fast.tools.gpu_report.worker import Row
 
 Columns = Mapping[str, str]  # the heading of a column, and the format string of its cells
-MAX_ROWS = 40  # of a table
+MAX_ROWS = 40  # the most rows of a table
 
 
 def as_markdown(report: dict[str, Any], columns: Mapping[str, Columns]) -> str:
-    """The whole report; `columns` are those of each part's table."""
+    """The complete report. `columns` are the columns of each part's table."""
     parts = dict(report["parts"])
     machine = parts.pop("machine", {"rows": {}})
     lines = [*heading(report["date"], machine), ""]
@@ -34,7 +34,7 @@ def heading(date: str, machine: dict[str, Any]) -> list[str]:
         "",
         f"- Card: {row['total_gib']:.2f} GiB, of which CUDA takes {row['context_gib']:.2f} itself, "
         f"compute capability {row['capability']}, {smi or 'no nvidia-smi'}",
-        f"- `plan`: {row['plan_row'] or 'has no figures of this card and predicts no times'}",
+        f"- `plan`: {row['plan_row'] or 'has no figures for this card and predicts no times'}",
         f"- Versions: {versions}",
         f"- Host: {row['cores']} cores of {row['cpu']}, {row['memory_gib']:.0f} GiB",
     ]
@@ -52,12 +52,14 @@ def section(record: dict[str, Any], columns: Columns) -> list[str]:
     remarks = [f"{'; '.join(cases)}: {text}" for text, cases in others.items()]
     if "skipped" in record:
         remarks.append(f"skipped: {record['skipped']}")
-    if "fault" in record:  # a fault of the process, not of the case that was under way
+    if "fault" in record:  # a fault of the process, not of the case that was running
         remarks.append(fault_text(record["fault"]))
     if "under_way" in record:
-        remarks.append(f"{record['under_way']}: was under way")
+        remarks.append(f"{record['under_way']}: was still running")
     if record.get("left_out"):
-        remarks.append(f"{'; '.join(record['left_out'])}: left out, the part's time was over")
+        remarks.append(
+            f"{'; '.join(record['left_out'])}: left out, because the part's time was over"
+        )
     lines = [f"**{record['title']}**"]
     if rows:
         lines += ["", *table_lines(thinned(rows), columns)]
@@ -67,7 +69,7 @@ def section(record: dict[str, Any], columns: Columns) -> list[str]:
 
 
 def table_lines(rows: list[Row], columns: Columns) -> list[str]:
-    """The rows as a table. Columns without any value are left out, and so is an empty note."""
+    """The rows as a table. Columns without any value are left out."""
     used = {name: form for name, form in columns.items() if any(cell(form, row) for row in rows)}
     texts = [
         [row["case"], *(cell(form, row) for form in used.values()), remark(row)] for row in rows
@@ -85,7 +87,7 @@ def thinned(rows: list[Row]) -> list[Row]:
 
 
 def cell(form: str, row: Row) -> str:
-    """A row's cell, empty if the row has no such value."""
+    """A row's cell, or an empty string if the row has no such value."""
     try:
         return form.format_map({key: value for key, value in row.items() if value is not None})
     except KeyError:
@@ -93,7 +95,7 @@ def cell(form: str, row: Row) -> str:
 
 
 def remark(row: Row) -> str:
-    """A row's fault, its reason to be skipped, or its note."""
+    """A row's fault, the reason why it was skipped, or its note."""
     if "fault" in row:
         return fault_text(row["fault"])
     return one_line(f"skipped: {row['skipped']}" if "skipped" in row else row.get("note", ""))

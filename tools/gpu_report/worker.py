@@ -1,9 +1,9 @@
 """The process in which the parts of `tools.gpu_report` run, and the class that controls it.
 
 A part is a function `part(settings) -> list[Case]`, named as "module:function". A case is one
-measurement. Parts run in a process of their own because a fault on a GPU outlives the call that
-caused it, because a library can crash, and because a driver can hang. This module imports only the
-standard library, so that a missing library skips a part but does not end the report.
+measurement. Parts run in a separate process for three reasons: a fault on a GPU also affects later
+calls, a library can crash, and a driver can hang. This module imports only the standard library, so
+that a missing library skips a part but does not end the report.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Settings:
     """The inputs and the sizes of all measurements."""
 
     scratch: Path  # an existing folder for data and runs
-    data: Path | None  # images of the caller
+    data: Path | None  # images of the user
     batch_sizes: tuple[int, ...]
-    images: int  # the number of photographs to draw if the caller has none
+    images: int  # the number of photographs to draw if the user has none
     repeats: int  # steps or batches in each measurement
     overrides: dict[str, Any]  # fields of every recipe
 
@@ -56,7 +56,7 @@ class Case:
 
 
 class SkippedError(Exception):
-    """A measurement that this machine cannot do; the message is the reason."""
+    """A measurement that this machine cannot do. The message is the reason."""
 
 
 class Worker:
@@ -74,9 +74,9 @@ class Worker:
     ) -> Iterator[Message]:
         """Run the part at `place` and yield its messages. Times are those of `time.monotonic()`.
 
-        No case begins after `ends_at`, or when the part has run for `share_s` seconds, imports not
-        counted. At `killed_at` the process is killed, whatever it does. After a message "fault"
-        the process is gone.
+        No case begins after `ends_at`, or after the part has run for `share_s` seconds (without
+        imports). At `killed_at` the process is killed. After a message "fault" the process has
+        ended.
         """
         try:
             self.connection.send((place, share_s, ends_at))
@@ -85,7 +85,7 @@ class Worker:
                 if kind == "over":
                     return
                 yield kind, value
-            kind, text = "TimeoutError", "it ran long beyond its share of the time and was killed"
+            kind, text = "TimeoutError", "it exceeded its share of the time and was killed"
         except (EOFError, OSError):
             self.process.join()
             kind, text = "ProcessError", f"its process ended with exit code {self.process.exitcode}"
@@ -110,7 +110,8 @@ def serve(
     """The main function of the worker's process: run the parts that the connection names."""
     os.setsid()
     Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; stdout is for the table
+    # Libraries print to stdout, which is only for the table.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with suppress(EOFError, OSError):
         while True:
             place, share_s, ends_at = connection.recv()
@@ -121,7 +122,7 @@ def serve(
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process and all processes that it started once its parent is gone."""
+    """End this process and all processes that it started when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
