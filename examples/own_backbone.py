@@ -1,9 +1,9 @@
-"""A network of one's own, from the command line and from Python.
+"""Train your own network, from the command line and from Python.
 
     rsa-fast train --data my_photos --arch examples/own_backbone.py:small --out runs/small
 
-A network maps images `(B, 3, H, W)` to features `(B, feature_dim)`. Any `nn.Module` will do: it
-only needs the attribute `feature_dim`.
+A network maps images `(B, 3, H, W)` to features `(B, feature_dim)`. It can be any `nn.Module` with
+the attribute `feature_dim`.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Small(nn.Module):
 
 
 def small() -> nn.Module:
-    """What `--arch examples/own_backbone.py:small` calls, without arguments."""
+    """Make the network. `--arch examples/own_backbone.py:small` calls this without arguments."""
     return Small()
 
 
 def main(data: Path, out: Path, **changes: Any) -> float:
     """Train the network, and return its kNN accuracy in percent."""
-    # From Python, pass a module: a copy of it is trained.
+    # From Python, pass a module. A copy of it is trained.
     network = Small()
     recipe = build_recipe("auto", "byol", data=data, **changes)
     train(recipe, data, out, encoder=network, resume=True)
 
-    # Only the weights are in the checkpoint, so the module is passed again.
+    # The checkpoint contains only the weights, so the module is passed again.
     encoder, recipe = load_encoder(out, encoder=network)
     images = torch.zeros(2, 3, recipe.views.size_px, recipe.views.size_px)
     print(f"features of two images: {tuple(encoder.eval()(images).shape)}")

@@ -3,7 +3,7 @@
     python examples/own_images.py my_photos runs/my_photos
 
 `my_photos` contains one folder of images per class. A fifth of the images is held out for the
-scores. Without class folders, leave out the two `evaluate` lines: there is nothing to score.
+scores. Without class folders there are no scores, so leave out the two `evaluate` lines.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def main(data: Path, out: Path, **changes: Any) -> dict[str, float]:
     recipe = build_recipe("auto", "rsa", data=data, **changes)
     print(recipe)
 
-    # After a stop, the same call continues the run exactly where it was.
+    # If the run was stopped, the same call continues it exactly.
     train(recipe, data, out, resume=True)
 
-    # A run's folder stands for its newest checkpoint, and for its images.
+    # A run's folder means its newest checkpoint and its images.
     knn = evaluate(out, protocol="knn")
     linear = evaluate(out, protocol="linear")
 
-    # A row of features for each image; and weights, with a model card that says how to load them.
+    # `embed` writes a row of features for each image. `export` writes the weights, and a model card
+    # that describes how to load them.
     embed(out, data, out / "embeddings.npz")
     export(out, "safetensors", out / "encoder" / "encoder.safetensors", overwrite=True)
     return {"knn_top1": knn["knn_top1"], "linear_top1": linear["linear_top1"]}

@@ -1,9 +1,9 @@
-"""The four views in a PyTorch loop of one's own, without this project's trainer.
+"""Use the four views in your own PyTorch loop, without this project's trainer.
 
     python examples/own_loop.py data/cifar10
 
-The loader is iterated once an epoch, like a `DataLoader`. Its batches are on the device already.
-Under torchrun, give `Order` the rank and the number of ranks, and each rank gets its part.
+The loader is iterated once per epoch, like a `DataLoader`. Its batches are already on the device.
+Under torchrun, pass the rank and the number of ranks to `Order`. Each rank then gets its part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rsa_fast.pipelines import VIEWS, Loading, Order, open_source, open_views
 from rsa_fast.pipelines.views import ViewSpec
 
-# The augmentation as plain numbers; the others have RSA's values.
+# The augmentation as plain numbers. All other fields have RSA's values.
 SPEC = ViewSpec(size_px=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 BETA = 0.3  # the weight of pairs of two aggressive views; RSA lets it decay to 0
 
@@ -33,8 +33,8 @@ def main(data: Path, epochs: int = 10, batch_size: int = 64, seed: int = 0) -> l
     parameters = [*network.parameters(), *predictor.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
-    # `source` finds the images of any of the supported formats. `order` says which of them each
-    # batch has: a function of the seed and the epoch, so that a loop can begin at any epoch.
+    # `source` reads the images of any supported format. `order` chooses the images of each batch.
+    # The choice depends only on the seed and the epoch, so a loop can begin at any epoch.
     source = open_source(data, "pretrain")
     order = Order(len(source.manifest), batch_size, seed)
     loading = Loading(backend="auto", threads=2)
@@ -62,7 +62,7 @@ def main(data: Path, epochs: int = 10, batch_size: int = 64, seed: int = 0) -> l
 
 
 def similarity(q: Tensor, z: Tensor) -> Tensor:
-    """The mean cosine of the rows of two `(B, D)`."""
+    """The mean cosine of the rows of two tensors `(B, D)`."""
     return F.cosine_similarity(q, z).mean()
 
 

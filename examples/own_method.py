@@ -1,4 +1,4 @@
-"""A method of one's own: BYOL without a target network, on RSA's four views.
+"""Train with your own method: BYOL without a target network, on RSA's four views.
 
     rsa-fast train --dataset cifar10 --method examples/own_method.py --data data/cifar10 --download
     rsa-fast recipes cifar10/examples/own_method.py
@@ -37,7 +37,7 @@ class PlainPairRecipe(Recipe):
 
 class PlainPair(Method):
     recipe_type = PlainPairRecipe
-    # "all", or a scale of the datasets: 32px, 64px, 224px, imagenet100, imagenet1k, short.
+    # A key is "all", or a scale of the datasets: 32px, 64px, 224px, imagenet100, imagenet1k, short.
     rows: ClassVar[Rows] = {
         "all": cite("chosen", hidden_dim=512, out_dim=128),
         "224px": cite("chosen", hidden_dim=4096, out_dim=256),
@@ -58,5 +58,5 @@ class PlainPair(Method):
             z_1 = unit(self.online(batch.weak_1))  # (B, D)
             z_2 = unit(self.online(batch.weak_2))  # (B, D)
         total = 2 - (q_1 * z_2).sum(1).mean() - (q_2 * z_1).sum(1).mean()
-        # The second value is watched for collapse. The dictionary is recorded beside the loss.
+        # The second value is monitored for collapse. The dictionary is recorded beside the loss.
         return Loss(total, z_1, {"agreement": (q_1 * z_2).sum(1).mean()})
