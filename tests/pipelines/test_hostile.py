@@ -452,7 +452,7 @@ INDEX_FAULTS = [
     ("width", 2**31 - 1, r"image 2 is \[20, 2147483647\] px"),
     ("label", 2**40, "labels up to 1099511627776 of 3 classes"),
     ("label", 3, "labels up to 3 of 3 classes"),
-    ("shard", 2**31 - 1, "2147483648 shards of 6 images"),
+    ("shard", 2**31 - 1, "2147483648 shards, but 6 images"),
 ]
 
 

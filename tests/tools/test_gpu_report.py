@@ -140,7 +140,7 @@ TABLE = """\
 
 - Card: 31.75 GiB, of which CUDA takes 0.50 itself, compute capability 7.0, driver 570.1, \
 power limit, W 300
-- `plan`: has no figures of this card and predicts no times
+- `plan`: has no figures for this card and predicts no times
 - Versions: Python 3.12.1, torch 2.10.0
 - Host: 8 cores of CPU Y, 60 GiB
 
