@@ -1845,7 +1845,7 @@ main.add_command(
     Tool(
         "subset",
         "imagenet100",
-        "Make DST, a subset of the image folder SRC (train/, val/) with the classes of a list.",
+        "Make DST, a subset of the image folder SRC (train/, val/), from a list of classes.",
     )
 )
 

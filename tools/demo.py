@@ -81,7 +81,8 @@ def epochs_within(seconds: float, recipe: Recipe, data: Path) -> int:
     trial = recipe.model_copy(update={"log_every_steps": TRIAL_STEPS // 2, "knn_every_epochs": 0})
     with TemporaryDirectory() as folder:
         train(trial, data, folder, stop_at_step=TRIAL_STEPS)
-        step_s = read_metrics(Path(folder))[-1]["step_ms"] / 1e3
+        records = [record for record in read_metrics(Path(folder)) if "step_ms" in record]
+    step_s = records[-1]["step_ms"] / 1e3
     count = len(recipe.open_source(data, "pretrain").manifest)
     steps_per_epoch = resolve(recipe, count).steps_per_epoch
     epochs = min(max(int(seconds / (step_s * steps_per_epoch)), 1), recipe.epochs)

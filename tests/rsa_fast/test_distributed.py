@@ -195,7 +195,7 @@ def test_the_gpu_of_a_process_is_the_only_one_it_sees_or_that_of_its_number(
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     if index is None:
-        with pytest.raises(ValueError, match=r"process 4 of this machine.* finds 4 GPUs"):
+        with pytest.raises(ValueError, match=r"process 4 of this machine.* sees only 4 GPUs"):
             gpu_index()
     else:
         assert gpu_index() == index

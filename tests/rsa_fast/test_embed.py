@@ -191,7 +191,7 @@ def test_another_project_s_encoder_wants_the_transform(run, folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["emb", "emb.txt", "emb.NPZ"])
 def test_an_unknown_format_is_refused_before_anything_is_read(name, tmp_path):
-    with pytest.raises(ValueError, match=r"wanted a name that ends in \.npz, \.npy, \.parquet"):
+    with pytest.raises(ValueError, match=r"the name must end in \.npz, \.npy, \.parquet"):
         embed(tmp_path / "none", None, tmp_path / name)
 
 

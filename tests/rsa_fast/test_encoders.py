@@ -355,7 +355,7 @@ def test_a_key_chooses_among_the_networks_of_a_file(tmp_path, key, caplog):
     expected = source.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in encoder.state_dict().items())
     other = {"student": "teacher", "teacher": "student"}[key.partition(".")[0]]
-    assert f"{other} (122)" in caplog.text and f"--key {other} reads the network" in caplog.text
+    assert f"{other} (122)" in caplog.text and f"--key {other} loads that network" in caplog.text
 
 
 def test_a_file_whose_only_network_is_a_teacher_gives_it(tmp_path):

@@ -237,7 +237,7 @@ def test_few_images_get_smaller_batches_and_more_epochs(run, tmp_path, caplog):
     given = {"log_every_steps": 1, "evaluate": False}
     options = {"preset": "swav", "overrides": given, "callbacks": stop}
     finetune(run, None, tmp_path / "out", **options)
-    assert "few images for the preset's batch: batch 8 and 100 epochs instead" in caplog.text
+    assert "few images for the preset's batch, so the run has batch 8 and 100 epochs" in caplog.text
     recipe = load_encoder(tmp_path / "out")[1]
     assert (recipe.batch_size, recipe.epochs) == (8, 100)  # 5 steps an epoch, 500 in all
     assert recipe.lr_drop_epochs == (60, 80)  # for SwAV's 12 and 16 of 20

@@ -275,7 +275,9 @@ def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     double = batch_of(run.method)
     views = {name: view.float() for name, view in double.views.items()}
     batch = Batch(double.label, views, double.ids)
-    losses = [train_step(run, batch).total.item() for _ in range(15)]
+    # At this rate the loss of VICReg rises and falls by a tenth during the first 20 steps. How it
+    # does so depends on the CPU's instructions.
+    losses = [train_step(run, batch).total.item() for _ in range(40)]
     assert losses[-1] < losses[0] - 0.1 * abs(losses[0])
 
 

@@ -172,7 +172,7 @@ def test_a_run_needs_nothing_but_the_folder(photos, tmp_path, monkeypatch, caplo
         finished = run("train", photos, "--resume")
         resumed = run("train", photos, "--resume", "--epochs", 2)
     assert finished.stdout == second.stdout
-    assert "the run in runs/my_photos-rsa-2 is finished" in caplog.text
+    assert "the run in runs/my_photos-rsa-2 finished" in caplog.text
     assert result_of(resumed)["out"] == "runs/my_photos-rsa-2"
     assert "start     at step 2 of the run in runs/my_photos-rsa-2" in caplog.text
 

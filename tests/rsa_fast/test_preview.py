@@ -268,7 +268,7 @@ def test_the_command_draws_the_views_of_its_seed_epoch_and_recipe_file(folder, t
         (("--compare", "dahli"), "no backend 'dahli'"),
         (("--images", 41), "the data has 40 images, fewer than --images 41"),
         (("--images", 0), "0 is not in the range"),
-        (("--out", "views.jpg"), "wanted a name that ends in .png"),
+        (("--out", "views.jpg"), "the name must end in .png"),
         (("--dataset", "cifar"), "did you mean 'cifar10'?"),
         (("--data", "/nowhere"), "no folder /nowhere"),
         (("--set", "views.blurp=1"), "did you mean 'views.blur_p'?"),

@@ -458,7 +458,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path):
     ("arguments", "message"),
     [
         (("rsa", "byol"), "2 runs on one page: give the page's name by --out"),
-        (("rsa", "--out", "page.pdf"), "wanted a name that ends in .html"),
+        (("rsa", "--out", "page.pdf"), "the name must end in .html"),
         (("empty",), "no metrics.jsonl in"),
         (("begun",), "nothing is recorded yet in begun"),
         ((), "Missing argument"),
