@@ -110,7 +110,7 @@ def test_ranks_see_together_what_one_rank_sees_and_read_only_what_they_are_asked
     ranks = []
     for rank in (0, 1):
         with open_loader(
-            beton, reads=reads, rank=rank, world_size=2, threads=1, dtype=torch.bfloat16
+            beton, "ffcv", reads, rank=rank, world_size=2, threads=1, dtype=torch.bfloat16
         ) as opened:
             ranks.append(list(opened.batches(0)))
     for step, whole in enumerate(reference):

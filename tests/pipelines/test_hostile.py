@@ -188,7 +188,7 @@ def test_arrays_that_would_run_code_or_fill_the_memory_are_refused(tmp_path):
             read_npz(place, wanted)
 
     np.savez(place, a=np.array([Exploit(tmp_path / "ran")], object))
-    refused("holds object, wanted int64")
+    refused("contains object, wanted int64")
     assert not (tmp_path / "ran").exists()
     np.savez_compressed(place, a=np.zeros(10**7, np.int64))
     refused("is compressed or larger than the file")

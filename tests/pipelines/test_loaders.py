@@ -263,7 +263,7 @@ PIXELS = "the images are stored as pixels, which need no decoder"
 FILES = "it decodes files fastest on a CPU"
 ON_GPU, NO_DALI, NO_FFCV = (
     "it can decode on the GPU",
-    "DALI is not installed; decodes on the CPU",
+    "DALI is not installed; it decodes on the CPU",
     "FFCV is not installed; ",
 )
 # By (source, device): the choice with both libraries, without FFCV, without DALI, with neither.
