@@ -29,7 +29,7 @@ from rsa_fast.training.engine import train
 from rsa_fast.training.step import build_run
 
 # The budget is for a narrow ResNet-18 on two CPU cores.
-BUDGET = {"width": 16, "lr_per": "step", "knn_every_epochs": 0}
+BUDGET = {"width": 8, "lr_per": "step", "knn_every_epochs": 0}
 SGD_PEAK_LR = 0.06  # for methods with SGD; methods with another optimiser use their own rate
 # Targets follow faster than in the paper, because there are few steps.
 FAST_TARGET = {"tau_base": 0.97}
