@@ -179,7 +179,7 @@ DATASETS = {
             batch_size=32,
             peak_lr=0.06,
             lr_per="step",
-            epochs=12,
+            epochs=20,
             knn_every_epochs=4,
         ),
         scales=("32px", "short"),

@@ -42,7 +42,7 @@ TRAINING_SHARE = 0.8  # of the time; the rest is for drawing, evaluating and rep
 TRIAL_STEPS = 30  # the second half of them is timed
 INTRODUCTION = """\
 This draws 3,000 images of 10 classes, trains RSA and BYOL on them without labels, and compares both
-with raw pixels and with an untrained network. It takes 3 minutes on two cores with bf16 (Zen 4)."""
+with raw pixels and with an untrained network. It takes 5 minutes on two cores with bf16 (Zen 4)."""
 
 
 @click.command()

@@ -32,14 +32,23 @@ GENERATED = "<!-- python -m tools.docs writes this page. Change the code, not th
 TOOLS = ("demo", "make_demo", "bench", "compare", "docs")  # they have no command of rsa-fast
 # A method's rows in the table of docs/results.md.
 MEASURED = {
+    "barlow-twins": ("Barlow Twins",),
     "byol": ("BYOL, AA", "BYOL, AW"),
+    "dino": ("DINO",),
+    "infomin": ("InfoMin",),
+    "inst-dis": ("InstDis",),
+    "jcl": ("JCL",),
     "moco": ("MoCo v2",),
+    "pirl": ("PIRL",),
     "ressl": ("ReSSL",),
     "rsa": ("RSA", "RSA, fixed beta"),
     "simclr": ("SimCLR",),
     "simsiam": ("SimSiam",),
     "simsiam-rsa": ("SimSiam + RSA",),
     "supervised": ("supervised",),
+    "swav": ("SwAV", "SwAV, multi-crop"),
+    "vicreg": ("VICReg",),
+    "w-mse": ("W-MSE, 2 crops", "W-MSE, 4 crops"),
 }
 SOURCES = (
     "PAPER is the [RSA paper](https://github.com/tmllab/RSA) (NeurIPS 2022) with the section, CODE "
