@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Two threads by default. If there are more threads than cores, OpenMP's spinning threads slow each other down.
 export OMP_NUM_THREADS ?= 2
 
-setup: $(VENV)/.ready ## make .venv with the pinned packages (3 to 4 minutes the first time)
+setup: $(VENV)/.ready ## make .venv with the pinned packages (3 to 5 minutes the first time)
 
 $(VENV)/.base: pyproject.toml constraints.txt tools/setup.sh
 	PYTHON=$(PYTHON) bash tools/setup.sh $(VENV) base

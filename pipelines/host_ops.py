@@ -372,8 +372,8 @@ def resize_rows_16(
     """The loop over the rows of `resize_across`, 16 outputs at once by `resize_16`.
 
     Returns False and does nothing if 16 neighbouring outputs depend on more than 128 bytes of a row
-    or on more than 8 taps each, that is if the image is made smaller by more than a factor of about
-    2.3. The same is true for images and outputs that are narrower than the registers.
+    or on more than 8 taps each. This happens when an image is made smaller by more than a factor of
+    about 2.3. It also returns False for rows below 128 bytes and for fewer than 16 outputs.
 
     `place` `(size,)` and `weight` `(taps, size)` are those of `resize_across`.
     """
@@ -383,7 +383,8 @@ def resize_rows_16(
         return False
     blocks, groups = (size + 15) // 16, (taps + 3) // 4
     begin, first_byte = np.empty(blocks, np.int64), np.empty(blocks, np.int64)
-    # Of each block: the bytes of the four taps of an output in each group, and the weights.
+    # For each block, `index` contains the place of every tap in the 128 bytes, and `digits` its
+    # weight. The taps of an output are in groups of four.
     index = np.zeros((blocks, groups, 16, 4), np.uint8)
     digits = np.zeros((blocks, 3, groups, 16, 4), np.int8)
     for b in range(blocks):
@@ -845,8 +846,8 @@ def interpolate(
 
 
 # Inner loops in AVX-512, written in LLVM's intermediate representation. Numba has no type for a
-# vector, so that each of them reads its vectors from arrays and writes the result to one. Offsets
-# are in bytes.
+# vector. Each loop therefore reads its vectors from arrays and writes the result to an array. All
+# offsets are in bytes.
 
 inner_loop: Any = intrinsic(prefer_literal=True)  # mypy counts numba's argument `typing`, too
 BYTE, ADDRESS = ir.IntType(8), ir.IntType(64)
@@ -956,7 +957,9 @@ def normalise_64(typing, planes, count, separate, pixels, i):  # type: ignore[no
 
 
 @inner_loop
-def resize_16(typing, pixels, source, index, digits, block, rows, out, size, groups):  # type: ignore[no-untyped-def]
+def resize_16(  # type: ignore[no-untyped-def]
+    typing, pixels, source, index, digits, block, rows, out, size, groups
+):
     """Make 16 outputs of a resized row from the 128 bytes at the offset `source` in `pixels`.
 
     Three times 16 bytes are written to the offset `out` in `rows`, `size` bytes apart. `index` and

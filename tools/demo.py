@@ -38,8 +38,8 @@ from rsa_fast.training.step import build_run
 log = logging.getLogger("rsa_fast")
 
 METHODS = ("rsa", "byol")
-TRAINING_SHARE = 0.8  # of the time; the rest is for drawing, evaluating and reporting
-TRIAL_STEPS = 30  # the second half of them is timed
+TRAINING_SHARE = 0.8  # This share of the time is for training, the rest for all other work.
+TRIAL_STEPS = 30  # The second half of these steps is timed.
 INTRODUCTION = """\
 This draws 3,000 images of 10 classes, trains RSA and BYOL on them without labels, and compares both
 with raw pixels and with an untrained network. It takes 5 minutes on two cores with bf16 (Zen 4)."""
@@ -77,7 +77,7 @@ def main(out: Path, data: Path, minutes: float) -> None:
 
 
 def epochs_within(seconds: float, recipe: Recipe, data: Path) -> int:
-    """The recipe's epochs, or as many as this machine trains in this time, by a short trial."""
+    """The recipe's epochs, or fewer if a short trial shows that they take longer than `seconds`."""
     trial = recipe.model_copy(update={"log_every_steps": TRIAL_STEPS // 2, "knn_every_epochs": 0})
     with TemporaryDirectory() as folder:
         train(trial, data, folder, stop_at_step=TRIAL_STEPS)
