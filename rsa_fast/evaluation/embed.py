@@ -58,7 +58,6 @@ from rsa_fast.training.step import choose_device, choose_dtype
 
 log = logging.getLogger("rsa_fast")
 
-BATCH_SIZE = 256  # number of images on a device at a time
 BLOCK_ROWS = 4096  # number of rows that are written at a time: 32 MiB with 2048 features
 LOG_EVERY_S = 60.0
 
@@ -120,7 +119,7 @@ def embed(
                 log.info("the test images are not included: --split test writes those")
         device = choose_device(recipe.device)
         dtype = choose_dtype(recipe.precision, device)
-        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
+        images = plain_images(source, recipe, device, dtype)
         network = network.to(device)
         started, done = time.perf_counter(), Progress()
         with eval_mode(network), torch.no_grad():

@@ -479,7 +479,7 @@ class Evaluation:
         self.labels, self.cached = labels, cached
         self.predictions: dict[str, Predictions] = {}
         self.train, self.test = (
-            plain_images(source, recipe, device, dtype, linear.BATCH_SIZE, policy)
+            plain_images(source, recipe, device, dtype, policy)
             # An unreadable test image is always left out. The recipe decides about training images.
             for source, policy in zip(sources, (recipe.on_bad_image, "skip"), strict=True)
         )

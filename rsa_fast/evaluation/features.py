@@ -36,6 +36,10 @@ LabelledFeatures = tuple[Tensor, Tensor]  # (N, D), (N,); an unreadable image ha
 log = logging.getLogger("rsa_fast")
 
 CACHE_BYTES = 8 * 2**30  # the limit of the cache, above which the oldest features are removed
+BATCH_SIZE = 256  # number of images on the device at a time, for which 224 px keep a GPU busy
+# On a CPU, the activations of a small batch stay in the caches. A ResNet-50 in bf16 on two cores
+# (Emerald Rapids) computes 17.4 images of 224 px per second 16 at a time, and 15.4 at 256.
+CPU_BATCH_PIXELS = 16 * 224**2
 BLOCK_ROWS = 16_384  # number of rows on the device at a time: 128 MiB with 2048 features
 
 
@@ -113,10 +117,12 @@ def plain_images(
     recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
-    batch_size: int,
     on_bad_image: OnBadImage = "skip",
 ) -> PlainImages:
     """This rank's part of the images, sized and normalised by the recipe."""
+    batch_size = BATCH_SIZE
+    if device.type == "cpu":
+        batch_size = min(batch_size, max(1, CPU_BATCH_PIXELS // recipe.views.size_px**2))
     return PlainImages(
         source,
         recipe.views,

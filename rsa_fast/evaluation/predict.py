@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from rsa_fast.distributed import gather, process_group, rank
 from rsa_fast.evaluation.embed import (
-    BATCH_SIZE,
     Block,
     eval_mode,
     features_of,
@@ -109,7 +108,7 @@ def predict(
             log.info(inventory(source))
         device = choose_device(recipe.device)
         dtype = choose_dtype(recipe.precision, device)
-        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
+        images = plain_images(source, recipe, device, dtype)
         with eval_mode(classifier.to(device)):
             blocks = features_of(classifier, images)
             if rank() == 0:

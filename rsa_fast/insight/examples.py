@@ -30,7 +30,6 @@ log = logging.getLogger("rsa_fast")
 
 VIEWED, QUERIES, NEAREST, SEED = 4, 6, 8, 0
 POOL = 1000  # neighbours are searched among this number of images, to save time
-BATCH_SIZE = 64
 
 
 def examples(folder: Path) -> str:
@@ -61,7 +60,7 @@ def examples(folder: Path) -> str:
         source = subset(every, ids, "pretrain")
         device = choose_device(recipe.device)
         dtype = choose_dtype(recipe.precision, device)
-        images = plain_images(source, recipe, device, dtype, BATCH_SIZE)
+        images = plain_images(source, recipe, device, dtype)
         features, labels = extract_features(network.to(device), images)
         readable = np.array([i for i in range(len(ids)) if i not in images.bad], int)
         rows = Embeddings(

@@ -46,7 +46,7 @@ from rsa_fast.datasets import DATASETS
 from rsa_fast.distributed import alone
 from rsa_fast.evaluation import linear
 from rsa_fast.evaluation.evaluate import KNN_CHUNK, KNN_SETTINGS, embed_in_own_dtype
-from rsa_fast.evaluation.features import BLOCK_ROWS
+from rsa_fast.evaluation.features import BATCH_SIZE, BLOCK_ROWS
 from rsa_fast.methods import method_class, short_name
 from rsa_fast.methods.method import Method, build_method
 from rsa_fast.pipelines import Batch, Loading, Order, Source, open_source, open_views
@@ -331,7 +331,7 @@ def trace_evaluation(
         method = build_method(recipe, encoder)
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         method.to_empty(device=device).eval()
-        pixels = torch.empty(linear.BATCH_SIZE, size_px, size_px, 3, dtype=torch.uint8)
+        pixels = torch.empty(BATCH_SIZE, size_px, size_px, 3, dtype=torch.uint8)
         images = pixels.permute(0, 3, 1, 2) / 255
         batch = images.to(dtype, memory_format=torch.channels_last)
         features = embed_in_own_dtype(method.encoder, batch)

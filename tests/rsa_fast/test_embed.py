@@ -20,6 +20,7 @@ import rsa_fast
 from rsa_fast.cli import main
 from rsa_fast.distributed import rank
 from rsa_fast.evaluation import embed as module
+from rsa_fast.evaluation import features as feature_module
 from rsa_fast.evaluation.embed import embed, read_embeddings
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.pipelines.layouts import open_source
@@ -40,7 +41,7 @@ def run(folder, tmp_path_factory) -> Path:
 def test_the_rows_are_what_the_encoder_returns_in_the_order_of_the_images(
     run, folder, tmp_path, suffix, monkeypatch
 ):
-    monkeypatch.setattr(module, "BATCH_SIZE", 7)
+    monkeypatch.setattr(feature_module, "BATCH_SIZE", 7)
     monkeypatch.setattr(module, "BLOCK_ROWS", 10)  # The last block of 40 rows is short.
     out, source = tmp_path / f"emb{suffix}", open_source(folder, "pretrain")
     result = embed(run, None, out)  # the newest checkpoint, the run's images
@@ -117,7 +118,7 @@ def test_images_without_classes_are_as_lightly_trains_csv_and_null_elsewhere(run
 
 
 def test_bad_images_have_no_row_and_are_counted_in_a_line(run, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_SIZE", 4)
+    monkeypatch.setattr(feature_module, "BATCH_SIZE", 4)
     data = write_folder(tmp_path / "data", {"train": 5})
     whole = tmp_path / "whole.npy"
     embed(run, data, whole)
@@ -218,7 +219,7 @@ def test_a_failed_start_leaves_the_file_as_it_was(run, folder, tmp_path, monkeyp
 
 def embeddings_of_ranks(folder: Path) -> dict[str, dict]:
     """What this rank gets."""
-    module.BATCH_SIZE, results = 4, {}
+    feature_module.BATCH_SIZE, results = 4, {}
     for name in ("data", "one"):
         for suffix in (".npy", ".parquet"):
             out = folder / f"{name}{suffix}"

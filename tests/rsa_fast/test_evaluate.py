@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,18 @@ def test_plain_images_equal_torchvision_s_transform(size, resize_px, reference):
     image = natural_image(0, *size)
     expected = np.asarray(reference(Image.fromarray(image)))
     assert (plain_image(image, expected.shape[0], resize_px) == expected).all()
+
+
+def test_a_cpu_gets_as_many_images_as_its_caches_hold(folder):
+    source, recipe = open_source(folder, "pretrain"), tiny()
+
+    def batch(size_px, device):
+        views = replace(recipe.views, size_px=size_px)
+        sized = recipe.model_copy(update={"views": views, "eval_resize_px": None})
+        return features.plain_images(source, sized, device, torch.float32).batch_size
+
+    assert [batch(size_px, CPU) for size_px in (224, 112, 32, 1000)] == [16, 64, 256, 1]
+    assert batch(224, torch.device("meta")) == 256
 
 
 def test_a_very_long_image_is_cropped_without_resizing_all_of_it(monkeypatch):

@@ -220,7 +220,7 @@ linear.FAST_EPOCHS = 1
 extract_features = evaluate.extract_features
 
 def extract(encoder, images):
-    images.ids = [0] * linear.BATCH_SIZE
+    images.ids = [0] * features.BATCH_SIZE
     rows, _ = extract_features(encoder, images)
     count = 50_000 if images is evaluation.test else 3 * features.BLOCK_ROWS
     return torch.empty(count, rows.shape[1], dtype=rows.dtype), torch.arange(count) % 1000
