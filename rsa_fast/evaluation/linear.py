@@ -229,7 +229,9 @@ def fit(
         for step, positions in enumerate(torch.split(order, BATCH_SIZE)):
             ramp = cosine_ramp(epoch + step / steps, FAST_EPOCHS)
             features, labels = batch(ids[positions])
-            error = torch.softmax(features @ weight, -1) - F.one_hot(labels, classes)  # (L, B, C)
+            # A CPU multiplies denormal numbers very slowly, so that the smallest become 0.
+            probabilities = F.threshold(torch.softmax(features @ weight, -1), 1e-30, 0)
+            error = probabilities - F.one_hot(labels, classes)  # (L, B, C)
             momentum.mul_(0.9).add_(features.T @ error / len(features))
             weight.sub_(momentum * lr * ramp)
     return weight
