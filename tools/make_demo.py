@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -144,10 +145,14 @@ def make_demo(
         name = f"{SHAPES[shape]}_{TEXTURES[texture]}"
         for split in ("train", "test"):
             (partial / split / name).mkdir(parents=True)
-        for index in range(per_class):
+
+        def draw(index: int, label: int = label, name: str = name) -> None:
             rng = np.random.default_rng([seed, label, index])
             path = partial / ("test" if index < test else "train") / name / f"{index:04}.jpg"
             render(label, size_px, rng).save(path, quality=int(rng.integers(85, 96)))
+
+        with ThreadPoolExecutor(2) as pool:  # takes .75 of the time of one thread
+            list(pool.map(draw, range(per_class)))
     (partial / "demo.json").write_text(json.dumps(settings))
     partial.rename(root)
     return result
