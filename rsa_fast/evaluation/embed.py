@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from rsa_fast.distributed import gather, process_group, rank, world_size
 from rsa_fast.evaluation.encoders import load_encoder
 from rsa_fast.evaluation.evaluate import checked_overrides, embed_in_own_dtype, recipe_for_images
-from rsa_fast.evaluation.features import plain_images
+from rsa_fast.evaluation.features import eval_mode, plain_images
 from rsa_fast.pipelines.files import json_text, write_text, write_whole
 from rsa_fast.pipelines.layouts import Data, has_test_split, inventory, places_of
 from rsa_fast.pipelines.machine import PIP
@@ -173,17 +173,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):  # hashlib.file_digest came with Python 3.11
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network into eval mode. Afterwards, its previous mode is restored."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def features_of(encoder: nn.Module, images: PlainImages) -> Iterator[Block]:

@@ -39,6 +39,7 @@ from rsa_fast.evaluation.features import (
     LabelledFeatures,
     blocks,
     cached,
+    eval_mode,
     gather_features,
     gather_rows,
     plain_images,
@@ -295,16 +296,14 @@ def extract_features(encoder: nn.Module, images: PlainImages) -> LabelledFeature
 
     Afterwards, the encoder's previous mode is restored.
     """
-    training = encoder.training
-    encoder.eval()
     rows, labels, done = torch.empty(0), torch.empty(len(images.ids), dtype=torch.int64), 0
-    for batch, batch_labels in images:
-        features = embed_in_own_dtype(encoder, batch)
-        if done == 0:  # joining batches at the end would take twice the memory
-            rows = torch.empty(len(labels), features.shape[1], dtype=features.dtype)
-        end = done + len(features)
-        rows[done:end], labels[done:end], done = features, batch_labels, end
-    encoder.train(training)
+    with eval_mode(encoder):
+        for batch, batch_labels in images:
+            features = embed_in_own_dtype(encoder, batch)
+            if done == 0:  # joining batches at the end would take twice the memory
+                rows = torch.empty(len(labels), features.shape[1], dtype=features.dtype)
+            end = done + len(features)
+            rows[done:end], labels[done:end], done = features, batch_labels, end
     return rows, labels
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -110,6 +111,17 @@ def mean_and_variance(
     mean = total(lambda block: block) / count
     variance = total(lambda block: (block - mean).square()) / (count - 1)
     return mean.float(), variance.float()
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network into eval mode. Afterwards, its previous mode is restored."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def plain_images(

@@ -35,6 +35,7 @@ from rsa_fast.distributed import world_size
 from rsa_fast.evaluation.accuracy import TOP5_ABOVE
 from rsa_fast.evaluation.encoders import load_encoder, traits
 from rsa_fast.evaluation.evaluate import Evaluation, embed, recipe_for_images
+from rsa_fast.evaluation.features import eval_mode
 from rsa_fast.methods.supervised import Supervised, SupervisedRecipe
 from rsa_fast.networks import Encoder
 from rsa_fast.pipelines.combined import fraction_of, listed_ids, stratified_ids, subset
@@ -231,15 +232,14 @@ def score(method: Supervised, evaluation: Evaluation) -> dict[str, Any]:
     The top-5 accuracy is measured if there are more than ten classes. Images that cannot be read
     do not count. With several ranks, every rank must call this.
     """
-    training, test = method.training, evaluation.test
-    method.eval()
+    test = evaluation.test
     # The counts are the hits of top-1, the hits of top-5, and the images.
     counts = torch.zeros(3, dtype=torch.int64, device=test.device)
-    for images, labels in test:
-        outputs = logits(method, images)
-        hits = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]  # (B, 5)
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
-    method.train(training)
+    with eval_mode(method):
+        for images, labels in test:
+            outputs = logits(method, images)
+            hits = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]  # (B, 5)
+            counts += torch.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
     if world_size() > 1:
         dist.all_reduce(counts)
     top1, top5, images_scored = counts.tolist()

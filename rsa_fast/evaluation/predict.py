@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from rsa_fast.distributed import gather, process_group, rank
 from rsa_fast.evaluation.embed import (
     Block,
-    eval_mode,
     features_of,
     filename,
     table_writer,
 )
-from rsa_fast.evaluation.features import plain_images
+from rsa_fast.evaluation.features import eval_mode, plain_images
 from rsa_fast.evaluation.finetune import logits
 from rsa_fast.methods.method import build_method
 from rsa_fast.methods.supervised import Supervised
