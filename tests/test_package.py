@@ -153,6 +153,7 @@ def test_a_program_imports_its_own_pipelines_and_tools_beside_rsa_fast(python, h
     assert call(python, "-c", absent, cwd=hostile.parent) == "None\n"
 
 
+@pytest.mark.slow
 def test_the_command_and_its_ranks_never_import_from_the_users_folder(python, hostile):
     write_folder(hostile / "photos", {"train": 8}, size=(40, 40))
     words = "train photos --nproc 2 --epochs 1 --batch-size 8 --size 16 --set width=4 --no-eval"

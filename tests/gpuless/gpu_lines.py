@@ -3,7 +3,7 @@
 The program is `python -m tests.gpuless.gpu_lines FOLDER`. FOLDER contains the coverage data of the
 tests, which they write with
 
-    RSA_FAST_GPU_COVERAGE=FOLDER python -m pytest tests -k "gpu or sync or step"
+    RSA_FAST_GPU_COVERAGE=FOLDER python -m pytest -m "" tests -k "gpu or sync or step"
 
 A line counts as the GPU's if it is in a branch whose condition asks for one, after an early return
 for the CPU, or in a function that takes or makes CUDA streams and events. The program prints the

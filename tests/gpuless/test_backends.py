@@ -20,6 +20,7 @@ def results(tmp_path_factory):
     return json.loads(on_fake_gpu(*PROGRAM, "training", folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_with_a_bad_image_and_a_resume_sends_the_crops_and_never_waits(results, case):
     found = results[case]

@@ -13,6 +13,7 @@ from tests.fake_gpu import on_fake_gpu
 from tests.gpuless.budget import hold, rewrite
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_moves_fewer_bytes_also_where_ranks_share_their_statistics(tmp_path):
     found = json.loads(on_fake_gpu("-m", "tests.gpuless.compiled_encoder", tmp_path))
     rewrite("compiled_encoder", found)

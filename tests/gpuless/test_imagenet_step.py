@@ -24,6 +24,7 @@ def costs(folder, tmp_path_factory):
     return costs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*METHODS, "rsa recomputed"])
 def test_a_step_waits_for_nothing_and_costs_what_the_budget_says(costs, case):
     assert costs[case]["faults"] == {}

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.fake_gpu import on_fake_gpu
 from tests.gpuless.budget import hold, rewrite
 
 
+@pytest.mark.slow
 def test_fused_operations_take_the_budget_s_kernels_and_registers_and_never_spill(tmp_path):
     found = json.loads(on_fake_gpu("-m", "tests.gpuless.lowering", tmp_path))
     planted = found.pop("planted")

@@ -9,6 +9,8 @@ import json
 import re
 from importlib.util import find_spec
 
+import pytest
+
 from rsa_fast.methods import METHODS
 from tests.fake_gpu import on_fake_gpu
 from tests.gpuless.budget import differences
@@ -31,6 +33,7 @@ LINT = (
 BUDGET = ("products", "kernels", "copies", "all_reduce_bytes", "peak_gib")
 
 
+@pytest.mark.slow
 def test_no_precision_optimiser_backend_or_batchnorm_makes_the_host_wait(folder, request):
     beton = [request.getfixturevalue("beton")] if find_spec("ffcv") else []
     costs = json.loads(on_fake_gpu(*PROGRAMS, "small_steps", folder, *beton))

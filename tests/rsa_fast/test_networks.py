@@ -76,6 +76,7 @@ def test_recomputed_stages_learn_the_same_bit_for_bit(method, precision):
         assert_same(two_steps(method, precision=precision, recompute_stages=stages), plain)
 
 
+@pytest.mark.slow
 def test_the_same_on_two_ranks_and_compiled_without_a_break(tmp_path):
     """`fullgraph` raises where torch would break the graph, as at an untraceable collective."""
     for steps in run_ranks(steps_in_every_way, 2, tmp_path):
@@ -95,6 +96,7 @@ def test_only_the_first_stages_run_again_and_only_for_a_backward():
     assert runs == 2 * every + ["layer2", "conv1", "layer1"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which(COMPILER) is None,
     reason=f"no C++ compiler {COMPILER}, which torch.compile needs on a CPU",

@@ -265,6 +265,7 @@ def test_one_recomputed_stage_is_what_rsa_on_imagenet_needs_in_16_gb(monkeypatch
     assert reserved / GIB < card.memory_gib - planning.OVERHEAD_GIB
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_is_offered_the_setting_with_which_it_fits():
     found = plan(RSA, "v100-16g", gpus=8)
     assert (

@@ -74,6 +74,7 @@ def forked(target, *args: object) -> int:
 
 
 @both
+@pytest.mark.slow
 def test_a_kill_at_any_moment_changes_no_byte(tool, images, tmp_path):
     src = tmp_path / "src"
     shutil.copytree(images / "train" / "class_0", src / "train" / "class_0")

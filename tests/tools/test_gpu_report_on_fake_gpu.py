@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from rsa_fast.methods import METHODS
 from tests.fake_gpu import on_fake_gpu
 from tests.helpers import write_folder
@@ -27,6 +29,7 @@ REASONS += r"|the recipe has faults:\n  batch_size = 8 is not a multiple of 256:
 REASONS += r"|the recipe has faults:\n  warmup_start_lr = 0.3 is above the peak learning rate .*"
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_fake_gpu(tmp_path, monkeypatch):
     """Values and times are garbage there. What counts is that no call fails.
 
