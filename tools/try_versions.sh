@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 venv=$(mktemp -d "${TMPDIR:-/tmp}/rsa-fast-versions-XXXXXX")
 trap 'rm -rf "$venv"' EXIT
 "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check "$wanted" -e . pytest pytest-xdist hypothesis scipy
+"$venv/bin/pip" install --quiet --disable-pip-version-check "$wanted" \
+    -e ".[detection,embed,export,timm]" pytest pytest-xdist hypothesis scipy onnxruntime setuptools
 "$venv/bin/python" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

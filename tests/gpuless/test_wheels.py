@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import ROOT
+
 WANTED = {"sm_70", "sm_90"}
+PINS = (ROOT / "constraints.txt").read_text().split()
+
+pytestmark = pytest.mark.skipif(
+    f"torch=={torch.__version__.partition('+')[0]}" not in PINS,
+    reason=f"torch {torch.__version__} is not the one of constraints.txt",
+)
 
 
 def test_torch_is_compiled_for_them():

@@ -87,6 +87,11 @@ def losses(method: str) -> list[float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_losses_of_a_method_stay(method):
+    if method == "dino":  # the only one that draws weights from it
+        torch.manual_seed(0)
+        drawn = torch.nn.init.trunc_normal_(torch.empty(1, dtype=torch.float64)).item()
+        if drawn != pytest.approx(1.6320, abs=1e-3):
+            pytest.skip(f"trunc_normal_ of torch {torch.__version__} draws other weights")
     values = losses(method)
     assert values == pytest.approx(golden("losses", method, values), rel=1e-9)
     assert len(set(values)) > 1

@@ -189,7 +189,9 @@ def test_an_image_too_large_for_training_is_bad_and_reduced(tmp_path, monkeypatc
             small.shape[1::-1], Image.Resampling.LANCZOS
         )
         assert np.abs(small.astype(int) - np.asarray(expected)).mean() < 6, name
-    assert run(tmp_path)[0] == 0 and not recwarn
+    assert run(tmp_path)[0] == 0
+    # From Python 3.12 on, a fork in a process with threads warns of being deprecated.
+    assert {warning.category for warning in recwarn} <= {DeprecationWarning}
 
 
 def test_a_repaired_image_keeps_its_orientation(tmp_path):
