@@ -415,7 +415,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         rows = x.new_empty((world_size() * len(x), *x.shape[1:]))
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        # torch 2.14 calls it all_gather_single, and warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        all_gather(rows, x.contiguous())
         return rows
 
     @staticmethod
