@@ -290,7 +290,7 @@ def trace(
     dtype = choose_dtype(precision, device)
     derived = resolve(recipe, 100 * recipe.batch_size)
     with alone(), FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
-        method.to_empty(device=device).train()
+        to_fake(method, device).train()
         run = Run(
             recipe=recipe,
             derived=derived,
@@ -317,6 +317,20 @@ def trace(
     return ledger, method
 
 
+def to_fake(method: Method, device: torch.device) -> Method:
+    """Replace the tensors on the device "meta" by fake ones on `device`.
+
+    By default, a parameter only gets the data of its successor. torch 2.9 and older then refuse its
+    gradient, because it is on another device.
+    """
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return method.to_empty(device=device)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
 @cache
 def trace_evaluation(
     recipe: Recipe, precision: str, encoder: nn.Module | None = None
@@ -330,7 +344,7 @@ def trace_evaluation(
     with torch.device("meta"):
         method = build_method(recipe, encoder)
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
-        method.to_empty(device=device).eval()
+        to_fake(method, device).eval()
         pixels = torch.empty(BATCH_SIZE, size_px, size_px, 3, dtype=torch.uint8)
         images = pixels.permute(0, 3, 1, 2) / 255
         batch = images.to(dtype, memory_format=torch.channels_last)
