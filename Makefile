@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 test: setup ## run the complete fast suite
 	$(PYTEST)
 
-test-slow: setup ## run the slow tests, as CI also does: RSA still learns, the steps of ImageNet wait for nothing, ...
+test-slow: setup ## run the slow tests, as CI also does, for example that RSA still learns
 	$(PYTEST) -m slow
 
 test-gpu: setup ## run the tests that need a GPU; without a GPU, print one line

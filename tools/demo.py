@@ -67,7 +67,8 @@ def main(out: Path, data: Path, minutes: float) -> None:
     began = time.perf_counter()
     click.echo(INTRODUCTION, err=True)
     logging.basicConfig(format="%(message)s")
-    # Two threads gain nothing here either, and beside a busy program they take ten times as long.
+    # A second thread gains little for such small tensors. Beside a busy program, two threads take
+    # many times as long as one, because each operator waits for the thread that has no core.
     torch.set_num_threads(1)
     make_demo(data)
     recipe = build_recipe("demo", "rsa")
@@ -90,7 +91,8 @@ def train_within(seconds: float, recipe: Recipe, data: Path, out: Path) -> None:
         epoch_s = first_step_s(runs, out) * resolve(recipe, count).steps_per_epoch
         epochs = max(int(seconds / epoch_s), 1) if epoch_s else recipe.epochs
         if epochs >= recipe.epochs:
-            return wait_for(runs, out)
+            wait_for(runs, out)
+            return
     log.warning(
         f"an epoch takes {epoch_s:.0f} s here: both methods are trained for {epochs} of "
         f"{recipe.epochs} epochs, and their accuracies will be lower"
@@ -128,7 +130,7 @@ def first_step_s(runs: dict[str, Popen[bytes]], out: Path) -> float:
     while all(run.poll() is None for run in runs.values()):
         time.sleep(0.5)
         files = [out / method / "metrics.jsonl" for method in runs]
-        # An older file is of an earlier demo, which the run will delete.
+        # An older file belongs to an earlier demo. The run will replace it.
         fresh = [file for file in files if file.is_file() and file.stat().st_mtime > began]
         step_ms: list[float] = [
             record["step_ms"]
@@ -142,6 +144,10 @@ def first_step_s(runs: dict[str, Popen[bytes]], out: Path) -> float:
 
 
 def wait_for(runs: dict[str, Popen[bytes]], out: Path) -> None:
+    """Wait until all runs have ended, or one of them has failed.
+
+    Raises click.ClickException if one has failed.
+    """
     while None in [run.poll() for run in runs.values()]:
         if any(run.returncode for run in runs.values()):
             break

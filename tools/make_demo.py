@@ -151,7 +151,7 @@ def make_demo(
             path = partial / ("test" if index < test else "train") / name / f"{index:04}.jpg"
             render(label, size_px, rng).save(path, quality=int(rng.integers(85, 96)))
 
-        with ThreadPoolExecutor(2) as pool:  # takes .75 of the time of one thread
+        with ThreadPoolExecutor(2) as pool:  # Two threads take three quarters of the time of one.
             list(pool.map(draw, range(per_class)))
     (partial / "demo.json").write_text(json.dumps(settings))
     partial.rename(root)

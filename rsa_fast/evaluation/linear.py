@@ -229,7 +229,7 @@ def fit(
         for step, positions in enumerate(torch.split(order, BATCH_SIZE)):
             ramp = cosine_ramp(epoch + step / steps, FAST_EPOCHS)
             features, labels = batch(ids[positions])
-            # A CPU multiplies denormal numbers very slowly, so that the smallest become 0.
+            # A CPU multiplies denormal numbers very slowly. The smallest are therefore set to 0.
             probabilities = F.threshold(torch.softmax(features @ weight, -1), 1e-30, 0)
             error = probabilities - F.one_hot(labels, classes)  # (L, B, C)
             momentum.mul_(0.9).add_(features.T @ error / len(features))
