@@ -6,7 +6,6 @@ Each run takes only seconds.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,11 +14,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 
+from rsa_fast.cli import main
 from rsa_fast.training import checkpoint
+from tests.forks import fork
 from tests.tiny_runs import NETWORK, same, set_options
 
 EPOCH_STEPS = 5  # 40 images in batches of 8
@@ -32,11 +34,6 @@ SETTINGS = NETWORK | {
 }
 PATIENCE_S = 240  # An idle machine needs ten seconds.
 
-# Python and torch are imported once, and each run forks from there. A start then takes a tenth of a
-# second.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
-
 
 def arguments(data: Path, out: Path, *options: object) -> list[str]:
     names = ["--dataset", "cifar10", "--method", "rsa", "--batch-size", "8"]
@@ -44,29 +41,17 @@ def arguments(data: Path, out: Path, *options: object) -> list[str]:
     return ["train", *names, *places, *set_options(SETTINGS), *map(str, options)]
 
 
-def fork(data: Path, out: Path, *options: object) -> multiprocessing.Process:
-    process = FORKS.Process(target=main, args=(arguments(data, out, *options), log_of(out)))
-    process.start()
-    return process
+def start(data: Path, out: Path, *options: object) -> ForkServerProcess:
+    return fork(main, arguments(data, out, *options), log=log_of(out))
 
 
 def log_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.log")
 
 
-def main(command: list[str], log: Path) -> None:
-    from rsa_fast.cli import main
-
-    torch.set_num_threads(1)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    main(command)
-
-
 def finish(data: Path, out: Path, *options: object) -> None:
     """Train to the end."""
-    process = fork(data, out, *options)
+    process = start(data, out, *options)
     process.join(PATIENCE_S)
     assert process.exitcode == 0, log_of(out).read_text()
 

@@ -31,9 +31,9 @@ from tests.faults.jobs import (
     arguments,
     assert_same_run,
     finish,
-    fork,
     losses,
     newest,
+    start,
     state,
     until,
 )
@@ -65,7 +65,7 @@ def whole_2(data, tmp_path_factory) -> Path:
 def test_a_run_killed_20_times_at_random_moments_ends_as_if_never_killed(data, whole, tmp_path):
     moments, reached = random.Random(0), []
     for _ in range(20):
-        run = fork(data, tmp_path, "--epochs", LONG, "--resume")
+        run = start(data, tmp_path, "--epochs", LONG, "--resume")
         # With 0, the run is killed while it starts.
         mark = newest(tmp_path) + EPOCH_STEPS * moments.choice([0, 1, 1])
         until(lambda run=run, mark=mark: newest(tmp_path) >= mark or run.exitcode is not None)
@@ -87,7 +87,7 @@ def test_a_run_in_block_order_that_is_killed_ends_as_if_never_killed(tmp_path):
     options += ("--set", "checkpoint_every_epochs=1", "--set", "backend=native")
     finish(data, tmp_path / "whole", *options)
     for _ in range(3):
-        run = fork(data, tmp_path / "killed", *options, "--resume")
+        run = start(data, tmp_path / "killed", *options, "--resume")
         mark = newest(tmp_path / "killed") + 10
         until(lambda run=run, mark=mark: newest(tmp_path / "killed") >= mark or not run.is_alive())
         run.kill()

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import Result
 from PIL import Image
 from torchvision import transforms
@@ -38,6 +37,7 @@ from rsa_fast.pipelines.views import ViewSpec
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training import checkpoint
 from tests.helpers import clusters, invoke, natural_image, result_of, write_folder
+from tests.rsa_fast.ranks import run_ranks
 from tests.tiny_runs import tiny
 
 CPU = torch.device("cpu")
@@ -420,8 +420,8 @@ def test_several_linear_protocols_have_keys_of_their_own(folder, monkeypatch):
     assert score("knn", "linear-fast", "linear-fast") == alone["knn"] | alone["linear-fast"]
 
 
-def results(data) -> dict:
-    """Return what one of any number of ranks gets.
+def results(folder) -> dict:
+    """Return what one of any number of ranks gets for the images in `folder`.
 
     The features are the pixels, so no bit of them depends on the size of a batch.
     """
@@ -429,7 +429,7 @@ def results(data) -> dict:
     bank, queries = clusters(301, 1.6, 0), clusters(41, 1.6, 1)
     mine = [part[rank() :: world_size()] for part in (*bank, *queries)]
     assert torch.equal(gather_rows(mine[0]), bank[0])
-    evaluation = Evaluation(data, tiny(precision="fp32"), CPU, torch.float32)
+    evaluation = Evaluation(folder, tiny(precision="fp32"), CPU, torch.float32)
     scores = [evaluation.score(torch.nn.Flatten(), ("knn", "linear-fast"))]
     scores += [
         evaluation.score(torch.nn.Flatten(), (f"linear-rsa-{size}",), epochs=2)
@@ -441,26 +441,17 @@ def results(data) -> dict:
     return {"clusters": knn(*mine, 3), "images": scores}
 
 
-def one_of_two(number: int, data, place) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=number, world_size=2)
-    (place / f"{number}.json").write_text(json.dumps(results(data)))
-    dist.destroy_process_group()
-
-
 def test_two_ranks_get_the_results_of_one(tmp_path, monkeypatch):
     for module, name in ((evaluate, "KNN_CHUNK"), (linear, "BATCH_SIZE"), (linear, "FAST_EPOCHS")):
         monkeypatch.setattr(module, name, None)  # `results` sets it; the test restores it.
     # 21 and 15 images do not divide evenly over two ranks.
-    data = write_folder(tmp_path / "data", {"train": 7, "test": 5}, classes=3)
-    torch.multiprocessing.spawn(one_of_two, (data, tmp_path), nprocs=2)
-    alone = results(data)
+    write_folder(tmp_path, {"train": 7, "test": 5}, classes=3)
+    alone, ranks = results(tmp_path), run_ranks(results, 2, tmp_path)
     assert alone["clusters"]["knn_top1"] == pytest.approx(
         naive_knn(*clusters(301, 1.6, 0), *clusters(41, 1.6, 1), 3, 200, 0.1)
     )
     assert len({json.dumps(scores) for scores in alone["images"]}) == 3
-    for number in (0, 1):
-        assert json.loads((tmp_path / f"{number}.json").read_text()) == alone
+    assert ranks == [alone, alone]
 
 
 @pytest.fixture
