@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tarfile
 import tempfile
@@ -27,16 +26,6 @@ from tests.helpers import ROOT, write_folder
 REAL_DATA = Path(os.environ.get("RSA_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-
-
-def pytest_collection_finish() -> None:
-    """Keep all modules out of the garbage collection.
-
-    A collection takes 0.3 s with them, and converters collect before they start their processes. A
-    forked process would also copy the pages of every object that its own collections touch.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -484,9 +484,9 @@ def in_order(
 
     An exception in a worker is raised here at once. A worker that dies raises ChildProcessError.
     """
-    # If a worker inherited an unused DALI pipeline, collecting it would wait for threads that the
-    # worker does not have. The pipeline is therefore collected here.
-    gc.collect()
+    # The workers never collect what they inherit. This would copy the pages of its objects, and for
+    # an unused DALI pipeline it would wait for threads that a worker does not have.
+    gc.freeze()
     # Forked workers share the source and its million paths, so nothing of it is sent to them.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
@@ -507,6 +507,7 @@ def in_order(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 _work: Callable[[np.ndarray], list[Any]]  # the function of this worker process

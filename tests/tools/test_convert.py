@@ -6,6 +6,7 @@ They write the same bytes whatever interrupts them, and their errors name what i
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -256,6 +257,27 @@ def test_workers_keep_the_order_pass_errors_on_and_end_with_the_run():
         list(
             convert.in_order(lambda samples: os.kill(os.getpid(), signal.SIGKILL), np.arange(20), 1)
         )
+
+
+def test_workers_never_collect_what_they_inherit(tmp_path):
+    """A DALI pipeline, for example, would wait there for threads that were not forked with it."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Cycle()  # The parent no longer uses it, and has not collected it yet.
+        found = convert.in_order(lambda samples: [gc.collect() and os.getpid()], np.arange(9), 1)
+        assert os.getpid() not in found and not list(tmp_path.iterdir())
+        gc.collect()
+    finally:
+        gc.enable()
+    assert [int(path.name) for path in tmp_path.iterdir()] == [os.getpid()]
 
 
 def test_workers_of_a_killed_run_do_not_stay():
