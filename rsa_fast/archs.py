@@ -4,6 +4,7 @@
 
 | arch | the encoder |
 |---|---|
+| `resnet10` | a ResNet-18 with one block in each stage |
 | `resnet18`, ..., `resnext101_64x4d` | a ResNet of this project, as torchvision defines it |
 | `timm/NAME` | a model of timm without its classifier |
 | `path/to/file.py:name`, `package.module:name` | what this function returns |
@@ -25,7 +26,7 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class ResNetLayers:
-    """The properties in which the ResNets of torchvision differ."""
+    """The properties in which ResNets differ."""
 
     bottleneck: bool  # whether blocks have three convolutions instead of two
     blocks: tuple[int, int, int, int]  # the number of blocks in each stage
@@ -34,6 +35,7 @@ class ResNetLayers:
 
 
 RESNETS = {
+    "resnet10": ResNetLayers(False, (1, 1, 1, 1)),  # not one of torchvision's
     "resnet18": ResNetLayers(False, (2, 2, 2, 2)),
     "resnet34": ResNetLayers(False, (3, 4, 6, 3)),
     "resnet50": ResNetLayers(True, (3, 4, 6, 3)),

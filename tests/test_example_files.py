@@ -14,6 +14,7 @@ from rsa_fast.pipelines.named import load_module, load_object
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.training.metrics import read_metrics
 from tests.helpers import ROOT, write_folder
+from tests.tiny_runs import NARROW
 
 EXAMPLES = ROOT / "examples"
 SMALL = {"epochs": 1, "hidden_dim": 16, "out_dim": 8, "precision": "fp32", "knn_every_epochs": 0}
@@ -34,7 +35,7 @@ def test_there_are_four_of_at_most_a_page():
 def test_own_images_are_trained_on_scored_embedded_and_exported(photos, tmp_path):
     main = load_module(EXAMPLES / "own_images.py").main
     out = tmp_path / "run"
-    scores = main(photos, out, width=4, **SMALL)
+    scores = main(photos, out, **NARROW, **SMALL)
     assert scores.keys() == {"knn_top1", "linear_top1"}
     assert all(100 * 8 * value % 100 == 0 for value in scores.values())  # of 8 test images
     with np.load(out / "embeddings.npz") as rows:
@@ -45,7 +46,7 @@ def test_own_images_are_trained_on_scored_embedded_and_exported(photos, tmp_path
 
 
 def test_the_own_method_s_loss_is_its_formula_and_it_trains(folder, tmp_path):
-    fields = SMALL | {"width": 4, "batch_size": 8, "views.size_px": 16}
+    fields = SMALL | NARROW | {"batch_size": 8, "views.size_px": 16}
     recipe = build_recipe("cifar10", str(EXAMPLES / "own_method.py"), overrides=fields)
     method = build_method(recipe).eval()
     views = {name: torch.randn(3, 3, 16, 16) for name in VIEWS}

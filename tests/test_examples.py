@@ -30,6 +30,7 @@ from rsa_fast.training.checkpoint import paths_in
 from rsa_fast.training.step import build_run, train_step
 from tests.documents import METHOD, make_context
 from tests.helpers import ROOT, write_folder
+from tests.tiny_runs import NARROW
 
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -103,7 +104,7 @@ def test_a_command_has_only_options_that_exist(place, module, line):
 
 # ---- Code
 
-FIELDS = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 1}
+FIELDS = NARROW | {"hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 1}
 FIELDS |= {"precision": "fp32", "knn_every_epochs": 0}
 
 

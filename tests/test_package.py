@@ -138,6 +138,7 @@ def test_a_converter_is_a_command_of_the_installed_package(python, hostile):
     assert (hostile / "beton" / "train.beton").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["rsa_fast", "user"])
 def test_a_program_imports_its_own_pipelines_and_tools_beside_rsa_fast(python, hostile, first):
     (hostile / "rsa_fast.py").unlink()
@@ -157,8 +158,8 @@ def test_a_program_imports_its_own_pipelines_and_tools_beside_rsa_fast(python, h
 def test_the_command_and_its_ranks_never_import_from_the_users_folder(python, hostile):
     write_folder(hostile / "photos", {"train": 8}, size=(40, 40))
     words = "train photos --nproc 2 --epochs 1 --batch-size 8 --size 16 --set width=4 --no-eval"
-    options = ("--backend", "torchvision", "--out", "run")  # without a compilation by numba
-    call(python.with_name("rsa-fast"), *words.split(), *options, cwd=hostile)
+    options = ("--arch", "resnet10", "--backend", "torchvision")  # without a compilation by numba
+    call(python.with_name("rsa-fast"), *words.split(), *options, "--out", "run", cwd=hostile)
     assert json.loads((hostile / "run" / "result.json").read_text())["step"] == 1
 
 

@@ -35,6 +35,7 @@ from rsa_fast.training import checkpoint
 from tests.documents import FENCE, METHOD, PAGES, PYTHON, WRITTEN, make_context, python_with
 from tests.helpers import ROOT, invoke, result_of, write_folder
 from tests.rsa_fast.tiny_detection import MODEL_OPTIONS, write_coco
+from tests.tiny_runs import NARROW, NETWORK, set_options
 
 TOOL = r"(?:rsa-fast|python -m tools\.\w+)"
 
@@ -71,18 +72,18 @@ CONTAINER = [
 PARSED = sorted({*INLINE, *CONTAINER, *commands_in(shell_of(EVERYTHING))} - set(COMMANDS))
 
 # Options that make a command short. The rest of the command is unchanged.
-NARROW = "--set arch=resnet18 --set width=4"
+SMALLER = shlex.join(set_options(NARROW))
 RECIPE = (
     "--batch-size 8 --set precision=fp32 --set views.size_px=32 --set hidden_dim=16 --set out_dim=8"
 )
 SMALL = {
-    "train my_photos": NARROW,
-    "train --dataset cifar10": NARROW,  # Detection needs ImageNet's whole network.
+    "train my_photos": SMALLER,
+    "train --dataset cifar10": SMALLER,  # Detection needs ImageNet's whole network.
     "train": f"{RECIPE} --epochs 1 --set eval_resize_px=32 --set knn_every_epochs=0",
     "eval linear --protocol": "--epochs 1",
     "finetune": "--epochs 1",
     "detect": "--steps 1 --batch-size 2 --workers 0",
-    "profile": f"{RECIPE} {NARROW} --repeats 1 --seconds 0 --budget-s 0",
+    "profile": f"{RECIPE} {SMALLER} --repeats 1 --seconds 0 --budget-s 0",
 }
 CONVERTERS = tuple(f"rsa-fast {name}" for name in ("convert", "verify", "subset", "stage"))
 PLACES = {
@@ -184,7 +185,7 @@ def test_the_lines_for_a_notebook_are_those_that_are_run():
 def test_the_ten_lines_of_the_readme_run(outcomes):
     assert TEN_LINES in PAGES["README.md"] and TEN_LINES.count("\n") <= 10
     scope: dict = {}
-    exec(TEN_LINES.replace("epochs=2", "epochs=2, width=4"), scope)
+    exec(TEN_LINES.replace("epochs=2", "epochs=2, arch='resnet10', width=4"), scope)
     assert scope["result"]["step"] > 0 and 0 <= scope["scores"]["linear_top1"] <= 100
     assert Path("features.npz").is_file()
     assert isinstance(scope["encoder"], torch.nn.Module)
@@ -268,9 +269,9 @@ def my_twins(tmp_path) -> Path:
 def test_the_method_s_file_trains_is_killed_resumed_and_used_from_outside_the_tree(
     folder, my_twins, tmp_path, monkeypatch
 ):
-    sets = ["width=4", "hidden_dim=16", "out_dim=8", "views.size_px=16", "precision=fp32"]
+    fields = NETWORK | {"precision": "fp32", "knn_every_epochs": 0}
     options = ["--dataset", "cifar10", "--data", str(folder), "--epochs", "20", "--batch-size", "8"]
-    options += [word for text in [*sets, "knn_every_epochs=0"] for word in ("--set", text)]
+    options += set_options(fields)
 
     def rsa_fast(*words: object) -> dict:
         return result_of(invoke(cli.main, *words))

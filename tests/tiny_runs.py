@@ -14,7 +14,8 @@ from rsa_fast.recipes import Recipe, build_recipe
 from rsa_fast.training import checkpoint
 from rsa_fast.training.engine import train
 
-NETWORK = {"width": 4, "hidden_dim": 16, "out_dim": 8, "views.size_px": 16}
+NARROW = {"arch": "resnet10", "width": 4}  # a step takes half of that of a ResNet-18
+NETWORK = NARROW | {"hidden_dim": 16, "out_dim": 8, "views.size_px": 16}
 TINY = NETWORK | {
     "batch_size": 8,
     "epochs": 3,

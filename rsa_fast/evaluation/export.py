@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torchvision import models
 
 from rsa_fast.archs import OWN, RESNETS, TIMM, short_arch
 from rsa_fast.datasets import DATASETS
@@ -379,6 +380,8 @@ def supports(format: str, encoder: Encoder, card_values: dict[str, Any]) -> bool
     of_timm = format in ("timm", "hf-timm")
     if not isinstance(encoder, Encoder):
         return format == "safetensors" or (of_timm and arch.startswith(TIMM))
+    if format != "safetensors" and not hasattr(models, arch):  # resnet10 is only in this project
+        return False
     names = ["in_channels"] if of_timm else []
     names = ["stem", "width", "in_channels"] if format == "safetensors" else names
     with torch.device("meta"):

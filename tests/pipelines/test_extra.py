@@ -18,7 +18,7 @@ from rsa_fast.recipes import build_recipe
 from rsa_fast.training.engine import train
 from tests.helpers import ROOT
 from tests.pipelines.backends import SPEC, batches, every_backend
-from tests.tiny_runs import same, weights
+from tests.tiny_runs import NARROW, same, weights
 
 OWN = """
 import torch
@@ -150,7 +150,7 @@ def test_a_run_resumed_in_another_folder_equals_an_uninterrupted_one_bit_for_bit
     own, folder, tmp_path, monkeypatch
 ):
     (tmp_path / "elsewhere").mkdir()
-    fields = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 2}
+    fields = NARROW | {"hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 2}
     fields |= {"precision": "fp32", "knn_every_epochs": 0, "views.size_px": 16}
     monkeypatch.chdir(own.parent)
     recipe = build_recipe("cifar10", "byol", overrides=fields | {"views.extra": "own.py:noise"})
@@ -167,7 +167,7 @@ def test_a_run_resumed_in_another_folder_equals_an_uninterrupted_one_bit_for_bit
 def test_an_evaluation_executes_no_file_that_a_checkpoint_names(folder, tmp_path):
     file = tmp_path / "own.py"
     file.write_text(OWN)
-    fields = {"width": 4, "hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 1}
+    fields = NARROW | {"hidden_dim": 16, "out_dim": 8, "batch_size": 8, "epochs": 1}
     fields |= {"precision": "fp32", "knn_every_epochs": 0, "views.size_px": 16}
     recipe = build_recipe("cifar10", "byol", overrides=fields | {"views.extra": f"{file}:noise"})
     train(recipe, folder, tmp_path / "run")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from rsa_fast.pipelines import Loading, Source, ViewSpec, machine
 from rsa_fast.pipelines.manifest import array_manifest
 from rsa_fast.pipelines.plain import PlainImages
 from rsa_fast.recipes import build_recipe
-from tests.helpers import ROOT
+from tests.forks import fork
 
 MEMINFO = "MemTotal: 1000 kB\nMemFree: 100 kB\nMemAvailable: 900 kB\n"  # mostly page cache
 V1 = "total_active_file 3072\ntotal_inactive_file 1024\nactive_file 1\ninactive_file 1\n"
@@ -79,17 +79,17 @@ def test_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, quota, cores
 
 
 @pytest.mark.parametrize("tool", ["verify", "to_ffcv", "to_dali"])
-def test_tools_take_one_process_per_allowed_core(tool):
-    arguments = ["."] if tool == "verify" else [".", "dst"]
-    code = (
-        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        f"from rsa_fast.tools.{tool} import main\n"
-        f"print(main.make_context('tool', {arguments}).params['workers'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == "1", done.stderr
+def test_tools_take_one_process_per_allowed_core(tool, tmp_path):
+    process = fork(print_workers_on_one_core, tool, log=tmp_path / "log")
+    process.join()
+    assert (tmp_path / "log").read_text() == "1\n"
+
+
+def print_workers_on_one_core(tool: str) -> None:
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    command = import_module(f"rsa_fast.tools.{tool}").main
+    context = command.make_context("tool", ["."] if tool == "verify" else [".", "dst"])
+    print(context.params["workers"])
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,7 @@ for role in ("scans", "checks", "reads"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),
     reason="the kernel does not report peak memory: run on Linux",

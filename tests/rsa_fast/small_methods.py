@@ -19,11 +19,11 @@ from rsa_fast.methods.method import BankMethod, JigsawHead, Loss, Method, build_
 from rsa_fast.pipelines.views import VIEWS, Batch
 from rsa_fast.recipes import build_recipe
 from rsa_fast.training.step import Run, build_run
+from tests.tiny_runs import NARROW
 
 BATCH, IMAGES = 6, 20
 NOW = {"beta": 0.3, "step": 3, "lambda_": 1.0, "frozen": 0.0, "queue": 0.0}
-FIELDS = {
-    "width": 4,
+FIELDS = NARROW | {
     "batch_size": BATCH,
     "hidden_dim": 12,
     "out_dim": 5,
@@ -110,7 +110,7 @@ SIZES = (8, 8, 6, 6)  # px of the four crops in these tests
 
 
 def multi_crop_run(name: str, **fields) -> Run:
-    fields = {"width": 4, "hidden_dim": 12, "out_dim": 5, "batch_size": BATCH, "epochs": 5} | fields
+    fields = NARROW | {"hidden_dim": 12, "out_dim": 5, "batch_size": BATCH, "epochs": 5} | fields
     fields |= MULTI_CROP[name] | {"precision": "fp32", "device": "cpu", "peak_lr": 0.05}
     return build_run(build_recipe("cifar10", name, overrides=fields), 4 * BATCH)
 
@@ -188,7 +188,7 @@ def embed_by_loops(
 def of_embeddings(name: str, z: torch.Tensor, step: int = 0, **overrides) -> Loss:
     """The loss of a method whose networks pass their input on, for `z` `(V, B, D)`."""
     views, rows, dim = z.shape
-    fields = {"width": 4, "batch_size": rows * world_size(), "out_dim": dim, "hidden_dim": 4}
+    fields = NARROW | {"batch_size": rows * world_size(), "out_dim": dim, "hidden_dim": 4}
     crops = {"views.groups": [{"name": "crops", "count": views}]}
     recipe = build_recipe("cifar10", name, overrides=fields | crops | overrides)
     method = build_method(recipe).to(torch.promote_types(z.dtype, torch.float32))

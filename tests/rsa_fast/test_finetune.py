@@ -23,7 +23,7 @@ from rsa_fast.training.metrics import read_metrics
 from rsa_fast.training.step import build_run, train_step
 from tests.helpers import invoke, result_of, write_folder
 from tests.rsa_fast.ranks import run_ranks
-from tests.tiny_runs import same, tiny, weights
+from tests.tiny_runs import NARROW, same, tiny, weights
 
 SHORT = {"epochs": 2, "batch_size": 8, "log_every_steps": 1, "knn_every_epochs": 1}
 
@@ -41,7 +41,7 @@ def fields(preset: dict) -> dict:
 
 
 def a_run(**changes):
-    recipe = {"classes": 2, "width": 4, "views.size_px": 16, "batch_size": 8, "precision": "fp32"}
+    recipe = NARROW | {"classes": 2, "views.size_px": 16, "batch_size": 8, "precision": "fp32"}
     recipe |= {"zero_init_residual": False, "peak_lr": 0.01, "head_peak_lr": 0.5}
     return build_run(build_recipe("cifar10", "finetune", overrides=recipe | changes), 40)
 
@@ -267,7 +267,7 @@ def test_an_encoder_from_elsewhere_is_fine_tuned_from_the_command_line(run, fold
     result = result_of(done)
     assert result["method"] == "finetune" and result["finetune_top1"] is not None
     recipe = load_encoder(tmp_path / "out")[1]
-    assert (recipe.arch, recipe.width, recipe.stem) == ("resnet18", 4, "cifar")
+    assert (recipe.arch, recipe.width, recipe.stem) == ("resnet10", 4, "cifar")
     assert recipe.head_peak_lr == 0.5 and recipe.views.size_px == 16
 
 

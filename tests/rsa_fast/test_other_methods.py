@@ -269,7 +269,7 @@ def test_training_from_the_recipe_lowers_the_loss_in_every_row(name):
     """Take a few steps on one batch, with the row's own optimiser and heads at a small width."""
     from rsa_fast.training.step import build_run, train_step
 
-    fields = fields_of(name)
+    fields = fields_of(name) | {"arch": "resnet18"}
     fields |= {"precision": "fp32", "epochs": 50, "peak_lr": 0.05, "device": "cpu"}
     run = build_run(build_recipe("cifar10", name, overrides=fields), IMAGES)
     double = batch_of(run.method)

@@ -9,13 +9,14 @@ import re
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from rsa_fast.archs import RESNET_FIELDS, RESNETS, ResNetLayers
 from rsa_fast.datasets import DATASETS
@@ -32,11 +33,14 @@ from rsa_fast.training.callbacks import Callback
 from rsa_fast.training.engine import train
 from rsa_fast.training.start import take_weights
 from rsa_fast.training.step import build_run
+from tests import tiny_runs
 from tests.helpers import ROOT, code_of
-from tests.tiny_runs import same, tiny, weights
+from tests.tiny_runs import same, weights
 
 INSTALL = "timm is not installed: pip install 'rsa-fast[timm]'"
 timm = pytest.importorskip("timm", reason=INSTALL)
+# torchvision's weights and the other runs of these tests are of this network.
+tiny = partial(tiny_runs.tiny, arch="resnet18")
 
 # A user's file: its network draws dropout masks in training.
 NETS = """
@@ -103,7 +107,9 @@ def own_recipe(arch: str, **fields):
 @pytest.mark.parametrize("arch", RESNETS)
 def test_names_and_shapes_are_torchvision_s(arch):
     with torch.device("meta"):
-        encoder, theirs = Encoder(arch), getattr(torchvision.models, arch)()
+        # torchvision has no function for a ResNet-10.
+        make = getattr(torchvision.models, arch, lambda: ResNet(BasicBlock, [1, 1, 1, 1]))
+        encoder, theirs = Encoder(arch), make()
         narrow = Encoder(arch, "cifar", width=16)
     expected = {key: value.shape for key, value in theirs.state_dict().items() if "fc." not in key}
     assert {key: value.shape for key, value in encoder.state_dict().items()} == expected

@@ -246,6 +246,7 @@ def in_16_gb(tmp_path_factory):
     return [int(word) for line in printed.splitlines()[-2:] for word in line.split()]
 
 
+@pytest.mark.slow
 def test_imagenet_s_final_evaluation_takes_less_memory_than_the_step_on_a_16_gb_card(in_16_gb):
     step_bytes, _, evaluation_bytes = in_16_gb
     all_labels = 8 * 1_281_167
@@ -254,6 +255,7 @@ def test_imagenet_s_final_evaluation_takes_less_memory_than_the_step_on_a_16_gb_
     assert evaluation_bytes < found["evaluation_gib_per_gpu"] * GIB
 
 
+@pytest.mark.slow
 def test_one_recomputed_stage_is_what_rsa_on_imagenet_needs_in_16_gb(monkeypatch, in_16_gb):
     card = GPUS["v100-16g"]
     monkeypatch.setenv("GHOST_GIB", str(card.memory_gib))
@@ -414,6 +416,7 @@ def test_rates_of_the_paper_s_code_are_the_said_share_of_the_predicted_ones():
         ), dataset
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_is_said_and_the_largest_that_fits_is_found(monkeypatch):
     monkeypatch.setitem(GPUS, "v100-16g", replace(V100, memory_gib=1.8))
     found = plan(tiny(batch_size=2048), "v100-16g")

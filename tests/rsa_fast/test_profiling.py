@@ -35,11 +35,10 @@ from rsa_fast.training import step
 from rsa_fast.training.step import build_run, train_step
 from tests.fake_gpu import on_fake_gpu
 from tests.helpers import invoke, result_of, write_raw_beton
-from tests.tiny_runs import set_options
+from tests.tiny_runs import NARROW, set_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {
-    "width": 4,
+TINY = NARROW | {
     "views.size_px": 16,
     "precision": "fp32",
     "batch_size": 8,

@@ -19,8 +19,9 @@ from rsa_fast.pipelines.views import Batch
 from rsa_fast.recipes import build_recipe, resolve
 from rsa_fast.training.step import build_run, train_step
 from tests.rsa_fast.small_methods import noise, of_embeddings
+from tests.tiny_runs import NARROW
 
-TINY = {"width": 4, "batch_size": 6, "hidden_dim": 12, "out_dim": 3}
+TINY = NARROW | {"batch_size": 6, "hidden_dim": 12, "out_dim": 3}
 FOUR = {"views.groups": [{"name": "crops", "count": 4}]}
 
 

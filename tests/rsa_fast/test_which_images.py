@@ -14,7 +14,7 @@ from rsa_fast.evaluation.evaluate import evaluate
 from rsa_fast.recipes import dump_yaml
 from rsa_fast.training.engine import train
 from tests.helpers import invoke, result_of, write_folder
-from tests.tiny_runs import tiny
+from tests.tiny_runs import NARROW, set_options, tiny
 
 ONE_EPOCH = {"epochs": 1, "backend": "resident"}
 
@@ -123,7 +123,7 @@ def test_an_image_may_not_be_among_the_training_and_the_test_images(data, tmp_pa
 def test_a_run_in_the_folder_of_its_images_can_be_started_twice(tmp_path, monkeypatch):
     photos = write_folder(tmp_path, {"photos": 20}) / "photos"
     monkeypatch.chdir(photos)
-    options = ("--epochs", 1, "--set", "width=4", "--set", "precision=fp32", "--workers", 1)
+    options = ("--epochs", 1, "--workers", 1, *set_options(NARROW | {"precision": "fp32"}))
     for out in ("run1", "run2"):
         done = run("train", "--data", ".", "--out", out, *options)
         assert done.exit_code == 0, done.output
@@ -136,7 +136,7 @@ def test_a_run_in_the_folder_of_its_images_can_be_started_twice(tmp_path, monkey
 
 def test_all_images_below_a_folder_can_be_one_set_without_classes(data, tmp_path):
     (data / "train" / "class_0" / "000.jpg").rename(data / "stray.jpg")
-    options = ("--epochs", 1, "--set", "width=4", "--set", "precision=fp32", "--workers", 1)
+    options = ("--epochs", 1, "--workers", 1, *set_options(NARROW | {"precision": "fp32"}))
     done = run(
         "train", data, "--unlabelled", "--out", tmp_path / "out", "--batch-size", 8, *options
     )

@@ -128,6 +128,7 @@ class Clock:
         return {"step_ms": next(self.times), "wait_pct": 25.0}
 
 
+@pytest.mark.slow
 @FILES
 def test_rsa_and_byol_train_on_every_file_backend(folder, monkeypatch):
     monkeypatch.setattr(bench, "Meter", Clock)

@@ -46,6 +46,7 @@ def test_the_demo_trains_both_methods_beside_its_baselines(tmp_path, monkeypatch
     assert str(out / "report.html") in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_is_shortened_to_its_time_and_says_so(tmp_path, caplog, small_recipe):
     make_demo(tmp_path / "data", per_class=15)
     demo.train_within(0, small_recipe, tmp_path / "data", tmp_path)

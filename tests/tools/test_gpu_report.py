@@ -23,6 +23,7 @@ from rsa_fast.tools.gpu_report.predictions import predict
 from rsa_fast.tools.gpu_report.table import MAX_ROWS, as_markdown, thinned
 from rsa_fast.tools.gpu_report.worker import Settings, SkippedError
 from tests.helpers import DALI, ROOT
+from tests.tiny_runs import NARROW
 
 SIZE = {"size": "{size:.1f}"}
 
@@ -94,7 +95,9 @@ def test_a_part_stops_when_its_share_is_over_and_a_stuck_one_is_killed(monkeypat
     assert found["hanging"]["under_way"] == "stuck" and found["sound"]["state"] == "ran"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_stop_in_the_middle_loses_only_the_measurement_under_way(tmp_path, number):
     program = """
 import sys
@@ -204,7 +207,7 @@ def test_a_long_table_keeps_its_ends_and_its_order(count):
     assert count > MAX_ROWS or kept == list(range(count))
 
 
-TINY = {"arch": "resnet18", "width": 4, "hidden_dim": 16, "views.size_px": 16, "batch_size": 8}
+TINY = NARROW | {"hidden_dim": 16, "views.size_px": 16, "batch_size": 8}
 
 
 def tiny_row(**fields) -> dict:
