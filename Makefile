@@ -17,7 +17,7 @@ $(VENV)/.ready: $(VENV)/.base
 	bash tools/setup.sh $(VENV) all
 	@touch $@
 
-demo: $(VENV)/.base ## train RSA and BYOL on generated images, and compare them (3 to 4 minutes on two cores)
+demo: $(VENV)/.base ## train RSA and BYOL on generated images, and compare them (3 minutes on two cores)
 	$(BIN)/python -m tools.demo --out runs/demo
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

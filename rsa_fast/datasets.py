@@ -182,7 +182,7 @@ DATASETS = {
             peak_lr=0.09,
             lr_per="step",
             epochs=24,
-            warmup_epochs=2,  # without it, one of three runs of BYOL collapses
+            warmup_epochs=2,  # Without it, one of three seeds of BYOL collapses.
             knn_every_epochs=8,
         ),
         scales=("32px", "short"),

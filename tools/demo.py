@@ -47,7 +47,7 @@ TRAINING_SHARE = 0.8  # This share of the time is for training, the rest for all
 TIMED_STEP = 40  # The second record of a run times the steps up to this one.
 INTRODUCTION = """\
 This draws 3,000 images of 10 classes, trains RSA and BYOL on them without labels, and compares both
-with raw pixels and with an untrained network. It takes 3.5 minutes on two cores (Emerald Rapids).
+with raw pixels and with an untrained network. It takes 2.7 minutes on two cores (Zen 4).
 Both methods are trained at the same time, and the progress is that of RSA."""
 
 
@@ -92,13 +92,15 @@ def train_within(seconds: float, recipe: Recipe, data: Path, out: Path) -> None:
 
     Raises click.ClickException if a run fails.
     """
+    began = time.perf_counter()
     count = len(recipe.open_source(data, "pretrain").manifest)
     with runs_of(recipe.epochs, data, out) as runs:
         epoch_s = first_step_s(runs, out) * resolve(recipe, count).steps_per_epoch
-        epochs = max(int(seconds / epoch_s), 1) if epoch_s else recipe.epochs
-        if epochs >= recipe.epochs:
+        if recipe.epochs * epoch_s <= seconds:
             wait_for(runs, out)
             return
+    left_s = seconds - (time.perf_counter() - began)
+    epochs = max(int(left_s / epoch_s), 1)
     log.warning(
         f"an epoch takes {epoch_s:.0f} s here: both methods are trained for {epochs} of "
         f"{recipe.epochs} epochs, and their accuracies will be lower"
