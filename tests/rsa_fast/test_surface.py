@@ -71,6 +71,13 @@ def test_help_imports_none_of_what_takes_time(words):
     assert python(code).splitlines()[-1] == "set()"
 
 
+def test_a_command_keeps_torch_out_of_the_garbage_collection():
+    code = "import gc, rsa_fast.cli as c; c.main(['recipes', 'cifar10'], standalone_mode=False); "
+    code += "import torch; seen = any(x is torch.nn.Module for x in gc.get_objects()); "
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 100_000, seen)"
+    assert python(code).splitlines()[-1] == "True True False"
+
+
 def test_every_file_of_the_methods_is_a_method_with_its_recipe_and_rows():
     files = {path.stem for path in (ROOT / "rsa_fast" / "methods").glob("*.py")} - {
         "__init__",
