@@ -21,7 +21,7 @@ from rsa_fast.pipelines.draws import sample_keys
 from rsa_fast.pipelines.machine import PIP
 from rsa_fast.pipelines.order import Order, epoch_order
 from rsa_fast.pipelines.sources import read_rgb
-from rsa_fast.pipelines.workers import Parcel
+from rsa_fast.pipelines.workers import FORKS, Parcel
 
 Sample = tuple[Tensor, dict[str, Tensor]]  # an image and its objects
 LAYOUT = (
@@ -151,8 +151,7 @@ def open_loader(
         num_workers=workers,
         collate_fn=parcel if workers else list,
         pin_memory=device.type == "cuda",
-        # Python 3.14 would pickle the images and the plan, which is a generator.
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=FORKS if workers else None,
     )
 
 

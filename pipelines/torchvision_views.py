@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from rsa_fast.pipelines.draws import RAND_FILL, RandOp
 from rsa_fast.pipelines.loading import Loader
 from rsa_fast.pipelines.views import Batch, Interpolation, patch_px, view_name
-from rsa_fast.pipelines.workers import Parcel
+from rsa_fast.pipelines.workers import FORKS, Parcel
 
 # The rotations by one, two and three quarters, counter-clockwise.
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
@@ -135,9 +135,7 @@ class TorchvisionViews(Loader, Dataset[Parcel]):
             batch_size=None,
             num_workers=self.job.loading.threads,
             worker_init_fn=ignore_signals,
-            # A pickled copy of the source would be sent to each worker. Linux forks by default
-            # up to Python 3.13.
-            multiprocessing_context="fork",
+            multiprocessing_context=FORKS,
         )
         batch: Batch | ValueError
         for batch, skipped in deliveries:

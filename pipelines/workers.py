@@ -1,21 +1,58 @@
-"""Send tensors from worker processes to the training process.
+"""Start worker processes, and send tensors from them to the training process.
 
-PyTorch's DataLoader copies them to shared memory on a thread of the worker. If `/dev/shm` is too
+Workers are forked, by `FORKS`. A pickled copy of the source, with the paths of a million images,
+would otherwise be sent to each of them.
+
+PyTorch's DataLoader copies tensors to shared memory on a thread of the worker. If `/dev/shm` is too
 small for that (a container has 64 MB by default), this thread only prints the error, and the
 training process waits for ever. A `Parcel` sends the bytes through the pipe instead.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 from collections.abc import Sequence
 from functools import cache
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 from torch import Tensor
 
 log = logging.getLogger("rsa_fast")
+
+
+class Worker(ForkProcess):
+    """A forked process whose garbage collections never see what it inherits.
+
+    They would copy the memory pages of these objects. If one of them is a DALI pipeline that is no
+    longer used, they would never end: its destructor waits for threads that the worker does not
+    have.
+    """
+
+    def start(self) -> None:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            super().start()
+        finally:
+            if enabled:
+                gc.enable()
+
+    def run(self) -> None:
+        gc.freeze()
+        gc.enable()
+        super().run()
+
+
+class Forks(ForkContext):
+    """The context of `multiprocessing` whose processes are `Worker`s."""
+
+    Process = Worker
+
+
+FORKS = Forks()
 
 
 class Parcel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tarfile
 import tempfile
@@ -21,11 +22,20 @@ if "avx512f" not in Path("/proc/cpuinfo").read_text():
 import pytest
 import torch
 
+from tests.garbage import Garbage
 from tests.helpers import ROOT, write_folder
 
 REAL_DATA = Path(os.environ.get("RSA_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
 
+# Garbage collections while the test modules are imported would take five of twelve seconds.
+gc.disable()
+
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +93,17 @@ def features_of_no_other_test(request, tmp_path_factory, monkeypatch):
     if request.path.parent.name == "rsa_fast":
         place = tmp_path_factory.mktemp("features")
         monkeypatch.setattr("rsa_fast.evaluation.features.user_cache", lambda: place)
+
+
+@pytest.fixture
+def garbage(tmp_path: Path) -> Iterator[Path]:
+    """The folder of an object that this process no longer uses and has not collected yet."""
+    folder = tmp_path / "collectors"
+    folder.mkdir()
+    gc.disable()
+    Garbage(folder)
+    yield folder
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

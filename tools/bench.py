@@ -60,6 +60,7 @@ from rsa_fast.pipelines.draws import draw
 from rsa_fast.pipelines.loading import Loader
 from rsa_fast.pipelines.machine import cores
 from rsa_fast.pipelines.manifest import array_manifest
+from rsa_fast.pipelines.workers import FORKS
 from rsa_fast.recipes import build_recipe
 from rsa_fast.tools.to_ffcv import main as to_ffcv
 from rsa_fast.training.meter import Meter
@@ -359,7 +360,7 @@ def lightly_loaders(source: Source, spec: ViewSpec, batch_size: int) -> dict[str
             batch_size,
             sampler=samples,
             num_workers=2,
-            multiprocessing_context="fork",
+            multiprocessing_context=FORKS,
         )
         for name, transform in {"lightly_byol": byol, "lightly_multi_crop": multi_crop}.items()
     }

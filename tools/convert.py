@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -46,6 +44,7 @@ from rsa_fast.pipelines.layouts import has_test_split, inventory, open_source
 from rsa_fast.pipelines.machine import cores
 from rsa_fast.pipelines.packed import ENTRY, VERSION, Packed
 from rsa_fast.pipelines.sources import Source, open_image, to_rgb
+from rsa_fast.pipelines.workers import FORKS
 
 Result = TypeVar("Result")
 
@@ -484,13 +483,8 @@ def in_order(
 
     An exception in a worker is raised here at once. A worker that dies raises ChildProcessError.
     """
-    # The workers never collect what they inherit. This would copy the pages of its objects, and for
-    # an unused DALI pipeline it would wait for threads that a worker does not have.
-    gc.freeze()
-    # Forked workers share the source and its million paths, so nothing of it is sent to them.
-    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
-        workers, context, initializer=start_worker, initargs=(os.getpid(), work)
+        workers, FORKS, initializer=start_worker, initargs=(os.getpid(), work)
     )
     waiting: deque[Future[list[Result]]] = deque()
     try:
@@ -507,7 +501,6 @@ def in_order(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-        gc.unfreeze()
 
 
 _work: Callable[[np.ndarray], list[Any]]  # the function of this worker process

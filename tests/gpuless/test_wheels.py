@@ -34,7 +34,9 @@ def test_torch_is_compiled_for_them():
     ("package", "pattern"),
     [
         ("torchvision", "_C*.so"),
-        ("nvidia.cudnn", "lib/libcudnn_engines_precompiled.so.*"),
+        pytest.param(
+            "nvidia.cudnn", "lib/libcudnn_engines_precompiled.so.*", marks=pytest.mark.slow
+        ),
         ("nvidia.nccl", "lib/libnccl.so.*"),
         ("nvidia.nvjpeg", "lib/libnvjpeg.so.*"),
         ("nvidia.dali", "libdali_kernels.so"),

@@ -1,8 +1,10 @@
-"""Worker processes hand over their batches whatever the size of /dev/shm."""
+"""Worker processes: what they collect, and how they hand over their batches."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from PIL import Image
 
 from rsa_fast.pipelines import Loading, Order, ViewSpec, open_source, open_views
 from rsa_fast.pipelines.coco import open_loader
+from rsa_fast.pipelines.workers import FORKS
+from tests.garbage import Garbage, collectors
 from tests.helpers import ROOT
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
@@ -45,6 +49,7 @@ def can_unshare() -> bool:
     return subprocess.run([*UNSHARE, f"{SMALL} true"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_unshare(), reason="a small /dev/shm needs user namespaces (unshare)")
 def test_batches_larger_than_dev_shm_arrive_and_it_is_said(tmp_path):
     (tmp_path / "images").mkdir()
@@ -83,13 +88,39 @@ def forkserver():
     multiprocessing.set_start_method(before, force=True)
 
 
-def test_the_workers_of_views_are_forked_whatever_the_default(folder, forkserver):
+def test_a_worker_collects_its_own_garbage_and_none_that_it_inherits(garbage):
+    read_end, write_end = os.pipe()
+
+    def work() -> None:
+        gc.collect()
+        inherited = collectors(garbage)
+        Garbage(garbage)
+        gc.collect()
+        os.write(write_end, str([gc.isenabled(), inherited, collectors(garbage)]).encode())
+
+    frozen = gc.get_freeze_count()
+    worker = FORKS.Process(target=work)
+    worker.start()
+    worker.join()
+    assert os.read(read_end, 100).decode() == str([True, set(), {worker.pid}])
+    assert gc.get_freeze_count() == frozen and not gc.isenabled()  # This process is as before.
+    gc.collect()
+    assert collectors(garbage) == {worker.pid, os.getpid()}
+
+
+def test_the_workers_of_views_are_forked_whatever_the_default(folder, forkserver, garbage):
     on_disk = open_source(folder, "pretrain")
-    source = replace(on_disk, read=lambda sample: on_disk.read(sample))  # cannot be pickled
+
+    def read(sample):  # a function of this function cannot be pickled
+        gc.collect()
+        return on_disk.read(sample)
+
+    source = replace(on_disk, read=read)
     spec = ViewSpec(16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     order, threads = Order(40, 8, 5), Loading("torchvision", threads=1)
     with open_views(source, spec, frozenset(["weak_1"]), order, loading=threads) as loader:
         assert next(loader.batches(0)).weak_1.shape == (8, 3, 16, 16)
+    assert not collectors(garbage)
 
 
 class Detected(list):
@@ -98,10 +129,15 @@ class Detected(list):
     def __reduce__(self):
         raise TypeError("not to be pickled")
 
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
 
-def test_the_workers_of_detection_are_forked_whatever_the_default(forkserver):
+
+def test_the_workers_of_detection_are_forked_whatever_the_default(forkserver, garbage):
     objects = {"labels": torch.tensor([1])}
     images = Detected([(torch.zeros(3, 8, 8), objects)] * 4)
     plan = (ids for ids in ([0, 1], [2, 3]))
     loader = open_loader(images, plan, 1, torch.device("cpu"))
     assert [len(batch) for batch in loader] == [2, 2]
+    assert not collectors(garbage)

@@ -299,6 +299,7 @@ def test_training_lowers_the_loss_at_the_scaled_rate(whole_run):
     assert result["step"] == 4 and 0 <= result["box_ap"] <= result["box_ap50"] <= 100
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_never_stopped(whole_run, weights, coco, runs):
     out, result = whole_run
     stopped = detect(weights, coco, runs / "stopped", **OPTIONS, stop_at_step=2)

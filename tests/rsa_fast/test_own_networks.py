@@ -250,7 +250,10 @@ def train_until_killed(recipe, data: Path, out: Path) -> None:
     assert process.exitcode == -signal.SIGKILL and not (out / "result.json").exists()
 
 
-@pytest.mark.parametrize("arch", ["timm/test_efficientnet", "timm/test_vit", "Net"])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("timm/test_efficientnet", marks=pytest.mark.slow), "timm/test_vit", "Net"],
+)
 def test_a_network_trains_resumes_bit_for_bit_is_scored_and_exported(
     folder, nets, tmp_path, monkeypatch, arch
 ):
