@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import re
 import signal
@@ -34,6 +33,7 @@ from rsa_fast.training.engine import train
 from rsa_fast.training.start import take_weights
 from rsa_fast.training.step import build_run
 from tests import tiny_runs
+from tests.forks import fork
 from tests.helpers import ROOT, code_of
 from tests.tiny_runs import same, weights
 
@@ -242,12 +242,7 @@ class Kill(Callback):
 
 
 def train_until_killed(recipe, data: Path, out: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=train, args=(recipe, data, out), kwargs={"callbacks": [Kill(out)]}
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not (out / "result.json").exists()
+    train(recipe, data, out, callbacks=[Kill(out)])
 
 
 @pytest.mark.parametrize(
@@ -255,13 +250,16 @@ def train_until_killed(recipe, data: Path, out: Path) -> None:
     [pytest.param("timm/test_efficientnet", marks=pytest.mark.slow), "timm/test_vit", "Net"],
 )
 def test_a_network_trains_resumes_bit_for_bit_is_scored_and_exported(
-    folder, nets, tmp_path, monkeypatch, arch
+    folder, nets, tmp_path, monkeypatch, arch, one_thread
 ):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     fields = {"bn": "split:2", "epochs": 2, "log_every_steps": 2}
     recipe = own_recipe(f"{nets}:{arch}" if arch == "Net" else arch, **fields)
     result = train(recipe, folder, tmp_path / "whole")
-    train_until_killed(recipe, folder, tmp_path / "parts")
+    killed = fork(train_until_killed, recipe, folder, tmp_path / "parts", log=tmp_path / "log")
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (tmp_path / "parts" / "result.json").exists()
     train(recipe, folder, tmp_path / "parts", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
