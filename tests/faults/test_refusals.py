@@ -69,7 +69,7 @@ def test_training_that_explodes_stops_before_a_bad_checkpoint_and_names_the_batc
             "online.encoder.conv1.weight (4, 3, 3, 3)",
         ),
         ({"out_dim": 9}, "out_dim 8 in the checkpoint, 9 now", "online.projector.3.weight (8, 16)"),
-        ({"arch": "resnet34"}, "arch resnet18 in the checkpoint, resnet34 now", "missing in the"),
+        ({"arch": "resnet34"}, "arch resnet10 in the checkpoint, resnet34 now", "missing in the"),
         ({"method": "simsiam"}, "method rsa in the checkpoint, simsiam now", " now)"),
         ({"optimizer": "adamw"}, "optimizer sgd in the checkpoint, adamw now", "optimiser's state"),
     ],
