@@ -2,7 +2,7 @@
 # This script runs the fast suite with another Python and torch. It makes a new environment and
 # removes it at the end:
 #   bash tools/try_versions.sh /path/to/python3.13 2.15.0
-#   bash tools/try_versions.sh python3.10 2.7.0 tests/rsa_fast/test_engine.py
+#   bash tools/try_versions.sh python3.10 2.8.0 tests/rsa_fast/test_engine.py
 # `newest` means the newest torch. Further arguments are passed to pytest. All other packages are
 # the newest compatible ones. pip also uses PIP_INDEX_URL and its other environment variables.
 set -euo pipefail
