@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,9 +16,8 @@ from rsa_fast.pipelines import layouts, manifest, scan
 from rsa_fast.pipelines.folders import IMAGE_SUFFIXES, images_below
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.manifest import Manifest, Paths
+from rsa_fast.pipelines.workers import FORKS
 from tests.helpers import write_folder
-
-FORK = multiprocessing.get_context("fork")
 
 
 def test_paths_are_a_sequence_of_strings(monkeypatch):
@@ -124,10 +122,10 @@ def contents(manifest: Manifest) -> tuple:
 
 def open_as_two_ranks(tmp_path: Path, folders: list[Path], cache: Path | None = None) -> list:
     """Return what both ranks read, each from its folder, and count the letters of their log."""
-    log, results = tmp_path / "log", FORK.Queue()
+    log, results = tmp_path / "log", FORKS.Queue()
     log.unlink(missing_ok=True)
     processes = [
-        FORK.Process(
+        FORKS.Process(
             target=open_as_rank,
             args=(rank, data, cache, tmp_path / "store", log, results),
         )

@@ -24,6 +24,7 @@ from PIL import Image
 from rsa_fast.pipelines.beton import BetonWriter
 from rsa_fast.pipelines.layouts import open_source
 from rsa_fast.pipelines.shards import ShardWriter
+from rsa_fast.pipelines.workers import FORKS
 from rsa_fast.tools import convert, to_dali, to_ffcv
 from tests.garbage import collectors
 from tests.helpers import invoke, natural_image, result_of
@@ -69,7 +70,7 @@ def die_at(event: int, tool: str, src: Path, dst: Path) -> None:
 
 
 def forked(target, *args: object) -> int:
-    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process = FORKS.Process(target=target, args=args)
     process.start()
     process.join(30)
     return process.exitcode
@@ -235,7 +236,7 @@ def test_two_runs_do_not_write_the_same(images, tmp_path):
         convert.encode = lambda *args: (started.set(), go_on.wait(20), encode(*args))[2]
         run("ffcv", images, tmp_path / "dst")
 
-    process = multiprocessing.get_context("fork").Process(target=slow)
+    process = FORKS.Process(target=slow)
     process.start()
     assert started.wait(20)
     assert "another run is writing" in refusal(run("ffcv", images, tmp_path / "dst"))
@@ -274,7 +275,7 @@ def test_workers_of_a_killed_run_do_not_stay():
         ):
             pass
 
-    process = multiprocessing.get_context("fork").Process(target=endless)
+    process = FORKS.Process(target=endless)
     process.start()
     os.close(write_end)
     assert os.read(read_end, 1) == b"x"
