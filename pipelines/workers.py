@@ -26,9 +26,9 @@ log = logging.getLogger("rsa_fast")
 class Worker(ForkProcess):
     """A forked process whose garbage collections never see what it inherits.
 
-    They would copy the memory pages of these objects. If one of them is a DALI pipeline that is no
-    longer used, they would never end: its destructor waits for threads that the worker does not
-    have.
+    A collection would copy the memory pages of these objects. It would also destroy a DALI pipeline
+    that is no longer used. The worker would then wait for ever for the pipeline's threads, because
+    a fork has no copies of threads.
     """
 
     def start(self) -> None:

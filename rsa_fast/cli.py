@@ -161,8 +161,8 @@ class Command(click.Command):
 def import_torch() -> None:
     """Import torch, and keep its objects out of the garbage collection.
 
-    There are 400,000 of them, and they live until the process ends. To look through them takes
-    0.3 s: some times during the import, now and then while a network trains, and at the end.
+    There are 400,000 of them, and they live until the process ends. A collection that looks through
+    them takes 0.3 s. It would happen during the import, in training, and at the end of the process.
     """
     if "torch" not in sys.modules:
         gc.disable()

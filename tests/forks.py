@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["rsa_fast.cli", "rsa_fast.training.engine"])
 
 
 def fork(function: Callable, *arguments: object, log: Path) -> ForkServerProcess:
     """Start `function` of one thread in a process of its own, whose output goes to `log`."""
-    process = FORKS.Process(target=call, args=(log, function, *arguments))
+    process = SERVER.Process(target=call, args=(log, function, *arguments))
     process.start()
     return process
 

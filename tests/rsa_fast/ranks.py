@@ -1,7 +1,4 @@
-"""Functions of tests on several ranks.
-
-results = run_ranks(work, 2, tmp_path)  # what each of two ranks returns
-"""
+"""Functions of tests on several ranks, which `run_ranks` starts as processes."""
 
 from __future__ import annotations
 
